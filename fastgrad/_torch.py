@@ -87,11 +87,6 @@ def number_of(node: Any) -> int:
     return int(node._sequence_nr())
 
 
-def has_modes() -> bool:
-    """Whether anything watches operations. Without, a mode of the user's would miss those of whole layers."""
-    return bool(torch._C._len_torch_function_stack())
-
-
 def saves_elsewhere() -> bool:
     """Whether saved tensors go through hooks. Without, batched gradients would meet a checkpoint's recomputation."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

@@ -50,7 +50,7 @@ def meta(*shape: int, dtype: torch.dtype = SINGLE, seed: int = 0) -> Tensor:
 
 def as_if_on(architecture: Architecture) -> Any:
     """Let launchers take meta tensors, as tensors on a device of this kind."""
-    return mock.patch.multiple(devices, architecture=lambda tensor: architecture, check=lambda **tensors: None)
+    return mock.patch.object(devices, "architecture", return_value=architecture)
 
 
 def configured(**configs: object) -> Any:

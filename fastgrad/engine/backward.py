@@ -95,7 +95,7 @@ def backward_signals(run: Run, outputs: Sequence[Tensor], gradients: Sequence[Te
     place = {name: i for i, name in enumerate(columns)}
     zeros = like.new_zeros((like.shape[0], run.samples, 1), dtype=dtype)
     parts = [f.to(device=like.device, dtype=dtype) for _, f in served]
-    order = torch.tensor([place.get(name, len(columns)) for name in run.plan.names], device=like.device)
+    order = torch.tensor([place.get(name, len(columns)) for name in run.plan.routes], device=like.device)
     return torch.cat([*parts, zeros], -1).index_select(-1, order)
 
 

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from fastgrad import _torch
 from fastgrad.engine.steps import unnoted
 
-_SEQUENCES = (list, tuple, set)
 #: Types of containers in which parts of a module tree are looked for.
-CONTAINERS = (*_SEQUENCES, dict, OrderedDict)
+CONTAINERS = (list, tuple, set, dict, OrderedDict)
 #: Values of these types hold nothing of a module tree.
 PLAIN = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Tensor))
 #: Plain attributes of modules, by id of the user's module.
@@ -32,7 +31,6 @@ _HOOK_TABLES = frozenset(
     if isinstance(value, dict) and name.endswith(("hooks", "kwargs", "called"))
 )
 _TABLES = _HOOK_TABLES | {"_parameters", "_buffers", "_modules"}
-_ABSENT = object()
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
@@ -148,14 +146,10 @@ class Shadow:
     def write_back(self) -> None:
         """Give the user's modules the attributes and buffers that the forward pass set on their copies."""
         for original, copy in self._pairs:
-            if type(original).__module__.startswith("torch.nn.") and not (
-                original._forward_hooks or original._forward_pre_hooks
-            ):
-                continue
             state, before = copy.__dict__, original.__dict__
             for name, value in state.items():
                 followed = name in _TABLES or name == "forward" or (id(state), name) in self._followed
-                if not followed and not isinstance(value, nn.Module) and value is not before.get(name, _ABSENT):
+                if not followed and not isinstance(value, nn.Module) and not (name in before and value is before[name]):
                     before[name] = value
             for name, value in state["_buffers"].items():
                 known = before["_buffers"].get(name)
@@ -219,8 +213,6 @@ class Shadow:
         """``value`` with everything of the tree inside it replaced; ``value`` itself if there is nothing."""
         if type(value) in PLAIN:
             return value
-        if type(value) in _SEQUENCES and PLAIN.issuperset(map(type, value)):
-            return type(value)(value) if self._apart else value
         if isinstance(value, nn.Module):
             return self.modules.get(id(value), value)
         if isinstance(value, nn.Parameter):

@@ -59,12 +59,14 @@ class FallbackSite(RecomputedSite):
         vectorize: Whether samples of a chunk run together under ``vmap``, which cannot take all modules.
         verify: Whether to compare the gradients with those of the whole batch, also where a sample alone gives the
             outputs that it gives in its batch.
+        precision: The relative rounding error of the coarsest numbers that the model computes.
     """
 
     batched: tuple[bool, ...]
     places: tuple[int, ...]
     vectorize: bool
     verify: bool
+    precision: float
 
     def _replay(self, run: Run, shadow: Shadow, outputs: list[Tensor], settings: Settings) -> Replay:
         again, device = _Again(self, shadow, outputs, settings), outputs[0].device.type
@@ -183,10 +185,8 @@ class _Again:
             g * weights.repeat_interleave(g.shape[0] // len(weights)).reshape(-1, *[1] * (g.dim() - 1)).to(g)
             for g in gradients
         ]
-        with _Precision() as seen:
-            outputs = forward(wanted, inputs)
-        again, grads = _differentiated(outputs, wanted, at)
-        precision = max(seen.eps, *(torch.finfo(t.dtype).eps for t in (*self.outputs, *grads)))
+        again, grads = _differentiated(forward(wanted, inputs), wanted, at)
+        precision = max(self.site.precision, *(torch.finfo(t.dtype).eps for t in (*self.outputs, *grads)))
         if not all(agree(one, other, precision) for one, other in zip(again, self.outputs, strict=True)):
             raise self._refusal("gives other outputs when it is computed again")
         # In the dtype of the norms: squares of gradients in float64 leave the range of float32.
@@ -252,16 +252,3 @@ class _PaddedRows(TorchFunctionMode):
         rows = func(*call.args, **call.kwargs)
         padded = call.arguments["input"] == row % call.arguments["weight"].shape[0]
         return torch.where(padded.unsqueeze(-1), rows.detach(), rows)
-
-
-class _Precision(TorchFunctionMode):
-    """Notes the relative rounding error of the coarsest numbers computed: models in float64 have parts in float32."""
-
-    eps = 0.0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        # A mask of zeros is no computation.
-        if floating(result) and floating(args):
-            self.eps = max(self.eps, *(torch.finfo(t.dtype).eps for t in floating(result)))
-        return result

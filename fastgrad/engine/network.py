@@ -21,8 +21,8 @@ from fastgrad.engine.memory import keep_freed_memory, lacks_memory
 from fastgrad.engine.plan import Known, Plan, Route
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.run import BroadcastSite, OffPlanError, Reading, Run
-from fastgrad.engine.state import Snapshot, devices_of
-from fastgrad.engine.steps import Steps, layer_as_one_step, noting
+from fastgrad.engine.state import Snapshot
+from fastgrad.engine.steps import Steps, noting
 from fastgrad.engine.trial import Trial
 
 #: Structures of inputs whose plans are kept, and plans kept for one: paths that no single plan serves.
@@ -69,9 +69,7 @@ class Network:
             if known.plans and not known.plans[0].outdated(self.model):
                 return known.plans[0]
             known.plans.clear()
-        plan = Trial(self, known, (args, kwargs), samples).plan()
-        self._keep(plan)
-        return plan
+        return Trial(self, known, (args, kwargs), samples).plan()
 
     def routes(self) -> list[Route]:
         """Routes of the latest plan; RuntimeError where there is none yet."""
@@ -79,7 +77,7 @@ class Network:
             plans = [plan for known in reversed(self._known.values()) for plan in known.plans]
         if not plans:
             raise RuntimeError("a report needs one call first: routes depend on the structure of the inputs")
-        return [plans[0].routes[name] for name in plans[0].names]
+        return list(plans[0].routes.values())
 
     def forward(self, plan: Plan | None, run: Run, args: Any, kwargs: Any, *, readings: Sequence[Reading] = ()) -> Any:
         """One forward pass of a private copy, with probes and readings, which ``run`` takes up.
@@ -98,8 +96,7 @@ class Network:
 
     def _on_plan(self, plan: Plan, run: Run, inputs: Any, readings: Sequence[Reading]) -> tuple[Any, Shadow]:
         """Make a pass by ``plan``, or by others until it keeps to one."""
-        modules = [module for ref in plan.known.modules if (module := ref()) is not None]
-        before = Snapshot(modules, plan.known.devices, training=self.recorded, inputs=inputs)
+        before = Snapshot(self.model, training=self.recorded, inputs=inputs)
         tried: list[Plan] = []
         raised: Exception | None = None
         reason = ""
@@ -108,21 +105,28 @@ class Network:
             try:
                 output, shadow = self.once(candidate, run, inputs, readings)
                 if run.left is None and (run.steps is None or run.steps.path() in candidate.paths):
-                    self._keep(candidate)
+                    plans = plan.known.plans
+                    with self._lock:
+                        # The first is the first to be tried.
+                        plans[:] = [candidate, *(other for other in plans if other is not candidate)][:_PLANS_KEPT]
                     return output, shadow
-            except OffPlanError:
-                pass
+            except OffPlanError as left:
+                reason = left.reason
             except Exception as error:
                 if not candidate.replaces or is_traced() or lacks_memory(error):
                     raise
                 # It may be that the model does not bear what the plan gives it in place of a parameter.
                 raised, reason = error, f"raises {type(error).__name__}: {error}"
-            reason = reason if run.left is None else run.left.reason
             if is_traced():
                 raise ValueError(
                     f"model must take the path of an ordinary call while its graph is recorded; it {reason}"
                 )
-            before.restore()
+            try:
+                before.restore()
+            except ValueError:
+                # The same call again has a plan of its own.
+                plan.known.plans.clear()
+                raise
             tried.append(candidate)
         raise raised or ValueError(
             "model must take the same path each time it is given the same inputs; a call that was planned "
@@ -175,8 +179,6 @@ class Network:
             if plan is None or is_traced():
                 output = shadow.root(*inputs[0], **inputs[1])
             else:
-                for copy in shadow.modules.values():
-                    layer_as_one_step(copy)
                 with noting(Steps(shadow.stand_ins(apart=not self.recorded))) as run.steps:
                     output = shadow.root(*inputs[0], **inputs[1])
         run.closed = True
@@ -214,20 +216,12 @@ class Network:
             names,
             list(map(weakref.ref, modules)),
             find_carriers(self, inputs, samples, training=any(modes)),
-            devices_of(self.model),
         )
         with self._lock:
             self._known[keys[-1]] = known
             while len(self._known) > _STRUCTURES_KEPT:
                 self._known.popitem(last=False)
         return known
-
-    def _keep(self, plan: Plan) -> None:
-        """Have ``plan`` be the first to be tried."""
-        plans = plan.known.plans
-        if not plans or plans[0] is not plan:
-            with self._lock:
-                plans[:] = [plan, *(other for other in plans if other is not plan)][:_PLANS_KEPT]
 
 
 def _kind(inputs: Any, samples: int) -> Any:

@@ -153,6 +153,9 @@ class _Uses(TorchFunctionMode):
         tensors = [r for r in pytree.tree_leaves(result) if isinstance(r, Tensor)]
         if tensors:
             seen.functions.append(getattr(func, "__name__", ""))
+            # A mask of zeros is no computation. Models in float64 have parts in float32.
+            if floating(args):
+                seen.precision = max(seen.precision, *(torch.finfo(t.dtype).eps for t in floating(tensors)), 0.0)
             seen.untracked |= {self.originals[id(leaf)] for leaf in leaves if id(leaf) in self.originals}
         gathered = bool(found) and seen.rows.gathered((args, kwargs))
         seen.rows.note(func, args, kwargs or {}, result)
@@ -181,7 +184,7 @@ class Observation:
     Attributes:
         calls: All calls of modules; ``stack`` has the numbers of those under way.
         bytes: Of all calls' outputs.
-        precision: The relative rounding error of the coarsest of them.
+        precision: The relative rounding error of the coarsest numbers that functions computed from others.
         parameters: By name, the leaf that stood in for each parameter.
         uses: By name, the numbers of the calls that use a parameter.
         ranks: By name, the numbers of dimensions in which it is broadcast over the batch, and None where it is not.
@@ -261,7 +264,6 @@ class Observation:
             for position, tensor in enumerate(floating(output)):
                 call.outputs.append(tuple(tensor.shape))
                 own.bytes += tensor.numel() * tensor.element_size()
-                own.precision = max(own.precision, torch.finfo(tensor.dtype).eps)
                 if tensor.requires_grad:
                     # The hook must not lead to the graph, which holds it: neither sees the other's garbage.
                     tensor.register_hook(functools.partial(_keep, own._passes, call.gradients, position))

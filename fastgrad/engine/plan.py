@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import nn
 
 from fastgrad._torch import is_traced
@@ -40,7 +39,6 @@ class Known:
         modules: The model's. As long as they live, their ids are theirs. Parameters are known by name: a weak reference
             would keep torch.utils.swap_tensors from them.
         carriers: For each leaf of the inputs, whether it carries the batch.
-        devices: Those beside the CPU on which the model may draw random numbers.
         plans: Most recently used first.
     """
 
@@ -48,7 +46,6 @@ class Known:
     names: dict[int, str]
     modules: list[weakref.ref[nn.Module]]
     carriers: tuple[bool, ...]
-    devices: list[torch.device]
     plans: list[Plan] = field(default_factory=list)
 
 
@@ -57,9 +54,8 @@ class Plan:
     """The sites of one model for one structure of inputs, and why.
 
     Attributes:
-        names: The wanted parameters.
-        sites: What serves them.
-        routes: By name.
+        sites: What serves the wanted parameters.
+        routes: Of each of these by name, in their order.
         bytes_per_element: Bytes of layer outputs per input element, to estimate memory.
         untracked: Names of those that the model used from elsewhere than its modules' attributes, past a copy.
         outputs: Where the batch lies in each tensor of the output whose gradient matters; None where it is not found.
@@ -69,7 +65,6 @@ class Plan:
         looped: Whether several gradients must go back one after the other.
     """
 
-    names: tuple[str, ...]
     sites: tuple[PlannedSite, ...]
     routes: dict[str, Route]
     bytes_per_element: float = field(compare=False)
@@ -95,9 +90,13 @@ class Plan:
             for site in self.sites
         )
 
+    def unused(self) -> list[str]:
+        """Names of parameters that no path used so far."""
+        return [name for name, route in self.routes.items() if route.route == "zero"]
+
     def joined(self, other: Plan) -> Plan:
         """This plan, with the sites of ``other`` for parameters that this one takes for unused."""
-        idle = {name for name in self.names if self.routes[name].route == "zero"}
+        idle = set(self.unused())
         sites = [
             replace(site, parameters=tuple(name for name in site.parameters if name in idle))
             for site in other.sites
@@ -139,7 +138,7 @@ class PlanConstraints:
         # One sample's rows may be no input for a part alone, as offsets into those of all. A function of autograd may
         # not bear that parameters need no gradient, unless the whole model is computed again.
         parts = {p for site in plan.sites if isinstance(site, FallbackSite) and site.path for p in site.parameters}
-        at_root = self.at_root.union(parts or plan.names)
+        at_root = self.at_root.union(parts or plan.routes)
         return None if at_root == self.at_root else replace(self, at_root=at_root)
 
 
@@ -166,7 +165,6 @@ class Planner:
             sites[key] = replace(site, parameters=joined)
         elements = sum(math.prod(shape) for shape in self.seen.calls[0].inputs if shape is not None)
         return Plan(
-            tuple(self.names.values()),
             tuple(_outermost(list(sites.values()), routes)),
             routes,
             self.seen.bytes / max(1, elements),
@@ -245,7 +243,7 @@ class Planner:
                 vectorize = call.path not in constraints.no_vmap
                 # A function that vmap cannot take may look at values.
                 verify = self.seen.rows.gathers or not vectorize
-                return FallbackSite(call.path, (name,), batched, places, vectorize, verify)
+                return FallbackSite(call.path, (name,), batched, places, vectorize, verify, self.seen.precision)
         raise ValueError(
             "model must treat the samples of a batch independently, batch in dimension 0 of inputs; no part of it that "
             f"contains all uses of {name!r} does, with the batch in all its outputs (a loss of all samples has none)"

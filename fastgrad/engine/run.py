@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -111,8 +110,7 @@ class RuledSite(Site):
 
     def columns(self, norms: Mapping[str, Tensor]) -> Tensor:
         """A rule's answer as ``(B, m)``."""
-        each = [norms[self.local[name]] for name in self.parameters]
-        return each[0].unsqueeze(1) if len(each) == 1 else torch.stack(each, 1)
+        return torch.stack([norms[self.local[name]] for name in self.parameters], 1)
 
 
 @dataclass(frozen=True)
@@ -257,8 +255,7 @@ class Reading:
     def attach(self, run: Run, shadow: Shadow) -> None:
 
         def read(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            # As few operations as can be: the samples of a small batch are read layer by layer, in a cold cache.
-            with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+            with torch.no_grad():
                 value = self.function((*args, *kwargs.values()), output)
             if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != run.samples:
                 was = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

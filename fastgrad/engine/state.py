@@ -73,7 +73,7 @@ def apart(value: Any, tensor: Callable[[Tensor], Tensor], known: dict[int, Any] 
     """
     if isinstance(value, Tensor):
         return tensor(value)
-    if type(value) in PLAIN or isinstance(value, (nn.Module, type, enum.Enum)) or callable(value):
+    if type(value) in PLAIN or isinstance(value, enum.Enum) or callable(value):
         return value
     known = {} if known is None else known
     if id(value) in known:
@@ -120,19 +120,11 @@ class Snapshot:
     Objects among the inputs, as a cache of keys and values, get back what they held.
     """
 
-    def __init__(
-        self,
-        modules: Iterable[nn.Module],
-        devices: list[torch.device],
-        *,
-        training: bool = True,
-        every: bool = False,
-        inputs: Any = (),
-    ) -> None:
-        self._random = RandomState(devices)
+    def __init__(self, model: nn.Module, *, training: bool = True, every: bool = False, inputs: Any = ()) -> None:
+        self._random = RandomState(devices_of(model))
         copied: list[Tensor | None] = []
         kept: list[Tensor | None] = []
-        for module in modules:
+        for module in model.modules():
             if module._buffers:
                 (copied if every or (training and module.training) else kept).extend(module._buffers.values())
         self._copied = Versions(copied)
@@ -155,20 +147,16 @@ class Snapshot:
         with torch.no_grad():
             for buffer in self._copied.modified():
                 buffer.copy_(self._values[id(buffer)])
-        for buffer in self._kept.modified():
-            raise ValueError(
-                "model must not write to its buffers in a call whose path was not seen before; "
-                f"a buffer of shape {tuple(buffer.shape)} was written. Make the same call again"
-            )
         # Objects may lead back to themselves.
         known = {id(copy): leaf for leaf, copy in self._objects}
         for leaf, copy in self._objects:
             _fill(leaf, copy, lambda item: apart(item, lambda tensor: tensor, known))
-        for tensor in self._inputs.modified():
-            raise ValueError(
-                "model must not write to its inputs in a call whose path was not seen before; a tensor of shape "
-                f"{tuple(tensor.shape)} was written. Make the same call again with the inputs as they were"
-            )
+        for what, tensors in (("buffers", self._kept), ("inputs", self._inputs)):
+            for tensor in tensors.modified():
+                raise ValueError(
+                    f"model must not write to its {what} in a call whose path was not seen before; a tensor of shape "
+                    f"{tuple(tensor.shape)} was written. Make the same call again, with the inputs as they were"
+                )
 
 
 @contextlib.contextmanager
@@ -177,7 +165,7 @@ def undone(model: nn.Module, inputs: Any = ()) -> Iterator[Any]:
 
     Tensors among these are the same, see `apart`.
     """
-    before = Snapshot(model.modules(), devices_of(model), every=True)
+    before = Snapshot(model, every=True)
     try:
         yield pytree.tree_map(lambda leaf: leaf if isinstance(leaf, Tensor) else apart(leaf, detach_plain), inputs)
     finally:

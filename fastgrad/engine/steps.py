@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from fastgrad._torch import has_modes, without_modes
+from fastgrad._torch import without_modes
 from fastgrad.ops.dispatch import bind_contextvar
 
 _INDEXING = frozenset({"__getitem__", "__setitem__"})
@@ -32,11 +30,6 @@ _OF_DIMENSIONS = frozenset(
         "chunk", "tensor_split", "cosine_similarity", "linalg_norm", "linalg_vector_norm",
     )
 )  # fmt: skip
-#: Layers that always call the same functions on the parameters that they hold.
-_LAYERS = frozenset({
-    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm,
-    nn.GroupNorm, nn.ReLU, nn.GELU, nn.SiLU,
-})  # fmt: skip
 
 
 #: Where functions are noted now.
@@ -53,8 +46,6 @@ class Steps(TorchFunctionMode):
     def __init__(self, parameters: dict[int, int]) -> None:
         super().__init__()
         self.parameters = parameters
-        #: Whether no mode of the user's wants to see the functions, too.
-        self.alone = not has_modes()
         self._noted: list[Hashable] = []
 
     def note(self, *what: Hashable) -> None:
@@ -100,26 +91,6 @@ class Steps(TorchFunctionMode):
         return result
 
 
-def layer_as_one_step(copy: nn.Module) -> None:
-    """Have a pass note the call of a layer of PyTorch's in place of its functions, which takes half of the time."""
-    if type(copy) in _LAYERS and "forward" not in copy.__dict__:
-        # Weak, or the copy and all that its hooks hold would wait for the garbage collector.
-        copy.__dict__["forward"] = functools.partial(_one_step, weakref.ref(copy), type(copy).forward)
-
-
-def _one_step(ref: Callable[[], Any], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    layer, steps = ref(), _current.get()
-    # A model's own parameter, as a layer's input, is a plain tensor in a trial.
-    if steps is None or not (steps.alone and args and type(args[0]) in (Tensor, nn.Parameter)):
-        return forward(layer, *args, **kwargs)
-    with without_modes():
-        output: Tensor = forward(layer, *args, **kwargs)
-        rank = output.dim() if torch.is_grad_enabled() else -2 - output.dim()
-        tensors = (args[0], *layer._parameters.values())
-        steps.note(type(layer).__name__, rank, *map(steps.parameters.get, map(id, tensors)))
-    return output
-
-
 @contextlib.contextmanager
 def noting(steps: Steps | None) -> Iterator[Steps | None]:
     """While it lasts, functions are noted in ``steps`` alone, also within another pass; for None nowhere."""
@@ -131,8 +102,6 @@ def unnoted(hook: Callable[..., Any]) -> Callable[..., Any]:
     """``hook``, whose functions are no steps of the model's."""
 
     def run(*args: Any) -> Any:
-        if _current.get() is None:
-            return hook(*args)
         with without_modes():
             return hook(*args)
 

@@ -89,7 +89,7 @@ class Trial:
                 wrong = frozenset(error.parameters)
             except GraphedError:
                 # The model itself takes gradients, as forces are those of an energy.
-                wrong = frozenset(plan.names)
+                wrong = frozenset(plan.routes)
             except Exception as error:
                 if lacks_memory(error) or isinstance(error, NotRepeatableError):
                     raise
@@ -138,8 +138,7 @@ class Trial:
         first, *others = self._planners
         plan = first.plan(constraints)
         for planner in others:
-            unused = [name for name in plan.names if plan.routes[name].route == "zero"]
-            plan = plan.joined(planner.plan(constraints, unused))
+            plan = plan.joined(planner.plan(constraints, plan.unused()))
         plan = replace(plan, outputs=self._layouts, zeros=self._zeros, linear=self._linear)
         return plan if older is None else plan.joined(older)
 
@@ -151,8 +150,6 @@ class Trial:
         run = Run(count)
         with torch.enable_grad(), undone(self._network.model, inputs) as inputs:
             output, _ = self._network.once(plan, run, inputs, trial=True)
-            if run.left is not None:
-                raise run.left
             assert run.steps is not None
             plan.paths.add(run.steps.path())
             outputs = self._network.tensors(output)
@@ -163,12 +160,12 @@ class Trial:
             truth = {name: gradient.to(features.dtype).square().sum() for name, gradient in check.truth.items()}
             zero = features.new_zeros(())
             expected = torch.zeros_like(features)
-            expected[check.sample] = torch.stack([truth.get(name, zero) for name in plan.names])
+            expected[check.sample] = torch.stack([truth.get(name, zero) for name in plan.routes])
             # A wrong route is wrong by a factor; this is no test of accuracy.
             precision = max(self._precision, precision_of(check.truth))
             tolerance = min(0.5, 1e4 * precision) if precision > 1e-6 else 1e-2
             right = ((features - expected).abs() <= tolerance * expected + rounding(check.truth)).all(0)
-            wrong |= {name for name, good in zip(plan.names, right.tolist(), strict=True) if not good}
+            wrong |= {name for name, good in zip(plan.routes, right.tolist(), strict=True) if not good}
         return frozenset(wrong)
 
     def _observed(self, inputs: Any, count: int, fewer: Observation | None = None, **options: bool) -> Observation:

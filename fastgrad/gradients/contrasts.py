@@ -14,7 +14,7 @@ from torch import Tensor
 from fastgrad import checks, losses
 from fastgrad._torch import check_later, is_traced, unwrapped
 from fastgrad.ops import last_layer
-from fastgrad.ops.dispatch import choose, full_precision
+from fastgrad.ops.dispatch import full_precision
 
 
 class ContrastStats(NamedTuple):
@@ -63,7 +63,7 @@ def contrast_sqnorm(
         TypeError: A tensor is missing or not floating, or only one of them is float64.
         ValueError: Shapes or devices do not fit, an option is unknown, or ``impl="triton"`` cannot serve the tensors.
     """
-    leading = _head_pair(features, logits, loss, reduction, impl, bias=bias, log=log)
+    leading = _head_pair(features, logits, loss, reduction, bias=bias, log=log)
     norms = last_layer.contrast_sqnorm(_matrix(features), _matrix(logits), loss, bias, log, reduction == "mean", impl)
     return norms.reshape(*leading, logits.shape[-1])
 
@@ -92,7 +92,7 @@ def target_sqnorm(
     Raises:
         TypeError, ValueError: As in :func:`contrast_sqnorm`, or a label is out of range.
     """
-    leading = _head_pair(features, logits, loss, reduction, impl, bias=bias, log=log)
+    leading = _head_pair(features, logits, loss, reduction, bias=bias, log=log)
     check_target(target, logits)
     if isinstance(target, str):
         kind, label = target, None
@@ -129,7 +129,7 @@ def linear_contrast_sqnorm(
     Raises:
         TypeError, ValueError: As in :func:`contrast_sqnorm`, or a tensor has another dtype than the features.
     """
-    _linear(features, weight, bias, loss, reduction, impl, log=log)
+    _linear(features, weight, bias, loss, reduction, log=log)
     logits, norms = last_layer.linear_contrast_sqnorm(
         _matrix(features), weight, bias, loss, log, reduction == "mean", impl
     )
@@ -154,7 +154,7 @@ def linear_contrast_stats(
     Returns:
         :class:`ContrastStats` of tensors ``(...)``, float32 (float64 for float64).
     """
-    _linear(features, weight, bias, loss, reduction, impl)
+    _linear(features, weight, bias, loss, reduction)
     stats = last_layer.linear_contrast_stats(_matrix(features), weight, bias, loss, reduction == "mean", impl)
     return ContrastStats(*stats.reshape(*features.shape[:-1], 5).unbind(-1))
 
@@ -253,9 +253,7 @@ def _matrix(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
-def _head_pair(
-    features: Tensor, logits: Tensor, loss: str, reduction: str = "sum", impl: str = "auto", **flags: object
-) -> tuple[int, ...]:
+def _head_pair(features: Tensor, logits: Tensor, loss: str, reduction: str = "sum", **flags: object) -> tuple[int, ...]:
     """Check options, and features against logits; return their leading shape."""
     _features_and_options(features, loss, reduction, flags)
     checks.is_float("logits", logits)
@@ -272,13 +270,10 @@ def _head_pair(
         raise TypeError(
             f"features and logits must both be float64 or neither; they were {features.dtype} and {logits.dtype}"
         )
-    choose(impl, logits)
     return leading
 
 
-def _linear(
-    features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, reduction: str, impl: str, **flags: object
-) -> None:
+def _linear(features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, reduction: str, **flags: object) -> None:
     _features_and_options(features, loss, reduction, flags)
     checks.is_float("weight", weight)
     size = features.shape[-1]
@@ -289,7 +284,6 @@ def _linear(
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != features.dtype:
             raise TypeError(f"{name} must have the dtype of features, {features.dtype}; it was {tensor.dtype}")
-    choose(impl, features)
 
 
 def _bias(bias: Tensor | None, weight: Tensor) -> None:

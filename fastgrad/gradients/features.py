@@ -20,7 +20,7 @@ from fastgrad.engine.network import Network
 from fastgrad.engine.plan import Plan, Route
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.run import Run
-from fastgrad.engine.tracing import CompiledPasses, is_symbolic, trace
+from fastgrad.engine.tracing import CompiledPasses, trace
 from fastgrad.gradients.contrasts import check_target
 from fastgrad.ops.dispatch import IMPLEMENTATIONS, choose
 
@@ -262,9 +262,6 @@ class GradientFeatures:
 
     def _chunk(self, plan: Plan, args: Any, kwargs: Any, samples: int) -> int | None:
         chunk = self.chunk_size
-        # A symbolic batch, in a graph being traced, stays in one piece.
-        if is_symbolic(samples):
-            return None
         if chunk is None:
             tensors = input_tensors(args, kwargs)
             elements = sum(t.numel() for t in tensors)

@@ -83,7 +83,13 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         refuse_parts(model)
         if original(model) is not model:
             raise TypeError("model must be the module that was given to torch.compile, not its compiled form")
-        self.model: nn.Module = _unwrapped(model)
+        if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+            raise ValueError(
+                "model must not be replicated on several devices by DataParallel; use DistributedDataParallel"
+            )
+        parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+        whole: Any = model.module if isinstance(model, parallel) else model
+        self.model: nn.Module = whole
         if getattr(self.model, "_compiled_call_impl", None) is not None:
             raise ValueError("model must not be compiled in place (model.compile()); compile its parts instead")
         #: Those whose graph lives, and the latest.
@@ -165,16 +171,6 @@ def _dispatch(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
             # torch.compile cannot follow a recorded call, which builds modules.
             return outside_of_compilation(recording._call)(module, args, kwargs)
     return forward(*args, **kwargs)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module that a wrapper for data parallelism calls as it is."""
-    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
-        raise ValueError("model must not be replicated on several devices by DataParallel; use DistributedDataParallel")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        module: nn.Module = model.module
-        return module
-    return model
 
 
 def grad_sqnorm(
@@ -288,15 +284,14 @@ def _require_returned(
 
     What a call does not compute, as a weight decay, has other numbers.
     """
-    for node in nodes_behind(outputs, taps) if names else ():
-        used = _variables(node) & names.keys()
-        if used and any(number_of(node) in call.numbers for call in calls):
-            raise ValueError(
-                f"outputs must depend on {next(names[key] for key in names if key in used)!r} through what the "
-                "recorded model returns: real tensors, also in tuples, lists and dicts. They reach it in "
-                "another way (an attribute, a hook, a complex tensor, an object, a gradient with create_graph=True), "
-                "where its gradients per sample are not seen"
-            )
+    inside = _uses(nodes_behind(outputs, taps), calls)[1] & names.keys() if names else set()
+    if inside:
+        raise ValueError(
+            f"outputs must depend on {names[min(inside, key=list(names).index)]!r} through what the "
+            "recorded model returns: real tensors, also in tuples, lists and dicts. They reach it in "
+            "another way (an attribute, a hook, a complex tensor, an object, a gradient with create_graph=True), "
+            "where its gradients per sample are not seen"
+        )
 
 
 def _require_called(
@@ -308,32 +303,28 @@ def _require_called(
     one of these parameters past the calls that they reach beside it. Alone in a term, as in a weight decay, a parameter
     has no gradient per sample.
     """
-
-    def look(nodes: Iterable[Any]) -> tuple[set[int], set[int]]:
-        """Batch sizes of the calls that ``nodes`` belong to, and keys of parameters that other nodes use."""
-        sizes: set[int] = set()
-        beside: set[int] = set()
-        for node in nodes:
-            inside = {call.samples for call in calls if number_of(node) in call.numbers}
-            sizes |= inside
-            if not inside:
-                beside |= _variables(node)
-        return sizes, beside & names.keys()
-
-    sizes, beside = look(nodes_behind(outputs))
+    sizes, _, beside = _uses(nodes_behind(outputs), calls)
     if not sizes and not empty:
         raise RuntimeError("outputs must be computed from calls of the recorded model; they reach none")
-    for nodes in nodes_by_term(outputs) if beside else ():
-        called, beside = look(nodes)
-        if called and beside:
+    for nodes in nodes_by_term(outputs) if beside & names.keys() else ():
+        called, _, beside = _uses(nodes, calls)
+        if called and (beside := beside & names.keys()):
             raise ValueError(
-                f"outputs must depend on {next(names[key] for key in names if key in beside)!r} through calls of the "
+                f"outputs must depend on {names[min(beside, key=list(names).index)]!r} through calls of the "
                 "recorded model or of its modules alone; it is used outside of them as well, as in another method than "
                 "forward. Call that from the forward of a module of your own, and record this"
             )
     return sizes
 
 
-def _variables(node: Any) -> set[int]:
-    """Ids of the parameters that an operation in a graph uses."""
-    return {id(getattr(following, "variable", None)) for following, _ in node.next_functions}
+def _uses(nodes: Iterable[Any], calls: Sequence[_Call]) -> tuple[set[int], set[int], set[int]]:
+    """Batch sizes of the calls that ``nodes`` belong to, ids of parameters that these use, and of those others use."""
+    sizes: set[int] = set()
+    inside: set[int] = set()
+    beside: set[int] = set()
+    for node in nodes:
+        called = {call.samples for call in calls if number_of(node) in call.numbers}
+        sizes |= called
+        used = inside if called else beside
+        used |= {id(getattr(following, "variable", None)) for following, _ in node.next_functions}
+    return sizes, inside, beside

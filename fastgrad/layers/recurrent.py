@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from fastgrad.layers.linear import bias_sqnorm, weight_sqnorm
 from fastgrad.layers.reduce import leaf
@@ -87,8 +86,6 @@ def recurrent(
     assert isinstance(module, nn.RNNBase)
     given = dict(zip(("input", "hx"), args, strict=False)) | kwargs
     x, state = given["input"], given.get("hx")
-    if isinstance(x, PackedSequence):
-        raise ValueError("input of a recurrent layer must be a padded tensor; it was a PackedSequence")
     dtype = compute_dtype(gradients[0].dtype)
     x = x.to(dtype) if module.batch_first else x.to(dtype).transpose(0, 1)
     both = 2 if module.bidirectional else 1

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from fastgrad import checks
 
-#: ``(module, input, output gradient) -> {parameter name: (B,) squared norms}``, batch in dimension 0.
 RuleFunction = Callable[[nn.Module, Tensor, Tensor], Mapping[str, Tensor]]
-#: ``(module, args, kwargs, output gradients) -> {parameter name: (B,) squared norms}``.
 ReplayFunction = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Sequence[Tensor]], Mapping[str, Tensor]]
 
 

@@ -267,6 +267,30 @@ def test_samples_that_interact_without_gradients_are_refused(of: str, samples: i
     assert_refused(model, x, "samples of a batch independently; what it returns", features)
 
 
+@pytest.mark.parametrize("joined", [lambda h: h.square().sum(), lambda h: h @ h.mT, lambda h: h[1:] * h[:-1]])
+def test_outputs_without_the_batch_are_refused(joined: Callable[[Tensor], Tensor]) -> None:
+    model = small(lambda net, x: joined(net.head(net.first(x))))
+    assert_refused(model, vectors(5), "must return a floating-point tensor that carries the batch")
+
+
+@pytest.mark.parametrize("write", [lambda net, x: net.count.add_(1), lambda net, x: x.relu_()])
+def test_what_a_path_writes_is_refused_until_the_path_is_planned(write: Callable[[Any, Tensor], Tensor]) -> None:
+    def forked(net: Any, x: Tensor) -> Tensor:
+        if net.on:
+            write(net, x)
+        return net.head(x) if net.on else net.first(x)
+
+    model, x = small(forked).eval(), vectors(5)
+    model.count, model.on = nn.Buffer(torch.zeros(())), False
+    features = fastgrad.GradientFeatures(model)
+    features(x)
+    norms_of(model, x)
+    model.on = True
+    assert_refused(model, x, "must not write to its .* in a call whose path was not seen before", features)
+    assert_exact(norms_of(model, x), loop(model, x))
+    features(x)
+
+
 def test_one_output_for_each_sample_is_refused() -> None:
     model = Net(lambda net, x: list(net.layer(x).unbind(0)), layer=nn.Linear(4, 3)).double()
     with fastgrad.record(model), pytest.raises(ValueError, match="model must return tensors that carry the batch"):

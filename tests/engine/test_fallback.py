@@ -69,6 +69,18 @@ def test_gradients_whose_squares_leave_the_range_of_float32(factor: float) -> No
     torch.testing.assert_close(found, truth, rtol=1e-10, atol=0)
 
 
+def test_a_part_in_float32_rounds_otherwise_for_a_sample_alone() -> None:
+    def partly(net: Any, x: Tensor) -> Tensor:
+        order = x.sum(1).argsort()
+        h = (x[order].float() @ net.weight.float()).tanh() @ net.weight.float()
+        return h.double()[order.argsort()]
+
+    torch.manual_seed(0)
+    model, x = Net(partly, weight=nn.Parameter(torch.randn(16, 16))).double().eval(), torch.randn(40, 16).double()
+    truth = loss_norms((model(one[None]).square().sum() for one in x), model)
+    torch.testing.assert_close(recorded(model, lambda: model(x).square().sum()), truth, rtol=1e-4, atol=0)
+
+
 def states(net: Any, x: Tensor) -> tuple[Tensor, ...]:
     """Classes, and in evaluation mode the states of all steps, steps first; one scale for both halves of the steps."""
     steps = x.transpose(0, 1)

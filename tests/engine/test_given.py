@@ -31,7 +31,8 @@ class Cache:
 
 def cached(net: Any, x: Tensor, cache: Cache | None = None) -> Tensor:
     """A layer without a rule that is given a cache."""
-    keys = x * net.scale
+    # Of a parameter itself a broadcast product would have one copy a sample.
+    keys = x * net.scale.exp()
     return x + (keys.tanh() @ (keys if cache is None else cache.update(keys)).sum(1, keepdim=True).mT) * net.scale
 
 
@@ -86,7 +87,10 @@ def test_containers_among_the_inputs_are_as_they_were_when_a_call_is_begun_again
 
     def forked(net: Any, x: Tensor, names: Any) -> Tensor:
         assert names == before
+        assert not getattr(names, "seen", False)
         names.clear()
+        if hasattr(names, "__dict__"):
+            names.seen = True
         return net.one(x) + net.other(x) if x.sum() > 0 else net.one(x)
 
     before, filled = copy.deepcopy(given), copy.deepcopy(given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
 from typing import Any
@@ -37,8 +38,11 @@ def scattered() -> Net:
 
 def test_a_parameter_is_replaced_wherever_it_occurs() -> None:
     model = scattered()
+    model.bound, model.part = model.head.forward, functools.partial(F.linear, weight=model.head.weight)
     value = torch.ones(4)
     copy = Shadow(model, lambda p: value if p is model.scale else p.detach()).root
+    assert copy.bound.__self__ is copy.head
+    assert copy.part.keywords["weight"] is copy.head.weight
     assert copy.scale is copy.same is copy.plain[0] is value
     assert copy.plain[1]["shift"] is copy.shift
     assert model.plain[0] is model.scale

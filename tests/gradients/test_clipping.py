@@ -291,6 +291,14 @@ def test_losses_that_are_refused(spoil: Callable[[Tensor], Tensor], message: str
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_losses_of_outputs_without_the_batch_are_refused() -> None:
+    model = Net(lambda net, x: (net.head(x), x.mean()), head=nn.Linear(4, 3))
+    with fastgrad.clip_gradients(model, 1.0) as clipped:
+        logits, mean = model(torch.randn(5, 4, requires_grad=True))
+        with pytest.raises(ValueError, match="losses must be computed from outputs that carry the batch"):
+            clipped.backward(logits.square().sum(1) + mean)
+
+
 def test_what_is_trained_may_change_between_steps() -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(6, 4)

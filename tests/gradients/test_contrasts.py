@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import linear
+from torch.nn.functional import linear, one_hot
 
 import fastgrad
 from fastgrad.losses import LOSSES
@@ -96,7 +96,7 @@ def test_statistics_equal_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("chunk", [60, 1 << 22])
+@pytest.mark.parametrize("chunk", [60, 250, 1 << 22])
 def test_rows(loss: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(last_layer, "_CHUNK", chunk)
     h, weight, b = head(2, 2, dtype=torch.float64)
@@ -154,6 +154,14 @@ def test_one_bad_row_stays_one_bad_row() -> None:
     assert not got[2].isfinite().any()
 
 
+def test_many_rows_are_worked_on_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(last_layer, "_CACHED", 1 << 15)
+    h, z = torch.randn(40, 3), torch.randn(40, 2000)
+    z[::2, -3] = 9  # the largest, in the last columns, which fill no block
+    exact = fastgrad.contrast_sqnorm(h.double(), z.double())
+    torch.testing.assert_close(fastgrad.contrast_sqnorm(h, z).double(), exact, rtol=32 * EPS, atol=0)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_differentiable_in_everything(loss: str) -> None:
     h, weight, b = (t.requires_grad_() for t in head(2, D=3, N=4, dtype=torch.float64))
@@ -200,6 +208,7 @@ def test_labels_of_samples_under_vmap() -> None:
     h, z, y = torch.randn(6, 3), torch.randn(6, 5), torch.randint(5, (6,))
     mapped = torch.func.vmap(fastgrad.target_sqnorm)
     torch.testing.assert_close(mapped(h, z, y), fastgrad.target_sqnorm(h, z, y))
+    torch.testing.assert_close(mapped(h, z, one_hot(y, 5).float()), fastgrad.target_sqnorm(h, z, y))
     with pytest.raises(ValueError, match="class indices from 0 to 4; it held 5"):
         mapped(h, z, torch.full((6,), 5))
 

@@ -29,6 +29,8 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no signal": (lambda: GradientFeatures(NET, signals=[]), ValueError, "signals must name"),
     "no signals": (lambda: GradientFeatures(NET, signals=5), TypeError, "signals must be a sequence, .* it was 5"),
     "contrasts": (lambda: GradientFeatures(NET, signals=[("bce", "contrast")]), ValueError, "target must be one of"),
+    "a target more": (lambda: GradientFeatures(NET, signals=[("bce", "ones")])(X, target=torch.zeros(5)), ValueError,
+                      "target of a call must be left out where signals"),
     "layers": (lambda: GradientFeatures(NET, layers=3), TypeError, "layers must be a sequence, .* it was 3"),
     "a layer": (lambda: GradientFeatures(NET, layers=[3]), ValueError, "layers must name .* nothing is 3"),
     "no layers": (lambda: GradientFeatures(NET, layers=[]), ValueError, "layers must name parameters; it had none"),

@@ -213,11 +213,3 @@ def test_the_oracle_agrees_with_autograd() -> None:
         exact = oracles.contrast_matrix(logits, loss) * (features.square().sum(1) + 1)[:, None]
         # Autograd forms p_k - 1: a few units in the last place of 1, over the smallest value.
         torch.testing.assert_close(by_autograd, exact, rtol=1e-9, atol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
-def test_refuses_other_dtypes(dtype: torch.dtype, device: torch.device) -> None:
-    with pytest.raises(ValueError, match="logits must be one of float16, bfloat16, float32"):
-        contrast_sqnorm(
-            torch.ones(1, 2, device=device), torch.ones(1, 2, dtype=dtype, device=device), "bce", True, False, False
-        )

@@ -122,10 +122,5 @@ def test_bad_rows_stay_alone(device: torch.device) -> None:
         assert out.isnan().tolist() == [False, True, True, True]
 
 
-def test_empty_batch_and_bad_arguments(device: torch.device) -> None:
-    h, z = torch.ones(0, 3), torch.ones(0, 7)
-    assert run(h, z, None, "ones", "bce", device).shape == (0,)
-    with pytest.raises(ValueError, match="kind must be one of"):
-        run(h, z, None, "zeros", "bce", device)
-    with pytest.raises(ValueError, match="target must be a tensor"):
-        run(torch.ones(1, 3), torch.ones(1, 7), None, "soft", "bce", device)
+def test_empty_batch(device: torch.device) -> None:
+    assert run(torch.ones(0, 3), torch.ones(0, 7), None, "ones", "bce", device).shape == (0,)

@@ -91,13 +91,8 @@ def _quadratic_form(gram: Tensor, p: Problem) -> tuple[Tensor, Tensor]:
     outputs, positions = g.shape[2:]
     if outputs < positions:  # fewer elements in g than in its Gram matrix; one product serves all K
         flat = g.flatten(1, 2)
-        if flat.stride(2) == 1:
-            moved = torch.bmm(flat, gram) * flat
-            norms = moved.view(g.shape).sum(-1).sum(-1, dtype=torch.float64)
-        else:  # positions first; the Gram matrix is symmetric
-            flat = flat.transpose(1, 2)
-            moved = torch.bmm(gram, flat) * flat
-            norms = moved.sum(1).view(g.shape[:3]).sum(-1, dtype=torch.float64)
+        moved = torch.bmm(flat, gram) * flat
+        norms = moved.view(g.shape).sum(-1).sum(-1, dtype=torch.float64)
         squares = g.square().sum(2)
     else:
         flat = g.flatten(0, 1)
@@ -121,22 +116,15 @@ def _box_filter(gram: Tensor, p: Problem, axis: int) -> Tensor:
         index[1 + axis] = index[1 + axes + axis] = places
         return tuple(index)
 
-    copies = []
+    shape = list(gram.shape)
+    shape[1 + axis] = shape[1 + axes + axis] = positions
+    total = gram.new_zeros(shape)
     for tap in range(p.kernel[axis]):
         start = tap * p.dilation[axis] - p.pads[axis][0]
         first, last = max(0, -(start // step)), min(positions - 1, (size - 1 - start) // step)
         if first <= last:
             seen = gram[at(slice(first * step + start, last * step + start + 1, step))]
-            copies.append((last - first + 1 < positions, slice(first, last + 1), seen))
-    copies.sort(key=lambda copy: copy[0])  # a copy that reaches every position, if there is one, comes first
-    shape = list(gram.shape)
-    shape[1 + axis] = shape[1 + axes + axis] = positions
-    if copies and not copies[0][0]:
-        total = copies.pop(0)[2].clone(memory_format=torch.contiguous_format)
-    else:
-        total = gram.new_zeros(shape)
-    for _, places, seen in copies:
-        total[at(places)] += seen
+            total[at(slice(first, last + 1))] += seen
     return total
 
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import torch
 
-from fastgrad.checks import KERNEL_DTYPES
 from fastgrad.ops.dispatch import interpreting
 from fastgrad.ops.tune import INTERPRETER, Architecture
 
@@ -30,16 +29,6 @@ def _architecture(index: int) -> Architecture:
 def architecture(tensor: torch.Tensor) -> Architecture:
     """The architecture of the tensor's device; the interpreter's for a CPU tensor."""
     return INTERPRETER if tensor.device.type == "cpu" else _architecture(tensor.device.index)
-
-
-def check(**tensors: torch.Tensor) -> None:
-    """Raise ValueError for a device or dtype the kernels do not serve."""
-    for name, tensor in tensors.items():
-        if tensor.dtype not in KERNEL_DTYPES:
-            served = ", ".join(str(dtype).removeprefix("torch.") for dtype in KERNEL_DTYPES)
-            raise ValueError(f"{name} must be one of {served} for impl='triton'; it was {tensor.dtype}")
-        if tensor.device.type != "cuda" and not (interpreting() and tensor.device.type == "cpu"):
-            raise ValueError(f"{name} must be on a GPU for impl='triton'; it was on {tensor.device}")
 
 
 def alignment(value: int) -> int:

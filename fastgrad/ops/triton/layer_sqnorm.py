@@ -40,7 +40,6 @@ def conv_sqnorm(
     Input ``(B, G * C, *spatial)`` and gradients ``(K, B, G * O, *spatial)`` are of one dtype. Positions past either
     end, ``padding`` before each axis, read as zero. With ``flag``, int32 ``(K, B)``, the others get 0.
     """
-    devices.check(a=a, g=g)
     a, g = _along_channels(a, 1, groups), _along_channels(g, 2, groups)
     count, batch = g.shape[:2]
     axes = a.dim() - 2
@@ -67,7 +66,6 @@ def linear_sqnorm(a: Tensor, g: Tensor) -> Tensor:
     Where the Gram kernel takes fewer products, the direct one computes samples whose gradient nearly cancels over
     positions again, without a look from the host.
     """
-    devices.check(a=a, g=g)
     count, batch, positions, outputs = g.shape
     inputs = a.shape[2]
     direct = functools.partial(conv_sqnorm, a.mT, g.mT, (1,), (1,), (0,), (1,), 1)
