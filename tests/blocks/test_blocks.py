@@ -350,6 +350,7 @@ def test_tokens_are_read_at_every_position() -> None:
 def test_a_grid_takes_evenly_spaced_positions_inside_any_map(shape: tuple[int, ...], inside: tuple[Any, ...]) -> None:
     value = torch.randn(shape)
     assert torch.equal(channels.sampled(value, 8), value[inside])
+    assert channels.channel_dim(nn.Linear(3, 4), tuple(value.shape[1:2])) is None
 
 
 @pytest.mark.parametrize("size", [6, 20])

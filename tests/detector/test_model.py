@@ -149,6 +149,8 @@ def test_round_trip_is_bit_equal(fitted, tmp_path):
         assert torch.equal(saved, restored)
     assert loaded.threshold(0.1) == fitted.threshold(0.1)
     assert str(loaded.report()) == str(fitted.report())
+    with pytest.raises(RuntimeError, match="features of the fit, which are not stored"):
+        loaded.report(gains=True)
     assert torch.equal(loaded.calibration_scores, fitted.calibration_scores)
     again = loaded.save(tmp_path / "again.safetensors")
     assert again.read_bytes() == path.read_bytes()
