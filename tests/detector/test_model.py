@@ -210,6 +210,12 @@ def test_blocks_by_name_and_clean_data_alone(block):
     assert two_stage(images(5)[:0]).uncertainty.shape == (0,)
 
 
+def test_a_network_that_draws_random_numbers_is_not_taken_for_one_that_mixes_samples():
+    noisy = nn.Sequential(small_network(), nn.Identity())
+    noisy[1].forward = lambda z: z + torch.rand_like(z).mul(100)
+    assert TwoStageModel(noisy, blocks=["logits"]).fit(loader(60, labels=False), None)(images(2)).logits.isfinite().all()
+
+
 def test_blocks_hold_what_they_say():
     network, x = small_network().eval(), images(4)
     logits, blocks = Extraction(network, [Gradients(), Features()], log=False)(x)
