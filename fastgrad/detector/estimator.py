@@ -103,7 +103,12 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
 
         ``known`` are the blocks by name, where some are not those of `fastgrad.blocks`.
         """
-        self._check_parameters()
+        checks.is_bool(log=self.log)
+        if self.folds is not None and (not isinstance(self.folds, (int, np.integer)) or self.folds < 2):
+            raise ValueError(f"folds must be an integer of at least 2 or None; it was {self.folds!r}")
+        if self.calibration_fraction is not None:
+            checks.lies_in("(0, 1)", calibration_fraction=self.calibration_fraction)
+        checks.lies_in("(0, 1)", false_alarm_rate=self.false_alarm_rate)
         self._known = {**BLOCKS, **(known or {})}
         blocks = self._blocks(X, reset=True)
         count = len(next(iter(blocks.values())))
@@ -187,14 +192,6 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         tags.target_tags.required = False
         tags.classifier_tags = ClassifierTags(multi_class=False)
         return tags
-
-    def _check_parameters(self) -> None:
-        checks.is_bool(log=self.log)
-        if self.folds is not None and (not isinstance(self.folds, (int, np.integer)) or self.folds < 2):
-            raise ValueError(f"folds must be an integer of at least 2 or None; it was {self.folds!r}")
-        if self.calibration_fraction is not None:
-            checks.lies_in("(0, 1)", calibration_fraction=self.calibration_fraction)
-        checks.lies_in("(0, 1)", false_alarm_rate=self.false_alarm_rate)
 
     def _blocks(self, X: Features, *, reset: bool) -> dict[str, Tensor]:
         """X as named blocks, checked against those seen in `fit` unless ``reset``."""
