@@ -41,7 +41,8 @@ def image_statistics(images: Tensor) -> Tensor:
     Seven statistics in turn of four values of each pixel: the differences from its neighbours
     (`fastgrad.blocks.local_contrast`), root mean squares over channels, and the intensity. The contrasts are taken as
     square roots of amplitudes: near a normal distribution over images and free of the singularity that a logarithm has
-    in flat regions. ValueError for what is not floating, ``(B, C, H, W)``, with H and W at least 3.
+    in flat regions. Their unit is the root of the input's; every fourth column, intensity, has the input's. ValueError
+    for what is not floating, ``(B, C, H, W)``, with H and W at least 3.
     """
     if not is_image(images):
         kind = f"{tuple(images.shape)}, {images.dtype}"

@@ -31,7 +31,7 @@ class Subject:
     head: str | None  # the linear layer that gave the logits, its input one row (B, D) a sample
     bias: bool  # whether that layer has a bias
     channels: tuple[Channels, ...]  # where channels are read, in the order of the forward pass
-    image: int | str | None  # index or keyword of the one image tensor (B, C, H, W); None where there are several
+    image: int | str | None  # index or keyword of the one image tensor (B, C, H, W); None for none or several
     mask: str | None  # keyword of the input that marks the positions of a text (B, T)
     first: str | None = None  # the module whose output are the first normalised, or else convolved, maps (B, C, H, W)
 
