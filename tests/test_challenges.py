@@ -173,8 +173,14 @@ def test_attack_is_the_published_step() -> None:
     loss = nn.functional.cross_entropy(logits, logits.argmax(1), reduction="sum")
     (slope,) = torch.autograd.grad(loss, point)
     expected = (images + 8 / 255 * slope.sign()).clamp(0, 1)
-    made = fgsm(net, images, 8 / 255, torch.Generator(), pixels=PixelRange.of(images, clip=(0, 1)))
+    pixels = PixelRange.of(images, clip=(0, 1))
+    made = fgsm(net, images, 8 / 255, torch.Generator(), pixels=pixels)
     torch.testing.assert_close(made, expected, rtol=0, atol=4e-16)
+    # The sign of one logit is the prediction, as of two logits that differ by it.
+    middle = logits[:, :1].detach().mean()
+    one = Net(lambda own, x: own.net(x)[:, :1] - middle, net=net)
+    two = Net(lambda own, x: nn.functional.pad(own.one(x), (1, 0)), one=one)
+    assert torch.equal(*(fgsm(model, images, 0.1, torch.Generator(), pixels=pixels) for model in (one, two)))
 
 
 def test_normalised_and_unit_images_get_the_same_attack() -> None:

@@ -38,15 +38,10 @@ Part = tuple[str, Rows, Fitted]
 
 @dataclass(frozen=True)
 class Settings:
-    """How blocks fit their scores.
+    """How blocks fit their scores."""
 
-    Attributes:
-        log: Whether the logarithms of squared norms are to be taken.
-        count: Clean samples of the smallest fit, by which all fits have as many components: their scores are compared.
-    """
-
-    log: bool
-    count: int
+    log: bool  # whether the logarithms of squared norms are to be taken
+    count: int  # clean samples of the smallest fit: by it all fits, whose scores are compared, have as many components
 
 
 class Block:

@@ -35,19 +35,12 @@ LAYERS = (ConvNd, nn.Linear, nn.RNNBase, nn.MultiheadAttention)
 
 @dataclass(frozen=True)
 class Channels:
-    """One place where channels are read.
+    """One place where channels are read."""
 
-    Attributes:
-        path: The module whose output is read; of several tensors, the first.
-        dim: Where the channels lie, 1 or -1; all dimensions but this and the batch are positions.
-        count: How many there are.
-        grid: Of a map, each axis with more positions is read at fewer than so many; 0 for all.
-    """
-
-    path: str
-    dim: int
-    count: int
-    grid: int = 0
+    path: str  # the module whose output is read; of several tensors, the first
+    dim: int  # where the channels lie, 1 or -1; all dimensions but this and the batch are positions
+    count: int  # how many there are
+    grid: int = 0  # of a map, each axis with more positions is read at fewer than so many; 0 for all
 
 
 def output_of(output: Any) -> Tensor | None:

@@ -36,18 +36,13 @@ class Image(Block):
 
 
 def image_statistics(images: Tensor) -> Tensor:
-    """How local contrast and intensity are distributed over the pixels of each image.
+    """How local contrast and intensity are distributed over the pixels of each image, ``(B, 28)`` in at least float32.
 
-    Of each pixel the differences from its neighbours (`fastgrad.blocks.local_contrast`), root mean squares over
-    channels, and the intensity. The contrasts are taken as square roots of amplitudes: near a normal distribution over
-    images and free of the singularity that a logarithm has in flat regions.
-
-    Args:
-        images: ``(B, C, H, W)`` floating, H and W at least 3; ValueError for anything else.
-
-    Returns:
-        ``(B, 28)`` in at least float32: seven statistics of these four in turn. The contrasts are in units of the root
-        of the input's, every fourth column, intensity, in the input's.
+    Seven statistics in turn of four values of each pixel: the differences from its neighbours
+    (`fastgrad.blocks.local_contrast`), root mean squares over channels, and the intensity. The contrasts are taken as
+    square roots of amplitudes: near a normal distribution over images and free of the singularity that a logarithm has
+    in flat regions. Their unit is the root of the input's; every fourth column, intensity, has the input's. ValueError
+    for what is not floating, ``(B, C, H, W)``, with H and W at least 3.
     """
     if not is_image(images):
         kind = f"{tuple(images.shape)}, {images.dtype}"

@@ -25,25 +25,15 @@ _WRITE = 16
 
 @dataclass(frozen=True)
 class Subject:
-    """A network and the kind of input it gets.
+    """A network and the kind of input it gets."""
 
-    Attributes:
-        classes: N.
-        head: Name of the linear layer that gave the logits, its input one row ``(B, D)`` a sample; or None.
-        bias: Whether that layer has a bias.
-        channels: Where channels are read, in the order of the forward pass.
-        image: Index or keyword of the one image tensor ``(B, C, H, W)``; None where there is none or several.
-        mask: Keyword of the input that marks the positions of a text ``(B, T)``, or None.
-        first: The module whose output are the first normalised, or else convolved, maps ``(B, C, H, W)``, or None.
-    """
-
-    classes: int
-    head: str | None
-    bias: bool
-    channels: tuple[Channels, ...]
-    image: int | str | None
-    mask: str | None
-    first: str | None = None
+    classes: int  # N
+    head: str | None  # the linear layer that gave the logits, its input one row (B, D) a sample
+    bias: bool  # whether that layer has a bias
+    channels: tuple[Channels, ...]  # where channels are read, in the order of the forward pass
+    image: int | str | None  # index or keyword of the one image tensor (B, C, H, W); None for none or several
+    mask: str | None  # keyword of the input that marks the positions of a text (B, T)
+    first: str | None = None  # the module whose output are the first normalised, or else convolved, maps (B, C, H, W)
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Subject:
@@ -125,6 +115,12 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Su
     given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     images = [place for place, value in given if is_image(value)]
     found = _places(three, two, path)
+    # The first maps that have neighbours: normalised ones, which have one scale, before others.
+    maps = [
+        (not channels.is_normalization(module), place.path)
+        for module, place, value in found
+        if place.dim == 1 and value.dim() == 3 and min(value.shape[1:]) >= 3
+    ]
     mask = kwargs.get("attention_mask")
     return Subject(
         classes=logits.shape[1],
@@ -133,7 +129,7 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Su
         channels=channels.choose(found, three.operations / 3),
         image=images[0] if len(images) == 1 else None,
         mask="attention_mask" if isinstance(mask, Tensor) and mask.dim() == 2 else None,
-        first=_first(found),
+        first=min(maps, key=lambda seen: seen[0], default=(True, None))[1],
     )
 
 
@@ -149,13 +145,3 @@ def _places(three: _Watch, two: _Watch, head: str | None) -> list[tuple[nn.Modul
             continue
         found.append((module, Channels(path, dim, value.shape[dim]), value[0]))
     return found
-
-
-def _first(found: list[tuple[nn.Module, Channels, Tensor]]) -> str | None:
-    """The first maps that have neighbours: normalised ones, which have one scale, before others."""
-    maps = [
-        (module, place.path)
-        for module, place, value in found
-        if place.dim == 1 and value.dim() == 3 and min(value.shape[1:]) >= 3
-    ]
-    return min(maps, key=lambda seen: not channels.is_normalization(seen[0]), default=(None, None))[1]

@@ -78,8 +78,7 @@ class PixelRange:
         like, told = batches[0], _told(batches[0], clip, mean, std)
         filled = [batch for batch in batches if batch.numel()]
         if not filled:
-            low, high = (like.new_full((1, 1, 1, 1), value) for value in (0.0, 1.0))
-            return cls(low, high) if told is None else told
+            return told or cls(like.new_zeros((1, 1, 1, 1)), like.new_ones((1, 1, 1, 1)))
         # Of each image: a loader may mix ranges.
         smallest = torch.cat([batch.amin((2, 3)) for batch in filled])
         largest = torch.cat([batch.amax((2, 3)) for batch in filled])

@@ -38,8 +38,7 @@ from fastgrad.scores.fitted import Fitted, Sequence
 class Score(Fitted):
     """One score: what it reads of the blocks, and what it makes of it.
 
-    Options: ``source``, the block that it reads, or the classifier of challenges; ``weight``, how much its evidence
-    counts beside the others'.
+    Options: ``source``, the block or `CHALLENGE_CLASSIFIER`; ``weight``, how much its evidence counts beside others'.
     """
 
     rows: Fitted
@@ -49,11 +48,6 @@ class Score(Fitted):
         """Scores ``(B,)`` before calibration; the classifier's log probabilities ``(B, C)``."""
         result: Tensor = self.score(self.rows(blocks))
         return result
-
-    @property
-    def two_sided(self) -> bool:
-        """Whether it can be too good to be true."""
-        return bool(self.score.options.get("two_sided"))
 
 
 class DetectorModule(Fitted):
@@ -142,23 +136,14 @@ def values_of(scores: Iterable[Score], blocks: Mapping[str, Tensor]) -> tuple[Te
 
 @dataclass(frozen=True)
 class Table:
-    """Blocks of clean samples and challenges.
+    """Blocks of clean samples and challenges, n in all."""
 
-    Attributes:
-        blocks: ``(n, ...)`` by name.
-        known: What says how each block is scored.
-        kinds: ``(n,)``: 0 for clean samples, 1 and up for kinds of challenge.
-        groups: ``(n,)``: the source that each comes from; of a challenge the clean sample that it was made of.
-        held_out: ``(n,)``: clean samples that calibrate the sum and nothing else.
-        log: Whether the logarithms of squared norms are to be taken.
-    """
-
-    blocks: dict[str, Tensor]
-    known: Blocks
-    kinds: NDArray[np.intp]
-    groups: NDArray[np.intp]
-    held_out: NDArray[np.bool_]
-    log: bool
+    blocks: dict[str, Tensor]  # (n, ...) by name
+    known: Blocks  # what says how each block is scored
+    kinds: NDArray[np.intp]  # (n,): 0 for clean samples, 1 and up for kinds of challenge
+    groups: NDArray[np.intp]  # (n,): the source of each; of a challenge the clean sample that it was made of
+    held_out: NDArray[np.bool_]  # (n,): clean samples that calibrate the sum and nothing else
+    log: bool  # whether the logarithms of squared norms are to be taken
 
     @property
     def classes(self) -> int:
@@ -169,12 +154,8 @@ class Table:
 class Calibrated(NamedTuple):
     """A detector and what it was made of.
 
-    Attributes:
-        module: The detector.
-        evidence: ``(n, S)``, as `DetectorModule.explain` gives it, of every sample of the table by what was fitted
-            without it and its source.
-        log_p: ``(n, C)``, what the classifier of challenges that was fitted without it says of it; C is 0 without one.
-        table: What it was fitted on.
+    ``evidence`` ``(n, S)`` and ``log_p`` ``(n, C)`` are what `DetectorModule.explain` gives of every sample of the
+    table by what was fitted without it and its source; C is 0 without a classifier of challenges.
     """
 
     module: DetectorModule
@@ -194,7 +175,7 @@ def fit_scores(table: Table, chosen: NDArray[np.bool_], count: int) -> dict[str,
                 raise ValueError(f"blocks must name their scores apart; {source!r} and another one both have {name!r}")
             scores[name] = Score(rows=rows, score=score, source=source, weight=1.0)
     if (chosen & (table.kinds > 0)).any():
-        joint = JointRows.fit(clean, table.known, settings)
+        joint = JointRows(parts=Sequence(**{name: table.known[name].joint(clean, settings) for name in clean}))
         joined = torch.cat([joint(take(table.blocks, part)).float() for part in _parts(chosen)])
         classifier = ChallengeClassifier.fit(joined, table.kinds[chosen], table.classes)
         scores[CHALLENGE_CLASSIFIER] = Score(rows=joint, score=classifier, source=CHALLENGE_CLASSIFIER, weight=WEIGHT)
@@ -218,7 +199,8 @@ def deal(table: Table, folds: int, random: np.random.RandomState) -> NDArray[np.
 
 def with_p_values(scores: Mapping[str, Score], raw: Tensor, counted: NDArray[np.bool_]) -> DetectorModule:
     """A detector with the p-values of ``raw`` scores ``(K, n)`` among those ``counted``; its sum means nothing yet."""
-    p_values = PValues.fit(raw[:, torch.from_numpy(counted)], [score.two_sided for score in scores.values()])
+    two_sided = [bool(score.score.options.get("two_sided")) for score in scores.values()]
+    p_values = PValues.fit(raw[:, torch.from_numpy(counted)], two_sided)
     return DetectorModule(scores=Sequence(**scores), p_values=p_values)
 
 
@@ -238,9 +220,8 @@ def fit_detector(table: Table, folds: int, random: np.random.RandomState) -> Cal
     raw = torch.full((len(final), len(fold)), torch.nan, dtype=torch.float64, device="cpu")
     log_p = raw.new_empty(len(fold), table.classes if CHALLENGE_CLASSIFIER in final else 0)
     for number, scores in fitted.items():
-        if (fold == number).any():
-            rows = torch.from_numpy(fold == number)
-            raw[:, rows], log_p[rows] = _values(table, fold == number, [scores[name] for name in final])
+        for part in _parts(fold == number) if (fold == number).any() else ():
+            raw[:, part], log_p[part] = values_of([scores[name] for name in final], take(table.blocks, part))
     missing = raw[:, torch.from_numpy(clean)].isnan().sum(1).tolist()
     if failed := {name: count for name, count in zip(final, missing, strict=True) if count}:
         raise ValueError(f"clean samples must have finite scores to calibrate on; these were NaN: {failed}")
@@ -260,12 +241,6 @@ def fit_detector(table: Table, folds: int, random: np.random.RandomState) -> Cal
     # Samples of one source may all say the same: no smaller rate can be promised than from one of each.
     module.options["sources"] = len(np.unique(table.groups[calibrates]))
     return Calibrated(module.eval(), module.by_source(evidence), log_p, table)
-
-
-def _values(table: Table, chosen: NDArray[np.bool_], scores: list[Score]) -> tuple[Tensor, Tensor]:
-    """`values_of` the m chosen samples."""
-    raw, log_p = zip(*(values_of(scores, take(table.blocks, part)) for part in _parts(chosen)), strict=True)
-    return torch.cat(raw, 1), torch.cat(log_p)
 
 
 def _parts(chosen: NDArray[np.bool_]) -> list[NDArray[np.intp]]:

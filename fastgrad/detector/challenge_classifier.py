@@ -15,9 +15,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from torch import Tensor
 
-from fastgrad.blocks.block import Settings
 from fastgrad.detector.constants import INVERSE_PENALTY, LIMIT, STEPS
-from fastgrad.detector.inputs import Blocks
 from fastgrad.ops.dispatch import full_precision
 from fastgrad.scores.fitted import Fitted, Sequence
 from fastgrad.scores.rows import clipped
@@ -28,24 +26,16 @@ class JointRows(Fitted):
 
     parts: Sequence
 
-    @classmethod
-    def fit(cls, clean: Mapping[str, NDArray[np.float64]], known: Blocks, settings: Settings) -> JointRows:
-        """Standardised on ``clean`` blocks."""
-        return cls(parts=Sequence(**{name: known[name].joint(clean, settings) for name in clean}))
-
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """Standardised rows, cut at 50 standard deviations."""
         return clipped(torch.cat([rows(blocks) for rows in self.parts], -1), LIMIT)
 
 
 class ChallengeClassifier(Fitted):
-    """Log probabilities of a linear map to classes, of which the first is "clean".
+    """Log probabilities of a linear map to classes, of which the first is "clean"."""
 
-    Buffers: ``weight`` ``(d, C)``, ``bias`` ``(C,)``.
-    """
-
-    weight: Tensor
-    bias: Tensor
+    weight: Tensor  # (d, C)
+    bias: Tensor  # (C,)
 
     @classmethod
     def fit(cls, rows: Tensor, kinds: NDArray[np.intp], classes: int) -> ChallengeClassifier:

@@ -22,19 +22,12 @@ from fastgrad.detector.constants import CHALLENGED_TOGETHER
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """Inputs drawn uniformly from a loader.
+    """Inputs drawn uniformly from a loader."""
 
-    Attributes:
-        batches: The inputs, on the CPU; those of one batch have one shape.
-        beside: What came beside each input: a label, the kind of a challenge, or None.
-        keys: A hash of each input: equal inputs have one.
-        seen: How many inputs the loader gave.
-    """
-
-    batches: list[Inputs]
-    beside: list[Any]
-    keys: list[int]
-    seen: int
+    batches: list[Inputs]  # on the CPU; those of one batch have one shape
+    beside: list[Any]  # what came beside each input: a label, the kind of a challenge, or None
+    keys: list[int]  # a hash of each input: equal inputs have one
+    seen: int  # how many inputs the loader gave
 
     def __len__(self) -> int:
         return len(self.beside)
@@ -79,38 +72,28 @@ def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bo
         rows.append(inputs)
         own_bytes = map(bytes_of, itertools.compress(pytree.tree_leaves(inputs), carriers))
         others.append((own, hash((kind, *own_bytes))))
-    batches = [
-        _joined(rows[start : start + size], carriers)
-        for carriers, rows, _ in kinds.values()
-        for start in range(0, len(rows), size)
-    ]
+    batches: list[Inputs] = []
+    for carriers, rows, _ in kinds.values():
+        for start in range(0, len(rows), size):
+            columns = zip(carriers, *map(pytree.tree_leaves, rows[start : start + size]), strict=True)
+            joined = [torch.cat(column) if carries else column[0] for carries, *column in columns]
+            batches.append(pytree.tree_unflatten(joined, pytree.tree_structure(rows[0])))
     given, keys = map(list, zip(*(pair for _, _, others in kinds.values() for pair in others), strict=True))
     return Drawn(batches, given, keys, seen)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Clean inputs and challenges.
+    """Clean inputs, n in all, and challenges."""
 
-    Attributes:
-        clean: Drawn from the first loader, and from that of the calibration, if there is one.
-        challenges: Challenges of the user's, or None.
-        labels: ``(n,)`` of all clean inputs, -1 for none.
-        sources: ``(n,)``, a number of each: equal inputs have one, and stay on one side of each fit.
-        held_out: ``(n,)``: those that calibrate and nothing else.
-        fresh: ``(n,)``: those that no introspective classifier is trained on; they calibrate it.
-        each: Challenges that are generated of each of the others; 0 for none.
-        pixels: Their range, of images.
-    """
-
-    clean: list[Drawn]
-    challenges: Drawn | None
-    labels: NDArray[np.int64]
-    sources: NDArray[np.intp]
-    held_out: NDArray[np.bool_]
-    fresh: NDArray[np.bool_]
-    each: int
-    pixels: PixelRange | None
+    clean: list[Drawn]  # from the first loader, and from that of the calibration, if there is one
+    challenges: Drawn | None  # of the user's
+    labels: NDArray[np.int64]  # (n,), -1 for none
+    sources: NDArray[np.intp]  # (n,), a number of each: equal inputs have one, and stay on one side of each fit
+    held_out: NDArray[np.bool_]  # (n,): those that calibrate and nothing else
+    fresh: NDArray[np.bool_]  # (n,): those that no introspective classifier is trained on; they calibrate it
+    each: int  # challenges that are generated of each of those not held out; 0 for none
+    pixels: PixelRange | None  # of images
 
 
 def _beside(name: str, value: Any, count: int) -> list[Any]:
@@ -130,14 +113,6 @@ def _kind(leaf: Any, carries: bool) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     return leaf.dtype, leaf.shape[1:] if carries else (leaf.shape, hash(bytes_of(leaf)))
-
-
-def _joined(rows: list[Inputs], carriers: tuple[bool, ...]) -> Inputs:
-    """Rows of one kind as one batch."""
-    columns = zip(*map(pytree.tree_leaves, rows), strict=True)
-    leaves = [torch.cat(column) if carries else column[0] for column, carries in zip(columns, carriers, strict=True)]
-    joined: Inputs = pytree.tree_unflatten(leaves, pytree.tree_structure(rows[0]))
-    return joined
 
 
 def labels_of(name: str, drawn: Drawn, classes: int) -> NDArray[np.int64]:
@@ -168,19 +143,12 @@ def labels_of(name: str, drawn: Drawn, classes: int) -> NDArray[np.int64]:
 
 @dataclasses.dataclass
 class Features:
-    """What was read of clean inputs and challenges; rows of clean inputs come first, in their order.
+    """What was read of clean inputs and challenges; rows of clean inputs come first, in their order."""
 
-    Attributes:
-        blocks: ``(n, ...)`` by name.
-        logits: ``(n, N)``.
-        kinds: Of each; empty for clean inputs.
-        groups: Number of the clean input that each is or was made from; -1 for a challenge of the user's.
-    """
-
-    blocks: dict[str, Tensor]
-    logits: Tensor
-    kinds: NDArray[np.str_]
-    groups: NDArray[np.intp]
+    blocks: dict[str, Tensor]  # (n, ...) by name
+    logits: Tensor  # (n, N)
+    kinds: NDArray[np.str_]  # of each; empty for clean inputs
+    groups: NDArray[np.intp]  # the clean input that each is or was made from; -1 for a challenge of the user's
 
 
 #: Inputs, the kind of each and the number of its source, both as `Features` has them.

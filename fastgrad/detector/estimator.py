@@ -23,6 +23,7 @@ from fastgrad.detector.calibrate import Calibrated, DetectorModule, Table, fit_d
 from fastgrad.scores.rows import as_tensor
 
 Features = ArrayLike | Mapping[str, ArrayLike]
+Given = ArrayLike | None
 
 
 class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
@@ -96,20 +97,18 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         return self
 
     def _fit_table(
-        self,
-        X: Features,
-        y: ArrayLike | None,
-        *,
-        kinds: ArrayLike | None,
-        held_out: ArrayLike | None,
-        groups: ArrayLike | None,
-        known: inputs.Blocks | None = None,
+        self, X: Features, y: Given, *, kinds: Given, held_out: Given, groups: Given, known: inputs.Blocks | None = None
     ) -> Calibrated:
         """As `fit`; returns also what the fitted parts say of each sample without having seen it.
 
         ``known`` are the blocks by name, where some are not those of `fastgrad.blocks`.
         """
-        self._check_parameters()
+        checks.is_bool(log=self.log)
+        if self.folds is not None and (not isinstance(self.folds, (int, np.integer)) or self.folds < 2):
+            raise ValueError(f"folds must be an integer of at least 2 or None; it was {self.folds!r}")
+        if self.calibration_fraction is not None:
+            checks.lies_in("(0, 1)", calibration_fraction=self.calibration_fraction)
+        checks.lies_in("(0, 1)", false_alarm_rate=self.false_alarm_rate)
         self._known = {**BLOCKS, **(known or {})}
         blocks = self._blocks(X, reset=True)
         count = len(next(iter(blocks.values())))
@@ -134,11 +133,10 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         """Uncertainty ``(B,)``: -log of the p-value. Higher is less reliable; compare with `threshold`."""
         check_is_fitted(self, "module_")
         blocks = self._blocks(X, reset=False)
-        with torch.no_grad():
-            count = len(next(iter(blocks.values())))
-            # A few at a time, so that a large set needs little memory.
-            parts = [self.module_(inputs.take(blocks, slice(start, start + 4096))) for start in range(0, count, 4096)]
-            result: Array = torch.cat(parts).numpy()
+        count = len(next(iter(blocks.values())))
+        # A few at a time, so that a large set needs little memory.
+        parts = [self.module_(inputs.take(blocks, slice(start, start + 4096))) for start in range(0, count, 4096)]
+        result: Array = torch.cat(parts).numpy()
         return result
 
     def predict(self, X: Features) -> NDArray[Any]:
@@ -177,8 +175,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         of all evidence.
         """
         check_is_fitted(self, "module_")
-        with torch.no_grad():
-            _, evidence, _ = self.module_.explain(self._blocks(X, reset=False))
+        _, evidence, _ = self.module_.explain(self._blocks(X, reset=False))
         return {name: values.numpy() for name, values in zip(self.module_.sources, evidence.T, strict=True)}
 
     def to_module(self) -> DetectorModule:
@@ -195,14 +192,6 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         tags.target_tags.required = False
         tags.classifier_tags = ClassifierTags(multi_class=False)
         return tags
-
-    def _check_parameters(self) -> None:
-        checks.is_bool(log=self.log)
-        if self.folds is not None and (not isinstance(self.folds, (int, np.integer)) or self.folds < 2):
-            raise ValueError(f"folds must be an integer of at least 2 or None; it was {self.folds!r}")
-        if self.calibration_fraction is not None:
-            checks.lies_in("(0, 1)", calibration_fraction=self.calibration_fraction)
-        checks.lies_in("(0, 1)", false_alarm_rate=self.false_alarm_rate)
 
     def _blocks(self, X: Features, *, reset: bool) -> dict[str, Tensor]:
         """X as named blocks, checked against those seen in `fit` unless ``reset``."""

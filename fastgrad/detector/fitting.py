@@ -83,8 +83,13 @@ def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
     # A challenge has the label of the clean input that it was made of; what is held out has no challenges.
     labels = np.where(features.groups >= 0, sample.labels[features.groups], -1)
     held_out = (features.kinds == "") & sample.held_out[features.groups]
-    temperature = _temperature(two_stage, features, labels)
+    challenging, labelled = torch.from_numpy(features.kinds != ""), torch.from_numpy(labels >= 0)
+    temperature, known = None, labelled & ~challenging
+    if known.sum() >= constants.FEWEST_LABELLED:
+        temperature = Temperature.fit(features.logits[known], torch.from_numpy(labels)[known]).to(device)
     classifier = _classifier(two_stage, features, labels, sample.fresh)
+    # Where the classifier was trained on challenges, how much it counts is learned.
+    gated = classifier is not None and bool((challenging & labelled).any())
 
     @functools.cache
     def complete(names: tuple[str, ...]) -> tuple[TwoStageModel, Calibrated, str]:
@@ -92,7 +97,7 @@ def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
         detector: UncertaintyDetector = clone(base)
         calibrated = detector._fit_table(
             {name: features.blocks[name] for name in names},
-            (features.kinds != "").astype(int),
+            challenging.numpy().astype(int),
             kinds=features.kinds,
             held_out=held_out if held_out.any() else None,
             groups=np.where(features.groups >= 0, sample.sources[features.groups], -1),
@@ -101,17 +106,19 @@ def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
         result = copy.copy(two_stage)
         result._modules = dict(two_stage._modules)
         result.extraction_ = extraction.of([one for one in reading if one.name in (*names, Features.name)])
-        result.detector_ = calibrated.module.to(two_stage.device)
+        result.detector_ = calibrated.module.to(device)
         result.classifier_, result.temperature_ = classifier, temperature
-        result.gate_ = _gate(two_stage, features, labels, calibrated.evidence)
+        result.gate_ = None
+        if gated:
+            result.gate_ = NoisyOr.fit(None, calibrated.evidence, challenging, challenging).to(device)
         result.risk_, why = _risk(result, features, labels, sample.fresh, calibrated, options.risk)
         return result, calibrated, why
 
-    def answer(some: Iterable[Block]) -> TwoStageModel:
-        return complete(tuple(block.name for block in some))[0]
-
     if two_stage.blocks is None:
-        price = fit_to_budget(two_stage.model, blocks, x, two_stage.budget, subject=subject, answer=answer)
+        price = fit_to_budget(
+            two_stage.model, blocks, x, two_stage.budget, subject=subject,
+            answer=lambda some: complete(tuple(block.name for block in some))[0],
+        )  # fmt: skip
     else:
         # What was named is kept at whatever price.
         names, predicted = tuple(block.name for block in blocks), 1 + sum(block.price(subject) for block in blocks)
@@ -249,14 +256,6 @@ def _require_own(extraction: Extraction, x: Inputs) -> None:
             )
 
 
-def _temperature(two_stage: TwoStageModel, features: collect.Features, labels: NDArray[np.int64]) -> Temperature | None:
-    """From the labels of clean inputs, where there are enough."""
-    chosen = torch.from_numpy((labels >= 0) & (features.kinds == ""))
-    if chosen.sum() < constants.FEWEST_LABELLED:
-        return None
-    return Temperature.fit(features.logits[chosen], torch.from_numpy(labels)[chosen]).to(two_stage.device)
-
-
 def _classifier(
     two_stage: TwoStageModel, features: collect.Features, labels: NDArray[np.int64], fresh: NDArray[np.bool_]
 ) -> IntrospectiveNetwork | None:
@@ -275,17 +274,6 @@ def _classifier(
     if fresh.any():
         classifier.calibrate(*rows(fresh)[:2])
     return classifier.to_module().to(two_stage.device)
-
-
-def _gate(
-    two_stage: TwoStageModel, features: collect.Features, labels: NDArray[np.int64], evidence: Tensor
-) -> NoisyOr | None:
-    """How much the classifier counts, where it was trained on challenges."""
-    challenging = features.kinds != ""
-    if two_stage.classifier is None or not (challenging & (labels >= 0)).any():
-        return None
-    unusual = torch.from_numpy(challenging)
-    return NoisyOr.fit(None, evidence, unusual, unusual).to(two_stage.device)
 
 
 def _risk(

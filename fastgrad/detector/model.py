@@ -120,23 +120,19 @@ class TwoStageModel(nn.Module):
         self.risk_: Risk | None = None
         self.report_: Report | None = None
         self._gains: Callable[[], dict[str, Gain]] | None = None
-        self._adopt()
-
-    def _adopt(self) -> None:
-        """Take over copies of what was given fitted."""
-        if self.detector is not None and hasattr(self.detector, "module_"):
+        # Of what was given fitted it takes copies.
+        if detector is not None and hasattr(detector, "module_"):
             known: dict[str, Block] = {block.name: block for block in self.blocks or ()}
-            names = list(self.detector.shapes_)
-            self.extraction_ = self._extraction([known.get(name) or BLOCKS[name]() for name in names], None)
-            self.detector_ = copy.deepcopy(self.detector.module_).to(self.device)
-        if self.classifier is not None and hasattr(self.classifier, "network_"):
-            labels = self.classifier.classes_
+            self.extraction_ = self._extraction([known.get(key) or BLOCKS[key]() for key in detector.shapes_], None)
+            self.detector_ = copy.deepcopy(detector.module_).to(self.device)
+        if classifier is not None and hasattr(classifier, "network_"):
+            labels = classifier.classes_
             if not np.array_equal(labels, np.arange(len(labels))):
                 raise ValueError(
                     "classifier must be fitted on labels that are the network's class indices, none missing from 0 on; "
                     f"they were {labels.tolist()[:20]}"
                 )
-            self.classifier_ = copy.deepcopy(self.classifier.to_module()).to(self.device)
+            self.classifier_ = copy.deepcopy(classifier.to_module()).to(self.device)
             if self.extraction_ is not None and all(b.name != Features.name for b in self.extraction_.blocks):
                 self.extraction_ = self._extraction([*self.extraction_.blocks, Features()], None)
 

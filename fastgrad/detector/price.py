@@ -83,9 +83,8 @@ def fit_to_budget(
     Blocks that the network or its inputs cannot serve are dropped first. The first of the others stays in any case; a
     warning says so where it is above the limit. ``x`` is a batch on the network's device.
     """
-    refusals = [(block.name, block.refusal(subject)) for block in blocks]
-    dropped = [(name, why) for name, why in refusals if why is not None]
-    kept = [block for block, (_, why) in zip(blocks, refusals, strict=True) if why is None]
+    dropped = [(block.name, why) for block in blocks if (why := block.refusal(subject)) is not None]
+    kept = [block for block in blocks if block.refusal(subject) is None]
     x = _part(model, x)
     while True:
         run = answer(tuple(kept))

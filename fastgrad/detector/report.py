@@ -114,12 +114,11 @@ def gains(table: Table, kinds: NDArray[np.str_]) -> dict[str, Gain]:
     for number in (0, 1):
         inside, clean = (fold >= 0) & (fold != number), (fold == number) & (table.kinds == 0)
         scores = fit_scores(table, inside, int((inside & (table.kinds == 0)).sum()))
-        with torch.no_grad():
-            raw, _ = values_of(scores.values(), table.blocks)
-            module = with_p_values(scores, raw, clean)
-            evidence = dict(zip(module.sources, module.by_source(module.evidence(raw)).T, strict=True))
-            joint = scores[CHALLENGE_CLASSIFIER].rows.get_submodule("parts")
-            parts = {name: rows(table.blocks) for name, rows in joint.named_children()}
+        raw, _ = values_of(scores.values(), table.blocks)
+        module = with_p_values(scores, raw, clean)
+        evidence = dict(zip(module.sources, module.by_source(module.evidence(raw)).T, strict=True))
+        joint = scores[CHALLENGE_CLASSIFIER].rows.get_submodule("parts")
+        parts = {name: rows(table.blocks) for name, rows in joint.named_children()}
         for left_out in families:
             learned, challenged = inside & (family != left_out), (fold == number) & (family == left_out)
             sources.append(table.groups[challenged])

@@ -26,23 +26,17 @@ from fastgrad.scores.fitted import Fitted
 
 
 class NoisyOr(Fitted):
-    """P(event) from a cause of known probability, and the evidence for another.
+    """P(event) from a cause of known probability, and the evidence for another."""
 
-    Buffers: ``weight`` ``(S,)`` and ``bias`` ``()``.
-    """
-
-    weight: Tensor
-    bias: Tensor
+    weight: Tensor  # (S,)
+    bias: Tensor  # ()
 
     @classmethod
     def fit(cls, known: Tensor | None, evidence: Tensor, event: Tensor, challenging: Tensor) -> NoisyOr:
         """Maximise the penalised likelihood; without challenges the evidence counts nothing.
 
-        Args:
-            known: ``(n,)``, the probability of the other cause; None makes a logistic regression of the evidence.
-            evidence: ``(n, S)``, of each input by what was fitted without it and its source.
-            event: ``(n,)`` of bool.
-            challenging: ``(n,)`` of bool.
+        ``known`` ``(n,)`` is the probability of the other cause; None makes a logistic regression of the ``evidence``
+        ``(n, S)``, which is of each input by what was fitted without it and its source.
         """
         count = evidence.shape[1]
         if not challenging.any():
@@ -79,21 +73,11 @@ class NoisyOr(Fitted):
         p = known + (1 - known) * torch.sigmoid(self.log_odds(evidence))
         return torch.where(p.isnan(), 1.0, p)
 
-    def raised(self, known: Tensor, evidence: Tensor) -> Tensor:
-        """By how much each source raises the probability ``(B, S)``: without its evidence it would be so much less."""
-        columns = torch.arange(evidence.shape[1], device=evidence.device)
-        without = [self(known, torch.where(columns == k, 0.0, evidence)) for k in range(len(columns))]
-        p: Tensor = self(known, evidence)
-        return p.unsqueeze(1) - torch.stack(without, 1)
-
 
 class Risk(Fitted):
-    """P(wrong) from the answer's own doubt and the evidence against its input.
+    """P(wrong) from the answer's own doubt and the evidence against its input."""
 
-    Buffer: ``rates`` ``(C,)``, the share of wrong answers to each kind of challenge, 0 of "clean"; C is 0 without any.
-    """
-
-    rates: Tensor
+    rates: Tensor  # (C,), the share of wrong answers to each kind of challenge, 0 of "clean"; C is 0 without any
     cause: NoisyOr
 
     @classmethod
@@ -116,7 +100,11 @@ class Risk(Fitted):
 
     def raised(self, doubt: Tensor, evidence: Tensor, log_p: Tensor) -> Tensor:
         """By how much each source raises the risk ``(B, S)``: without its evidence it would be so much less."""
-        return self.cause.raised(doubt, misleading(evidence, log_p, self.rates))
+        evidence = misleading(evidence, log_p, self.rates)
+        columns = torch.arange(evidence.shape[1], device=evidence.device)
+        without = [self.cause(doubt, torch.where(columns == k, 0.0, evidence)) for k in range(len(columns))]
+        p: Tensor = self.cause(doubt, evidence)
+        return p.unsqueeze(1) - torch.stack(without, 1)
 
 
 def misleading(evidence: Tensor, log_p: Tensor, rates: Tensor) -> Tensor:

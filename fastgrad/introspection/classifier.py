@@ -232,9 +232,8 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
     ) -> tuple[list[Tensor], list[float]]:
         """Train on the samples ``chosen``; those ``watched`` decide when to stop.
 
-        Returns:
-            Weights and biases in turn of the best epoch, the rows' standardisation inside the first layer, and the
-            watched loss of every epoch: the training loss itself where no samples are watched.
+        Gives weights and biases in turn of the best epoch, the rows' standardisation inside the first layer, and the
+        watched loss of every epoch: the training loss itself where no samples are watched.
         """
         device, generator = torch.device(self.device), torch.Generator().manual_seed(seed)
         mean, scale = (value.float() for value in network.mean_and_scale(inputs, self.loss))
@@ -253,8 +252,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
 
         best, best_loss, waited, size = snapshot(), float("inf"), 0, int(self.batch_size)
         history: list[float] = []
-        epochs: Any = bar(range(self.max_epochs), "introspective network", bool(self.verbose), unit="epoch")
-        for _ in epochs:
+        for _ in bar(range(self.max_epochs), "introspective network", bool(self.verbose), unit="epoch"):
             total = 0.0
             order = torch.randperm(len(chosen), generator=generator, device="cpu")
             for samples in chosen[order].split(size):
@@ -268,8 +266,6 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
                     total = sum(float(batch_loss(samples, "sum")) for samples in watched.split(size))
             loss = total / len(watched if len(watched) else chosen)
             history.append(loss)
-            if self.verbose:
-                epochs.set_postfix(loss=f"{loss:.4f}")
             if loss < best_loss * (1 - 1e-4):
                 best, best_loss, waited = snapshot(), loss, 0
             else:

@@ -42,23 +42,19 @@ class PValues(Fitted):
     Where scores truly lie close together (a lump, an end of their range) the slope of log p is limited to
     `STEEPEST` over the width of the middle half of the scores, by raising p-values, never by lowering them.
 
-    A two-sided score, unusual when high or low, has the typicality 2 min(p, 1 - p).
-
-    Buffers, with a row for the upper tail of each score, then for the lower one of each two-sided score: ``scores`` and
-    ``log_p`` ``(T, m)``, the counted ones; ``start``, ``start_log_p``, ``scale``, ``count`` ``(T, 1)``: s, its log p,
-    e and k. ``two_sided`` ``(T - K,)``: which scores have a lower tail; ``other`` ``(K,)``: the row of each score's
-    lower tail, or of its upper one; ``factor`` ``(K, 1)``: log 2, or 0.
+    A two-sided score, unusual when high or low, has the typicality 2 min(p, 1 - p). Of the T tails each score's upper
+    one comes first, then the lower one of each two-sided score.
     """
 
-    scores: Tensor
-    log_p: Tensor
-    start: Tensor
-    start_log_p: Tensor
-    scale: Tensor
-    count: Tensor
-    two_sided: Tensor
-    other: Tensor
-    factor: Tensor
+    scores: Tensor  # (T, m), the counted ones
+    log_p: Tensor  # (T, m)
+    start: Tensor  # (T, 1): s
+    start_log_p: Tensor  # (T, 1)
+    scale: Tensor  # (T, 1): e
+    count: Tensor  # (T, 1): k
+    two_sided: Tensor  # (T - K,): which scores have a lower tail
+    other: Tensor  # (K,): the row of each score's lower tail, or of its upper one
+    factor: Tensor  # (K, 1): log 2, or 0
 
     @classmethod
     def fit(cls, scores: Tensor, two_sided: Sequence[bool], *, counted: bool = False) -> PValues:

@@ -25,15 +25,12 @@ class Mahalanobis(Fitted):
 
     z being the row minus the mean. The second term holds all directions but the r leading ones; they share the
     mean of their eigenvalues (Tipping and Bishop, "Probabilistic principal component analysis", 1999).
-
-    Buffers: ``mean`` ``(d,)``; ``directions`` ``(d, r)``; ``weights`` ``(r,)``; ``rest`` ``()``, the weight of what
-    lies outside the directions, 0 where they span everything.
     """
 
-    mean: Tensor
-    directions: Tensor
-    weights: Tensor
-    rest: Tensor
+    mean: Tensor  # (d,)
+    directions: Tensor  # (d, r)
+    weights: Tensor  # (r,)
+    rest: Tensor  # (), the weight of what lies outside the directions, 0 where they span everything
 
     @classmethod
     def fit(cls, rows: NDArray[np.float64], directions: int = DIRECTIONS) -> Mahalanobis:
@@ -42,7 +39,7 @@ class Mahalanobis(Fitted):
         d = values.shape[1]
         mean = values.mean(0)
         centred = values - mean
-        variances, leading = principal(centred, min(directions, d))
+        variances, leading = principal(centred, directions)
         rho, average = shrinkage(variances, centred)
         # Where nothing varies, any scale does.
         floor = max(rho * average, 1e-10 * float(variances[0])) or 1.0
@@ -65,17 +62,11 @@ class Mahalanobis(Fitted):
 
 
 def principal(centred: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and leading eigenvectors of ``centred^T centred / n``, largest first.
+    """Eigenvalues ``(min(n, d),)`` and leading eigenvectors ``(d, r)`` of ``centred^T centred / n``, largest first.
 
     They come from the products of rows where those are fewer than the columns. Each vector's largest entry is positive,
-    so that the same rows give the same directions.
-
-    Args:
-        centred: Rows ``(n, d)`` of mean zero, float64.
-        rank: How many directions, at most; those without variance beyond rounding are left out.
-
-    Returns:
-        All variances ``(min(n, d),)``, and directions ``(d, r)`` of unit length, r from 1 to ``rank``.
+    so that the same rows give the same directions. Those without variance beyond rounding are left out: r is from 1 to
+    ``rank``. ``centred`` ``(n, d)`` has mean zero.
     """
     n, d = centred.shape
     wide = d > n

@@ -44,14 +44,12 @@ class Rows(Fitted):
     whether by the block of logits or else by the norms of the last parameter; ``log``, whether to take logarithms;
     ``top``, how many of the largest entries to keep, in falling order (0 for all, as they come); ``clip``, where
     standardised values are cut, None for nowhere.
-    Buffers: ``mean`` and ``scale`` ``(d,)`` of the clean rows after the logarithm; ``projection`` ``(d, e)`` and
-    ``shift`` ``(e,)``, what a clean row's projection is on average.
     """
 
-    mean: Tensor
-    scale: Tensor
-    projection: Tensor
-    shift: Tensor
+    mean: Tensor  # (d,), of the clean rows after the logarithm
+    scale: Tensor  # (d,)
+    projection: Tensor  # (d, e)
+    shift: Tensor  # (e,), what a clean row's projection is on average
 
     @classmethod
     def fit(
@@ -117,8 +115,7 @@ class Rows(Fitted):
 
     def of(self, blocks: Mapping[str, Array]) -> Array:
         """The rows of arrays."""
-        with torch.no_grad():
-            result: Array = self({name: as_tensor(array) for name, array in blocks.items()}).numpy()
+        result: Array = self({name: as_tensor(array) for name, array in blocks.items()}).numpy()
         return result
 
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:

@@ -20,11 +20,9 @@ class Temperature(Fitted):
     minimises ``sum_i NLL(b z_i, y_i) + b - 1 - log b``, which is convex in b. The last terms, a Gamma prior with its
     mode at b = 1, weigh about as much as one sample: without them b would be infinite where every sample is classified
     right, and 0 where the logits say nothing. T is kept within 1/1000 and 1000.
-
-    Buffers: ``temperature`` ``()``.
     """
 
-    temperature: Tensor
+    temperature: Tensor  # ()
 
     @classmethod
     def fit(cls, logits: Tensor, labels: Tensor) -> Temperature:

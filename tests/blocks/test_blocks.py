@@ -268,6 +268,11 @@ def test_a_network_with_layer_norms_is_read_at_its_layers() -> None:
     """Every position has one scale behind a layer norm, however unusual it is."""
     subject = watch(Positions().eval(), *arguments(torch.randn(4, 5, 6)))
     assert [place.path for place in subject.channels] == ["hidden", "back"]
+    # A layer that is called twice has no one output.
+    twice, square = Positions().eval(), nn.Linear(6, 6)
+    twice.back = nn.Sequential(twice.back, square, square)
+    subject = watch(twice, *arguments(torch.randn(4, 5, 6)))
+    assert [place.path for place in subject.channels] == ["hidden", "back.0"]
 
 
 def test_layer_norms_are_read_where_there_is_nothing_else() -> None:
@@ -350,6 +355,7 @@ def test_tokens_are_read_at_every_position() -> None:
 def test_a_grid_takes_evenly_spaced_positions_inside_any_map(shape: tuple[int, ...], inside: tuple[Any, ...]) -> None:
     value = torch.randn(shape)
     assert torch.equal(channels.sampled(value, 8), value[inside])
+    assert channels.channel_dim(nn.Linear(3, 4), tuple(value.shape[1:2])) is None
 
 
 @pytest.mark.parametrize("size", [6, 20])

@@ -149,6 +149,8 @@ def test_round_trip_is_bit_equal(fitted, tmp_path):
         assert torch.equal(saved, restored)
     assert loaded.threshold(0.1) == fitted.threshold(0.1)
     assert str(loaded.report()) == str(fitted.report())
+    with pytest.raises(RuntimeError, match="features of the fit, which are not stored"):
+        loaded.report(gains=True)
     assert torch.equal(loaded.calibration_scores, fitted.calibration_scores)
     again = loaded.save(tmp_path / "again.safetensors")
     assert again.read_bytes() == path.read_bytes()
@@ -206,6 +208,12 @@ def test_blocks_by_name_and_clean_data_alone(block):
     alone = torch.cat([two_stage(x).uncertainty for x in images(5).split(1)])
     torch.testing.assert_close(alone, prediction.uncertainty, rtol=1e-3, atol=1e-3)
     assert two_stage(images(5)[:0]).uncertainty.shape == (0,)
+
+
+def test_a_network_that_draws_random_numbers_is_not_taken_for_one_that_mixes_samples():
+    noisy = nn.Sequential(small_network(), nn.Identity())
+    noisy[1].forward = lambda z: z + torch.rand_like(z).mul(100)
+    TwoStageModel(noisy, blocks=["logits"]).fit(loader(60, labels=False), None)
 
 
 def test_blocks_hold_what_they_say():

@@ -73,3 +73,5 @@ def test_calibrates_and_keeps_the_prediction_and_the_dtype():
     assert score(sharp.half()).dtype == torch.float16
     stored = rebuild(score.spec(), score.state_dict())
     assert torch.equal(stored(sharp), score(sharp))
+    with pytest.raises(ValueError, match="unknown part 'Later'"):
+        rebuild({"kind": "Later"}, {})
