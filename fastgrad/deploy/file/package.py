@@ -39,6 +39,8 @@ from fastgrad.engine.memory import keep_freed_memory
 from fastgrad.prediction import Prediction
 
 MEMBER = "extra/fastgrad.json"
+#: Bytes of it, and of an archive's table of contents.
+_LARGEST = 4 * 2**20
 #: What reading a damaged archive raises.
 DAMAGED = (zipfile.BadZipFile, EOFError, RuntimeError)
 #: Of the kinds of file, as their names end.
@@ -98,9 +100,9 @@ class _Bounded(io.FileIO):
     """A file of which no more than 4 MiB is read at once: an archive's table of contents can claim any size."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        wanted = onnx_file.LARGEST + 1 if size is None or size < 0 else size
-        content = super().read(min(wanted, onnx_file.LARGEST + 1)) or b""
-        if len(content) > onnx_file.LARGEST:
+        wanted = _LARGEST + 1 if size is None or size < 0 else size
+        content = super().read(min(wanted, _LARGEST + 1)) or b""
+        if len(content) > _LARGEST:
             raise zipfile.BadZipFile("its table of contents is too large")
         return content
 
@@ -129,8 +131,8 @@ def _read_member(path: str | os.PathLike[str]) -> bytes | None:
         members = [entry for entry in archive.infolist() if entry.filename.endswith("/" + MEMBER)]
         if not members:
             return None
-        if len(members) > 1 or members[0].file_size > onnx_file.LARGEST:
-            raise RuntimeError(f"it must hold one {MEMBER} of at most {onnx_file.LARGEST} bytes")
+        if len(members) > 1 or members[0].file_size > _LARGEST:
+            raise RuntimeError(f"it must hold one {MEMBER} of at most {_LARGEST} bytes")
         return archive.read(members[0])
 
 
