@@ -89,10 +89,9 @@ class Description:
         Raises:
             TypeError, ValueError: it is no number, or the file holds no threshold for this rate.
         """
-        if rate is not None:
-            is_number(false_alarm_rate=rate)
-        if rate is None or rate == self.false_alarm_rate:
+        if rate is None:
             return self.threshold
+        is_number(false_alarm_rate=rate)
         for known, threshold in self.thresholds:
             if abs(known - rate) < 1e-12:
                 return threshold

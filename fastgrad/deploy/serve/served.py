@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import os
 import re
@@ -175,12 +174,12 @@ class Model:
 
     async def reload(self) -> None:
         """Load the file anew and let it take over; where that fails, say why and go on."""
-        fresh, run = None, functools.partial(asyncio.get_running_loop().run_in_executor, None)
+        fresh = None
         try:
             # The same again, copied or touched, would end the drift monitor and its alarm.
-            if await run(digest_of, self.path) == self.served.digest:
+            if await asyncio.to_thread(digest_of, self.path) == self.served.digest:
                 return
-            fresh = await run(self._version)
+            fresh = await asyncio.to_thread(self._version)
             await fresh.start()
         except Exception as error:
             self.failures += 1
