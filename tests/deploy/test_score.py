@@ -399,6 +399,10 @@ def test_no_image_is_left_out_without_a_word(
     rows = pq.read_table(tmp_path / "out").to_pylist()
     missing = "the file cannot be read: No such file or directory"
     assert [(row["name"], row["error"]) for row in rows] == [("0.png", None), ("1.png", missing), ("2.png", None)]
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelPackage, "rows", lambda _, x: np.full((len(x), 5), np.nan))
+        score(tiny_package, base, tmp_path / "nan")
+    assert "is not a finite number" in pq.read_table(tmp_path / "nan").to_pylist()[0]["error"]
     plain = os.scandir
 
     def closed(path: Any) -> Any:

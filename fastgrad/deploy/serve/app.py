@@ -146,7 +146,7 @@ def create_app(
 
     app = FastAPI(
         title="fastgrad", description="Class, uncertainty and whether to rely on it.", version=__version__,
-        docs_url=None, redoc_url=None, lifespan=lifespan,
+        docs_url=None, redoc_url=None, lifespan=lifespan, responses=refusals(400, 401, 403, 500),
     )  # fmt: skip
     app.state.ready, app.state.draining, app.state.failure = False, False, None
     app.state.models, app.state.readers = models, readers

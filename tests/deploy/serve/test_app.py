@@ -302,6 +302,7 @@ def test_risk_reaches_the_answer(tmp_path: Path) -> None:
         app = stub(create_app(str(path)), {str(risk): row})
         assert post(app)[2]["risk"] == expected
         assert json.loads(call(app, "GET", "/model", {}, [])[2])["risk"] is risk
+        assert b"no scores to compare with" in call(app, "GET", "/drift", {}, [])[2]
 
 
 def test_command_line_errors(tiny_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
