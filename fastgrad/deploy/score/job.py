@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import json
 import os
 import secrets
-import shutil
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -34,12 +32,12 @@ with extra("score"):
     from pyarrow.dataset import dataset, field
     from tqdm import tqdm
 
-#: In a part's metadata: the id of the job that wrote it.
+#: In a part's metadata: the job that wrote it, as `Job.id`.
 _JOB = b"fastgrad.job"
 _FOREIGN = "was not made by fastgrad score and is left as it is; choose another --out"
 
 
-def write_part(rows: list[dict[str, Any]], path: Path, schema: Any, job: str) -> None:
+def write_part(rows: list[dict[str, Any]], path: Path, schema: Any, job: bytes) -> None:
     """Write one part of the job of this id: whole under its name, or not at all."""
     with written_beside(path) as temporary:
         pq.write_table(pa.Table.from_pylist(rows, schema=schema.with_metadata({_JOB: job})), temporary)
@@ -53,9 +51,10 @@ def _schema(path: Path) -> Any:
         return pa.schema([])
 
 
-def _wrote(job: Job, schema: Any) -> bool:
-    """Whether a part of this schema is one that the job wrote."""
-    return bool((schema.metadata or {}).get(_JOB) == job.id.encode())
+def _job_of(schema: Any) -> bytes | None:
+    """The id of the job that wrote a part of this schema; None for another program's file."""
+    job: bytes | None = (schema.metadata or {}).get(_JOB)
+    return job
 
 
 def check_out(path: Path, schema: Any) -> None:
@@ -83,9 +82,9 @@ def arrow_schema(description: Description) -> Any:
 class Job:
     """Images to score, cut into parts, and a folder of the parts that are there; the options are those of `score`.
 
-    The folder is made, or continued where this very job has made it, as its ``note`` says. ``missing`` has the numbers
-    of the parts that were not there, ``done`` is how many images the others hold. ValueError where the model takes no
-    images, there are none, a file cannot be read, or the folder is another job's, or not made by one.
+    The folder is made, or continued where it holds parts of this very job, which bear its ``id``. ``missing`` has the
+    numbers of the parts that were not there, ``done`` is how many images the others hold. ValueError where the model
+    takes no images, there are none, a file cannot be read, or the folder is another job's, or not made by one.
     """
 
     model: Path
@@ -105,22 +104,16 @@ class Job:
         require_images(self.description.input_shape)
         self.threshold = self.description.threshold_at(self.false_alarm_rate)
         self.schema = arrow_schema(self.description)
-        self.images, self.note = self.images.resolve(), self.folder / "job.json"
-        self.columns, self.limits = (self.image_column, self.key_column), (self.max_pixels, self.max_bytes)
+        self.images, self.columns = self.images.resolve(), (self.image_column, self.key_column)
+        self.listed: list[Source] | None = None
+        identity = (
+            digest_of(self.model), str(self.images), self._look(), self.part, self.threshold, self.columns,
+            self.max_pixels, self.max_bytes,
+        )  # fmt: skip
+        self.id = hashlib.sha256(repr(identity).encode("ascii", "backslashreplace")).hexdigest().encode()
         # One more byte is read, and of no more than the system counts.
         self.max_bytes = min(self.max_bytes, sys.maxsize - 1)
-        self.listed: list[Source] | None = None
-        identity = self._look()
-        job = {
-            "model": digest_of(self.model), "images": str(self.images), "identity": identity, "total": self.total,
-            "part": self.part, "threshold": self.threshold, "columns": self.columns, "limits": self.limits,
-        }  # fmt: skip
-        note = json.dumps(job, indent=1)
-        self.id = hashlib.sha256(note.encode()).hexdigest()
-        self._open(note)
-        self.paths = [self.folder / f"part-{i:08d}.parquet" for i in range(-(-self.total // self.part))]
-        self.missing = [index for index, path in enumerate(self.paths) if not _wrote(self, _schema(path))]
-        self.done = self.total - sum(min(self.part, self.total - index * self.part) for index in self.missing)
+        self._open()
 
     def _look(self) -> str:
         """Count the images; return what changes when they do."""
@@ -135,41 +128,30 @@ class Job:
                 raise ValueError(f"{images} is not a readable Parquet file: {error}") from None
             list(read_parquet(images, *self.columns, stop=0))  # the columns are there
             stat = images.stat()
-            with images.open("rb") as file:
-                # The table of contents, and all of a small file.
-                file.seek(-min(stat.st_size, 2**20), os.SEEK_END)
-                identity = f"{stat.st_size} {stat.st_mtime_ns} {hashlib.sha256(file.read()).hexdigest()}"
+            identity = f"{stat.st_size} {stat.st_mtime_ns}"
         else:
             raise ValueError(f"images must be a folder or a Parquet file; there is no {str(images)!r}")
         if self.total == 0:
             raise ValueError(f"there are no images in {images}")
         return identity
 
-    def _open(self, note: str) -> None:
-        """Make the folder with the note inside, or check that it is there."""
-        if not fits_utf8(str(self.folder)):
-            raise ValueError(f"out must be a name in UTF-8, as pyarrow opens no other; it was {str(self.folder)!r}")
-        # An empty folder is nobody's work.
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
-        if not os.path.lexists(self.folder):
-            # It appears with its note inside; of several runs at once the first makes it.
-            fresh = self.folder.with_name(UNFINISHED + secrets.token_hex(8))
-            fresh.mkdir(parents=True)
-            try:
-                (fresh / self.note.name).write_text(note, "utf-8")
-                fresh.rename(self.folder)
-            except OSError:
-                shutil.rmtree(fresh)
-                if not os.path.lexists(self.folder):
-                    raise
-        try:
-            found = self.note.read_text("utf-8")
-        except (OSError, ValueError):
-            raise ValueError(f"{self.folder} {_FOREIGN}") from None
-        if found != note:
-            other = "the parts of another job (other model, images or options)"
-            raise ValueError(f"{self.folder} holds {other}; remove it or choose another --out")
+    def _open(self) -> None:
+        """Make the folder, or find the parts of this job; nothing else is adopted, and so removed at the end."""
+        folder = self.folder
+        if not fits_utf8(str(folder)):
+            raise ValueError(f"out must be a name in UTF-8, as pyarrow opens no other; it was {str(folder)!r}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+        if folder.is_symlink() or not folder.is_dir():
+            raise ValueError(f"{folder} {_FOREIGN}")
+        self.paths = [folder / f"part-{i:08d}.parquet" for i in range(-(-self.total // self.part))]
+        self.missing = [index for index, path in enumerate(self.paths) if _job_of(_schema(path)) != self.id]
+        self.done = self.total - sum(min(self.part, self.total - index * self.part) for index in self.missing)
+        if not self.done and not all(path.name.startswith(UNFINISHED) for path in folder.iterdir()):
+            if any(_job_of(_schema(path)) for path in folder.glob("part-*.parquet")):
+                other = "the parts of another job (other model, images or options)"
+                raise ValueError(f"{folder} holds {other}; remove it or choose another --out")
+            raise ValueError(f"{folder} {_FOREIGN}")
 
     def write(self, model: ModelPackage, index: int, pool: ThreadPoolExecutor, told: Callable[[int], Any] = int) -> int:
         """Score part ``index`` and write it; return how many images it holds. Each batch's number is ``told``.
@@ -247,12 +229,12 @@ def join_parts(job: Job, out: Path) -> None:
     with written_beside(out, job.folder) as temporary, pq.ParquetWriter(temporary, job.schema) as writer:
         for part in job.paths:
             table = pq.read_table(part)
-            if not _wrote(job, table.schema):
+            if _job_of(table.schema) != job.id:
                 raise ValueError(f"{part} was written by another run with this out; the same command writes it anew")
             writer.write_table(table.cast(job.schema))
     # Under another name, so that a slower run with this out writes no part beside those that go.
     gone = job.folder.rename(out.with_name(UNFINISHED + secrets.token_hex(8)))
-    for path in (*(gone / part.name for part in job.paths), *gone.glob(UNFINISHED + "*"), gone / job.note.name):
+    for path in (*(gone / part.name for part in job.paths), *gone.glob(UNFINISHED + "*")):
         path.unlink()
     try:
         gone.rmdir()

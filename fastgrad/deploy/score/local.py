@@ -74,7 +74,7 @@ def score(
         counts = count_rows(job.paths)
         join_parts(job, target)
     except FileNotFoundError:
-        if job.note.exists():
+        if job.folder.exists():
             raise
         raise ValueError(f"{job.folder} was removed meanwhile, as by another run with this out that ended") from None
     return {**counts, "continued": job.done}
