@@ -145,7 +145,7 @@ def export(
 
     def write(file: Path) -> None:
         if onnx:
-            onnx_export.write(two_stage, answers, example_input, file, description)
+            onnx_export.write(answers, example_input, file, description)
         else:
             compile_function(answers, example_input, file, max_batch=max_batch, one_by_one=one_by_one)
             write_description(file, description)

@@ -1,8 +1,7 @@
 """What an ONNX file of this package holds, and how it is run.
 
-It takes ``input`` ``(batch, ...)``, normalized, and gives ``logits``, ``probabilities``, ``uncertainty``, where it was
-fitted with labels ``risk``, and where it was asked for ``evidence``. What travels with it is one JSON text under the
-key ``fastgrad`` of the file's ``metadata_props``, so neither PyTorch nor this package is needed to run it.
+It takes ``input`` ``(batch, ...)``, normalized, and gives what `outputs_of` names. What travels with it is one JSON
+text under the key ``fastgrad`` of the file's ``metadata_props``: neither PyTorch nor this package is needed to run it.
 
 The last entry, ``fastgrad.sha256``, is the sum of all bytes before it: ONNX has none of its own, and a weight of which
 one bit is another would answer like any. A user who changes a file on purpose removes that entry.

@@ -3,11 +3,8 @@
 `fastgrad.deploy.file.onnx_file` says what is in an ``.onnx``.
 
 A ``.pt2`` is a zip. Its member ``<name>/extra/fastgrad.json`` is the description. The graph runs without this package,
-by ``torch._inductor.aoti_load_package("model.pt2")(x)``. It gives logits, probabilities, uncertainty, where the
-description says so the risk ``(B,)``, and last the evidence ``(B, E)`` of a file exported with it.
-
-``x`` must have the dtype and shape of the description and be contiguous: native code reads memory as it is and checks
-nothing. `ModelPackage` checks all that. Load only files that you would also run as programs.
+by ``torch._inductor.aoti_load_package("model.pt2")(x)``, and gives what `outputs_of` says. Native code reads memory as
+it is; `ModelPackage` checks dtype and shape first. Load only files that you would also run as programs.
 """
 
 from __future__ import annotations
