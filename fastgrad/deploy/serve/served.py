@@ -130,6 +130,7 @@ class Served:
         try:
             await self.pool.start()
         except ChildError as error:
+            self._remove()
             raise self._failure(error) from None
 
     def _failure(self, error: Exception) -> PackageError:
@@ -174,7 +175,6 @@ class Model:
 
     async def reload(self) -> None:
         """Load the file anew and let it take over; where that fails, say why and go on."""
-        fresh = None
         try:
             # The same again, copied or touched, would end the drift monitor and its alarm.
             if await asyncio.to_thread(digest_of, self.path) == self.served.digest:
@@ -185,8 +185,6 @@ class Model:
             self.failures += 1
             message = "model %s: %s has changed and cannot be loaded: %s; the one before goes on"
             _log.error(message, self.name, self.path, error)
-            if fresh is not None:
-                await fresh.retire()
             return
         old, self.served = self.served, fresh
         self.reloads += 1
