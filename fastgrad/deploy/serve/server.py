@@ -29,6 +29,7 @@ _LEAST, _MOST = 1.0, 5.0
 _HEAP = {-3: 2**20, -1: 2**24}
 #: Connections that are taken at once, and files that a process has open beside all connections.
 _AT_ONCE, _FILES = 2048, 128
+_FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 #: Of Linux: SO_ATTACH_FILTER, and a program for it that drops what asks for a new connection (SYN) and nothing else.
 _ATTACH_FILTER = 26
 _NO_NEW = b"".join(
@@ -43,16 +44,22 @@ class Protocol(H11Protocol):
     most: int
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Close the one that waits longest where there are too many, or this one where none waits."""
+        """Close another one where there are too many."""
         super().connection_made(transport)
         transport.max_size = _READ  # type: ignore[attr-defined]
         # The other clock of Windows gives one time to all that come within 16 ms.
         self._since = time.perf_counter()
         #: Since when headers are awaited: the first, or the rest of some; None where they have come.
         self.headless: float | None = self._since
-        if len(self.connections) > self.most:
-            waiting: Any = (other for other in self.connections if other is not self and other.waits)
-            min(waiting, key=lambda other: other._since, default=self).transport.abort()
+        if len(self.connections) <= self.most:
+            return
+        waiting: Any = (other for other in self.connections if other is not self and other.waits)
+        oldest = min(waiting, key=lambda other: other._since, default=None)
+        if oldest is None:
+            transport.write(_FULL)
+            transport.close()
+        else:
+            oldest.transport.abort()
 
     @property
     def waits(self) -> bool:
