@@ -53,8 +53,8 @@ class Protocol(H11Protocol):
         self.headless: float | None = self._since
         if len(self.connections) <= self.most:
             return
-        waiting: Any = (other for other in self.connections if other is not self and other.waits)
-        oldest = min(waiting, key=lambda other: other._since, default=None)
+        others: Any = self.connections - {self}
+        oldest = min((other for other in others if other.waits), key=lambda other: other._since, default=None)
         if oldest is None:
             transport.write(_FULL)
             transport.close()
