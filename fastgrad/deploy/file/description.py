@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import math
@@ -90,10 +89,9 @@ class Description:
         Raises:
             TypeError, ValueError: it is no number, or the file holds no threshold for this rate.
         """
-        if rate is not None:
-            is_number(false_alarm_rate=rate)
-        if rate is None or rate == self.false_alarm_rate:
+        if rate is None:
             return self.threshold
+        is_number(false_alarm_rate=rate)
         for known, threshold in self.thresholds:
             if abs(known - rate) < 1e-12:
                 return threshold
@@ -108,10 +106,9 @@ class Description:
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """``(pixel - mean) / std`` for pixels ``(..., C, H, W)`` from 0 to 1; the identity without either."""
-        if self.mean is not None:
-            pixels = pixels - _per_channel(tuple(self.mean), pixels.dtype)
-        if self.std is not None:
-            pixels = pixels / _per_channel(tuple(self.std), pixels.dtype)
+        for apply, values in ((torch.sub, self.mean), (torch.div, self.std)):
+            if values is not None:
+                pixels = apply(pixels, torch.tensor(values, dtype=pixels.dtype, device="cpu").view(-1, 1, 1))
         return pixels
 
 
@@ -129,11 +126,6 @@ def normalize_pixels(description: Description, pixels: Tensor) -> Tensor:
     dtype = DTYPES[description.input_dtype]
     # In float32 at least, as the pixels of training were: in bfloat16 each step would lose a level of a pixel.
     return description.normalize(pixels.to(torch.promote_types(dtype, torch.float32)) / 255).to(dtype)
-
-
-@functools.lru_cache(64)
-def _per_channel(values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device="cpu").view(-1, 1, 1)
 
 
 def _count(value: Any, most: int) -> bool:

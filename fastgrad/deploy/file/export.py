@@ -145,7 +145,7 @@ def export(
 
     def write(file: Path) -> None:
         if onnx:
-            onnx_export.write(two_stage, answers, example_input, file, description)
+            onnx_export.write(answers, example_input, file, description)
         else:
             compile_function(answers, example_input, file, max_batch=max_batch, one_by_one=one_by_one)
             write_description(file, description)
@@ -241,7 +241,7 @@ def _calibration(
         rates = {rate for rate in rates if rate >= 1 / (n + 1) or rate == false_alarm_rate}
 
         def conformal(rate: float) -> float:
-            """The smallest score with at most rate * (n + 1) - 1 scores at or above it."""
+            """The smallest score with at most rate * (n + 1) - 1 scores above it."""
             return float(ordered[min(n, int(np.ceil((1 - rate) * (n + 1)))) - 1])
 
         threshold = threshold if callable(threshold) else conformal

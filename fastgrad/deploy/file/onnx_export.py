@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgrad.checks import extra
@@ -45,22 +45,26 @@ def convert(
         import onnx
         import onnxscript  # noqa: F401 - torch.onnx writes with it
 
-    program = _decomposed(function, example_input, max_batch)
-    known = ("aten.", "prims.", "<built-in")
-    _refuse(name for name in operators(program) if "backward" in name or not name.startswith(known))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # A fused attention's backward pass is one operation, which nothing translates, and so is oneDNN's LSTM.
+        with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
+            program = trace(function, example_input, max_batch=max_batch, one_by_one=False)
+        program = program.run_decompositions(decompositions())
+        known = ("aten.", "prims.", "<built-in")
+        operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+        _refuse(name for name in operators if "backward" in name or not name.startswith(known))
+        try:
             result: Any = torch.onnx.export(
                 program, (), input_names=[INPUT], output_names=list(outputs), opset_version=OPSET,
                 dynamo=True, verbose=False, optimize=False,
             )  # fmt: skip
+        except torch.onnx.errors.OnnxExporterError as error:
+            _refuse(re.findall(r"\btarget=torch\.ops\.([\w.]+)", str(error)))
+            raise
         optimize(result.model)
         sample_apart(result.model)
-        model = result.model_proto
-    except torch.onnx.errors.OnnxExporterError as error:
-        _refuse(re.findall(r"\btarget=torch\.ops\.([\w.]+)", str(error)))
-        raise
+    model = result.model_proto
     if model.ByteSize() >= _LARGEST:
         raise RuntimeError("the model is larger than the 2 GB that one ONNX file can hold; export to .pt2")
     _tidy(model)
@@ -73,29 +77,8 @@ def convert(
 
 def _refuse(names: Iterable[str]) -> None:
     if found := sorted(set(names)):
-        raise UntranslatableError(found)
-
-
-class UntranslatableError(RuntimeError):
-    """Operations of these names have no ONNX form."""
-
-    def __init__(self, names: list[str], source: str = "") -> None:
-        super().__init__(f"no ONNX form exists of {', '.join(names)}{source}; export to .pt2")
-        self.names = names
-
-
-def operators(program: Any) -> set[str]:
-    """Names of the operations of an exported program."""
-    return {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-
-
-def _decomposed(function: Callable[[Tensor], Any], example_input: Tensor, max_batch: int) -> Any:
-    # A fused attention's backward pass is one operation, which nothing translates, and so is oneDNN's LSTM.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
-            program = trace(function, example_input, max_batch=max_batch, one_by_one=False)
-        return program.run_decompositions(decompositions())
+        otherwise = ", or fit with blocks=[...] that need no gradients" * any("backward" in name for name in found)
+        raise RuntimeError(f"no ONNX form exists of {', '.join(found)}; export to .pt2{otherwise}")
 
 
 def _tidy(model: Any) -> None:
@@ -113,33 +96,12 @@ def _tidy(model: Any) -> None:
 
 
 def write(
-    two_stage: nn.Module,
-    answers: Callable[[Tensor], tuple[Tensor, ...]],
-    example_input: Tensor,
-    path: Path,
-    description: Description,
+    answers: Callable[[Tensor], tuple[Tensor, ...]], example_input: Tensor, path: Path, description: Description
 ) -> None:
-    """Write ``two_stage``, with ``description`` inside; ``answers`` gives what the file returns, of the live module."""
+    """Write a file that gives what ``answers`` gives, with ``description`` inside."""
     with extra("onnx"):
         import onnxruntime  # noqa: F401 - the file is run before it appears
-    try:
-        model = convert(answers, example_input, outputs=outputs_of(description), max_batch=description.max_batch)
-    except UntranslatableError as error:
-        raise UntranslatableError(error.names, _source(two_stage, example_input, error.names)) from None
+    model = convert(answers, example_input, outputs=outputs_of(description), max_batch=description.max_batch)
     model.metadata_props.add(key=KEY, value=description_text(description))
     content = model.SerializeToString()
     path.write_bytes(content + sum_entry(hashlib.sha256(content).hexdigest()))
-
-
-def _source(two_stage: nn.Module, example_input: Tensor, names: list[str]) -> str:
-    """Where operations come from, and what would work without them."""
-    network, extraction = getattr(two_stage, "model", None), getattr(two_stage, "extraction_", None)
-    if network is None or extraction is None:
-        return ""
-    from fastgrad.batches import logits_of
-
-    needed = operators(_decomposed(lambda x: logits_of(network(x)).detach(), example_input, 4))
-    if needed.intersection(names):
-        return ", which the network itself needs"
-    blocks = ", ".join(block.name for block in extraction.blocks if block.signals(extraction.known))
-    return f", which the blocks {blocks} need; fit with blocks=[...] that need no gradients" if blocks else ""

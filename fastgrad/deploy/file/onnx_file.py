@@ -1,8 +1,7 @@
 """What an ONNX file of this package holds, and how it is run.
 
-It takes ``input`` ``(batch, ...)``, normalized, and gives ``logits``, ``probabilities``, ``uncertainty``, where it was
-fitted with labels ``risk``, and where it was asked for ``evidence``. What travels with it is one JSON text under the
-key ``fastgrad`` of the file's ``metadata_props``, so neither PyTorch nor this package is needed to run it.
+It takes ``input`` ``(batch, ...)``, normalized, and gives what `outputs_of` names. What travels with it is one JSON
+text under the key ``fastgrad`` of the file's ``metadata_props``: neither PyTorch nor this package is needed to run it.
 
 The last entry, ``fastgrad.sha256``, is the sum of all bytes before it: ONNX has none of its own, and a weight of which
 one bit is another would answer like any. A user who changes a file on purpose removes that entry.
@@ -12,8 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,11 +22,6 @@ INPUT = "input"
 KEY = "fastgrad"
 #: Of the entry with the SHA-256, in hexadecimal digits.
 SUM = "fastgrad.sha256"
-#: Bytes of one entry.
-LARGEST = 4 * 2**20
-#: The field ``metadata_props`` of a ModelProto.
-_METADATA = 14
-_NOT_WHOLE = "it is not a whole ONNX file"
 
 
 def load(path: str | os.PathLike[str]) -> Callable[[Tensor], list[Tensor]]:
@@ -59,9 +52,9 @@ def load(path: str | os.PathLike[str]) -> Callable[[Tensor], list[Tensor]]:
 
 
 def sum_entry(digits: str) -> bytes:
-    """An entry of ``metadata_props`` as protocol buffers write it; at the end of a message it is part of it."""
+    """An entry of ``metadata_props``, field 14, as protocol buffers write it; at a message's end it is part of it."""
     entry = b"\n%c%s\x12%c%s" % (len(SUM), SUM.encode(), len(digits), digits.encode())
-    return b"%c%c%s" % (_METADATA << 3 | 2, len(entry), entry)
+    return b"%c%c%s" % (14 << 3 | 2, len(entry), entry)
 
 
 def _check_sum(path: str | os.PathLike[str]) -> None:
@@ -78,47 +71,17 @@ def _check_sum(path: str | os.PathLike[str]) -> None:
         raise RuntimeError("it is damaged, or was changed after it was written: its SHA-256 is another")
 
 
-def read_metadata(path: str | os.PathLike[str]) -> bytes | None:
-    """The text that travels in an ONNX file, or None, without loading the graph; RuntimeError for no whole file."""
-    size, texts = os.path.getsize(path), []
-    if size == 0:
-        raise RuntimeError("it is empty")
-    with open(path, "rb") as file:
-        for field, stop in _fields(file, size):
-            if field != _METADATA:
-                continue
-            if stop - file.tell() > LARGEST:
-                raise RuntimeError(_NOT_WHOLE)
-            pair = {part: file.read(end - file.tell()) for part, end in _fields(file, stop)}
-            if pair.get(1) == KEY.encode():
-                texts.append(pair.get(2))
+def read_metadata(path: str | os.PathLike[str]) -> str | None:
+    """The text that travels in an ONNX file, or None; RuntimeError for no whole file."""
+    with extra("onnx"):
+        import onnx
+    try:
+        model = onnx.load(os.fspath(path), "protobuf", load_external_data=False)
+    except Exception as error:
+        raise RuntimeError(f"it is not a whole ONNX file: {error}") from error
+    if not model.HasField("graph"):
+        raise RuntimeError("it holds no graph")
+    texts = [entry.value for entry in model.metadata_props if entry.key == KEY]
     if len(texts) > 1:
         raise RuntimeError(f"it holds {KEY!r} twice")
     return texts[0] if texts else None
-
-
-def _fields(file: BinaryIO, end: int) -> Iterator[tuple[int, int]]:
-    """Each field of a message of protocol buffers that has a length: its number, and where it ends."""
-    while file.tell() < end:
-        field, kind = divmod(_varint(file), 8)
-        number = _varint(file)
-        if kind == 2 and field and file.tell() + number <= end:
-            stop = file.tell() + number
-            yield field, stop
-            file.seek(stop)
-        # ONNX has integers beside, and nothing else.
-        elif kind != 0:
-            raise RuntimeError(_NOT_WHOLE)
-
-
-def _varint(file: BinaryIO) -> int:
-    """An integer of protocol buffers: seven bits a byte, the lowest first."""
-    result = 0
-    for shift in range(0, 70, 7):
-        byte = file.read(1)
-        if not byte:
-            break
-        result |= (byte[0] & 127) << shift
-        if byte[0] < 128:
-            return result
-    raise RuntimeError(_NOT_WHOLE)

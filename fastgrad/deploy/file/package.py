@@ -3,11 +3,8 @@
 `fastgrad.deploy.file.onnx_file` says what is in an ``.onnx``.
 
 A ``.pt2`` is a zip. Its member ``<name>/extra/fastgrad.json`` is the description. The graph runs without this package,
-by ``torch._inductor.aoti_load_package("model.pt2")(x)``. It gives logits, probabilities, uncertainty, where the
-description says so the risk ``(B,)``, and last the evidence ``(B, E)`` of a file exported with it.
-
-``x`` must have the dtype and shape of the description and be contiguous: native code reads memory as it is and checks
-nothing. `ModelPackage` checks all that. Load only files that you would also run as programs.
+by ``torch._inductor.aoti_load_package("model.pt2")(x)``, and gives what `outputs_of` says. Native code reads memory as
+it is; `ModelPackage` checks dtype and shape first. Load only files that you would also run as programs.
 """
 
 from __future__ import annotations
@@ -39,6 +36,8 @@ from fastgrad.engine.memory import keep_freed_memory
 from fastgrad.prediction import Prediction
 
 MEMBER = "extra/fastgrad.json"
+#: Bytes of it, and of an archive's table of contents.
+_LARGEST = 4 * 2**20
 #: What reading a damaged archive raises.
 DAMAGED = (zipfile.BadZipFile, EOFError, RuntimeError)
 #: Of the kinds of file, as their names end.
@@ -98,9 +97,9 @@ class _Bounded(io.FileIO):
     """A file of which no more than 4 MiB is read at once: an archive's table of contents can claim any size."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        wanted = onnx_file.LARGEST + 1 if size is None or size < 0 else size
-        content = super().read(min(wanted, onnx_file.LARGEST + 1)) or b""
-        if len(content) > onnx_file.LARGEST:
+        wanted = _LARGEST + 1 if size is None or size < 0 else size
+        content = super().read(min(wanted, _LARGEST + 1)) or b""
+        if len(content) > _LARGEST:
             raise zipfile.BadZipFile("its table of contents is too large")
         return content
 
@@ -129,8 +128,8 @@ def _read_member(path: str | os.PathLike[str]) -> bytes | None:
         members = [entry for entry in archive.infolist() if entry.filename.endswith("/" + MEMBER)]
         if not members:
             return None
-        if len(members) > 1 or members[0].file_size > onnx_file.LARGEST:
-            raise RuntimeError(f"it must hold one {MEMBER} of at most {onnx_file.LARGEST} bytes")
+        if len(members) > 1 or members[0].file_size > _LARGEST:
+            raise RuntimeError(f"it must hold one {MEMBER} of at most {_LARGEST} bytes")
         return archive.read(members[0])
 
 

@@ -61,8 +61,7 @@ def score(
     decoders = os.cpu_count() or 1 if decoders is None else decoders
     at_least(1, batch=batch, part=part, max_pixels=max_pixels, max_bytes=max_bytes, decoders=decoders)
     target, model = Path(out), ModelPackage(model_path)
-    schema = arrow_schema(model.description)
-    check_out(target, schema)
+    check_out(target, arrow_schema(model.description))
     job = Job(
         Path(model_path), model.description, Path(images), target.with_name(target.name + ".parts"), batch=batch,
         part=part, false_alarm_rate=false_alarm_rate, image_column=image_column, key_column=key_column,
@@ -73,9 +72,9 @@ def score(
             for index in job.missing:
                 job.write(model, index, pool, bar.update)
         counts = count_rows(job.paths)
-        join_parts(job, target, schema)
+        join_parts(job, target)
     except FileNotFoundError:
-        if job.note.exists():
+        if job.folder.exists():
             raise
         raise ValueError(f"{job.folder} was removed meanwhile, as by another run with this out that ended") from None
     return {**counts, "continued": job.done}

@@ -20,8 +20,8 @@ from fastgrad.deploy.score.sources import MAX_BYTES
 class PartScorer:
     """Loads the model once, then scores and writes whole parts."""
 
-    def __init__(self, model: str, job: Job) -> None:
-        self.model, self.job, self.pool = ModelPackage(model), job, ThreadPoolExecutor(2)
+    def __init__(self, job: Job) -> None:
+        self.model, self.job, self.pool = ModelPackage(job.model), job, ThreadPoolExecutor(2)
 
     def __call__(self, parts: dict[str, Any]) -> dict[str, Any]:
         """Score the parts of these numbers; return how many images each held."""
@@ -89,7 +89,7 @@ def score_dataset(
         ray.data.DataContext.get_current().enable_progress_bars = False
         items = [{"id": index} for index in job.missing]
         done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            PartScorer, fn_constructor_args=(str(path), job), batch_size=1, num_gpus=gpus_per_worker or None,
+            PartScorer, fn_constructor_args=(job,), batch_size=1, num_gpus=gpus_per_worker or None,
             compute=ray.data.ActorPoolStrategy(size=min(workers, len(items))),
         )  # fmt: skip
         with job.progress_bar(progress) as bar:

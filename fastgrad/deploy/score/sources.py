@@ -65,10 +65,9 @@ def read_parquet(
     column = _column(names, column, ("image", "img", "bytes", "content"), "image", required=True)
     key = _column(names, key, ("path", "name", "id"), "key", required=False)
     stop = file.metadata.num_rows if stop is None else stop
-    sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-    ends = list(itertools.accumulate(sizes))
-    groups = [i for i, (size, end) in enumerate(zip(sizes, ends, strict=True)) if end - size < stop and end > start]
-    row = ends[groups[0]] - sizes[groups[0]] if groups else 0
+    ends = [0, *itertools.accumulate(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))]
+    groups = [i for i, (first, end) in enumerate(itertools.pairwise(ends)) if first < stop and end > start]
+    row = ends[groups[0]] if groups else 0
     columns = [column] + ([key] if key else [])
     _cells(pa.nulls(0, file.schema_arrow.field(column).type), most)  # before the first image is read
     try:

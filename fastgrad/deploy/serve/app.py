@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
-import math
 import os
 import re
 import time
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastgrad import __version__
-from fastgrad.checks import at_least, extra, is_a, is_number, is_path
+from fastgrad.checks import at_least, extra, is_a, is_path, lies_in
 from fastgrad.deploy.file.package import PackageError
 from fastgrad.deploy.serve.bodies import Limits, Readers
 from fastgrad.deploy.serve.child import ChildError, RequestError
@@ -93,26 +92,21 @@ def create_app(
             name that fits no address, no list for ``allowed_hosts``, a number out of its range, or what is no number,
             path or `Limits`.
     """
-    for file in path.values() if isinstance(path, Mapping) else (path,):
+    for name, file in path.items() if isinstance(path, Mapping) else (("model", path),):
         is_path(path=file)
+        if not (isinstance(name, str) and re.fullmatch(r"[\w.-]+", name)):
+            raise ValueError(f"path must have names of letters, digits and _.-; one was {name!r}")
     paths = dict(path) if isinstance(path, Mapping) else {Path(path).stem: path}
     if not paths:
         raise ValueError("path must name at least one model; it was empty")
     given = {name: value for name, value in (("decoders", decoders), ("threads", threads)) if value is not None}
     at_least(1, workers=workers, max_batch=max_batch, **given)
-    is_number(batch_wait=batch_wait, reload_every=reload_every)
-    if not 0 <= batch_wait < math.inf:
-        raise ValueError(f"batch_wait must be finite and not negative; it was {batch_wait:g}")
-    if not reload_every > 0:
-        raise ValueError(f"reload_every must be positive; it was {reload_every:g}")
+    lies_in("[0, inf)", batch_wait=batch_wait)
+    lies_in("(0, inf]", reload_every=reload_every)
     guard = Guard(api_key, allowed_hosts)
     if pins is not None:
         is_path(pins=pins)
     is_a(Limits, limits=limits)
-    for name in path if isinstance(path, Mapping) else ():
-        if not (isinstance(name, str) and re.fullmatch(r"[\w.-]+", name)):
-            raise ValueError(f"path must have names of letters, digits and _.-; one was {name!r}")
-
     load = functools.partial(
         Served, workers=workers, threads=threads, max_batch=max_batch, batch_wait=batch_wait, limits=limits,
         false_alarm_rate=false_alarm_rate, drift_false_alarm_rate=drift_false_alarm_rate, pins=pins,
@@ -152,7 +146,7 @@ def create_app(
 
     app = FastAPI(
         title="fastgrad", description="Class, uncertainty and whether to rely on it.", version=__version__,
-        docs_url=None, redoc_url=None, lifespan=lifespan,
+        docs_url=None, redoc_url=None, lifespan=lifespan, responses=refusals(400, 401, 403, 500),
     )  # fmt: skip
     app.state.ready, app.state.draining, app.state.failure = False, False, None
     app.state.models, app.state.readers = models, readers

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fastgrad.checks import extra, is_number
+from fastgrad.checks import extra, lies_in
 from fastgrad.deploy.file.answer import ResultError, answer
 from fastgrad.deploy.file.description import Description
 from fastgrad.deploy.file.images import MAX_PIXELS
@@ -61,10 +61,7 @@ class Limits:
     header_seconds: float = 10.0
 
     def __post_init__(self) -> None:
-        is_number(**vars(self))
-        for name, value in vars(self).items():
-            if not value > 0:
-                raise ValueError(f"{name} must be positive; it was {value:g}")
+        lies_in("(0, inf]", **vars(self))
 
 
 async def read_body(request: Request, limits: Limits, hold: Callable[[int], None]) -> bytearray:

@@ -110,7 +110,6 @@ class Child:
 
     async def restart(self, seconds: float) -> None:
         """Start it anew, again and again until it can be asked."""
-        pause = 0.1
         while True:
             await self.stop(0.0)
             try:
@@ -118,8 +117,7 @@ class Child:
             except (ChildError, OSError) as error:
                 _log.warning("a process cannot be started: %s; it is tried again", error)
             # Memory may be short for a moment.
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, 5.0)
+            await asyncio.sleep(1)
 
     async def ask(self, parts: Sequence[Bytes], seconds: float) -> bytes:
         """Send what the parts make together, if there are any; return the reply.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import hmac
 import ipaddress
@@ -10,6 +11,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Collection
+from typing import Any
 
 from fastgrad.checks import extra
 from fastgrad.deploy.serve.child import RequestError
@@ -63,7 +65,8 @@ class Guard:
                     refused(error.status)
                     await refusal(error)(scope, receive, send)
                     return
-            await app(scope, receive, _without_traceback(scope, send) if scope["type"] == "lifespan" else send)
+            starting = scope["type"] == "lifespan"
+            await app(scope, receive, functools.partial(_tell, send, scope["app"]) if starting else send)
 
         return guarded
 
@@ -95,16 +98,11 @@ class Guard:
             self._wrong, self._quiet_until = 0, time.monotonic() + _QUIET
 
 
-def _without_traceback(scope: Scope, send: Send) -> Send:
-    """Why the server does not start, in place of where in its code, if that is known."""
-
-    async def told(message: Message) -> None:
-        failure = scope["app"].state.failure
-        if message["type"] == "lifespan.startup.failed" and failure is not None:
-            message = {**message, "message": failure}
-        await send(message)
-
-    return told
+async def _tell(send: Send, app: Any, message: Message) -> None:
+    """Send why the server does not start, in place of where in its code, if that is known."""
+    if message["type"] == "lifespan.startup.failed" and app.state.failure is not None:
+        message = {**message, "message": app.state.failure}
+    await send(message)
 
 
 def address_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from anyio import move_on_after
 
@@ -27,6 +27,7 @@ class _Item:
     attempts: int = 0
 
 
+@dataclass(eq=False)
 class Pool:
     """Has inputs answered by processes, in batches, of which ``on_batch`` hears the sizes.
 
@@ -34,21 +35,18 @@ class Pool:
     ``hang_timeout`` seconds is ended and replaced. It must have started in ``load_timeout`` seconds.
     """
 
-    def __init__(
-        self,
-        workers: Sequence[Child],
-        *,
-        max_batch: int = 1,
-        batch_wait: float = 0.0,
-        hang_timeout: float,
-        load_timeout: float,
-        on_batch: Callable[[int], None] = lambda size: None,
-    ) -> None:
-        self.workers, self.max_batch, self.batch_wait, self.on_batch = workers, max_batch, batch_wait, on_batch
-        self.hang_timeout, self.load_timeout = hang_timeout, load_timeout
+    workers: Sequence[Child]
+    _: KW_ONLY
+    hang_timeout: float
+    load_timeout: float
+    max_batch: int = 1
+    batch_wait: float = 0.0
+    on_batch: Callable[[int], None] = lambda size: None
+
+    def __post_init__(self) -> None:
         self.queue: deque[_Item] = deque()
         self._arrived = asyncio.Event()
-        for worker in workers:
+        for worker in self.workers:
             worker.on_end = self._arrived.set
         self._tasks: list[asyncio.Task[None]] = []
 

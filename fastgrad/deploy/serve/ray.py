@@ -78,7 +78,7 @@ def deployment(
         @serve.batch(max_batch_size=min(max_batch, description.max_batch), batch_wait_timeout_s=batch_wait)
         async def run(self, inputs: list[bytes]) -> list[Any]:
             batch = batch_of(bytearray().join(inputs), description)
-            return list(await asyncio.get_running_loop().run_in_executor(None, self.model.rows, batch))
+            return list(await asyncio.to_thread(self.model.rows, batch))
 
         async def __call__(self, request: Request) -> JSONResponse:
             try:

@@ -45,9 +45,8 @@ class Status(BaseModel):
 
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The refusals that a route may answer with: these, and those of every route."""
-    fixed = (400, 401, 403, 500)
-    return {status: {"model": Refusal, "description": "Refused"} for status in (*fixed, *statuses)}
+    """The refusals that a route may answer with, beside those of every route."""
+    return {status: {"model": Refusal, "description": "Refused"} for status in statuses}
 
 
 def request_body(shape: tuple[int, ...]) -> dict[str, Any]:

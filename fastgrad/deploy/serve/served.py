@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import os
 import re
@@ -131,6 +130,7 @@ class Served:
         try:
             await self.pool.start()
         except ChildError as error:
+            self._remove()
             raise self._failure(error) from None
 
     def _failure(self, error: Exception) -> PackageError:
@@ -175,19 +175,16 @@ class Model:
 
     async def reload(self) -> None:
         """Load the file anew and let it take over; where that fails, say why and go on."""
-        fresh, run = None, functools.partial(asyncio.get_running_loop().run_in_executor, None)
         try:
             # The same again, copied or touched, would end the drift monitor and its alarm.
-            if await run(digest_of, self.path) == self.served.digest:
+            if await asyncio.to_thread(digest_of, self.path) == self.served.digest:
                 return
-            fresh = await run(self._version)
+            fresh = await asyncio.to_thread(self._version)
             await fresh.start()
         except Exception as error:
             self.failures += 1
             message = "model %s: %s has changed and cannot be loaded: %s; the one before goes on"
             _log.error(message, self.name, self.path, error)
-            if fresh is not None:
-                await fresh.retire()
             return
         old, self.served = self.served, fresh
         self.reloads += 1

@@ -8,7 +8,6 @@ import ctypes
 import socket
 import struct
 import time
-from dataclasses import replace
 from typing import Any, cast
 
 from fastgrad.checks import extra
@@ -40,9 +39,9 @@ _NO_NEW = b"".join(
 
 
 class Protocol(H11Protocol):
-    """One connection."""
+    """One connection of ``most``."""
 
-    limits = Limits()
+    most: int
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Close another one where there are too many."""
@@ -52,9 +51,9 @@ class Protocol(H11Protocol):
         self._since = time.perf_counter()
         #: Since when headers are awaited: the first, or the rest of some; None where they have come.
         self.headless: float | None = self._since
-        if len(self.connections) <= self.limits.connections:
+        if len(self.connections) <= self.most:
             return
-        others: Any = (other for other in self.connections if other is not self)
+        others: Any = self.connections - {self}
         oldest = min((other for other in others if other.waits), key=lambda other: other._since, default=None)
         if oldest is None:
             transport.write(_FULL)
@@ -88,11 +87,11 @@ class Server(uvicorn.Server):
     """Serves an application of `create_app` until SIGINT or SIGTERM."""
 
     def __init__(self, app: Any, *, host: str, port: int, limits: Limits) -> None:
-        connections, at_once = _room(int(limits.connections))
-        self._limits = limits = replace(limits, connections=connections)
+        most, at_once = _room(int(limits.connections))
+        self._limits = limits
         # The limits of `Protocol` need asyncio's own transports: uvloop's read as much at once as they like.
         config = uvicorn.Config(
-            app, host=host, port=port, http=type("Protocol", (Protocol,), {"limits": limits}), ws="none",
+            app, host=host, port=port, http=type("Protocol", (Protocol,), {"most": most}), ws="none",
             backlog=at_once, loop="asyncio", access_log=False, server_header=False, log_level="info",
             timeout_keep_alive=30, timeout_graceful_shutdown=int(limits.seconds) + 5,
             h11_max_incomplete_event_size=_HEADERS,

@@ -22,14 +22,12 @@ def add_status_routes(app: FastAPI, named: Callable[[str | None], Model]) -> Non
     """Add the routes; ``named`` gives the model of a name, or the first."""
     state, models, readers = app.state, app.state.models, app.state.readers
 
-    @app.get("/health", summary="Whether the process lives", responses=refusals())
+    @app.get("/health", summary="Whether the process lives")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
     @app.get(
-        "/ready",
-        summary="Whether to send requests here",
-        responses={200: {"model": Status}, 503: {"model": Status}, **refusals()},
+        "/ready", summary="Whether to send requests here", responses={200: {"model": Status}, 503: {"model": Status}}
     )
     async def ready() -> JSONResponse:
         loaded = all(model.served.pool.ready for model in models.values())

@@ -107,6 +107,9 @@ def test_numbers_of_numpy_and_scores_that_differ_by_rounding(monkeypatch: pytest
     assert written[0].false_alarm_rate == pytest.approx(0.1)
     assert written[0].max_batch == 8
     assert sum(written[0].histogram["counts"]) == 40
+    # Without thresholds of its own: at most rate * (n + 1) - 1 of 99 scores lie above one.
+    export(Mute(), X, tmp_path / "m.pt2", scores=np.arange(99.0))
+    assert written[1].thresholds == [(0.01, 98.0), (0.02, 97.0), (0.05, 94.0), (0.1, 89.0), (0.2, 79.0)]
 
 
 def test_normalization() -> None:

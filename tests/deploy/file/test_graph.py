@@ -54,6 +54,18 @@ def test_one_tensor_stays_one_tensor_whatever_the_largest_batch(one_by_one: bool
     torch.testing.assert_close(program.module()(x), net(x).detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_constants_may_share_memory() -> None:
+    """As halves of one tensor, or one under two names; a loop's body takes none that do."""
+    both = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    halves, again = both.unbind(), both[0].view(3)
+    x = torch.randn(4, 3)
+
+    def function(x: Tensor) -> Tensor:
+        return (x * halves[0] + halves[1]) * again
+
+    assert torch.equal(unroll.trace(function, x, one_by_one=True).module()(x), function(x))
+
+
 def test_the_model_keeps_its_parameters() -> None:
     net = network(0)
     before = {name: (value, value.clone()) for name, value in net.state_dict(keep_vars=True).items()}

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from serve_client import png
 
-from fastgrad.deploy.file.images import ImageError, decode_image, decode_pixels
+from fastgrad.deploy.file.images import ImageError, ImageTooLargeError, decode_image, decode_pixels
 from fastgrad.deploy.file.package import Description
 
 
@@ -20,6 +21,11 @@ from fastgrad.deploy.file.package import Description
 def test_the_error_says_what_was_wrong(shape: tuple[int, ...], content: bytes, message: str) -> None:
     with pytest.raises(ImageError, match=message):
         decode_image(content, Description(shape, "float32", 4, 8, "cpu"))
+
+
+def test_what_is_too_large_for_pillow_itself_is_too_large() -> None:
+    with pytest.raises(ImageTooLargeError, match="decompression bomb"):
+        decode_pixels(png(20_000, 20_000, 8, 0, b""), (3, 8, 8))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from torch import nn
 from fastgrad.deploy.file.comparison import compare, difference
 from fastgrad.deploy.file.description import Description, description_text
 from fastgrad.deploy.file.export import export
-from fastgrad.deploy.file.onnx_export import UntranslatableError, convert
+from fastgrad.deploy.file.onnx_export import convert
 from fastgrad.deploy.file.onnx_file import KEY
 from fastgrad.deploy.file.package import ModelPackage, PackageError, read_description
 from fastgrad.detector.model import TwoStageModel
@@ -142,8 +142,18 @@ def test_what_has_no_onnx_form_is_named(tmp_path: Path) -> None:
         return x.sum((1, 2, 3)) + torch.bincount(x.flatten().long().clamp(0), x.flatten(), minlength=9)[0]
 
     # PyTorch has a translation of it, which does not take weights.
-    with pytest.raises(UntranslatableError, match=r"no ONNX form exists of aten\.bincount\.default; export to \.pt2$"):
+    with pytest.raises(RuntimeError, match=r"no ONNX form exists of aten\.bincount\.default; export to \.pt2$"):
         convert(weighted, X, outputs=["y"])
+
+    def sampled(x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            places = x.detach()[:, :2].movedim(1, -1)
+            (gradient,) = torch.autograd.grad(nn.functional.grid_sample(x, places, align_corners=False).sum(), x)
+        return gradient.detach()
+
+    with pytest.raises(RuntimeError, match=r"grid_sampler_2d_backward\.default; export .*, or fit with blocks="):
+        convert(sampled, X, outputs=["y"])
 
 
 def test_a_file_that_answers_otherwise_does_not_appear(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from anyio import fail_after
-from serve_client import proc, wait_for
+from serve_client import image, proc, wait_for
 from serve_stub import FakeChild
 
 from fastgrad.deploy.file.package import ModelPackage
@@ -247,6 +247,18 @@ def test_a_process_is_ended_where_there_is_no_such_signal(monkeypatch: pytest.Mo
 
     asyncio.run(run(Child("fastgrad.deploy.serve.decoder", (100,), most=2**20)))
     assert sent == [signal.SIGTERM]
+
+
+def test_a_process_that_says_more_than_it_may_is_ended() -> None:
+    async def run() -> None:
+        child = Child("fastgrad.deploy.serve.decoder", (100,), most=192)
+        await child.start(60)
+        with pytest.raises(ChildDiedError, match="its reply is too long"):
+            await child.ask([b'["image/png", [3, 8, 8], "float32"]\n', image()], 60)
+        await child.stop()
+        assert not child.alive
+
+    asyncio.run(run())
 
 
 def test_an_event_loop_without_processes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,7 @@ def test_a_change_is_seen_and_a_broken_file_is_not_used(
     assert re.search(
         rf"model: .*model\{path.suffix} has changed and cannot be loaded: .*not a readable .*goes on", caplog.text
     )
+    assert "fastgrad-served" not in caplog.text
 
 
 def test_only_pinned_files_are_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
