@@ -20,7 +20,7 @@ from fastgrad.checks import extra
 from fastgrad.deploy.file.description import Description, description_text, outputs_of
 from fastgrad.deploy.file.graph import trace
 from fastgrad.deploy.file.onnx_file import INPUT, KEY, sum_entry
-from fastgrad.deploy.file.onnx_operators import decompositions
+from fastgrad.deploy.file.onnx_operators import PASSED_OVER, decompositions
 from fastgrad.deploy.file.onnx_optimizer import optimize, sample_apart
 
 #: The oldest version of the operators that PyTorch translates to; every runtime since 2022 reads it.
@@ -45,10 +45,10 @@ def convert(
         import onnx
         import onnxscript  # noqa: F401 - torch.onnx writes with it
 
-    program = _decomposed(function, example_input, max_batch)
     known = ("aten.", "prims.", "<built-in")
-    _refuse(name for name in operators(program) if "backward" in name or not name.startswith(known))
     try:
+        program = _decomposed(function, example_input, max_batch)
+        _refuse(name for name in operators(program) if "backward" in name or not name.startswith(known))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             result: Any = torch.onnx.export(
@@ -58,7 +58,8 @@ def convert(
         optimize(result.model)
         sample_apart(result.model)
         model = result.model_proto
-    except torch.onnx.errors.OnnxExporterError as error:
+    except RuntimeError as error:
+        # Of PyTorch's own translation, or of a form of other operations that it has for an operation.
         _refuse(re.findall(r"\btarget=torch\.ops\.([\w.]+)", str(error)))
         raise
     if model.ByteSize() >= _LARGEST:
@@ -95,7 +96,11 @@ def _decomposed(function: Callable[[Tensor], Any], example_input: Tensor, max_ba
         warnings.simplefilter("ignore")
         with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
             program = trace(function, example_input, max_batch=max_batch, one_by_one=False)
-        return program.run_decompositions(decompositions())
+        table = decompositions()
+        for node in program.graph.nodes:
+            if node.target in PASSED_OVER:
+                node.target = table[node.target]
+        return program.run_decompositions(table)
 
 
 def _tidy(model: Any) -> None:

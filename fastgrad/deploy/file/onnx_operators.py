@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 aten = torch.ops.aten
+#: `run_decompositions` leaves them as they are: PyTorch itself has them both composed of others and as kernels.
+PASSED_OVER = (aten.silu_backward.default, aten.mish_backward.default)
 _SMALLEST = torch.finfo(torch.float32).tiny
 #: Makes a step of a slope. A power of two: products with it are exact.
 _STEEP = 2.0**100
@@ -31,6 +33,9 @@ def _clamp(x: Tensor, *given: float | None, **named: float | None) -> Any:
         return torch.maximum(x, torch.full((), low, dtype=x.dtype, device=x.device))
     if low is None and high is not None:
         return torch.minimum(x, torch.full((), high, dtype=x.dtype, device=x.device))
+    if type(low) is not type(high) and low is not None and high is not None:
+        # The translation takes no integer beside a float.
+        return aten.clamp.default(x, float(low), float(high))
     # A network's own ReLU6: one operator, which joins the convolution before.
     return NotImplemented
 

@@ -123,6 +123,28 @@ def test_a_backward_pass_has_convolutions_and_steps_alone(tmp_path: Path) -> Non
     assert kinds["ConvTranspose"] == kinds["Where"] == 0
 
 
+def test_a_slope_that_pytorch_composes_and_computes(tmp_path: Path) -> None:
+    class Slopes(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                y = nn.functional.silu(x).square() + nn.functional.mish(x)
+                return torch.autograd.grad(y.sum(), x)  # type: ignore[return-value]
+
+    written(Slopes(), torch.linspace(-20, 20, 600).view(3, 200), ("slopes",), tmp_path)
+
+
+@pytest.mark.parametrize("low, high", [(0, 0.5), (0.25, 1), (-1.5, -1), (1, 0.5), (-1, 1)])
+def test_bounds_of_two_types(low: float, high: float, tmp_path: Path) -> None:
+    class Clamp(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            return (x.clamp(low, high),)
+
+    x = torch.tensor([[-torch.inf, -1.2, 0.3, 0.7, torch.inf, torch.nan]] * 3)
+    file, _ = written(Clamp(), x[:, :5], ("y",), tmp_path)
+    torch.testing.assert_close(onnx_file.load(file)(x[:1, 1:])[0], x[:1, 1:].clamp(low, high), equal_nan=True)
+
+
 @pytest.mark.parametrize("edge", [0.0, 6.0])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_step_is_a_comparison(sign: float, edge: float) -> None:
