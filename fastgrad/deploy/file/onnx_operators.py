@@ -22,22 +22,24 @@ _STEEP = 2.0**100
 
 
 def _clamp(x: Tensor, *given: float | None, **named: float | None) -> Any:
-    """ONNX's Clip without a bound takes the dtype's largest number for it: infinity would pass for finite.
-
-    PyTorch's translation rounds numbers in the code to float32, where a lower bound must not become zero.
-    """
+    """ONNX's Clip without a bound takes the dtype's largest number for it: infinity would pass for finite."""
     low, high = (*given, None, None)[:2]
     low, high = named.get("min", low), named.get("max", high)
-    if high is None and low is not None:
-        low = _SMALLEST if 0 < low < _SMALLEST else low
-        return torch.maximum(x, torch.full((), low, dtype=x.dtype, device=x.device))
-    if low is None and high is not None:
-        return torch.minimum(x, torch.full((), high, dtype=x.dtype, device=x.device))
-    if type(low) is not type(high) and low is not None and high is not None:
-        # The translation takes no integer beside a float.
-        return aten.clamp.default(x, float(low), float(high))
-    # A network's own ReLU6: one operator, which joins the convolution before.
-    return NotImplemented
+    if low is not None and high is not None:
+        # A network's own ReLU6: one operator, which joins the convolution before. Its bounds must have one type.
+        return NotImplemented if type(low) is type(high) else aten.clamp.default(x, float(low), float(high))
+    bound: Any = high if low is None else low
+    if high is None and 0 < bound < _SMALLEST:
+        # The translation rounds numbers in the code to float32, where a lower bound must not become zero.
+        bound = _SMALLEST
+    dtype = torch.result_type(x, bound)
+    limit = torch.full((), bound, dtype=dtype, device=x.device)
+    return (torch.minimum if low is None else torch.maximum)(x.to(dtype), limit)
+
+
+def _empty(size: Sequence[Any], order: Sequence[int], *, dtype: Any = None, device: Any = None, **how: Any) -> Tensor:
+    """Whatever it holds is written over."""
+    return torch.zeros(size, dtype=dtype, device=device)
 
 
 def _searchsorted(scores: Tensor, values: Tensor, **how: Any) -> Any:
@@ -127,6 +129,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return table | {
         aten.clamp.default: _clamp,
         aten.convolution_backward.default: _convolution_backward,
+        aten.empty_permuted.default: _empty,
         aten.hardtanh_backward.default: _hardtanh_backward,
         aten.max_pool2d_with_indices_backward.default: _max_pool2d_backward,
         aten.searchsorted.Tensor: _searchsorted,
