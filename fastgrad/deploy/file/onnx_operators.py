@@ -7,6 +7,7 @@ whose ONNX namesake means something else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -117,6 +118,46 @@ def _convolution_backward(
     return back if mask[0] else None, None, bias
 
 
+def _avg_pool(
+    x: Tensor, kernel: Sequence[int], stride: Any = (), padding: Any = 0, ceil: Any = False, *how: Any, **named: Any
+) -> Any:
+    """The translation takes no notice of another divisor than the window's size."""
+    divisor = named.get("divisor_override", (*how, None, None)[1])
+    if divisor is None or ceil:
+        return NotImplemented
+    pool = aten.avg_pool2d.default if len(kernel) == 2 else aten.avg_pool3d.default
+    return pool(x, kernel, stride, padding) * (math.prod(kernel) / divisor)
+
+
+def _avg_pool2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil: bool,
+    padding_counts: bool,
+    divisor: int | None,
+) -> Any:
+    """Each output's gradient goes in equal parts to the pixels of its window, where all parts are equal."""
+    steps = stride or kernel
+    sizes = zip(x.shape[2:], grad.shape[2:], kernel, steps, padding, strict=True)
+    beyond = any(out > (size + 2 * p - k) // s + 1 for size, out, k, s, p in sizes)
+    if x.dim() != 4 or beyond or (any(padding) and not (padding_counts or divisor)):
+        return NotImplemented
+    part = torch.full((x.shape[1], 1, *kernel), 1 / (divisor or math.prod(kernel)), dtype=x.dtype, device=x.device)
+    how = [1, 1], False, [0, 0], x.shape[1], [True, False, False]
+    return _convolution_backward(grad, x, part, None, steps, padding, *how)[0]
+
+
+def _adaptive_avg_pool2d_backward(grad: Tensor, x: Tensor) -> Any:
+    """Where windows are equal and side by side."""
+    kernel = [size // out for size, out in zip(x.shape[-2:], grad.shape[-2:], strict=True)]
+    if [k * out for k, out in zip(kernel, grad.shape[-2:], strict=True)] != list(x.shape[-2:]):
+        return NotImplemented
+    return _avg_pool2d_backward(grad, x, kernel, kernel, [0, 0], False, True, None)
+
+
 def _max_pool2d_backward(grad: Tensor, x: Tensor, *window: Any) -> Tensor:
     """Each output's gradient goes to the pixel that it was taken from, as the last argument says."""
     indices, flat = window[-1], torch.zeros_like(x).flatten(2)
@@ -127,6 +168,10 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """Every decomposition, PyTorch's own among them, by operator."""
     table: dict[Any, Callable[..., Any]] = dict(torch.export.default_decompositions().items())
     return table | {
+        aten._adaptive_avg_pool2d_backward.default: _adaptive_avg_pool2d_backward,
+        aten.avg_pool2d.default: _avg_pool,
+        aten.avg_pool2d_backward.default: _avg_pool2d_backward,
+        aten.avg_pool3d.default: _avg_pool,
         aten.clamp.default: _clamp,
         aten.convolution_backward.default: _convolution_backward,
         aten.empty_permuted.default: _empty,
