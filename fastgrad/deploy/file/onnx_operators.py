@@ -129,21 +129,13 @@ def _avg_pool(
     return pool(x, kernel, stride, padding) * (math.prod(kernel) / divisor)
 
 
-def _avg_pool2d_backward(
-    grad: Tensor,
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    ceil: bool,
-    padding_counts: bool,
-    divisor: int | None,
-) -> Any:
+def _avg_pool2d_backward(grad: Tensor, x: Tensor, *window: Any) -> Any:
     """Each output's gradient goes in equal parts to the pixels of its window, where all parts are equal."""
+    kernel, stride, padding, _, padding_counts, divisor = window
     steps = stride or kernel
-    sizes = zip(x.shape[2:], grad.shape[2:], kernel, steps, padding, strict=True)
+    sizes = zip(x.shape[-2:], grad.shape[-2:], kernel, steps, padding, strict=True)
     beyond = any(out > (size + 2 * p - k) // s + 1 for size, out, k, s, p in sizes)
-    if x.dim() != 4 or beyond or (any(padding) and not (padding_counts or divisor)):
+    if not _is_images(x) or beyond or (any(padding) and not (padding_counts or divisor)):
         return NotImplemented
     part = torch.full((x.shape[1], 1, *kernel), 1 / (divisor or math.prod(kernel)), dtype=x.dtype, device=x.device)
     how = [1, 1], False, [0, 0], x.shape[1], [True, False, False]
