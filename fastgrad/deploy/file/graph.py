@@ -8,6 +8,7 @@ caches by themselves and need no grouped form. ResNet-18 at 224 x 224 takes half
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +43,16 @@ def trace(
             backward = any("backward" in str(node.target) for node in single.graph.nodes)
             if one_by_one or (backward and written(single) > LOOP_BYTES):
                 return _export(_Loop(single, one), batch, max_batch)
-        return _export(tracing.trace(function, (batch,), 3), batch, max_batch)
+        try:
+            return _export(tracing.trace(function, (batch,), 3), batch, max_batch)
+        except Exception as error:
+            if re.search("constraint|speciali|concrete integer", str(error), re.IGNORECASE):
+                raise RuntimeError(
+                    "the model's computation depends on the batch size, or has an operation that PyTorch has for fixed "
+                    "sizes alone, so it has no graph for every size. Take the size as x.shape[0], without int(), len() "
+                    "or a loop over x; a .pt2 can be exported with one_by_one=True"
+                ) from error
+            raise
 
 
 def written(graph: torch.fx.GraphModule) -> int:
@@ -107,12 +117,4 @@ class _Loop(nn.Module):
 def _export(graph: nn.Module, batch: Tensor, max_batch: int) -> Any:
     # The batch that it is recorded with must be one of those that it is for.
     size = torch.export.Dim("batch", min=1, max=max(max_batch, len(batch)))
-    try:
-        return torch.export.export(graph, (batch,), dynamic_shapes=({0: size},))
-    except Exception as error:
-        if "constraint" in str(error).lower() or "speciali" in str(error).lower():
-            raise RuntimeError(
-                "the model's computation depends on the batch size, so it has no graph for every size. Take the size "
-                "as x.shape[0], without int(), len() or a loop over x; a .pt2 can be exported with one_by_one=True"
-            ) from error
-        raise
+    return torch.export.export(graph, (batch,), dynamic_shapes=({0: size},))

@@ -20,7 +20,7 @@ from fastgrad.checks import extra
 from fastgrad.deploy.file.description import Description, description_text, outputs_of
 from fastgrad.deploy.file.graph import trace
 from fastgrad.deploy.file.onnx_file import INPUT, KEY, sum_entry
-from fastgrad.deploy.file.onnx_operators import decompositions
+from fastgrad.deploy.file.onnx_operators import PASSED_OVER, decompositions
 from fastgrad.deploy.file.onnx_optimizer import optimize, sample_apart
 
 #: The oldest version of the operators that PyTorch translates to; every runtime since 2022 reads it.
@@ -45,21 +45,26 @@ def convert(
         import onnx
         import onnxscript  # noqa: F401 - torch.onnx writes with it
 
+    known = ("aten.", "prims.", "<built-in")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # A fused attention's backward pass is one operation, which nothing translates, and so is oneDNN's LSTM.
         with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
             program = trace(function, example_input, max_batch=max_batch, one_by_one=False)
-        program = program.run_decompositions(decompositions())
-        known = ("aten.", "prims.", "<built-in")
-        operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-        _refuse(name for name in operators if "backward" in name or not name.startswith(known))
+        table = decompositions()
+        for node in program.graph.nodes:
+            if node.target in PASSED_OVER:
+                node.target = table[node.target]
         try:
+            program = program.run_decompositions(table)
+            operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+            _refuse(name for name in operators if "backward" in name or not name.startswith(known))
             result: Any = torch.onnx.export(
                 program, (), input_names=[INPUT], output_names=list(outputs), opset_version=OPSET,
                 dynamo=True, verbose=False, optimize=False,
             )  # fmt: skip
-        except torch.onnx.errors.OnnxExporterError as error:
+        except RuntimeError as error:
+            # Of PyTorch's own translation, or of a form of other operations that it has for an operation.
             _refuse(re.findall(r"\btarget=torch\.ops\.([\w.]+)", str(error)))
             raise
         optimize(result.model)

@@ -7,6 +7,7 @@ whose ONNX namesake means something else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,25 +15,32 @@ import torch
 from torch import Tensor
 
 aten = torch.ops.aten
+#: `run_decompositions` leaves them as they are: PyTorch itself has them both composed of others and as kernels.
+PASSED_OVER = (aten.silu_backward.default, aten.mish_backward.default)
 _SMALLEST = torch.finfo(torch.float32).tiny
 #: Makes a step of a slope. A power of two: products with it are exact.
 _STEEP = 2.0**100
 
 
 def _clamp(x: Tensor, *given: float | None, **named: float | None) -> Any:
-    """ONNX's Clip without a bound takes the dtype's largest number for it: infinity would pass for finite.
-
-    PyTorch's translation rounds numbers in the code to float32, where a lower bound must not become zero.
-    """
+    """ONNX's Clip without a bound takes the dtype's largest number for it: infinity would pass for finite."""
     low, high = (*given, None, None)[:2]
     low, high = named.get("min", low), named.get("max", high)
-    if high is None and low is not None:
-        low = _SMALLEST if 0 < low < _SMALLEST else low
-        return torch.maximum(x, torch.full((), low, dtype=x.dtype, device=x.device))
-    if low is None and high is not None:
-        return torch.minimum(x, torch.full((), high, dtype=x.dtype, device=x.device))
-    # A network's own ReLU6: one operator, which joins the convolution before.
-    return NotImplemented
+    if low is not None and high is not None:
+        # A network's own ReLU6: one operator, which joins the convolution before. Its bounds must have one type.
+        return NotImplemented if type(low) is type(high) else aten.clamp.default(x, float(low), float(high))
+    bound: Any = high if low is None else low
+    if high is None and 0 < bound < _SMALLEST:
+        # The translation rounds numbers in the code to float32, where a lower bound must not become zero.
+        bound = _SMALLEST
+    dtype = torch.result_type(x, bound)
+    limit = torch.full((), bound, dtype=dtype, device=x.device)
+    return (torch.minimum if low is None else torch.maximum)(x.to(dtype), limit)
+
+
+def _empty(size: Sequence[Any], order: Sequence[int], *, dtype: Any = None, device: Any = None, **how: Any) -> Tensor:
+    """Whatever it holds is written over."""
+    return torch.zeros(size, dtype=dtype, device=device)
 
 
 def _searchsorted(scores: Tensor, values: Tensor, **how: Any) -> Any:
@@ -110,6 +118,38 @@ def _convolution_backward(
     return back if mask[0] else None, None, bias
 
 
+def _avg_pool(
+    x: Tensor, kernel: Sequence[int], stride: Any = (), padding: Any = 0, ceil: Any = False, *how: Any, **named: Any
+) -> Any:
+    """The translation takes no notice of another divisor than the window's size."""
+    divisor = named.get("divisor_override", (*how, None, None)[1])
+    if divisor is None or ceil:
+        return NotImplemented
+    pool = aten.avg_pool2d.default if len(kernel) == 2 else aten.avg_pool3d.default
+    return pool(x, kernel, stride, padding) * (math.prod(kernel) / divisor)
+
+
+def _avg_pool2d_backward(grad: Tensor, x: Tensor, *window: Any) -> Any:
+    """Each output's gradient goes in equal parts to the pixels of its window, where all parts are equal."""
+    kernel, stride, padding, _, padding_counts, divisor = window
+    steps = stride or kernel
+    sizes = zip(x.shape[-2:], grad.shape[-2:], kernel, steps, padding, strict=True)
+    beyond = any(out > (size + 2 * p - k) // s + 1 for size, out, k, s, p in sizes)
+    if not _is_images(x) or beyond or (any(padding) and not (padding_counts or divisor)):
+        return NotImplemented
+    part = torch.full((x.shape[1], 1, *kernel), 1 / (divisor or math.prod(kernel)), dtype=x.dtype, device=x.device)
+    how = [1, 1], False, [0, 0], x.shape[1], [True, False, False]
+    return _convolution_backward(grad, x, part, None, steps, padding, *how)[0]
+
+
+def _adaptive_avg_pool2d_backward(grad: Tensor, x: Tensor) -> Any:
+    """Where windows are equal and side by side."""
+    kernel = [size // out for size, out in zip(x.shape[-2:], grad.shape[-2:], strict=True)]
+    if [k * out for k, out in zip(kernel, grad.shape[-2:], strict=True)] != list(x.shape[-2:]):
+        return NotImplemented
+    return _avg_pool2d_backward(grad, x, kernel, kernel, [0, 0], False, True, None)
+
+
 def _max_pool2d_backward(grad: Tensor, x: Tensor, *window: Any) -> Tensor:
     """Each output's gradient goes to the pixel that it was taken from, as the last argument says."""
     indices, flat = window[-1], torch.zeros_like(x).flatten(2)
@@ -120,8 +160,13 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """Every decomposition, PyTorch's own among them, by operator."""
     table: dict[Any, Callable[..., Any]] = dict(torch.export.default_decompositions().items())
     return table | {
+        aten._adaptive_avg_pool2d_backward.default: _adaptive_avg_pool2d_backward,
+        aten.avg_pool2d.default: _avg_pool,
+        aten.avg_pool2d_backward.default: _avg_pool2d_backward,
+        aten.avg_pool3d.default: _avg_pool,
         aten.clamp.default: _clamp,
         aten.convolution_backward.default: _convolution_backward,
+        aten.empty_permuted.default: _empty,
         aten.hardtanh_backward.default: _hardtanh_backward,
         aten.max_pool2d_with_indices_backward.default: _max_pool2d_backward,
         aten.searchsorted.Tensor: _searchsorted,

@@ -278,7 +278,17 @@ def test_a_graph_that_depends_on_the_batch_size_is_refused() -> None:
 
     with pytest.raises(RuntimeError, match="without int"):
         trace(fixed, X)
-    torch.testing.assert_close(trace(fixed, X, one_by_one=True).module()(X), fixed(X))
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            angles = x.detach().flatten(1)[:, :6].requires_grad_()
+            grid = nn.functional.affine_grid(angles.view(-1, 2, 3), list(x.shape), align_corners=False)
+            return torch.autograd.grad(grid.square().sum(), angles)[0]
+
+    with pytest.raises(RuntimeError, match="PyTorch has for fixed sizes alone"):
+        trace(turned, X)
+    for function in (fixed, turned):
+        torch.testing.assert_close(trace(function, X, one_by_one=True).module()(X), function(X))
 
 
 def test_an_operation_that_pytorch_has_for_values_alone_is_named() -> None:

@@ -155,6 +155,15 @@ def test_what_has_no_onnx_form_is_named(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"grid_sampler_2d_backward\.default; export .*, or fit with blocks="):
         convert(sampled, X, outputs=["y"])
 
+    def edges(x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(nn.functional.pad(x, (1, 2, 1, 1), "reflect").square().sum(), x)[0]
+
+    # PyTorch has a form of it in other operations, which fails.
+    with pytest.raises(RuntimeError, match=r"no ONNX form exists of aten\.reflection_pad2d_backward\.default"):
+        convert(edges, X, outputs=["y"])
+
 
 def test_a_file_that_answers_otherwise_does_not_appear(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"the file's uncertainty differ .* at most 0.0001 is allowed"):

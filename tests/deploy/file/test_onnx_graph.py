@@ -123,6 +123,77 @@ def test_a_backward_pass_has_convolutions_and_steps_alone(tmp_path: Path) -> Non
     assert kinds["ConvTranspose"] == kinds["Where"] == 0
 
 
+class Slope(nn.Module):
+    """The gradient of the sum of squares of what a layer gives."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.layer(x).square().sum(), x)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU(), nn.Mish()], ids=str)
+def test_a_slope_that_pytorch_composes_and_computes(activation: nn.Module, tmp_path: Path) -> None:
+    written(Slope(activation), torch.linspace(-20, 20, 600).view(3, 200), ("slope",), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.AvgPool2d(3, 2, 1), nn.AvgPool2d((2, 3), (1, 3)), nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False),
+        nn.AvgPool2d(3, 1, 1), nn.AvgPool2d(3, 2, 1, count_include_pad=False, divisor_override=5),
+        nn.AdaptiveAvgPool2d((2, 4)), nn.AdaptiveAvgPool2d((8, 12)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_means_over_equal_windows_send_back(pool: nn.Module, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    written(Slope(pool), torch.randn(3, 4, 8, 12), ("slope",), tmp_path)
+
+
+def test_a_mean_with_another_divisor(tmp_path: Path) -> None:
+    class Sums(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            pooled = nn.functional.avg_pool2d(x, 3, 2, 1, count_include_pad=False, divisor_override=2)
+            return pooled, nn.functional.avg_pool3d(x[:, None], 2, divisor_override=3)
+
+    written(Sums(), torch.randn(3, 4, 8, 12), ("pooled", "volumes"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [nn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.AvgPool2d(3, 2, ceil_mode=True), nn.AdaptiveAvgPool2d(3)],
+)
+def test_means_over_unequal_windows_are_refused(pool: nn.Module) -> None:
+    with pytest.raises(RuntimeError, match=r"no ONNX form exists of aten\.\w*avg_pool2d_backward\.default"):
+        onnx_export.convert(Slope(pool), torch.randn(3, 4, 8, 12), outputs=("slope",))
+
+
+def test_a_tensor_is_made_before_it_is_written(tmp_path: Path) -> None:
+    class Turn(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            y = torch.empty_like(x)
+            y[:, ::2], y[:, 1::2] = -x[:, 1::2], x[:, ::2]
+            return (y,)
+
+    written(Turn(), torch.randn(3, 8), ("y",), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 0.5), (0.25, 1), (-1.5, -1), (1, 0.5), (-1, 1), (None, 0.5), (-0.5, None), (0, None)]
+)
+def test_bounds_of_other_types(low: float | None, high: float | None, tmp_path: Path) -> None:
+    class Clamp(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x.clamp(low, high), (4 * x).int().clamp(low, high).float()
+
+    written(Clamp(), torch.tensor([[-1.2, -0.3, 0.3, 0.7, 1.2]] * 3), ("y", "integers"), tmp_path)
+
+
 @pytest.mark.parametrize("edge", [0.0, 6.0])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_step_is_a_comparison(sign: float, edge: float) -> None:
