@@ -129,25 +129,33 @@ def _avg_pool(
     return pool(x, kernel, stride, padding) * (math.prod(kernel) / divisor)
 
 
+def _parts(x: Tensor, axis: int, start: Tensor, end: Tensor, counts: Tensor | None = None) -> Tensor:
+    """The part ``(outputs, positions)`` that each position along an axis has in means from ``start`` to ``end``."""
+    place = torch.arange(x.shape[axis], device=x.device)
+    inside = ((place >= start[:, None]) & (place < end[:, None])).to(x.dtype)
+    return inside / (inside.sum(1, keepdim=True) if counts is None else counts[:, None])
+
+
 def _avg_pool2d_backward(grad: Tensor, x: Tensor, *window: Any) -> Any:
-    """Each output's gradient goes in equal parts to the pixels of its window, where all parts are equal."""
+    """Each output's gradient goes to the pixels of its window, by their part in the mean."""
     kernel, stride, padding, _, padding_counts, divisor = window
-    steps = stride or kernel
-    sizes = zip(x.shape[-2:], grad.shape[-2:], kernel, steps, padding, strict=True)
-    beyond = any(out > (size + 2 * p - k) // s + 1 for size, out, k, s, p in sizes)
-    if not _is_images(x) or beyond or (any(padding) and not (padding_counts or divisor)):
+    if divisor is not None:
         return NotImplemented
-    part = torch.full((x.shape[1], 1, *kernel), 1 / (divisor or math.prod(kernel)), dtype=x.dtype, device=x.device)
-    how = [1, 1], False, [0, 0], x.shape[1], [True, False, False]
-    return _convolution_backward(grad, x, part, None, steps, padding, *how)[0]
+    parts = []
+    for axis, size, step, edge in zip((-2, -1), kernel, stride or kernel, padding, strict=True):
+        start = torch.arange(grad.shape[axis], device=x.device) * step - edge
+        end = (start + size).clamp(max=x.shape[axis] + edge)
+        parts.append(_parts(x, axis, start, end, end - start if padding_counts else None))
+    return parts[0].mT @ grad @ parts[1]
 
 
-def _adaptive_avg_pool2d_backward(grad: Tensor, x: Tensor) -> Any:
-    """Where windows are equal and side by side."""
-    kernel = [size // out for size, out in zip(x.shape[-2:], grad.shape[-2:], strict=True)]
-    if [k * out for k, out in zip(kernel, grad.shape[-2:], strict=True)] != list(x.shape[-2:]):
-        return NotImplemented
-    return _avg_pool2d_backward(grad, x, kernel, kernel, [0, 0], False, True, None)
+def _adaptive_avg_pool2d_backward(grad: Tensor, x: Tensor) -> Tensor:
+    parts = []
+    for axis in (-2, -1):
+        number, size, outputs = torch.arange(grad.shape[axis], device=x.device), x.shape[axis], grad.shape[axis]
+        end = ((number + 1) * size + outputs - 1) // outputs
+        parts.append(_parts(x, axis, number * size // outputs, end))
+    return parts[0].mT @ grad @ parts[1]
 
 
 def _max_pool2d_backward(grad: Tensor, x: Tensor, *window: Any) -> Tensor:
