@@ -51,22 +51,15 @@ def batch_first(outputs: Sequence[Tensor], places: Sequence[int]) -> list[Tensor
 
 @dataclass(frozen=True)
 class FallbackSite(RecomputedSite):
-    """A module of any kind, computed again sample by sample.
+    """A module of any kind, computed again sample by sample."""
 
-    Attributes:
-        batched: For each leaf of the inputs, whether its dimension 0 is the batch, or a multiple of it.
-        places: The dimension in which each output has the batch, a multiple of it in dimension 0 alone.
-        vectorize: Whether samples of a chunk run together under ``vmap``, which cannot take all modules.
-        verify: Whether to compare the gradients with those of the whole batch, also where a sample alone gives the
-            outputs that it gives in its batch.
-        precision: The relative rounding error of the coarsest numbers that the model computes.
-    """
-
-    batched: tuple[bool, ...]
-    places: tuple[int, ...]
-    vectorize: bool
+    batched: tuple[bool, ...]  # for each leaf of the inputs, whether its dimension 0 is the batch, or a multiple of it
+    places: tuple[int, ...]  # the dimension in which each output has the batch, a multiple of it in dimension 0 alone
+    vectorize: bool  # whether samples of a chunk run together under ``vmap``, which cannot take all modules
+    # Whether to compare the gradients with those of the whole batch, also where a sample alone gives the outputs that
+    # it gives in its batch.
     verify: bool
-    precision: float
+    precision: float  # the relative rounding error of the coarsest numbers that the model computes
 
     def _replay(self, run: Run, shadow: Shadow, outputs: list[Tensor], settings: Settings) -> Replay:
         again, device = _Again(self, shadow, outputs, settings), outputs[0].device.type

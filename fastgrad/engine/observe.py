@@ -112,27 +112,17 @@ class Rows:
 
 @dataclass
 class Call:
-    """One call of a module.
+    """One call of a module."""
 
-    Attributes:
-        module: The user's module, in whose place ``copy`` ran.
-        path: The module's name within the model.
-        chain: Numbers of the calls that it was made in, outermost first, and its own.
-        ordinal: How many calls of the module came before.
-        inputs: Shape of every leaf of its inputs, None for what is no tensor.
-        outputs: Shapes of its floating-point outputs.
-        gradients: Of outputs, by their number, the gradient of the chosen sample, once that was sent back.
-        gathered: Whether rows of inputs or outputs were gathered, see `Rows`.
-    """
-
-    module: nn.Module
+    module: nn.Module  # the user's, in whose place ``copy`` ran
     copy: nn.Module
-    path: str
-    chain: tuple[int, ...]
-    ordinal: int
-    inputs: list[tuple[int, ...] | None]
-    gathered: bool
-    outputs: list[tuple[int, ...]] = field(default_factory=list)
+    path: str  # the module's name within the model
+    chain: tuple[int, ...]  # numbers of the calls that it was made in, outermost first, and its own
+    ordinal: int  # how many calls of the module came before
+    inputs: list[tuple[int, ...] | None]  # shape of every leaf of its inputs, None for what is no tensor
+    gathered: bool  # whether rows of inputs or outputs were gathered, see `Rows`
+    outputs: list[tuple[int, ...]] = field(default_factory=list)  # shapes of its floating-point outputs
+    # Of outputs, by their number, the gradient of the chosen sample, once that was sent back.
     gradients: dict[int, Tensor] = field(default_factory=dict)
 
 

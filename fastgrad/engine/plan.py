@@ -31,22 +31,15 @@ class Route:
 
 @dataclass(eq=False)
 class Known:
-    """What is known of a model for inputs of one structure.
+    """What is known of a model for inputs of one structure."""
 
-    Attributes:
-        training: Whether a module runs in training mode.
-        names: The wanted parameters, names by id.
-        modules: The model's. As long as they live, their ids are theirs. Parameters are known by name: a weak reference
-            would keep torch.utils.swap_tensors from them.
-        carriers: For each leaf of the inputs, whether it carries the batch.
-        plans: Most recently used first.
-    """
-
-    training: bool
-    names: dict[int, str]
+    training: bool  # whether a module runs in training mode
+    names: dict[int, str]  # the wanted parameters, names by id
+    # The model's. As long as they live, their ids are theirs. Parameters are known by name: a weak reference would keep
+    # torch.utils.swap_tensors from them.
     modules: list[weakref.ref[nn.Module]]
-    carriers: tuple[bool, ...]
-    plans: list[Plan] = field(default_factory=list)
+    carriers: tuple[bool, ...]  # for each leaf of the inputs, whether it carries the batch
+    plans: list[Plan] = field(default_factory=list)  # most recently used first
 
 
 @dataclass(frozen=True)
@@ -116,17 +109,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class PlanConstraints:
-    """What a plan does without, because a trial failed.
+    """What a plan does without, because a trial failed."""
 
-    Attributes:
-        copies: Whether parameters that are broadcast, and outputs of one row, may get one copy per sample.
-        no_vmap: Paths of modules which ``vmap`` cannot take.
-        at_root: Parameters that must take the fallback at the model itself.
-    """
-
-    copies: bool = True
-    no_vmap: frozenset[str] = frozenset()
-    at_root: frozenset[str] = frozenset()
+    copies: bool = True  # whether parameters that are broadcast, and outputs of one row, may get one copy per sample
+    no_vmap: frozenset[str] = frozenset()  # paths of modules which ``vmap`` cannot take
+    at_root: frozenset[str] = frozenset()  # parameters that must take the fallback at the model itself
 
     def after_error(self, plan: Plan) -> PlanConstraints | None:
         """The next step after the trial of ``plan`` raised; None if nothing that may raise is left."""

@@ -74,15 +74,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Site:
-    """One place where numbers leave the backward pass: as the gradient of a probe, see `fastgrad.engine.probe`.
+    """One place where numbers leave the backward pass: as the gradient of a probe, see `fastgrad.engine.probe`."""
 
-    Attributes:
-        path: The module's name within the model (empty for the model itself).
-        parameters: Names within the model, one for each column of the probe's gradient.
-    """
-
-    path: str
-    parameters: tuple[str, ...]
+    path: str  # the module's name within the model (empty for the model itself)
+    parameters: tuple[str, ...]  # names within the model, one for each column of the probe's gradient
 
     def attach(self, run: Run, shadow: Shadow) -> None:
         """Have calls of ``shadow``'s modules register this site's probe with ``run``; by default none does."""
@@ -90,15 +85,10 @@ class Site:
 
 @dataclass(frozen=True)
 class RuledSite(Site):
-    """A layer with a rule.
+    """A layer with a rule."""
 
-    Attributes:
-        local: Of all the module's parameters, the names that the rule gives them by those within the model.
-        layout: Where the batch lies in the layer's input and first output.
-    """
-
-    local: Mapping[str, str]
-    layout: Layout
+    local: Mapping[str, str]  # of all the module's parameters, the names that the rule gives them by those in the model
+    layout: Layout  # where the batch lies in the layer's input and first output
 
     def require_layout(self, run: Run, output: Tensor) -> None:
         """Leave the plan if the batch is not where it was."""
@@ -142,13 +132,9 @@ class LayerSite(RuledSite):
 
 @dataclass(frozen=True)
 class BroadcastSite(Site):
-    """A parameter that is only broadcast over the batch: one copy per sample has each sample's own gradient.
+    """A parameter that is only broadcast over the batch: one copy per sample has each sample's own gradient."""
 
-    Attributes:
-        rank: The number of dimensions that the copies are given.
-    """
-
-    rank: int
+    rank: int  # the number of dimensions that the copies are given
 
     def spread(self, run: Run, value: Tensor) -> Tensor:
         """The copies of ``value``, which stand in for the parameter."""
