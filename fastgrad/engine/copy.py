@@ -218,6 +218,9 @@ class Shadow:
         if isinstance(value, nn.Parameter):
             return self._copies.get(id(value), value)
         if type(value) in CONTAINERS:
+            # Item by item a list of words would take longer than the pass.
+            if PLAIN.issuperset(map(type, value.values() if isinstance(value, dict) else value)):
+                return _own(value) if self._apart else value
             if isinstance(value, dict):
                 items = {key: self._replace(item) for key, item in value.items()}
                 same = all(items[key] is item for key, item in value.items())

@@ -59,7 +59,7 @@ class FallbackSite(RecomputedSite):
     # Whether to compare the gradients with those of the whole batch, also where a sample alone gives the outputs that
     # it gives in its batch.
     verify: bool
-    precision: float  # the relative rounding error of the coarsest numbers that the model computes
+    precision: float  # the relative rounding error of the coarsest numbers that the module computes
 
     def _replay(self, run: Run, shadow: Shadow, outputs: list[Tensor], settings: Settings) -> Replay:
         again, device = _Again(self, shadow, outputs, settings), outputs[0].device.type

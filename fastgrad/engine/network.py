@@ -69,7 +69,11 @@ class Network:
             if known.plans and not known.plans[0].outdated(self.model):
                 return known.plans[0]
             known.plans.clear()
-        return Trial(self, known, (args, kwargs), samples).plan()
+        plan = Trial(self, known, (args, kwargs), samples).plan()
+        with self._lock:
+            # Compiled passes, which have a graph already, do not come to `forward`.
+            known.plans.insert(0, plan)
+        return plan
 
     def routes(self) -> list[Route]:
         """Routes of the latest plan; RuntimeError where there is none yet."""

@@ -122,6 +122,7 @@ class Call:
     inputs: list[tuple[int, ...] | None]  # shape of every leaf of its inputs, None for what is no tensor
     gathered: bool  # whether rows of inputs or outputs were gathered, see `Rows`
     outputs: list[tuple[int, ...]] = field(default_factory=list)  # shapes of its floating-point outputs
+    precision: float = 0.0  # the relative rounding error of the coarsest numbers that it computed
     # Of outputs, by their number, the gradient of the chosen sample, once that was sent back.
     gradients: dict[int, Tensor] = field(default_factory=dict)
 
@@ -145,7 +146,10 @@ class _Uses(TorchFunctionMode):
             seen.functions.append(getattr(func, "__name__", ""))
             # A mask of zeros is no computation. Models in float64 have parts in float32.
             if floating(args):
-                seen.precision = max(seen.precision, *(torch.finfo(t.dtype).eps for t in floating(tensors)), 0.0)
+                eps = max((torch.finfo(t.dtype).eps for t in floating(tensors)), default=0.0)
+                seen.precision = max(seen.precision, eps)
+                for call in map(seen.calls.__getitem__, seen.stack[1:]):
+                    call.precision = max(call.precision, eps)
             seen.untracked |= {self.originals[id(leaf)] for leaf in leaves if id(leaf) in self.originals}
         gathered = bool(found) and seen.rows.gathered((args, kwargs))
         seen.rows.note(func, args, kwargs or {}, result)

@@ -230,7 +230,7 @@ class Planner:
                 vectorize = call.path not in constraints.no_vmap
                 # A function that vmap cannot take may look at values.
                 verify = self.seen.rows.gathers or not vectorize
-                return FallbackSite(call.path, (name,), batched, places, vectorize, verify, self.seen.precision)
+                return FallbackSite(call.path, (name,), batched, places, vectorize, verify, call.precision)
         raise ValueError(
             "model must treat the samples of a batch independently, batch in dimension 0 of inputs; no part of it that "
             f"contains all uses of {name!r} does, with the batch in all its outputs (a loss of all samples has none)"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fastgrad
 from fastgrad.engine import tracing as compiled
+from fastgrad.engine.trial import Trial
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -61,6 +62,19 @@ def test_a_module_in_another_s_place_is_seen(monkeypatch: pytest.MonkeyPatch) ->
     model[2] = nn.Tanh().eval()  # no tensor is another
     close(fast(x)[1], plain(x)[1])
     assert not torch.allclose(fast(x)[1], before)
+
+
+def test_a_layer_that_began_with_zeros_is_tried_again_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    _without_compiler(monkeypatch)
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.randn(5, 4)
+    nn.init.zeros_(model[1].weight)
+    fast, plain = fastgrad.GradientFeatures(model, compile=True), fastgrad.GradientFeatures(model)
+    fast(x)
+    nn.init.ones_(model[1].weight)
+    close(fast(x)[1], plain(x)[1])
+    assert [route.route for route in fast.report()] == ["linear"] * 4
+    monkeypatch.setattr(Trial, "plan", None)
+    close(fast(x)[1], plain(x)[1])
 
 
 @pytest.mark.parametrize(

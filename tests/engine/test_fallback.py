@@ -81,6 +81,23 @@ def test_a_part_in_float32_rounds_otherwise_for_a_sample_alone() -> None:
     torch.testing.assert_close(recorded(model, lambda: model(x).square().sum()), truth, rtol=1e-4, atol=0)
 
 
+def test_a_part_in_bfloat16_hides_no_mixing_in_another() -> None:
+    def mixed(net: Any, x: Tensor) -> Tensor:
+        h = (x @ net.weight).tanh() @ net.weight
+        return h + (len(x) > 8) * h.mean(0)
+
+    torch.manual_seed(0)
+    model = Net(
+        lambda net, x: net.mixed(net.first(x.bfloat16()).float()),
+        first=nn.Linear(4, 4).bfloat16(),
+        mixed=Net(mixed, weight=nn.Parameter(torch.randn(4, 4))),
+    ).eval()
+    x, features = torch.randn(40, 4), fastgrad.GradientFeatures(model, chunk_size=40)
+    features(x[:4])
+    with pytest.raises(ValueError, match="'mixed' gives other gradients for a sample alone than for the batch"):
+        features(x)
+
+
 def states(net: Any, x: Tensor) -> tuple[Tensor, ...]:
     """Classes, and in evaluation mode the states of all steps, steps first; one scale for both halves of the steps."""
     steps = x.transpose(0, 1)

@@ -48,6 +48,21 @@ def test_a_parameter_is_replaced_wherever_it_occurs() -> None:
     assert model.plain[0] is model.scale
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_what_holds_no_part_of_a_model_is_not_looked_through_item_by_item(
+    apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, looks, replace = nn.Linear(4, 3), [], Shadow._replace
+    model.words = [str(number) for number in range(1000)]
+    model.numbers = {word: number for number, word in enumerate(model.words)}
+    monkeypatch.setattr(Shadow, "_replace", lambda own, value: looks.append(value) or replace(own, value))
+    copy = Shadow(model, apart=apart).root
+    assert len(looks) < 100
+    for name in ("words", "numbers"):
+        assert getattr(copy, name) == getattr(model, name)
+        assert (getattr(copy, name) is getattr(model, name)) is not apart
+
+
 def test_a_graph_of_torch_fx() -> None:
     """Its class belongs to this graph alone, and makes another for each new object."""
     torch.manual_seed(0)
