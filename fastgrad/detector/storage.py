@@ -53,22 +53,27 @@ def save(path: str | os.PathLike[str], modules: Mapping[str, Fitted], extra: Map
 
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, Fitted], dict[str, Any]]:
     """Modules and extras of a file; ValueError if `save` did not write it, or another version, or it was changed."""
+    from safetensors import SafetensorError
     from safetensors.torch import load as deserialise
 
     data = Path(path).read_bytes()
+    foreign = f"path must be a file written by TwoStageModel.save; {str(path)!r} is not one"
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         content = json.loads(header["__metadata__"][_KEY])
         digest, number = content["digest"].encode(), content["format"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"path must be a file written by TwoStageModel.save; {str(path)!r} is not one") from error
+        raise ValueError(foreign) from error
     original = data.replace(digest, _EMPTY.encode(), 1)
     if hashlib.sha256(original).hexdigest().encode() != digest:
         raise ValueError(f"{str(path)!r} has been changed or damaged since it was saved: its digest does not match")
     if number != FORMAT:
         raise ValueError(f"{str(path)!r} has format {number!r}; this version of fastgrad reads format {FORMAT}")
-    tensors: dict[str, Tensor] = deserialise(data)
-    modules = {name: rebuild(spec, tensors, f"{name}.") for name, spec in content["modules"].items()}
+    try:
+        tensors: dict[str, Tensor] = deserialise(data)
+        modules = {name: rebuild(spec, tensors, f"{name}.") for name, spec in content["modules"].items()}
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(foreign) from error
     extra: dict[str, Any] = content["extra"]
     return modules, extra
 

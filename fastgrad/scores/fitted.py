@@ -40,8 +40,8 @@ class Fitted(nn.Module):
         self.options: dict[str, Any] = {}
         for name, value in parts.items():
             if isinstance(value, Tensor):
-                # One memory layout before and after storage: products round alike.
-                self.register_buffer(name, value.contiguous())
+                # One memory layout before and after storage: products round alike. What was learned needs no gradients.
+                self.register_buffer(name, value.detach().contiguous())
             elif isinstance(value, nn.Module):
                 self.add_module(name, value)
             else:

@@ -264,6 +264,20 @@ def test_of_two_runs_at_once_the_later_says_so(
     assert pq.read_table(out).num_rows == counts[0]["images"]
 
 
+def test_of_two_jobs_with_one_folder_the_later_does_not_begin(folder: Path, tiny_package: Path, tmp_path: Path) -> None:
+    def begin(part: int) -> job.Job:
+        description = read_description(tiny_package)
+        return job.Job(tiny_package, description, folder, tmp_path / "o.parts", part=part, **OPTIONS)
+
+    first = begin(4)
+    assert begin(4).id == first.id
+    # The first has no part yet.
+    with pytest.raises(ValueError, match=r"o\.parts holds the parts of another job"):
+        begin(5)
+    assert score(tiny_package, folder, tmp_path / "o", part=4, **OPTIONS)["images"] == 23
+    assert not list(tmp_path.glob("o.parts*"))
+
+
 def test_parts_of_another_job_are_not_joined(
     folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,9 @@
 import copy
 import dataclasses
+import hashlib
 import math
 import pickle
+import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -232,6 +234,20 @@ def test_a_file_of_another_format_is_refused(fitted, tmp_path, monkeypatch):
         later.setattr(storage, "FORMAT", 2)
         path = fitted.save(tmp_path / "later.safetensors")
     with pytest.raises(ValueError, match="has format 2; this version of fastgrad reads format 1"):
+        TwoStageModel.load(path, fitted.model)
+
+
+@pytest.mark.parametrize(
+    "change", [(b'"data_offsets":[0,', b'"data_offsets":[1,'), (b"detector.final.", b"detector.other.")]
+)
+def test_a_file_made_to_look_whole_is_refused(fitted, tmp_path, change):
+    """Anyone can write its digest, also of a file whose tensors are not what it says."""
+    path = fitted.save(tmp_path / "m.safetensors")
+    data = path.read_bytes()
+    digest = re.search(rb'digest\W+"([0-9a-f]{64})', data)[1]
+    data = data.replace(digest, storage._EMPTY.encode(), 1).replace(*change, 1)
+    path.write_bytes(data.replace(storage._EMPTY.encode(), hashlib.sha256(data).hexdigest().encode(), 1))
+    with pytest.raises(ValueError, match=r"path must be a file written by TwoStageModel\.save"):
         TwoStageModel.load(path, fitted.model)
 
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.mixture import GaussianMixture as SklearnMixture
+from torch import nn
 
 from fastgrad.blocks.logits import Energy
 from fastgrad.scores.fitted import Fitted
@@ -80,6 +81,13 @@ def test_constant_columns_are_harmless():
     values = np.ones((30, 3))
     rows = Rows.fit({"features": values}, "features", dimensions=2)
     assert rows({"features": torch.tensor(values)}).tolist() == [[0.0]] * 30
+
+
+def test_what_was_learned_by_gradients_needs_none():
+    """As a score of the user's may be, whose results become arrays."""
+    learned = Rows.fit({"features": np.eye(4)}, "features", dimensions=2)
+    learned = Rows(**{**learned.options, **dict(learned.named_buffers()), "mean": nn.Parameter(learned.mean)})
+    assert learned.of({"features": np.eye(4)}).shape == (4, 2)
 
 
 def test_a_name_in_files_is_that_of_one_class():

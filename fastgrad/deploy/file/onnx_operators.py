@@ -139,7 +139,7 @@ def _parts(x: Tensor, axis: int, start: Tensor, end: Tensor, counts: Tensor | No
 def _avg_pool2d_backward(grad: Tensor, x: Tensor, *window: Any) -> Any:
     """Each output's gradient goes to the pixels of its window, by their part in the mean."""
     kernel, stride, padding, _, padding_counts, divisor = window
-    if divisor is not None:
+    if divisor is not None or len(kernel) == 1:
         return NotImplemented
     parts = []
     for axis, size, step, edge in zip((-2, -1), kernel, stride or kernel, padding, strict=True):

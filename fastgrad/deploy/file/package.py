@@ -56,7 +56,7 @@ def write_description(path: str | os.PathLike[str], description: Description) ->
 
 
 def read_description(path: str | os.PathLike[str]) -> Description:
-    """Read what travels with the graph, without loading the graph.
+    """Read what travels with the graph, without preparing the graph to run.
 
     Raises:
         PackageError: no such file, one of neither kind, no description inside, a damaged one, or one of a newer format.
@@ -67,6 +67,8 @@ def read_description(path: str | os.PathLike[str]) -> Description:
     onnx = Path(path).suffix == ".onnx"
     try:
         text = onnx_file.read_metadata(path) if onnx else _read_member(path)
+        if text is not None and len(text) > _LARGEST:
+            raise RuntimeError(f"its description must have at most {_LARGEST} bytes")
         content = None if text is None else json.loads(text)
     except (*DAMAGED, OSError, ValueError) as error:
         kind = ".onnx" if onnx else ".pt2 archive"

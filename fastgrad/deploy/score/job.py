@@ -147,11 +147,18 @@ class Job:
         self.paths = [folder / f"part-{i:08d}.parquet" for i in range(-(-self.total // self.part))]
         self.missing = [index for index, path in enumerate(self.paths) if _job_of(_schema(path)) != self.id]
         self.done = self.total - sum(min(self.part, self.total - index * self.part) for index in self.missing)
-        if not self.done and not all(path.name.startswith(UNFINISHED) for path in folder.iterdir()):
-            if any(_job_of(_schema(path)) for path in folder.glob("part-*.parquet")):
-                other = "the parts of another job (other model, images or options)"
-                raise ValueError(f"{folder} holds {other}; remove it or choose another --out")
+        if self.done:
+            return
+        # The folder is that job's which came first, also before its first part is there.
+        claim = folder / (UNFINISHED + self.id.decode())
+        others = [path for path in folder.glob(UNFINISHED + "?" * len(self.id)) if path != claim]
+        if others or any(_job_of(_schema(path)) for path in folder.glob("part-*.parquet")):
+            other = "the parts of another job (other model, images or options)"
+            raise ValueError(f"{folder} holds {other}; remove it or choose another --out")
+        if not all(path.name.startswith(UNFINISHED) for path in folder.iterdir()):
             raise ValueError(f"{folder} {_FOREIGN}")
+        with contextlib.suppress(FileExistsError):
+            claim.touch(exist_ok=False)  # never through a link that somebody has put there
 
     def write(self, model: ModelPackage, index: int, pool: ThreadPoolExecutor, told: Callable[[int], Any] = int) -> int:
         """Score part ``index`` and write it; return how many images it holds. Each batch's number is ``told``.

@@ -39,11 +39,13 @@ class Trace:
             self._context = trace.set_span_in_context(self._span)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, where: Any) -> None:
         """Both spans end; what the caller did wrong is no error of the server's."""
         if self._span is not None:
             from opentelemetry.trace import StatusCode
 
+            if error is not None:
+                self._span.record_exception(error)
             if self.status >= 500:
                 self._span.set_status(StatusCode.ERROR)
             self._span.set_attribute("http.response.status_code", self.status)

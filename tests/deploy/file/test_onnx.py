@@ -164,6 +164,15 @@ def test_what_has_no_onnx_form_is_named(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"no ONNX form exists of aten\.reflection_pad2d_backward\.default"):
         convert(edges, X, outputs=["y"])
 
+    def means(x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(nn.functional.avg_pool2d(x, (2,)).square().sum(), x)[0]
+
+    # Of one size for both axes, which PyTorch passes on as it is.
+    with pytest.raises(RuntimeError, match=r"no ONNX form exists of aten\.avg_pool2d_backward\.default"):
+        convert(means, X, outputs=["y"])
+
 
 def test_a_file_that_answers_otherwise_does_not_appear(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"the file's uncertainty differ .* at most 0.0001 is allowed"):
@@ -193,6 +202,16 @@ def test_a_file_that_onnx_runtime_cannot_run_is_refused(tmp_path: Path) -> None:
     onnx.save(model, file := tmp_path / "m.onnx")
     with pytest.raises(RuntimeError, match=r"the file cannot be run: .* implementation for Conv.*; export to \.pt2"):
         compare(file, lambda x: (x,), torch.zeros(1, 3, 4, 4, dtype=torch.float64), ROUNDING, 1e-16)
+
+
+def test_a_description_of_any_size_costs_no_more_than_its_file(tiny_onnx: Path, tmp_path: Path) -> None:
+    import onnx
+
+    model = onnx.load(tiny_onnx)
+    next(entry for entry in model.metadata_props if entry.key == KEY).value = f"[{'{},' * 2**21}0]"
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(PackageError, match="description must have at most 4194304 bytes"):
+        read_description(tmp_path / "m.onnx")
 
 
 def test_a_graph_that_gives_fewer_answers_than_inputs_is_refused(tiny_onnx: Path, tmp_path: Path) -> None:

@@ -83,12 +83,16 @@ def test_refusals_and_failures(tiny_package: Path) -> None:
     assert [stage.name for stage in stages] == STAGES[:2]
     assert (whole.attributes["http.response.status_code"], whole.status.status_code) == (400, StatusCode.UNSET)
     answered, raised = contextlib.nullcontext(), pytest.raises(RuntimeError, match="unforeseen")
-    for error, outcome in ((ChildDiedError("it failed"), answered), (RuntimeError("unforeseen"), raised)):
+    for error, outcome, events in (
+        (ChildDiedError("it failed"), answered, []),
+        (RuntimeError("unforeseen"), raised, ["exception"]),
+    ):
         app, found = traced(tiny_package, error=error)
         with outcome:
             assert request(app) == 500
         whole, stages = spans(found)
         assert [stage.name for stage in stages] == STAGES[:4]
+        assert [event.name for event in whole.events] == events
         assert (whole.attributes["http.response.status_code"], whole.status.status_code) == (500, StatusCode.ERROR)
 
 
