@@ -17,7 +17,7 @@ from fastgrad.blocks import channels
 from fastgrad.blocks.channels import Channels
 from fastgrad.engine.copy import Shadow, attach
 from fastgrad.engine.fallback import agree
-from fastgrad.engine.state import RandomState, devices_of
+from fastgrad.engine.state import RandomState
 
 #: Writing one number costs about as much as this many of a product's operations.
 _WRITE = 16
@@ -90,7 +90,7 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Su
     probabilities in their place, or mixes samples.
     """
     model, samples = original(model), batch_size(args, kwargs)
-    before = RandomState(devices_of(model))
+    before = RandomState(model.modules())
     places = torch.arange(3, device="cpu") % samples
     three, two = (_Watch(model, *take((args, kwargs), places[:count], samples)) for count in (3, 2))
     logits = three.logits

@@ -32,7 +32,7 @@ from fastgrad.detector.report import Report, gains
 from fastgrad.detector.risk import NoisyOr, Risk, doubt
 from fastgrad.engine.fallback import agree
 from fastgrad.engine.refusals import refuse_devices
-from fastgrad.engine.state import RandomState, devices_of
+from fastgrad.engine.state import RandomState
 from fastgrad.introspection import IntrospectiveClassifier
 from fastgrad.introspection.network import IntrospectiveNetwork
 from fastgrad.scores.temperature import Temperature
@@ -244,7 +244,7 @@ def _blocks(two_stage: TwoStageModel, subject: Subject) -> list[Block]:
 
 def _require_own(extraction: Extraction, x: Inputs) -> None:
     """Raise ValueError where a block of some inputs changes with others in their batch."""
-    samples, before = batch_size(x), RandomState(devices_of(extraction.model))
+    samples, before = batch_size(x), RandomState(extraction.model.modules())
     whole, *parts = (extraction(take(x, slice(*ends), samples))[1] for ends in ((0, 8), (0, 2), (2, 8)))
     # Random numbers come in another order.
     for name, values in whole.items() if before.same() else ():

@@ -100,7 +100,8 @@ class Network:
 
     def _on_plan(self, plan: Plan, run: Run, inputs: Any, readings: Sequence[Reading]) -> tuple[Any, Shadow]:
         """Make a pass by ``plan``, or by others until it keeps to one."""
-        before = Snapshot(self.model, training=self.recorded, inputs=inputs)
+        modules = [module for ref in plan.known.modules if (module := ref()) is not None]
+        before = Snapshot(modules, training=self.recorded, inputs=inputs)
         tried: list[Plan] = []
         raised: Exception | None = None
         reason = ""

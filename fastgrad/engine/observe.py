@@ -21,7 +21,7 @@ from fastgrad.engine.copy import Shadow, attach, detach_plain
 from fastgrad.engine.fallback import dense_grads, floating
 from fastgrad.engine.layout import Layout, find_layout
 from fastgrad.engine.probe import nodes_behind
-from fastgrad.engine.state import RandomState, devices_of
+from fastgrad.engine.state import RandomState
 
 if TYPE_CHECKING:
     from fastgrad.engine.network import Network
@@ -230,7 +230,7 @@ class Observation:
         for path, original in model.named_modules():
             self._watch(original, shadow.modules[id(original)], path)
         tracked = {id(value): name for name, value in self.parameters.items()}
-        before = RandomState(devices_of(model))
+        before = RandomState(model.modules())
         with torch.enable_grad(), _Uses(self, tracked, names):
             output = shadow.root(*inputs[0], **inputs[1])
         self.drew = not before.same()

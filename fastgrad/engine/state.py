@@ -6,7 +6,7 @@ import contextlib
 import enum
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy as shallow_copy
 from typing import Any
 
@@ -30,16 +30,12 @@ class Versions:
         return [t for t, version in zip(self._tensors, self._versions, strict=True) if t._version != version]
 
 
-def devices_of(module: nn.Module) -> list[torch.device]:
-    """Devices beside the CPU on which ``module`` may draw random numbers."""
-    return sorted({p.device for p in module.parameters() if p.device.type not in ("cpu", "meta")}, key=str)
-
-
 class RandomState:
-    """The generators that a model may draw from: PyTorch's on the CPU and on ``devices``, NumPy's and Python's."""
+    """The generators that a model of these modules may draw from: PyTorch's where it lies, NumPy's and Python's."""
 
-    def __init__(self, devices: list[torch.device]) -> None:
-        self._devices = devices
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        devices = {p.device for module in modules for p in module._parameters.values() if p is not None}
+        self._devices = sorted((device for device in devices if device.type not in ("cpu", "meta")), key=str)
         self._torch = self._read()
         self._numpy: Any = np.random.get_state()  # noqa: NPY002  (the state that models draw from)
         self._python = random.getstate()
@@ -120,11 +116,13 @@ class Snapshot:
     Objects among the inputs, as a cache of keys and values, get back what they held.
     """
 
-    def __init__(self, model: nn.Module, *, training: bool = True, every: bool = False, inputs: Any = ()) -> None:
-        self._random = RandomState(devices_of(model))
+    def __init__(
+        self, modules: Sequence[nn.Module], *, training: bool = True, every: bool = False, inputs: Any = ()
+    ) -> None:
+        self._random = RandomState(modules)
         copied: list[Tensor | None] = []
         kept: list[Tensor | None] = []
-        for module in model.modules():
+        for module in modules:
             if module._buffers:
                 (copied if every or (training and module.training) else kept).extend(module._buffers.values())
         self._copied = Versions(copied)
@@ -165,7 +163,7 @@ def undone(model: nn.Module, inputs: Any = ()) -> Iterator[Any]:
 
     Tensors among these are the same, see `apart`.
     """
-    before = Snapshot(model, every=True)
+    before = Snapshot(list(model.modules()), every=True)
     try:
         yield pytree.tree_map(lambda leaf: leaf if isinstance(leaf, Tensor) else apart(leaf, detach_plain), inputs)
     finally:
@@ -199,7 +197,7 @@ class Repeatable:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._random = RandomState(devices_of(module))
+        self._random = RandomState(module.modules())
         self._buffers = list(module.buffers())
         self._versions = Versions(self._buffers)
 
