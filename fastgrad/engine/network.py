@@ -70,9 +70,8 @@ class Network:
                 return known.plans[0]
             known.plans.clear()
         plan = Trial(self, known, (args, kwargs), samples).plan()
-        with self._lock:
-            # Compiled passes, which have a graph already, do not come to `forward`.
-            known.plans.insert(0, plan)
+        # At once: compiled passes, which have a graph already, do not come to `forward`.
+        self._keep(plan)
         return plan
 
     def routes(self) -> list[Route]:
@@ -110,10 +109,7 @@ class Network:
             try:
                 output, shadow = self.once(candidate, run, inputs, readings)
                 if run.left is None and (run.steps is None or run.steps.path() in candidate.paths):
-                    plans = plan.known.plans
-                    with self._lock:
-                        # The first is the first to be tried.
-                        plans[:] = [candidate, *(other for other in plans if other is not candidate)][:_PLANS_KEPT]
+                    self._keep(candidate)
                     return output, shadow
             except OffPlanError as left:
                 reason = left.reason
@@ -227,6 +223,13 @@ class Network:
             while len(self._known) > _STRUCTURES_KEPT:
                 self._known.popitem(last=False)
         return known
+
+    def _keep(self, plan: Plan) -> None:
+        """Have ``plan`` be the first to be tried."""
+        plans = plan.known.plans
+        if not plans or plans[0] is not plan:
+            with self._lock:
+                plans[:] = [plan, *(other for other in plans if other is not plan)][:_PLANS_KEPT]
 
 
 def _kind(inputs: Any, samples: int) -> Any:
