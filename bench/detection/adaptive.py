@@ -42,6 +42,7 @@ LAMBDAS: Mapping[str, float | None] = {"lambda 0.1": 0.1, "lambda 1": 1.0, "sele
 DEFAULT_NETWORKS = ("lite0", "resnet20")
 #: By kind of data, photographs being slow: attacked images, random starts of each objective, images at a time.
 EFFORTS = {PHOTOGRAPHS: (100, 1, 8), SMALL: (100, 5, 25)}
+QUICK = {PHOTOGRAPHS: (8, 1, 8), SMALL: (25, 1, 25)}
 #: What happens to images between the attack and the network.
 WAYS: Mapping[str, Callable[[Tensor], Tensor]] = {"": lambda images: images, " after JPEG": sets.compress}
 
@@ -130,10 +131,10 @@ def auto_attack(model: nn.Module, images: Tensor, labels: Tensor, radius: float,
 
 def measure(subject: Subject) -> Iterator[dict[str, Any]]:
     """Yield a row for each radius and detector: how many images mislead, how many of those are found."""
-    fit, model, (count, starts, batch) = Fit(subject), subject.model, EFFORTS[subject.kind]
-    forms = list(FORMS)
-    if subject.options.quick and subject.few:
-        count, forms = 8, forms[:1]
+    count, starts, batch = (QUICK if subject.options.quick else EFFORTS)[subject.kind]
+    fit, model = Fit(subject), subject.model
+    # Hours, where the second pass is of photographs.
+    forms = [form for form in FORMS if not (subject.few and form == "second pass")]
     x, labels = (value[subject.right["test"][:count]] for value in subject.parts["test"])
     boxes = {form: white_box(fitted(fit, FORMS[form]), x[:3], FALSE_ALARMS) for form in forms}
 
@@ -172,4 +173,5 @@ def measure(subject: Subject) -> Iterator[dict[str, Any]]:
 
 def run(options: Options, networks: Sequence[str]) -> tuple[list[Mapping[str, Any]], dict[str, Any]]:
     rows = printed(row for name in networks for row in measure(NETWORKS[name].make(options, 0)))
-    return rows, {"steps": STEPS, "networks": {name: NETWORKS[name].title for name in networks}}
+    about = {name: NETWORKS[name].title for name in networks}
+    return rows, {"steps": STEPS, "quick": options.quick, "networks": about}

@@ -33,7 +33,7 @@ from fastgrad.detector.price import DEFAULT_BLOCKS
 from fastgrad.metrics import calibration_report
 
 #: Splits of the images that the network was not trained on, clean images of each, clean test images, copies of a kind.
-SEEDS, FITTED, TESTED, COPIES = 3, 4000, 1000, 200
+SIZES, QUICK = (3, 4000, 1000, 200), (1, 1000, 500, 60)
 #: Of those fitted, the share that makes probabilities calibrated.
 UNSEEN = 0.2
 GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -87,7 +87,7 @@ def answered(subject: Subject, tests: Mapping[str, Seen], seed: int) -> Answers:
     fit = Fit(subject)
     # The detector and its gate are those of `TwoStageModel.fit`; H is trained below on each thing that it may read.
     H = IntrospectiveClassifier(max_epochs=1)
-    two_stage = fitted(fit, DEFAULT_BLOCKS, classifier=H, challenges_per_input=3, max_samples=FITTED)
+    two_stage = fitted(fit, DEFAULT_BLOCKS, classifier=H, challenges_per_input=3, max_samples=len(fit.clean.images))
     kept = subject.kept("inputs/generated/fit", dict)
     groups = torch.from_numpy(kept["groups"])
     labels = subject.parts["fit"][1][groups]
@@ -134,14 +134,15 @@ def measure(options: Options, network: str) -> list[dict[str, Any]]:
         base = NETWORKS[network].make(options, 0)
     except ABSENT as why:
         return [{"network": network, "not run": str(why)}]
+    seeds, count, tested, copies = QUICK if options.quick else SIZES
     images, labels = sets.load(options.data, "cifar10", unseen(network), HELD_OUT, -HELD_OUT).labelled()
-    clean = sets.load(options.data, "cifar10", "test", TESTED).labelled()
-    base = replace(base, parts={"fit": (images[:FITTED], labels[:FITTED]), "test": clean}, count=COPIES, _seen={})
+    clean = sets.load(options.data, "cifar10", "test", tested).labelled()
+    base = replace(base, parts={"fit": (images[:count], labels[:count]), "test": clean}, count=copies, _seen={})
     tests = {case: base.seen(case) for cases in GROUPS.values() for case in cases}
     truth = {case: clean[1][seen.shown.source] for case, seen in tests.items()}
     found: dict[str, list[dict[str, Tensor]]] = {}
-    for seed in range(SEEDS):
-        places = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:FITTED]
+    for seed in range(seeds):
+        places = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
         subject = replace(base, draw=seed, parts={"fit": (images[places], labels[places]), "test": clean}, _seen={})
         for name, own in answered(subject, tests, seed).items():
             found.setdefault(name, []).append(own)
@@ -173,4 +174,5 @@ def measure(options: Options, network: str) -> list[dict[str, Any]]:
 def run(options: Options, networks: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     rows = [row for name in networks for row in measure(options, name)]
     about = {name: [NETWORKS[name].title, NETWORKS[name].tuned] for name in DEFAULT_NETWORKS}
-    return rows, {"fitted": FITTED, "tested": TESTED, "copies": COPIES, "networks": about}
+    sizes = dict(zip(("splits", "fitted", "tested", "copies"), QUICK if options.quick else SIZES, strict=True))
+    return rows, sizes | {"quick": options.quick, "networks": about}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ pytest.importorskip("imagecorruptions")
 pytest.importorskip("pytorch_ood")
 
 from bench.detection import __main__ as command
-from bench.detection import failure, networks
+from bench.detection import adaptive, failure, introspective, networks
 from bench.detection.cases import FAMILIAR, FOREIGN
 from bench.detection.data.corruptions import corrupt
+from bench.detection.registry import SMALL
 from bench.detection.train import EPOCHS
 
 pytestmark = pytest.mark.slow
@@ -71,6 +74,25 @@ def test_the_table_of_errors_runs(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert 0 <= found["fastgrad, risk", "clean and corruptions"]["auroc"] <= 1
     assert found["fastgrad, risk", "clean"]["log loss"] > 0
     assert "tinyimagenet" in found["softmax", "everything"]["not run"]
+
+
+def test_the_table_of_introspection_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(introspective, "QUICK", (2, 60, 40, 10))
+    found = {(row["method"], row["case"]): row for row in rows_of(folder, "introspective", "--networks", "resnet")}
+    assert {"H on h, gated", "last layer, trained again", "batch norm adapted", "SimCLR"} <= {name for name, _ in found}
+    assert found["network", "clean"]["gain"] == 0
+    assert all(0 <= row["accuracy"] <= 1 and 0 <= row["ece"] <= 1 for row in found.values())
+
+
+def test_the_table_of_attacks_that_know_the_detector_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adaptive, "DEFAULT_NETWORKS", ("resnet",))
+    monkeypatch.setitem(adaptive.QUICK, SMALL, (4, 1, 4))
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    rows = rows_of(folder, "adaptive")
+    assert [(row["case"], row["method"]) for row in rows] == list(itertools.product(("2/255", "8/255"), adaptive.FORMS))
+    for row in rows:
+        assert row["found, selective"] <= row["misled, selective"] <= row["images"] == 4
+        assert 0 <= row["protected"] <= 1
 
 
 def test_corruptions_repeat() -> None:
