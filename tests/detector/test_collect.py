@@ -85,7 +85,7 @@ def test_every_kind_of_challenge_is_made_of_the_inputs_that_fit(batch: int) -> N
     device, chosen = torch.device("cpu"), np.arange(240) < 200
     pixels = PixelRange.of(drawn.images())
     sample = collect.Sample([drawn], None, np.full(240, -1), np.arange(240), ~chosen, chosen, 3, pixels)
-    batches = (collect.clean_batches(sample, False), collect.generated_batches(sample, model, device, 0, False))
+    batches = (collect.drawn_batches(sample, False), collect.generated_batches(sample, model, device, 0, False))
     features = collect.read(Extraction(model, [Logits()]), device, itertools.chain(*batches))
     made = features.kinds != ""
     assert made.sum() == 600

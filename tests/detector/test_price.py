@@ -11,8 +11,9 @@ from fastgrad.batches import take
 from fastgrad.blocks import BLOCKS, Block, Logits
 from fastgrad.blocks.extraction import Extraction, Pass, arguments
 from fastgrad.blocks.subject import watch
+from fastgrad.detector.fitting import _blocks
 from fastgrad.detector.model import TwoStageModel
-from fastgrad.detector.price import DEFAULT_BLOCKS, EXTENDED_BLOCKS, fit_to_budget, preset, price
+from fastgrad.detector.price import DEFAULT_BLOCKS, EXTENDED_BLOCKS, fit_to_budget, price
 from fastgrad.detector.report import Report
 from fastgrad.introspection import IntrospectiveClassifier
 
@@ -196,6 +197,7 @@ def test_the_price_of_single_inputs_is_measured_too_and_said_where_it_is_above_t
 
 
 def test_presets_hold_known_blocks_and_the_second_pass_begins_at_two():
-    assert preset(1.2) == DEFAULT_BLOCKS
-    assert preset(2.0) == EXTENDED_BLOCKS == (*DEFAULT_BLOCKS, "view")
+    for budget, names in ((1.2, DEFAULT_BLOCKS), (2.0, (*DEFAULT_BLOCKS, "view"))):
+        two_stage = TwoStageModel(network(), budget=budget)
+        assert tuple(block.name for block in _blocks(two_stage, two_stage)) == names
     assert set(EXTENDED_BLOCKS) <= set(BLOCKS)
