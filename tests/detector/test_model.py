@@ -341,6 +341,7 @@ def test_the_gate_mixes_network_and_classifier():
     classifier = IntrospectiveClassifier(hidden=(8,), max_epochs=2)
     model = TwoStageModel(small_network(), classifier=classifier, blocks=["logits", "features"])
     model.fit([(images(120, 1), labels)])
+    assert [block.name for block in model.extraction_.blocks] == ["logits", "features"]
     x = torch.cat([images(20, 2), images(20, 3) * 4 - 1])
     answer = model(x)
     logits, blocks = model.extraction_(x)
