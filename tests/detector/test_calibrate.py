@@ -282,11 +282,18 @@ def test_gains_are_what_the_auroc_falls_by_and_its_interval_is_over_sources(says
     X = {"image": [image, image + 50, image + 50], "features": [features[:200], features[200:], features[200:]]}
     kinds, groups = np.repeat(["", "noise", "blur"], 200), np.tile(np.arange(200), 3)
     blocks = {name: torch.from_numpy(np.concatenate(rows)) for name, rows in X.items()}
-    codes = np.repeat([0, 1, 2], 200)
-    found = gains(Table(blocks, BLOCKS, codes, groups, np.zeros(600, bool), False), kinds)
+
+    def table(*names: str) -> Table:
+        some = {name: blocks[name] for name in names}
+        return Table(some, BLOCKS, np.repeat([0, 1, 2], 200), groups, np.zeros(600, bool), False)
+
+    found = gains(table("image", "features"), kinds)
     # Without the image any order of a challenge and a clean sample is as likely; ties count half.
     assert found["image"].auroc == pytest.approx(0.5, abs=0.08 * says_nothing)
     assert found["image"].interval == pytest.approx(says_nothing * 1.96 / math.sqrt(12 * 200), rel=0.15)
     assert abs(found["features"].auroc) < 1e-3
-    with pytest.raises(ValueError, match=r"at least two blocks and two families of challenge; there were \['image'\]"):
-        gains(Table({"image": blocks["image"]}, BLOCKS, codes, groups, np.zeros(600, bool), False), kinds)
+    few = r"at least two blocks and two families of challenge; there were \['image'"
+    with pytest.raises(ValueError, match=few + r"\], \['blur', 'grain'\]"):
+        gains(table("image"), kinds)
+    with pytest.raises(ValueError, match=few + r", 'features'\], \['grain'\]"):
+        gains(table("image", "features"), np.where(kinds == "blur", "compression", kinds))
