@@ -81,7 +81,8 @@ class Rows(Fitted):
         values = blocks[self.options["block"]].double()
         if self.options["rank"]:
             # Signals, classes, parameters: the classes in the order of falling logits, so that no column is one class.
-            values = values if values.dim() == 4 else values.reshape(values.shape[0], 1, values.shape[1], -1)
+            values = values if values.dim() == 4 else values.unsqueeze(1)
+            values = values if values.dim() == 4 else values.unsqueeze(-1)
             # The last parameter is as a rule the last layer's bias, whose norm falls as the contrast's logit rises.
             logits = blocks["logits"].double() if self.options["by_logits"] else -values[:, -1, :, -1]
             order = torch.argsort(logits, dim=-1, descending=True, stable=True)
