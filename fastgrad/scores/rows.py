@@ -71,9 +71,8 @@ class Rows(Fitted):
             values = rows.standardised(flat)
             projection = whitening(values, dimensions, rounding / scale)
             rows.register_buffer("shift", values.mean(0) @ projection)
-            rows.register_buffer(
-                "projection", (projection.float() if len(projection) > WIDE else projection).contiguous()
-            )
+            projection = projection.float() if len(projection) > WIDE else projection
+            rows.register_buffer("projection", projection.contiguous())
         return rows
 
     def flat(self, blocks: Mapping[str, Tensor]) -> Tensor:

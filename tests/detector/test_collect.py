@@ -196,8 +196,7 @@ def test_without_labels_there_is_no_risk_and_the_report_says_so() -> None:
     assert model(CLEAN).risk is None
     assert "none: not asked for" in str(model.report())
     model = TwoStageModel(network(), blocks=["logits"]).fit(pairs(CLEAN[:29]), None)
-    assert model.risk_ is None
-    assert model.temperature_ is None
+    assert [model.risk_, model.temperature_] == [None, None]
     assert "none: 29 labelled clean inputs that the answer was not trained on are too few" in str(model.report())
     model = TwoStageModel(nn.Sequential(network(), nn.Linear(3, 1)), blocks=["logits"]).fit([CLEAN], None)
     assert "none: the network has one logit" in str(model.report())

@@ -33,7 +33,7 @@ def test_the_energy_of_log_probabilities_is_none_and_not_their_rounding():
 
 
 @pytest.mark.parametrize(
-    ("shape", "last"), [((6, 4), ...), ((6, 4, 3), (..., -1)), ((6, 2, 4, 3), (slice(None), -1, slice(None), -1))]
+    ("shape", "last"), [((6, 4), ...), ((6, 4, 3), (..., -1)), ((6, 2, 4, 3), np.s_[:, -1, :, -1])]
 )
 def test_order_by_rank(shape, last):
     contrasts, logits = RNG.normal(size=shape), RNG.normal(size=(6, 4))
