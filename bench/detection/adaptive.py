@@ -28,6 +28,7 @@ from bench.detection.registry import NETWORKS, PHOTOGRAPHS, SMALL, Options
 from bench.detection.subject import Fit, Subject
 from bench.report.pages import printed
 from fastgrad import TwoStageModel
+from fastgrad.detector.calibrate import values_of
 from fastgrad.detector.price import DEFAULT_BLOCKS, EXTENDED_BLOCKS
 from fastgrad.engine.tracing import trace
 
@@ -61,7 +62,7 @@ def white_box(model: TwoStageModel, example: Tensor, false_alarms: float) -> Whi
 
     def scores(x: Tensor) -> tuple[Tensor, Tensor]:
         logits, blocks = extraction(x)
-        return logits, detector.evidence(detector.raw(blocks), cap=math.inf).sum(-1)
+        return logits, detector.evidence(values_of(detector.scores, blocks)[0], cap=math.inf).sum(-1)
 
     graph = trace(scores, (example,), len(example), functional=True)
     aten = torch.ops.aten

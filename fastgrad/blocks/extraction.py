@@ -37,9 +37,8 @@ class Pass:
         self.network, self.subject, self.log = extraction._network, subject, extraction.log
         self.args, self.kwargs, self.samples = args, kwargs, samples
         self._readings = {block.name: block.readings(subject, mask) for block in extraction.blocks}
-        every = {block.name: block.signals(subject) for block in extraction.blocks}
         #: Those that were not sent back yet.
-        self._signals = {name: signals for name, signals in every.items() if signals}
+        self._signals = {block.name: signals for block in extraction.blocks if (signals := block.signals(subject))}
         plan = self.network.plan(args, kwargs, samples) if self._signals else None
         self.run = Run(samples)
         with torch.set_grad_enabled(plan is not None):

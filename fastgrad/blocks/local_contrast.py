@@ -11,8 +11,6 @@ from torch import Tensor
 
 #: Values whose largest is taken, and so often again of those: of 4, 16 and 64.
 _EACH, _TIMES = 4, 3
-#: Numbers that say how values are distributed.
-EXTREMES = 1 + 2 * _TIMES
 
 
 def differences(x: Tensor, most: int) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:

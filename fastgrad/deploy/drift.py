@@ -205,28 +205,25 @@ class DriftMonitor:
         values = _finite(scores)
         bins = np.searchsorted(self.reference.edges, values, side="right")
         for bin_, tie in zip(bins.tolist(), self._random.random(len(bins)).tolist(), strict=True):
-            self._step(bin_, tie)
+            # The new score is itself one of those among which it is ranked: that is what makes p exactly uniform.
+            self._counts[bin_] += 1
+            self._total += 1
+            above = float(self._counts[bin_ + 1 :].sum())
+            p = (above + tie * float(self._counts[bin_])) / self._total
+            log_p, log_1p = math.log(max(p, 1e-300)), math.log(max(1.0 - p, 1e-17))
+            factors = np.exp(_LOG_NORMALIZER + (_BETS[:, 0] - 1) * log_p + (_BETS[:, 1] - 1) * log_1p)
+
+            self.count += 1
+            # Ever: shares 1/(t (t + 1)) sum to 1, what has not started, 1/(t + 1), lies idle. Average: 1 at each step.
+            share, idle = 1.0, 0.0
+            if self.form == "ever":
+                share, idle = 1.0 / (self.count * (self.count + 1)), 1.0 / (self.count + 1)
+            self._capital = np.minimum((self._capital + share * _PRIOR) * factors, _LARGEST)
+            self.evidence = float(self._capital.sum()) + idle
+            self._peak = max(self._peak, self.evidence)
+            if self.alarm_at is None and self.evidence >= 1.0 / self.false_alarm_rate:
+                self.alarm_at = self.count
         return self.alarm
-
-    def _step(self, bin_: int, tie: float) -> None:
-        # The new score is itself one of those among which it is ranked: that is what makes p exactly uniform.
-        self._counts[bin_] += 1
-        self._total += 1
-        above = float(self._counts[bin_ + 1 :].sum())
-        p = (above + tie * float(self._counts[bin_])) / self._total
-        log_p, log_1p = math.log(max(p, 1e-300)), math.log(max(1.0 - p, 1e-17))
-        factors = np.exp(_LOG_NORMALIZER + (_BETS[:, 0] - 1) * log_p + (_BETS[:, 1] - 1) * log_1p)
-
-        self.count += 1
-        # Ever: shares 1/(t (t + 1)) sum to 1, what has not started yet, 1/(t + 1), lies idle. Average: 1 at each step.
-        share, idle = 1.0, 0.0
-        if self.form == "ever":
-            share, idle = 1.0 / (self.count * (self.count + 1)), 1.0 / (self.count + 1)
-        self._capital = np.minimum((self._capital + share * _PRIOR) * factors, _LARGEST)
-        self.evidence = float(self._capital.sum()) + idle
-        self._peak = max(self._peak, self.evidence)
-        if self.alarm_at is None and self.evidence >= 1.0 / self.false_alarm_rate:
-            self.alarm_at = self.count
 
     def state(self) -> dict[str, Any]:
         """What a dashboard shows: the attributes, the rate and the form, and `summary`."""

@@ -66,10 +66,6 @@ class DetectorModule(Fitted):
         """Weighted -log p, at most ``cap``, ``(B, K)`` of all scores' ``raw`` values ``(K, B)``."""
         return weighted(self.p_values(raw).t(), cap, [score.options["weight"] for score in self.scores])
 
-    def raw(self, blocks: Mapping[str, Tensor]) -> Tensor:
-        """Every score's values before calibration, ``(K, B)``."""
-        return values_of(self.scores, blocks)[0]
-
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """Uncertainty ``(B,)``, at least 0."""
         return self.explain(blocks)[0]

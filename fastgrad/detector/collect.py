@@ -155,24 +155,19 @@ class Features:
 Batch = tuple[Inputs, Sequence[str], Sequence[int]]
 
 
-def clean_batches(sample: Sample, verbose: bool | None) -> Iterator[Batch]:
-    """Clean inputs."""
+def drawn_batches(sample: Sample, verbose: bool | None) -> Iterator[Batch]:
+    """Clean inputs, and challenges of the user's, whose kinds are told apart by what came beside them."""
     first = 0
     for x in bar([x for drawn in sample.clean for x in drawn.batches], "clean inputs", verbose):
         count = batch_size(x)
         yield x, [""] * count, range(first, first + count)
         first += count
-
-
-def given_batches(sample: Sample, verbose: bool | None) -> Iterator[Batch]:
-    """Challenges of the user's, if any; what came beside them tells kinds apart."""
-    if sample.challenges is None:
-        return
-    tags = iter(sample.challenges.beside)
-    for x in bar(sample.challenges.batches, "challenges", verbose):
-        count = batch_size(x)
-        kinds = ["challenge" if tag is None else f"kind {tag}" for tag in itertools.islice(tags, count)]
-        yield x, kinds, [-1] * count
+    if sample.challenges is not None:
+        tags = iter(sample.challenges.beside)
+        for x in bar(sample.challenges.batches, "challenges", verbose):
+            count = batch_size(x)
+            kinds = ["challenge" if tag is None else f"kind {tag}" for tag in itertools.islice(tags, count)]
+            yield x, kinds, [-1] * count
 
 
 def generated_batches(

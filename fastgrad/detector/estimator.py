@@ -10,7 +10,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import issparse
 from sklearn.base import BaseEstimator
-from sklearn.utils import Tags, check_random_state
+from sklearn.utils import ClassifierTags, Tags, check_random_state
 from sklearn.utils.validation import check_is_fitted
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -184,8 +184,6 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         return self.module_
 
     def __sklearn_tags__(self) -> Tags:
-        from sklearn.utils import ClassifierTags
-
         tags = super().__sklearn_tags__()
         tags.input_tags.positive_only = bool(self.log)
         tags.input_tags.three_d_array = True

@@ -27,7 +27,7 @@ from fastgrad.detector.calibrate import Calibrated
 from fastgrad.detector.collect import Drawn, Sample
 from fastgrad.detector.estimator import UncertaintyDetector
 from fastgrad.detector.inputs import held_out_of
-from fastgrad.detector.price import PriceReport, fit_to_budget, preset
+from fastgrad.detector.price import DEFAULT_BLOCKS, EXTENDED_BLOCKS, EXTENDED_FROM, PriceReport, fit_to_budget
 from fastgrad.detector.report import Report, gains
 from fastgrad.detector.risk import NoisyOr, Risk, doubt
 from fastgrad.engine.fallback import agree
@@ -77,9 +77,8 @@ def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
     extraction = two_stage._extraction(reading, subject)
     _require_own(extraction, x)
     device, verbose = two_stage.device, options.verbose
-    loaded = collect.clean_batches(sample, verbose), collect.given_batches(sample, verbose)
     generated = collect.generated_batches(sample, two_stage.model, device, two_stage.seed, verbose)
-    features = collect.read(extraction, device, itertools.chain(*loaded, generated))
+    features = collect.read(extraction, device, itertools.chain(collect.drawn_batches(sample, verbose), generated))
     # A challenge has the label of the clean input that it was made of; what is held out has no challenges.
     labels = np.where(features.groups >= 0, sample.labels[features.groups], -1)
     held_out = (features.kinds == "") & sample.held_out[features.groups]
@@ -233,7 +232,8 @@ def _blocks(two_stage: TwoStageModel, subject: Subject) -> list[Block]:
     if two_stage.classifier is not None and subject.head is None:
         raise ValueError("the introspective classifier needs a model that ends in a linear layer")
     if two_stage.blocks is None:
-        return [BLOCKS[name]() for name in preset(two_stage.budget)]  # what cannot be served is dropped with the price
+        names = EXTENDED_BLOCKS if two_stage.budget >= EXTENDED_FROM else DEFAULT_BLOCKS
+        return [BLOCKS[name]() for name in names]  # what cannot be served is dropped with the price
     for block in two_stage.blocks:
         why = block.refusal(subject)
         if why is not None:
@@ -296,9 +296,8 @@ def _risk(
     chosen = torch.from_numpy(usable)
     evidence, device = fitted.evidence[chosen], two_stage.device
     h = features.blocks.get(Features.name)
-    with torch.no_grad():
-        h = None if h is None else h[chosen].to(device)
-        log_p = two_stage._log_probabilities(features.logits[chosen].to(device), h, evidence.to(device)).cpu()
+    h = None if h is None else h[chosen].to(device)
+    log_p = two_stage._log_probabilities(features.logits[chosen].to(device), h, evidence.to(device)).cpu()
     wrong = log_p.argmax(-1) != torch.from_numpy(labels)[chosen]
     kinds = torch.from_numpy(fitted.table.kinds)[chosen]
     risk = Risk.fit(doubt(log_p), evidence, fitted.log_p[chosen], wrong, kinds)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from sklearn.utils.validation import column_or_1d
 from torch import Tensor
 
 from fastgrad.blocks import Block
@@ -59,8 +60,6 @@ def challenging_of(y: ArrayLike | None, count: int) -> tuple[NDArray[np.bool_], 
         return neither
     values = np.asarray(y.detach().cpu() if isinstance(y, Tensor) else y)
     if values.ndim == 2 and values.shape[1] == 1:
-        from sklearn.utils.validation import column_or_1d
-
         values = column_or_1d(values, warn=True)
     if values.shape != (count,):
         raise ValueError(f"y must have shape ({count},), one label per row of X; it was {values.shape}")

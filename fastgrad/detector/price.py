@@ -39,11 +39,6 @@ ERROR, ROUNDS, SECONDS = 0.03, 7, 4.0
 PASS = 0.1
 
 
-def preset(budget: float) -> tuple[str, ...]:
-    """Names of the blocks for a ``budget`` in forward passes, which may still turn out to be above it."""
-    return EXTENDED_BLOCKS if budget >= EXTENDED_FROM else DEFAULT_BLOCKS
-
-
 @dataclass(frozen=True)
 class PriceReport:
     """The blocks that fit a limit, and their price in forward passes, the one that gives the logits included.

@@ -24,19 +24,6 @@ WIDE = 1024
 _LEAST = 1e4
 
 
-def order_by_rank(contrasts: Tensor, logits: Tensor) -> Tensor:
-    """Contrasts ``(B, N)``, ``(B, N, P)`` or ``(B, S, N, P)`` with the classes in the order of falling logits.
-
-    So no feature depends on class names. ``logits`` ``(B, N)`` may be anything that orders the classes alike.
-    """
-    order = torch.argsort(logits, dim=-1, descending=True, stable=True)
-    if contrasts.dim() == 4:
-        order = order.unsqueeze(1)
-    if contrasts.dim() > 2:
-        order = order.unsqueeze(-1)
-    return torch.gather(contrasts, 2 if contrasts.dim() == 4 else 1, order.expand_as(contrasts))
-
-
 class Rows(Fitted):
     """Rows ``(B, d)`` for a score, from the named blocks.
 
@@ -84,22 +71,21 @@ class Rows(Fitted):
             values = rows.standardised(flat)
             projection = whitening(values, dimensions, rounding / scale)
             rows.register_buffer("shift", values.mean(0) @ projection)
-            rows.register_buffer(
-                "projection", (projection.float() if len(projection) > WIDE else projection).contiguous()
-            )
+            projection = projection.float() if len(projection) > WIDE else projection
+            rows.register_buffer("projection", projection.contiguous())
         return rows
 
     def flat(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """The block before standardisation, ``(B, d)``."""
         values = blocks[self.options["block"]].double()
         if self.options["rank"]:
-            if self.options["by_logits"]:
-                order_by = blocks["logits"].double()
-            else:
-                # The last parameter is as a rule the last layer's bias, whose norm falls as the contrast's logit rises.
-                norms = values[:, -1] if values.dim() == 4 else values
-                order_by = -norms.reshape(*norms.shape[:2], -1)[..., -1]
-            values = order_by_rank(values, order_by)
+            # Signals, classes, parameters: the classes in the order of falling logits, so that no column is one class.
+            values = values if values.dim() == 4 else values.unsqueeze(1)
+            values = values if values.dim() == 4 else values.unsqueeze(-1)
+            # The last parameter is as a rule the last layer's bias, whose norm falls as the contrast's logit rises.
+            logits = blocks["logits"].double() if self.options["by_logits"] else -values[:, -1, :, -1]
+            order = torch.argsort(logits, dim=-1, descending=True, stable=True)
+            values = torch.gather(values, 2, order[:, None, :, None].expand_as(values))
         values = values.flatten(1)
         if self.options["log"]:
             values = values.clamp(min=SMALLEST).log()

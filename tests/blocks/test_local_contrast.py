@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastgrad.blocks import Roughness
 from fastgrad.blocks.extraction import Extraction
 from fastgrad.blocks.image import image_statistics
-from fastgrad.blocks.local_contrast import EXTREMES, mean_extremes
+from fastgrad.blocks.local_contrast import mean_extremes
 from fastgrad.blocks.roughness import roughness
 from fastgrad.blocks.subject import is_image, watch
 
@@ -59,7 +59,7 @@ def test_extremes_are_those_of_groups_and_order_a_distribution(count: int) -> No
     found = mean_extremes(values)
     expected = np.stack([extremes([list(row) for row in one]) for one in values.numpy()])
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12, atol=1e-14)
-    mean, *rest = found.view(2, EXTREMES, 3).unbind(1)
+    mean, *rest = found.view(2, 7, 3).unbind(1)
     largest, smallest = rest[0::2], rest[1::2]
     assert bool((largest[0] >= mean - 1e-9).all()) or count % 4
     for k in (1, 2):
@@ -85,9 +85,9 @@ def test_large_images_and_maps_are_read_on_a_grid_and_of_many_channels_some() ->
     x = torch.rand(2, 3, 400, 300)
     # Every 12th position of 398 x 298.
     torch.testing.assert_close(image_statistics(x)[:, 3], x[:, :, 1:-1:12, 1:-1:12].mean((1, 2, 3)))
-    assert image_statistics(x).shape == (2, 4 * EXTREMES)
+    assert image_statistics(x).shape == (2, 4 * 7)
     maps = torch.randn(2, 90, 70, 50)
-    assert roughness(maps).shape == (2, 3 * 15 * EXTREMES)
+    assert roughness(maps).shape == (2, 3 * 15 * 7)
     assert torch.equal(roughness(maps), roughness(maps[:, ::6].contiguous()))
 
 
@@ -105,7 +105,7 @@ def test_no_neighbour_matters_and_flat_inputs_are_zero(function: object) -> None
     x = torch.rand(6, 3, 16, 16)
     assert torch.equal(function(x), torch.cat([function(part) for part in x.split(1)]))  # type: ignore[operator]
     flat = function(torch.full((2, 3, 8, 8), 0.3))  # type: ignore[operator]
-    contrast = flat.view(2, EXTREMES, -1)[:, :, :3]
+    contrast = flat.view(2, 7, -1)[:, :, :3]
     assert not contrast.any()
     assert function(x[:0]).shape == (0, flat.shape[1])  # type: ignore[operator]
     assert function(torch.full((1, 1, 4, 4), torch.nan)).isnan().all()  # type: ignore[operator]
@@ -119,7 +119,7 @@ def test_noise_raises_what_is_smallest_and_blur_lowers_what_is_largest() -> None
     smooth[:, :, :, 16:] += 0.5
 
     def of(images: Tensor) -> Tensor:
-        return image_statistics(images).view(4, EXTREMES, 4)
+        return image_statistics(images).view(4, 7, 4)
 
     clean = of(smooth)
     noisy = of(smooth + 0.03 * torch.randn(smooth.shape, generator=generator))

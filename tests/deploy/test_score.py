@@ -24,10 +24,8 @@ from fastgrad.deploy.score.local import score
 from fastgrad.deploy.score.sources import read_parquet
 
 #: Of a job.
-OPTIONS: dict[str, Any] = {
-    "batch": 4, "false_alarm_rate": None, "image_column": None, "key_column": None, "max_pixels": 100,
-    "max_bytes": 10**6,
-}  # fmt: skip
+OPTIONS: dict[str, Any] = {"batch": 4, "false_alarm_rate": None, "max_pixels": 100, "max_bytes": 10**6}
+COLUMNS = (None, None)
 
 
 @pytest.fixture
@@ -267,7 +265,7 @@ def test_of_two_runs_at_once_the_later_says_so(
 def test_of_two_jobs_with_one_folder_the_later_does_not_begin(folder: Path, tiny_package: Path, tmp_path: Path) -> None:
     def begin(part: int) -> job.Job:
         description = read_description(tiny_package)
-        return job.Job(tiny_package, description, folder, tmp_path / "o.parts", part=part, **OPTIONS)
+        return job.Job(tiny_package, description, folder, tmp_path / "o.parts", part=part, columns=COLUMNS, **OPTIONS)
 
     first = begin(4)
     assert begin(4).id == first.id
@@ -494,7 +492,7 @@ def test_what_cannot_be_scored(tiny_package: Path, tmp_path: Path) -> None:
         score(source, source, tmp_path / "out")
     description = dataclasses.replace(read_description(tiny_package), input_shape=(12,), mean=None, std=None)
     with pytest.raises(ValueError, match=r"this model takes no images: its inputs have shape \(12,\)"):
-        job.Job(tiny_package, description, source, tmp_path / "parts", part=1, **OPTIONS)
+        job.Job(tiny_package, description, source, tmp_path / "parts", part=1, columns=COLUMNS, **OPTIONS)
     for column, kind in ((pa.array([[1, 2]]), "list<"), (pa.array([{"path": "a.png"}]), "struct<path")):
         pq.write_table(pa.table({"image": column}), source)
         with pytest.raises(ValueError, match=f"must hold bytes, or structs with bytes; it has {kind}"):

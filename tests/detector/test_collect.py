@@ -85,7 +85,7 @@ def test_every_kind_of_challenge_is_made_of_the_inputs_that_fit(batch: int) -> N
     device, chosen = torch.device("cpu"), np.arange(240) < 200
     pixels = PixelRange.of(drawn.images())
     sample = collect.Sample([drawn], None, np.full(240, -1), np.arange(240), ~chosen, chosen, 3, pixels)
-    batches = (collect.clean_batches(sample, False), collect.generated_batches(sample, model, device, 0, False))
+    batches = (collect.drawn_batches(sample, False), collect.generated_batches(sample, model, device, 0, False))
     features = collect.read(Extraction(model, [Logits()]), device, itertools.chain(*batches))
     made = features.kinds != ""
     assert made.sum() == 600
@@ -195,3 +195,8 @@ def test_without_labels_there_is_no_risk_and_the_report_says_so() -> None:
     model = TwoStageModel(network(), blocks=["logits"]).fit(pairs(CLEAN), None, risk=False)
     assert model(CLEAN).risk is None
     assert "none: not asked for" in str(model.report())
+    model = TwoStageModel(network(), blocks=["logits"]).fit(pairs(CLEAN[:29]), None)
+    assert [model.risk_, model.temperature_] == [None, None]
+    assert "none: 29 labelled clean inputs that the answer was not trained on are too few" in str(model.report())
+    model = TwoStageModel(nn.Sequential(network(), nn.Linear(3, 1)), blocks=["logits"]).fit([CLEAN], None)
+    assert "none: the network has one logit" in str(model.report())

@@ -261,6 +261,8 @@ def test_given_loaders_are_used():
     assert two_stage.report().challenges == {f"kind kind {i}": 30 for i in range(3)}
     # Each is read once, as the 250 clean inputs are.
     assert two_stage.report().passes == pytest.approx(1 + 90 / 250)
+    for part in ("not measured, as the blocks were named", "100 clean inputs, held out, so rates are exact"):
+        assert part in str(two_stage.report())
 
 
 def test_a_bad_input_is_never_called_reliable(fitted):
@@ -341,6 +343,7 @@ def test_the_gate_mixes_network_and_classifier():
     classifier = IntrospectiveClassifier(hidden=(8,), max_epochs=2)
     model = TwoStageModel(small_network(), classifier=classifier, blocks=["logits", "features"])
     model.fit([(images(120, 1), labels)])
+    assert [block.name for block in model.extraction_.blocks] == ["logits", "features"]
     x = torch.cat([images(20, 2), images(20, 3) * 4 - 1])
     answer = model(x)
     logits, blocks = model.extraction_(x)
@@ -389,6 +392,7 @@ def test_the_report_says_price_samples_and_promises(fitted):
     assert report.passes == pytest.approx(4 * report.price.predicted + challenge_cost(3) - 3)
     text = str(report)
     parts = ("logits, activations", "forward passes predicted", "200 of 200", "from 0.005 on", "of their challenges")
+    parts += (" measured on batches of ", ", limit inf", "each scored by what was fitted without it")
     assert all(part in text for part in parts), text
 
 
@@ -435,7 +439,7 @@ def test_gains_are_measured_on_demand(tmp_path):
     assert all(-1 < gain.auroc < 1 and 0 < gain.interval < 0.5 for gain in report.gains.values())
     # The network is random and challenges are pictures: what is seen of them is worth more.
     assert report.gains["image"].auroc > report.gains["logits"].auroc
-    assert "gain in AUROC" in str(report)
+    assert f"  image                {report.gains['image'].auroc:+.3f} +- " in str(report)
     loaded = TwoStageModel.load(two_stage.save(tmp_path / "model.safetensors"), two_stage.model)
     assert loaded.report().gains == report.gains
     plain = TwoStageModel(small_network(), blocks=["logits", "image"]).fit(loader(80), None)

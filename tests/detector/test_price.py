@@ -11,8 +11,9 @@ from fastgrad.batches import take
 from fastgrad.blocks import BLOCKS, Block, Logits
 from fastgrad.blocks.extraction import Extraction, Pass, arguments
 from fastgrad.blocks.subject import watch
+from fastgrad.detector.fitting import _blocks
 from fastgrad.detector.model import TwoStageModel
-from fastgrad.detector.price import DEFAULT_BLOCKS, EXTENDED_BLOCKS, fit_to_budget, preset, price
+from fastgrad.detector.price import DEFAULT_BLOCKS, EXTENDED_BLOCKS, _seconds, fit_to_budget, price
 from fastgrad.detector.report import Report
 from fastgrad.introspection import IntrospectiveClassifier
 
@@ -177,6 +178,24 @@ def test_a_thread_clock_of_coarse_steps_is_not_asked(monkeypatch, images):
     assert 0 < price(model, model, images)[0] < math.inf
 
 
+@pytest.mark.skipif(not hasattr(time, "CLOCK_THREAD_CPUTIME_ID"), reason="as on Windows")
+def test_with_one_thread_what_else_runs_is_no_part_of_a_time(monkeypatch):
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
+        assert (_seconds(lambda: time.sleep(0.1), nn.Identity()) < 0.05) == (threads == 1)
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(60.0, 7), (0.0, 3)])
+def test_network_and_answer_take_turns_in_as_many_rounds_as_said(monkeypatch, seconds, rounds):
+    monkeypatch.setattr("fastgrad.detector.price.SECONDS", seconds)
+    monkeypatch.setattr("fastgrad.detector.price._seconds", lambda run, model: (run(), 1.0)[1])
+    model, calls = nn.Identity(), []
+    model.register_forward_hook(lambda *_: calls.append("network"))
+    price(model, lambda x: calls.append("answer"), torch.zeros(2, 3))
+    turns = [("network", "answer"), ("answer", "network")] * 4
+    assert calls == ["answer", "network", *(name for turn in turns[:rounds] for name in turn)]
+
+
 def test_the_price_of_single_inputs_is_measured_too_and_said_where_it_is_above_the_limit(monkeypatch, counting, images):
     monkeypatch.setattr("fastgrad.detector.price.PASS", 1.0)
     model = network()
@@ -196,6 +215,7 @@ def test_the_price_of_single_inputs_is_measured_too_and_said_where_it_is_above_t
 
 
 def test_presets_hold_known_blocks_and_the_second_pass_begins_at_two():
-    assert preset(1.2) == DEFAULT_BLOCKS
-    assert preset(2.0) == EXTENDED_BLOCKS == (*DEFAULT_BLOCKS, "view")
+    for budget, names in ((1.2, DEFAULT_BLOCKS), (2.0, (*DEFAULT_BLOCKS, "view"))):
+        two_stage = TwoStageModel(network(), budget=budget)
+        assert tuple(block.name for block in _blocks(two_stage, two_stage)) == names
     assert set(EXTENDED_BLOCKS) <= set(BLOCKS)

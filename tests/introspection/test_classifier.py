@@ -92,6 +92,9 @@ def test_stops_early_on_held_out_data():
     best = int(np.argmin(classifier.history_))
     assert classifier.n_iter_ < 200
     assert classifier.n_iter_ - best - 1 <= 2 * classifier.patience  # small gains do not count as progress
+    # Of fewer than twenty held-out samples nobody asks when to stop: all are trained on.
+    few = [classifier.set_params(validation_fraction=f).fit(noise[:190], labels[:190]).history_ for f in (0.1, 0)]
+    assert few[0] == few[1]
 
 
 def test_calibration_on_new_samples():

@@ -8,7 +8,7 @@ from fastgrad.blocks.logits import Energy
 from fastgrad.scores.fitted import Fitted
 from fastgrad.scores.gaussian_mixture import GaussianMixture
 from fastgrad.scores.mahalanobis import Mahalanobis
-from fastgrad.scores.rows import SMALLEST, Rows, order_by_rank
+from fastgrad.scores.rows import SMALLEST, Rows
 
 RNG = np.random.default_rng(0)
 
@@ -32,14 +32,18 @@ def test_the_energy_of_log_probabilities_is_none_and_not_their_rounding():
     assert Energy()(torch.full((1, 5), torch.nan)).isnan().all()
 
 
-@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 3), (6, 2, 4, 3)])
-def test_order_by_rank(shape):
-    contrasts, logits = torch.tensor(RNG.normal(size=shape)), torch.tensor(RNG.normal(size=(6, 4)))
-    ordered = order_by_rank(contrasts, logits)
-    for b in range(6):
-        order = np.argsort(-logits[b].numpy())
-        expected = contrasts[b][:, order] if len(shape) == 4 else contrasts[b][order]
-        assert torch.equal(ordered[b], expected)
+@pytest.mark.parametrize(
+    ("shape", "last"), [((6, 4), ...), ((6, 4, 3), (..., -1)), ((6, 2, 4, 3), np.s_[:, -1, :, -1])]
+)
+def test_order_by_rank(shape, last):
+    contrasts, logits = RNG.normal(size=shape), RNG.normal(size=(6, 4))
+    for blocks, falling in (({"logits": logits}, logits), ({}, -contrasts[last])):
+        rows = Rows.fit({"contrasts": contrasts, **blocks}, "contrasts", rank=True, standardise=False)
+        ordered = rows.of({"contrasts": contrasts, **blocks})
+        for b in range(6):
+            order = np.argsort(-falling[b])
+            expected = contrasts[b][:, order] if len(shape) == 4 else contrasts[b][order]
+            assert ordered[b].tolist() == expected.ravel().tolist()
 
 
 def test_rows_are_standardised_logarithms_and_zeros_stay_finite():

@@ -95,8 +95,7 @@ class Job:
     batch: int
     part: int
     false_alarm_rate: float | None
-    image_column: str | None
-    key_column: str | None
+    columns: tuple[str | None, str | None]  # of a Parquet file's images and names
     max_pixels: int
     max_bytes: int
 
@@ -104,7 +103,7 @@ class Job:
         require_images(self.description.input_shape)
         self.threshold = self.description.threshold_at(self.false_alarm_rate)
         self.schema = arrow_schema(self.description)
-        self.images, self.columns = self.images.resolve(), (self.image_column, self.key_column)
+        self.images = self.images.resolve()
         self.listed: list[Source] | None = None
         identity = (
             digest_of(self.model), str(self.images), self._look(), self.part, self.threshold, self.columns,

@@ -81,7 +81,7 @@ def score_dataset(
     path, folder = Path(model).resolve(), Path(out).resolve()
     job = Job(
         path, read_description(path), Path(images), folder, batch=batch, part=part, false_alarm_rate=false_alarm_rate,
-        image_column=image_column, key_column=key_column, max_pixels=max_pixels, max_bytes=max_bytes,
+        columns=(image_column, key_column), max_pixels=max_pixels, max_bytes=max_bytes,
     )  # fmt: skip
     if job.missing:
         if not ray.is_initialized():
