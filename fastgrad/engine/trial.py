@@ -234,7 +234,8 @@ class Trial:
                 if not agree(layout.batch_first(one.detach(), other.samples)[rows], expected, precision):
                     raise ValueError(
                         "model must treat the samples of a batch independently; what it returns for a sample changes "
-                        "with the other samples of the batch. A sample is a row of dimension 0 of the inputs"
+                        "with the other samples of the batch, or each time, as with a generator of its own. A sample "
+                        "is a row of dimension 0 of the inputs"
                     )
 
     def _require_own_gradients(self, others: _Others, *, training: bool) -> None:
