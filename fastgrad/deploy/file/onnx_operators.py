@@ -177,6 +177,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.empty_permuted.default: _empty,
         aten.hardtanh_backward.default: _hardtanh_backward,
         aten.max_pool2d_with_indices_backward.default: _max_pool2d_backward,
+        # A number less integers, as of a mask, has no translation.
+        aten.rsub.Scalar: lambda x, a, alpha=1: torch.sub(a, x.to(torch.result_type(x, a)), alpha=alpha),
         aten.searchsorted.Tensor: _searchsorted,
         aten.sort.stable: _stable_sort,
         aten.threshold_backward.default: _threshold_backward,

@@ -173,6 +173,18 @@ def test_a_tensor_is_made_before_it_is_written(tmp_path: Path) -> None:
     written(Turn(), torch.randn(3, 8), ("y",), tmp_path)
 
 
+class Unmasked(nn.Module):
+    """Numbers less integers, as language models make of a mask what is added to attention."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        mask = (x > 0).long()
+        return 1.0 - mask, 1 - mask, torch.rsub(mask, 0.5, alpha=2)
+
+
+def test_a_number_less_integers(tmp_path: Path) -> None:
+    written(Unmasked().eval(), torch.randn(3, 4), ("float", "integer", "twice"), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("low", "high"), [(0, 0.5), (0.25, 1), (-1.5, -1), (1, 0.5), (-1, 1), (None, 0.5), (-0.5, None), (0, None)]
 )
