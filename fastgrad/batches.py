@@ -39,15 +39,17 @@ def take(tree: Tree, index: Tensor | slice, samples: int, carriers: Sequence[boo
     carriers = carrying(leaves, samples) if carriers is None else carriers
     for leaf in itertools.compress(leaves, carriers):
         holds_values("inputs with a row for each sample", leaf)
-    rows = [_rows(leaf, index) if carries else leaf for leaf, carries in zip(leaves, carriers, strict=True)]
+    rows = [
+        same_class(leaf[index.to(leaf.device) if isinstance(index, Tensor) else index], leaf) if carries else leaf
+        for leaf, carries in zip(leaves, carriers, strict=True)
+    ]
     taken: Tree = pytree.tree_unflatten(rows, spec)
     return taken
 
 
-def _rows(tensor: Tensor, index: Tensor | slice) -> Tensor:
-    """Some rows of a tensor, of the same class, which torchvision's images leave when they are indexed."""
-    rows = tensor[index.to(tensor.device) if isinstance(index, Tensor) else index]
-    return rows if type(rows) is type(tensor) else rows.as_subclass(type(tensor))
+def same_class(made: Tensor, tensor: Tensor) -> Tensor:
+    """What was made of ``tensor``, in its class, which torchvision's images leave when they are indexed."""
+    return made if type(made) is type(tensor) else made.as_subclass(type(tensor))
 
 
 def carrying(leaves: Sequence[object], samples: int) -> tuple[bool, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgrad._torch import is_traced, pytree
 from fastgrad.batches import carrying, take
-from fastgrad.engine.copy import Shadow, detach_plain
+from fastgrad.engine.copy import Shadow
 from fastgrad.engine.fallback import agree
 from fastgrad.engine.layout import SAMPLES
 from fastgrad.engine.memory import lacks_memory
@@ -31,7 +31,6 @@ def find_carriers(network: Network, inputs: Any, samples: int, *, training: bool
     rows that they have in the batch; where no choice does, as in a model that mixes samples, those that the model bears
     without an error. Where a module will run in training mode, the model must bear the choice in that mode as well.
     """
-    inputs = pytree.tree_map_only(Tensor, detach_plain, inputs)
     leaves = pytree.tree_leaves(inputs)
     every = carrying(leaves, samples)
     _, *doubts = [i for i, carries in enumerate(every) if carries] or [0]

@@ -20,6 +20,7 @@ from fastgrad._torch import pytree
 from fastgrad.engine.copy import Shadow, attach, detach_plain
 from fastgrad.engine.fallback import dense_grads, floating
 from fastgrad.engine.layout import Layout, find_layout
+from fastgrad.engine.memory import lacks_memory
 from fastgrad.engine.probe import nodes_behind
 from fastgrad.engine.state import RandomState
 
@@ -269,7 +270,16 @@ class Observation:
         """Send one sample's gradient back, first that of the chosen one; returns its gradient of every parameter."""
         self._passes.append(None)
         leaves = {n: p for n, p in self.parameters.items() if p.requires_grad}
-        found = dense_grads(self.outputs, list(leaves.values()), gradients, keep=True)
+        try:
+            found = dense_grads(self.outputs, list(leaves.values()), gradients, keep=True)
+        except RuntimeError as error:
+            # The first pass raises what any would.
+            if len(self._passes) == 1 or lacks_memory(error):
+                raise
+            raise ValueError(
+                "model must bear several backward passes through one forward pass, as selective checkpointing does "
+                f"not; in a trial the next one raised {type(error).__name__}: {error}"
+            ) from error
         return {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
 
     def once(self, call: Call) -> bool:

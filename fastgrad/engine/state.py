@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad._torch import pytree
-from fastgrad.engine.copy import CONTAINERS, PLAIN, detach_plain
+from fastgrad.batches import same_class
+from fastgrad.engine.copy import CONTAINERS, PLAIN
 
 
 class Versions:
@@ -159,13 +161,12 @@ class Snapshot:
 
 @contextlib.contextmanager
 def undone(model: nn.Module, inputs: Any = ()) -> Iterator[Any]:
-    """Take back what passes do to random numbers and buffers; gives ``inputs`` whose objects they may write to.
-
-    Tensors among these are the same, see `apart`.
-    """
+    """Take back what passes do to random numbers and buffers; gives a copy of ``inputs``, which they may write to."""
     before = Snapshot(list(model.modules()), every=True)
+    # Two names of one tensor stay so.
+    copied = functools.cache(lambda tensor: same_class(tensor.clone().detach(), tensor))
     try:
-        yield pytree.tree_map(lambda leaf: leaf if isinstance(leaf, Tensor) else apart(leaf, detach_plain), inputs)
+        yield pytree.tree_map(lambda leaf: apart(leaf, copied), inputs)
     finally:
         before.restore()
 

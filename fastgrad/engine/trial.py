@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgrad._torch import pytree
 from fastgrad.batches import take
 from fastgrad.engine.backward import backward_signals
 from fastgrad.engine.carriers import outputs_of
-from fastgrad.engine.copy import detach_plain
 from fastgrad.engine.fallback import agree
 from fastgrad.engine.layout import CHOSEN, SAMPLES, find_layout, probe_cotangent
 from fastgrad.engine.memory import lacks_memory
@@ -52,7 +50,6 @@ class Trial:
     def __init__(self, network: Network, known: Known, inputs: Any, samples: int, count: int = SAMPLES) -> None:
         self._network, self._known, self._count = network, known, count
         index = torch.arange(count, device="cpu") % samples
-        inputs = pytree.tree_map_only(Tensor, detach_plain, inputs)
         self._inputs, self._less = (take(inputs, i, samples, known.carriers) for i in (index, index[:-1]))
         # Single ones by their place. One is not enough where it is among the others as well.
         places = range(count - 1 - (samples < count), count)
@@ -234,7 +231,8 @@ class Trial:
                 if not agree(layout.batch_first(one.detach(), other.samples)[rows], expected, precision):
                     raise ValueError(
                         "model must treat the samples of a batch independently; what it returns for a sample changes "
-                        "with the other samples of the batch. A sample is a row of dimension 0 of the inputs"
+                        "with the other samples of the batch, or each time, as with a generator of its own. A sample "
+                        "is a row of dimension 0 of the inputs"
                     )
 
     def _require_own_gradients(self, others: _Others, *, training: bool) -> None:

@@ -57,6 +57,9 @@ def test_samples_that_interact_are_refused() -> None:
     model = small(interacting)
     norms_of(model, vectors(1))  # alone, a sample has nobody to meet
     assert_refused(model, vectors(5), "model must treat the samples of a batch independently")
+    drawing = small(lambda net, x: net.head(net.first(x) * torch.rand(4, generator=net.own)))
+    drawing.own = torch.Generator().manual_seed(0)
+    assert_refused(drawing, vectors(5), "changes .* or each time, as with a generator of its own")
 
 
 def test_two_batch_sizes_in_one_call_are_refused() -> None:

@@ -434,6 +434,22 @@ def test_planning_changes_no_buffer() -> None:
     assert float(model.count) == 0
 
 
+def shifting(net: Any, x: Tensor, scale: Tensor) -> Tensor:
+    """Writes to its input."""
+    return net.layer(x.sub_(0.5)).tanh() * scale
+
+
+def test_a_model_that_writes_to_its_input_does_so_once_a_call() -> None:
+    # With as many rows as columns, which inputs carry the batch is tried on the whole of it.
+    model, x, scale = Net(shifting, layer=nn.Linear(3, 3)).double(), inputs(3, 3), inputs(3, 3, seed=1)
+    truth, extractor = loop(model, (x.clone(), scale), {}), features_of_squares(model)
+    for call in (functools.partial(norms_of, model), lambda *args: extractor(*args)[1]):
+        for _ in range(2):
+            given = x.clone()
+            assert_close(call(given, scale), truth)
+            assert_close(given, x - 0.5)
+
+
 def test_a_mode_of_the_users_sees_the_functions_of_layers() -> None:
     seen = []
 

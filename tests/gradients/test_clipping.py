@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_nets import Net
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import fastgrad
 from fastgrad import checks
@@ -205,6 +206,11 @@ def test_activation_checkpointing() -> None:
     reentrant = checkpointed(True)
     with pytest.raises(RuntimeError, match="use_reentrant=False"), fastgrad.record(reentrant):
         reentrant(x)
+    kept = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+    layer = nn.Sequential(nn.Linear(8, 3), nn.Tanh())
+    selective = Net(lambda net, x: checkpoint(net.layer, x, use_reentrant=False, context_fn=kept), layer=layer)
+    with pytest.raises(ValueError, match="several backward passes"), fastgrad.record(selective):
+        selective(torch.randn(4, 8))
 
 
 def test_data_parallel_on_one_device() -> None:

@@ -174,9 +174,13 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.avg_pool3d.default: _avg_pool,
         aten.clamp.default: _clamp,
         aten.convolution_backward.default: _convolution_backward,
+        # Without it the translation leaves what is written as small as it is.
+        aten.copy.default: lambda x, source, *_: source.to(x.dtype).expand(x.shape),
         aten.empty_permuted.default: _empty,
         aten.hardtanh_backward.default: _hardtanh_backward,
         aten.max_pool2d_with_indices_backward.default: _max_pool2d_backward,
+        # A number less integers, as of a mask, has no translation.
+        aten.rsub.Scalar: lambda x, a, alpha=1: torch.sub(a, x.to(torch.result_type(x, a)), alpha=alpha),
         aten.searchsorted.Tensor: _searchsorted,
         aten.sort.stable: _stable_sort,
         aten.threshold_backward.default: _threshold_backward,

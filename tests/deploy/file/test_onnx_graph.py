@@ -165,12 +165,25 @@ def test_a_mean_with_another_divisor(tmp_path: Path) -> None:
 
 def test_a_tensor_is_made_before_it_is_written(tmp_path: Path) -> None:
     class Turn(nn.Module):
-        def forward(self, x: Tensor) -> tuple[Tensor]:
-            y = torch.empty_like(x)
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y, z = torch.empty_like(x), x.clone()
             y[:, ::2], y[:, 1::2] = -x[:, 1::2], x[:, ::2]
-            return (y,)
+            z[:, 1:3], z[:, 5], z[:, 6:] = 0, 1.5, x[:, :1]
+            return y, z
 
-    written(Turn(), torch.randn(3, 8), ("y",), tmp_path)
+    written(Turn(), torch.randn(3, 8), ("y", "z"), tmp_path)
+
+
+class Unmasked(nn.Module):
+    """Numbers less integers, as language models make of a mask what is added to attention."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        mask = (x > 0).long()
+        return 1.0 - mask, 1 - mask, torch.rsub(mask, 0.5, alpha=2)
+
+
+def test_a_number_less_integers(tmp_path: Path) -> None:
+    written(Unmasked().eval(), torch.randn(3, 4), ("float", "integer", "twice"), tmp_path)
 
 
 @pytest.mark.parametrize(
