@@ -120,9 +120,3 @@ def seconds(route: str, s: Shape) -> float:
 def choose_route(s: Shape) -> str:
     """The route with the least predicted time."""
     return min(candidates(s), key=lambda route: seconds(route, s))
-
-
-@functools.lru_cache(maxsize=4096)
-def choose_direct(s: Shape) -> str:
-    """The cheapest route without cancellation."""
-    return min((r for r in candidates(s) if r != "gram"), key=lambda r: seconds(r, s))

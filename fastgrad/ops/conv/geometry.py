@@ -52,12 +52,10 @@ class Problem(NamedTuple):
         return F.pad(self.a, flat) if any(flat) else self.a
 
 
-def per_axis(name: str, value: int | Sequence[int], axes: int) -> Ints:
-    """Expand an int to one per spatial axis, or check the length of a sequence."""
-    result = (value,) * axes if isinstance(value, int) else tuple(value)
-    if len(result) != axes:
-        raise ValueError(f"{name} must be an int or {axes} ints, one per spatial axis; it was {result}")
-    return result
+def per_axis(value: int | Sequence[int], axes: int) -> Ints:
+    """One int for each spatial axis, where PyTorch takes a single one for all."""
+    each = (value,) if isinstance(value, int) else tuple(value)
+    return each * axes if len(each) == 1 else each
 
 
 def canonical(

@@ -5,7 +5,7 @@ Each route takes a `Problem` small enough for the cache and returns ``(K, B)``. 
 forms it: ``||G||^2 = sum_{t,t'} (p_t . p_t')(g_t . g_t')``, whose first factor is shared by all K gradients.
 
 A Gram sum rounds relative to its terms, so it loses ``D / ||G||^2`` of its digits, ``D = sum_t |p_t|^2 |g_t|^2``. `run`
-measures that ratio and takes a direct route for the samples where it is too large; where values cannot be looked at
+measures that ratio and gathers patches for the samples where it is too large; where values cannot be looked at
 (tracing, vmap) the Gram matrices are float64.
 """
 
@@ -160,11 +160,10 @@ def gram(p: Problem, wide: bool = False) -> tuple[Tensor, Tensor]:
 DIRECT = {"patch": patch, "grouped": grouped}
 
 
-def run(route: str, p: Problem, *, guarded: bool, fallback: str) -> Tensor:
+def run(route: str, p: Problem, *, guarded: bool) -> Tensor:
     """Squared norms ``(K, B)`` of one chunk, in its dtype, float32 or float64.
 
-    With ``guarded`` values may be looked at: samples whose gradient nearly cancels take the direct route
-    ``fallback``.
+    With ``guarded`` values may be looked at: samples whose gradient nearly cancels take a direct route.
     """
     if route in DIRECT:
         return DIRECT[route](p)
@@ -175,5 +174,5 @@ def run(route: str, p: Problem, *, guarded: bool, fallback: str) -> Tensor:
         if bool(lost.any()):
             index = lost.nonzero().squeeze(1)
             again = p._replace(a=p.a.index_select(0, index), g=p.g.index_select(1, index))
-            norms[:, index] = DIRECT[fallback](again).to(norms.dtype)
+            norms[:, index] = patch(again).to(norms.dtype)
     return norms.to(p.a.dtype)

@@ -57,13 +57,11 @@ def _solve(p: Problem) -> Tensor:
     dtype = compute_dtype(p.a.dtype, p.g.dtype)
     if not shape.batch:
         return p.a.new_zeros((shape.count, 0), dtype=dtype)
-    route, direct = cost.choose_route(shape), cost.choose_direct(shape)
+    route = cost.choose_route(shape)
     step = cost.chunk_size(route, shape)
     whole = step >= shape.batch
     pieces = [(p.a, p.g)] if whole else zip(p.a.split(step), p.g.split(step, 1), strict=True)
-    parts = [
-        routes.run(route, p._replace(a=a.to(dtype), g=g.to(dtype)), guarded=guarded, fallback=direct) for a, g in pieces
-    ]
+    parts = [routes.run(route, p._replace(a=a.to(dtype), g=g.to(dtype)), guarded=guarded) for a, g in pieces]
     return parts[0] if whole else torch.cat(parts, 1)
 
 
