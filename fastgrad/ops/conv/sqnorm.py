@@ -40,7 +40,7 @@ def shape_of(p: Problem, *, guarded: bool = True) -> cost.Shape:
         inputs=int(p.a.shape[1]) // p.groups,
         outputs=int(p.g.shape[2]) // p.groups,
         pixels=p.pixels,
-        image=tuple(int(n) + min(0, after) for n, (_, after) in zip(p.a.shape[2:], p.pads, strict=True)),
+        image=tuple(map(int, p.a.shape[2:])),
         positions=p.positions,
         kernel=p.kernel,
         overlaps=p.overlaps,
