@@ -19,7 +19,7 @@ from small_nets import Net
 from torch import Tensor, nn
 
 import fastgrad
-from fastgrad.layers import RULES, find_rule, register_rule
+from fastgrad.layers import RULES, LayerRule, find_rule, register_rule
 
 few = settings(max_examples=12, deadline=None, derandomize=True)
 DTYPES = st.sampled_from([torch.float32, torch.float64])
@@ -205,6 +205,7 @@ def test_rules_add_half_precision_up_in_float32(module: nn.Module, shape: tuple[
     generator = torch.Generator().manual_seed(4)
     table, (rule, _) = isinstance(module, nn.Embedding), find_rule(module.eval())
     a = torch.randint(4, shape) if table else (300 * torch.randn(shape, generator=generator)).half()
+    assert isinstance(rule, LayerRule)
     exact, x = copy.deepcopy(module).double(), a if table else a.double()
     with torch.no_grad():
         g = (300 * torch.randn(exact(x).shape, generator=generator)).half()
