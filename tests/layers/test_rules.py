@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import fastgrad
 from fastgrad.layers import RULES, LayerRule, find_rule, register_rule
+from fastgrad.layers.norm import INSTANCE_NORM
 
 few = settings(max_examples=12, deadline=None, derandomize=True)
 DTYPES = st.sampled_from([torch.float32, torch.float64])
@@ -149,7 +150,7 @@ def _random_statistics(module: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("module", "shape"),
     [
-        (nn.BatchNorm1d(4), (3, 4)),
+        (nn.BatchNorm1d(4, eps=0.1), (3, 4)),
         (nn.BatchNorm1d(4, eps=0.1), (3, 4, 5)),
         (nn.BatchNorm2d(4, eps=0.1), (3, 4, 5, 6)),
         (nn.BatchNorm3d(4), (2, 4, 3, 2, 2)),
@@ -213,6 +214,13 @@ def test_rules_add_half_precision_up_in_float32(module: nn.Module, shape: tuple[
     for name, norms in found.items():
         assert norms.dtype == torch.float32
         torch.testing.assert_close(norms.double(), truth[name], rtol=1e-4, atol=0)
+
+
+def test_instance_norm_in_training_mode_takes_the_statistics_of_the_instance() -> None:
+    a, g = torch.randn(2, 3, 4, 5, 6)
+    norms = (nn.InstanceNorm2d(4, affine=True, track_running_stats=tracked).train() for tracked in (True, False))
+    tracked, plain = (INSTANCE_NORM.function(norm, a, g) for norm in norms)
+    torch.testing.assert_close(tracked, plain)
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True)], ids=repr)
