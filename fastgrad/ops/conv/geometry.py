@@ -13,8 +13,6 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgrad import checks
-
 Ints = tuple[int, ...]
 
 
@@ -67,7 +65,6 @@ def canonical(
     Raises:
         ValueError: Naming the argument whose shape does not fit.
     """
-    checks.same_device("g", g, "a", a)
     if groups < 1 or a.shape[1] % groups or g.shape[2] % groups:
         raise ValueError(f"groups must divide the channels of a, {a.shape[1]}, and of g, {g.shape[2]}; it was {groups}")
     if transposed:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastgrad import checks
-from fastgrad._torch import check, is_readable
+from fastgrad._torch import is_readable
 from fastgrad.losses import compute_dtype
 from fastgrad.ops.conv import cost, routes
 from fastgrad.ops.conv.geometry import Problem, canonical
@@ -106,7 +106,6 @@ def _batched(info: Any, in_dims: tuple[int | None, ...], a: Tensor, g: Tensor, *
 
 
 def _fake(a: Tensor, g: Tensor, *options: Any) -> Tensor:
-    check(g.dim() == a.dim() + 1, lambda: f"g must be {a.dim() + 1}-D; it was {g.dim()}-D")
     return g.new_empty(g.shape[:2], dtype=compute_dtype(a.dtype, g.dtype))
 
 
