@@ -124,6 +124,9 @@ def test_logarithm_where_the_gradient_itself_underflows(target: str, margin: flo
     # With q = exp(-margin) delta is (-2, 4, -2) q, up to q^2.
     expected = torch.tensor(math.log(24) - 2 * margin)
     torch.testing.assert_close(losses.target_norms(z, target, loss="brier", log=True), expected, rtol=1e-6, atol=0)
+    ones = losses.target_norms(torch.full((3,), margin), "ones", loss="bce", log=True)
+    torch.testing.assert_close(ones, torch.tensor(math.log(3) - 2 * margin), rtol=1e-6, atol=0)
+    assert losses.target_norms(z, z, loss="mse", log=True) == -math.inf
 
 
 @pytest.mark.parametrize("target", ["ones", "uniform", "equal labels", "nearly equal labels"])

@@ -23,7 +23,7 @@ def _geometry(module: ConvNd) -> tuple[tuple[int, ...], ...]:
     """Kernel, stride and dilation of each axis, as a call reads them now: they may be set after the module is made."""
     kernel = tuple(module.weight.shape[2:])
     axes = len(kernel)
-    return kernel, per_axis("stride", module.stride, axes), per_axis("dilation", module.dilation, axes)
+    return kernel, per_axis(module.stride, axes), per_axis(module.dilation, axes)
 
 
 def _split(totals: Sequence[int]) -> list[int]:
@@ -37,7 +37,7 @@ def _zeros(module: ConvNd) -> list[int]:
     if module.padding == "same":
         return _split([d * (k - 1) for k, d in zip(kernel, dilation, strict=True)])
     both = 0 if isinstance(module.padding, str) else module.padding
-    return _split([2 * size for size in per_axis("padding", both, len(kernel))])
+    return _split([2 * size for size in per_axis(both, len(kernel))])
 
 
 def _own(module: ConvNd, a: Tensor) -> tuple[Tensor, Sequence[int]]:

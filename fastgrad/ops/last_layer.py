@@ -178,10 +178,6 @@ def _contrast_shape(features: Tensor, logits: Tensor, *options: Any) -> Tensor:
     return logits.new_empty(logits.shape, dtype=compute_dtype(logits.dtype))
 
 
-def _target_shape(features: Tensor, logits: Tensor, *options: Any) -> Tensor:
-    return _contrast_shape(features, logits).new_empty(logits.shape[:1])
-
-
 def _linear_shapes(features: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     check(
         features.dim() == weight.dim() == 2 and features.shape[1] == weight.shape[1],
@@ -194,11 +190,9 @@ def _linear_shapes(features: Tensor, weight: Tensor, *options: Any) -> tuple[Ten
     return logits, torch.empty_like(logits, dtype=compute_dtype(logits.dtype))
 
 
-def _stats_shape(features: Tensor, weight: Tensor, *options: Any) -> Tensor:
-    return _linear_shapes(features, weight)[1].new_empty((features.shape[0], 5))
-
-
 contrast_sqnorm = operator("contrast_sqnorm", _contrasts, _contrast_shape)
-target_sqnorm = operator("target_sqnorm", _target, _target_shape)
+target_sqnorm = operator("target_sqnorm", _target, lambda h, z, *_: _contrast_shape(h, z).new_empty(z.shape[:1]))
 linear_contrast_sqnorm = operator("linear_contrast_sqnorm", _linear, _linear_shapes)
-linear_contrast_stats = operator("linear_contrast_stats", _linear_stats, _stats_shape)
+linear_contrast_stats = operator(
+    "linear_contrast_stats", _linear_stats, lambda h, w, *_: _linear_shapes(h, w)[1].new_empty((h.shape[0], 5))
+)

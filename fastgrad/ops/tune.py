@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+
+#: Constants of a kernel and what its compiler is told, as its launch takes them.
+Options = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -209,17 +212,7 @@ def linear_stats(
     )
 
 
-@dataclass(frozen=True)
-class TargetConfig:
-    """How ``target_sqnorm`` runs: ``rows`` rows a program, swept in blocks of ``block_n`` logits."""
-
-    rows: int
-    block_n: int
-    block_d: int
-    num_warps: int
-
-
-def target(B: int, N: int, D: int, arch: Architecture) -> TargetConfig:
+def target(B: int, N: int, D: int, arch: Architecture) -> Options:
     """Choose for features ``(B, D)`` and logits ``(B, N)``; rows up to 2048 logits are one block."""
     block = _block(N, 2048)
     rows = max(1, 512 // block)
@@ -228,34 +221,12 @@ def target(B: int, N: int, D: int, arch: Architecture) -> TargetConfig:
     width = rows * block
     warps = 1 if width <= 256 else 2 if width <= 512 else 4 if width <= 1024 else 8
     block_d = _block(D, max(16, 2048 // rows))
-    return TargetConfig(rows, block, block_d, max(1, warps // 2) if arch.backend == "hip" else warps)
+    warps = max(1, warps // 2) if arch.backend == "hip" else warps
+    return {"ROWS": rows, "BLOCK_N": block, "BLOCK_D": block_d, "num_warps": warps}
 
 
-@dataclass(frozen=True)
-class DirectConfig:
-    """Tile of the weight gradient one program owns, positions per step."""
-
-    block_o: int
-    block_c: int
-    block_t: int
-    precision: str
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True)
-class GramConfig:
-    """Positions per side of a tile, channels per step."""
-
-    block_t: int
-    block_k: int
-    precision: str
-    num_warps: int
-    num_stages: int
-
-
-def layer_direct(C: int, O: int, T: int, dtype: torch.dtype, arch: Architecture) -> DirectConfig:  # noqa: E741
-    """Choose for C input and O output channels per group and T positions.
+def layer_direct(C: int, O: int, T: int, dtype: torch.dtype, arch: Architecture) -> Options:  # noqa: E741
+    """Choose the tile of the weight gradient for C input and O output channels per group, and how many of T positions.
 
     The accumulator is the whole of a program's state, so it is as large as registers allow; float32 operands
     take twice the space and, with IEEE products, no tensor cores.
@@ -265,15 +236,23 @@ def layer_direct(C: int, O: int, T: int, dtype: torch.dtype, arch: Architecture)
     # Below 32 positions a step of half-precision operands has less than 16 bytes for every thread.
     block_t = (16 if max(block_o, block_c) == 64 else 32) if wide else max(32, _block(T, 64))
     warps = 8 if block_o * block_c > 64 * 64 else 4
-    return DirectConfig(block_o, block_c, block_t, _precision(dtype, arch), warps, 2 if arch.backend == "hip" else 3)
+    stages = 2 if arch.backend == "hip" else 3
+    return {
+        "BLOCK_O": block_o, "BLOCK_C": block_c, "BLOCK_T": block_t, "PRECISION": _precision(dtype, arch),
+        "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
 
 
-def layer_gram(T: int, dtype: torch.dtype, arch: Architecture) -> GramConfig:
+def layer_gram(T: int, dtype: torch.dtype, arch: Architecture) -> Options:
     """Choose for T positions."""
     wide = dtype == torch.float32
     # Two accumulators of block_t x block_t.
     block_t = _block(T, 32 if wide else 64)
-    return GramConfig(block_t, 32 if wide else 64, _precision(dtype, arch), 4, 2 if arch.backend == "hip" else 3)
+    stages = 2 if arch.backend == "hip" else 3
+    return {
+        "BLOCK_T": block_t, "BLOCK_K": 32 if wide else 64, "PRECISION": _precision(dtype, arch),
+        "num_warps": 4, "num_stages": stages,
+    }  # fmt: skip
 
 
 def layer_prefers_gram(C: int, O: int, T: int) -> bool:  # noqa: E741

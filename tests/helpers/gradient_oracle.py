@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fastgrad
+from fastgrad.gradients import recorder
 from fastgrad.ops.conv import sqnorm
 from fastgrad.ops.conv.geometry import per_axis
 
@@ -108,7 +109,7 @@ def weight_norms(a: Tensor, g: Tensor, weight: tuple[int, ...], *, transposed: b
 def conv_sqnorm(a: Tensor, g: Tensor, kernel: Any, *, groups: int = 1, **options: Any) -> Tensor:
     """The operator, which takes a number for each axis, with one for all."""
     sizes = [kernel, options.pop("stride", 1), options.pop("padding", 0), options.pop("dilation", 1)]
-    k, s, p, d = (per_axis("size", n, a.dim() - 2) for n in sizes)
+    k, s, p, d = (per_axis(n, a.dim() - 2) for n in sizes)
     return sqnorm.conv_sqnorm(a, g, k, s, p, d, groups, **options)
 
 
@@ -122,8 +123,13 @@ def relative_error(value: Tensor, truth: Tensor, eps: float) -> Tensor:
     return (((value.double() - truth).abs() - floor).clamp_min(0) / truth.clamp_min(1e-300)).amax(0)
 
 
-def check_module(module: nn.Module, x: Tensor, *, eps: float | None = None, seed: int = 0) -> None:
-    """Compare ``grad_sqnorm`` on one module with the loop, for a random output gradient."""
+def check_module(
+    module: nn.Module, x: Tensor, *, eps: float | None = None, seed: int = 0, ruled: bool = True
+) -> None:  # fmt: skip
+    """Compare ``grad_sqnorm`` on one module with the loop, for a random output gradient.
+
+    A trial would give what a wrong rule serves to the fallback, which is right: ``ruled`` modules must not take it.
+    """
     module = module.eval()
     with torch.no_grad():
         out = module(x)
@@ -131,6 +137,7 @@ def check_module(module: nn.Module, x: Tensor, *, eps: float | None = None, seed
     gradient = torch.randn(out.shape, generator=generator, dtype=torch.float64)
     with fastgrad.record(module):
         found = fastgrad.grad_sqnorm(module(x), list(module.parameters()), grad_outputs=gradient.to(out.dtype))
+    assert not ruled or all(route.route != "fallback" for route in recorder._networks[module].routes())
     truth = true_norms(module, (x,), lambda i, _: gradient[i : i + 1])
     eps = torch.finfo(out.dtype).eps if eps is None else eps
     # Sums of up to some thousand products, each rounded to eps, and squares of their sums.

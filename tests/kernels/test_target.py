@@ -13,10 +13,12 @@ triton = pytest.importorskip("triton")
 
 from bench.gpu.compile_cases import configured  # noqa: E402
 from fastgrad.ops.triton.last_layer import KINDS, target_sqnorm  # noqa: E402
-from fastgrad.ops.tune import TargetConfig  # noqa: E402
 
 LOSSES = ("cross_entropy", "bce", "mse", "brier")
-PATHS = {"one block": TargetConfig(8, 64, 32, 1), "many blocks": TargetConfig(4, 16, 16, 1)}
+PATHS = {
+    "one block": {"ROWS": 8, "BLOCK_N": 64, "BLOCK_D": 32, "num_warps": 1},
+    "many blocks": {"ROWS": 4, "BLOCK_N": 16, "BLOCK_D": 16, "num_warps": 1},
+}
 
 pytestmark = pytest.mark.usefixtures("poison")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import math
@@ -18,7 +19,8 @@ from small_nets import Net
 from torch import Tensor, nn
 
 import fastgrad
-from fastgrad.layers import RULES, find_rule, register_rule
+from fastgrad.layers import RULES, LayerRule, find_rule, register_rule
+from fastgrad.layers.norm import INSTANCE_NORM
 
 few = settings(max_examples=12, deadline=None, derandomize=True)
 DTYPES = st.sampled_from([torch.float32, torch.float64])
@@ -148,17 +150,17 @@ def _random_statistics(module: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("module", "shape"),
     [
-        (nn.BatchNorm1d(4), (3, 4)),
-        (nn.BatchNorm1d(4), (3, 4, 5)),
-        (nn.BatchNorm2d(4), (3, 4, 5, 6)),
+        (nn.BatchNorm1d(4, eps=0.1), (3, 4)),
+        (nn.BatchNorm1d(4, eps=0.1), (3, 4, 5)),
+        (nn.BatchNorm2d(4, eps=0.1), (3, 4, 5, 6)),
         (nn.BatchNorm3d(4), (2, 4, 3, 2, 2)),
         (nn.SyncBatchNorm(4), (3, 4, 5)),
-        (nn.InstanceNorm1d(4, affine=True), (3, 4, 9)),
+        (nn.InstanceNorm1d(4, eps=0.1, affine=True), (3, 4, 9)),
         (nn.InstanceNorm2d(4, affine=True), (3, 4, 5, 6)),
         (nn.InstanceNorm2d(4, affine=True, track_running_stats=True), (3, 4, 5, 6)),
         (nn.GroupNorm(2, 4), (3, 4)),
-        (nn.GroupNorm(2, 4), (3, 4, 5, 6)),
-        (nn.LayerNorm(6), (3, 6)),
+        (nn.GroupNorm(2, 4, eps=0.1), (3, 4, 5, 6)),
+        (nn.LayerNorm(6, eps=0.1), (3, 6)),
         (nn.LayerNorm(6), (3, 5, 6)),
         (nn.LayerNorm((5, 6), bias=False), (3, 4, 5, 6)),
         (nn.RMSNorm(6), (3, 5, 6)),
@@ -180,6 +182,45 @@ def test_norms_and_activations(module: nn.Module, shape: tuple[int, ...], dtype:
 def test_rms_norm_in_half_precision_adds_the_rounding_error_of_float32(dtype: torch.dtype) -> None:
     x = 1e-2 * torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0))
     check_module(nn.RMSNorm(64).to(dtype), x.to(dtype), eps=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.Linear(4, 3), (3, 4)),
+        (nn.Linear(4, 3), (3, 5, 4)),
+        (nn.Conv2d(4, 3, 3), (3, 4, 5, 6)),
+        (nn.BatchNorm1d(4), (3, 4)),
+        (nn.BatchNorm2d(4), (3, 4, 5, 6)),
+        (nn.InstanceNorm2d(4, affine=True), (3, 4, 5, 6)),
+        (nn.GroupNorm(2, 4), (3, 4, 5, 6)),
+        (nn.LayerNorm(6), (3, 5, 6)),
+        (nn.RMSNorm(6), (3, 5, 6)),
+        (nn.PReLU(4), (3, 4, 5)),
+        (nn.Embedding(4, 6), (3, 5)),
+    ],
+    ids=repr,
+)
+def test_rules_add_half_precision_up_in_float32(module: nn.Module, shape: tuple[int, ...]) -> None:
+    """Products and sums of numbers near 300 leave the range of float16."""
+    generator = torch.Generator().manual_seed(4)
+    table, (rule, _) = isinstance(module, nn.Embedding), find_rule(module.eval())
+    a = torch.randint(4, shape) if table else (300 * torch.randn(shape, generator=generator)).half()
+    assert isinstance(rule, LayerRule)
+    exact, x = copy.deepcopy(module).double(), a if table else a.double()
+    with torch.no_grad():
+        g = (300 * torch.randn(exact(x).shape, generator=generator)).half()
+        found, truth = rule.function(module.half(), a, g), rule.function(exact, x, g.double())
+    for name, norms in found.items():
+        assert norms.dtype == torch.float32
+        torch.testing.assert_close(norms.double(), truth[name], rtol=1e-4, atol=0)
+
+
+def test_instance_norm_in_training_mode_takes_the_statistics_of_the_instance() -> None:
+    a, g = torch.randn(2, 3, 4, 5, 6)
+    norms = (nn.InstanceNorm2d(4, affine=True, track_running_stats=tracked).train() for tracked in (True, False))
+    tracked, plain = (INSTANCE_NORM.function(norm, a, g) for norm in norms)
+    torch.testing.assert_close(tracked, plain)
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True)], ids=repr)
@@ -323,7 +364,7 @@ class Doubling(nn.Linear):
 
 def test_a_subclass_that_overrides_forward_takes_the_fallback() -> None:
     torch.manual_seed(0)
-    check_module(Doubling(4, 3), torch.randn(3, 5, 4))
+    check_module(Doubling(4, 3), torch.randn(3, 5, 4), ruled=False)
     route = _routes(Doubling(4, 3), torch.randn(3, 5, 4))[0]
     assert route.route == "fallback"
     assert "Doubling has no rule" in route.reason
@@ -338,7 +379,7 @@ def test_layers_without_a_rule(module: nn.Module) -> None:
         return out[0] if isinstance(out, tuple) else out
 
     torch.manual_seed(0)
-    check_module(Net(function, inner=module), torch.randn(3, 4))
+    check_module(Net(function, inner=module), torch.randn(3, 4), ruled=False)
 
 
 def test_the_registry_is_reached_from_the_package() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from bench.gpu.compile_cases import Call, Case, Make, configured, meta, prepared, tensors
 from fastgrad.losses import LOSSES
 from fastgrad.ops.triton import last_layer, layer_sqnorm
-from fastgrad.ops.tune import ContrastConfig, DirectConfig, GramConfig, LinearConfig, TargetConfig
+from fastgrad.ops.tune import ContrastConfig, LinearConfig
 
 # Blocks shorter than a row, so that every loop and every merge runs. HEADS: who finishes a row (the last tile of its
 # block or a second launch), and where the features' norm comes from.
@@ -37,7 +37,11 @@ HEADS = {
     "last, norm in loop": dataclasses.replace(HEAD, norm_in_loop=True, group_m=1),
     "launch": dataclasses.replace(HEAD, chunks=2),
 }
-LAYERS = {"layer_direct": DirectConfig(16, 16, 16, "ieee", 4, 2), "layer_gram": GramConfig(16, 16, "ieee", 4, 2)}
+OF_LAYERS = {"BLOCK_T": 16, "PRECISION": "ieee", "num_warps": 4, "num_stages": 2}
+LAYERS = {
+    "layer_direct": {"BLOCK_O": 16, "BLOCK_C": 16, **OF_LAYERS},
+    "layer_gram": {"BLOCK_K": 16, **OF_LAYERS},
+}
 #: Kind, input, output channels, kernel, stride, padding, dilation, groups.
 CONVOLUTIONS = {
     "plain": ((2, 18, 4, 5), 17, (3, 3), (1, 1), (1, 1), (1, 1), 1),
@@ -73,10 +77,10 @@ def cases(make: Make = made) -> Iterator[Case]:
         yield _case(f"contrast {path}", loss, sizes, call, loss == "brier" and sizes == some[0], contrast=config)
 
     quick = (("indices", "bce"), ("soft", "brier"), ("ones", "cross_entropy"))
-    config = TargetConfig(rows=2, block_n=16, block_d=16, num_warps=1)
+    options = {"ROWS": 2, "BLOCK_N": 16, "BLOCK_D": 16, "num_warps": 1}
     for kind, loss, (sizes, pad) in itertools.product(last_layer.KINDS, LOSSES, (some, ((2, 16, 16), 0), alone)):
         call = prepared(last_layer.target_sqnorm, partial(make, pad=pad), *sizes, loss, kind=kind)
-        yield _case(f"target {kind}", loss, sizes, call, (kind, loss) in quick and sizes == some[0], target=config)
+        yield _case(f"target {kind}", loss, sizes, call, (kind, loss) in quick and sizes == some[0], target=options)
 
     shapes = (((35, 37, 21), 3), ((16, 16, 16), 0), alone, ((17, 33, 5), 1))
     for loss, (sizes, pad) in itertools.product(LOSSES, shapes):

@@ -24,7 +24,7 @@ class Shape:
     inputs: int  # channels per group
     outputs: int
     pixels: int  # of the padded input
-    image: tuple[int, ...]  # input size per axis without padding, as far as windows reach
+    image: tuple[int, ...]  # input size per axis without padding
     positions: tuple[int, ...]  # output size per axis
     kernel: tuple[int, ...]
     overlaps: bool  # see `fastgrad.ops.conv.geometry.Problem`
@@ -120,9 +120,3 @@ def seconds(route: str, s: Shape) -> float:
 def choose_route(s: Shape) -> str:
     """The route with the least predicted time."""
     return min(candidates(s), key=lambda route: seconds(route, s))
-
-
-@functools.lru_cache(maxsize=4096)
-def choose_direct(s: Shape) -> str:
-    """The cheapest route without cancellation."""
-    return min((r for r in candidates(s) if r != "gram"), key=lambda r: seconds(r, s))

@@ -13,8 +13,6 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgrad import checks
-
 Ints = tuple[int, ...]
 
 
@@ -52,12 +50,10 @@ class Problem(NamedTuple):
         return F.pad(self.a, flat) if any(flat) else self.a
 
 
-def per_axis(name: str, value: int | Sequence[int], axes: int) -> Ints:
-    """Expand an int to one per spatial axis, or check the length of a sequence."""
-    result = (value,) * axes if isinstance(value, int) else tuple(value)
-    if len(result) != axes:
-        raise ValueError(f"{name} must be an int or {axes} ints, one per spatial axis; it was {result}")
-    return result
+def per_axis(value: int | Sequence[int], axes: int) -> Ints:
+    """One int for each spatial axis, where PyTorch takes a single one for all."""
+    each = (value,) if isinstance(value, int) else tuple(value)
+    return each * axes if len(each) == 1 else each
 
 
 def canonical(
@@ -69,7 +65,6 @@ def canonical(
     Raises:
         ValueError: Naming the argument whose shape does not fit.
     """
-    checks.same_device("g", g, "a", a)
     if groups < 1 or a.shape[1] % groups or g.shape[2] % groups:
         raise ValueError(f"groups must divide the channels of a, {a.shape[1]}, and of g, {g.shape[2]}; it was {groups}")
     if transposed:

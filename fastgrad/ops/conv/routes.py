@@ -5,7 +5,7 @@ Each route takes a `Problem` small enough for the cache and returns ``(K, B)``. 
 forms it: ``||G||^2 = sum_{t,t'} (p_t . p_t')(g_t . g_t')``, whose first factor is shared by all K gradients.
 
 A Gram sum rounds relative to its terms, so it loses ``D / ||G||^2`` of its digits, ``D = sum_t |p_t|^2 |g_t|^2``. `run`
-measures that ratio and takes a direct route for the samples where it is too large; where values cannot be looked at
+measures that ratio and gathers patches for the samples where it is too large; where values cannot be looked at
 (tracing, vmap) the Gram matrices are float64.
 """
 
@@ -69,18 +69,15 @@ def patch(p: Problem) -> Tensor:
 
 def grouped(p: Problem) -> Tensor:
     """One weight gradient, by the library's own kernels, of a convolution whose groups are the samples."""
-    x, pads = p.a, [before for before, _ in p.pads]
-    # The library pads both sides alike, and leaves over less than a stride.
-    if any(not 0 <= before - after < step for (before, after), step in zip(p.pads, p.stride, strict=True)):
-        x, pads = p.padded(), [0] * len(pads)
+    x, zeros = p.padded(), [0] * len(p.kernel)
     count, batch, channels = p.g.shape[:3]
     inputs, outputs = x.shape[1] // p.groups, channels // p.groups
     g = _gradient_matrix(p)
     # Only its shape is read; a broadcast one would be written out by the operator.
     weight = x.new_empty((batch * p.groups * count * outputs, inputs, *p.kernel))
     gradient = torch.ops.aten.convolution_backward(
-        g.reshape(1, -1, *p.g.shape[3:]), x.reshape(1, -1, *x.shape[2:]), weight, None, p.stride, pads,
-        p.dilation, False, [0] * len(pads), batch * p.groups, [False, True, False],
+        g.reshape(1, -1, *p.g.shape[3:]), x.reshape(1, -1, *x.shape[2:]), weight, None, p.stride, zeros,
+        p.dilation, False, zeros, batch * p.groups, [False, True, False],
     )[1]  # fmt: skip
     return _ungroup(_squares(gradient.view(batch * p.groups, count, outputs, -1)), p)
 
@@ -133,16 +130,12 @@ def _overlapping_gram(p: Problem, wide: bool) -> Tensor:
 
     ``p_t . p_t' = sum_d a[s t + d] . a[s t' + d]``: k shifted copies of it are added along each axis.
     """
-    x, axes = p.a, len(p.kernel)
-    for axis, (_, after) in enumerate(p.pads):
-        if after < 0:  # pixels no window reaches
-            x = x.narrow(2 + axis, 0, x.shape[2 + axis] + after)
-    size = x.shape[2:]
-    x = x.reshape(x.shape[0] * p.groups, x.shape[1] // p.groups, -1)
+    size = p.a.shape[2:]
+    x = p.a.reshape(p.a.shape[0] * p.groups, p.a.shape[1] // p.groups, -1)
     if wide:
         x = x.double()
     matrix = torch.bmm(x.transpose(1, 2), x).view(-1, *size, *size)
-    for axis in range(axes):
+    for axis in range(len(size)):
         matrix = _box_filter(matrix, p, axis)
     positions = math.prod(p.positions)
     return matrix.view(-1, positions, positions)
@@ -160,11 +153,10 @@ def gram(p: Problem, wide: bool = False) -> tuple[Tensor, Tensor]:
 DIRECT = {"patch": patch, "grouped": grouped}
 
 
-def run(route: str, p: Problem, *, guarded: bool, fallback: str) -> Tensor:
+def run(route: str, p: Problem, *, guarded: bool) -> Tensor:
     """Squared norms ``(K, B)`` of one chunk, in its dtype, float32 or float64.
 
-    With ``guarded`` values may be looked at: samples whose gradient nearly cancels take the direct route
-    ``fallback``.
+    With ``guarded`` values may be looked at: samples whose gradient nearly cancels take a direct route.
     """
     if route in DIRECT:
         return DIRECT[route](p)
@@ -175,5 +167,5 @@ def run(route: str, p: Problem, *, guarded: bool, fallback: str) -> Tensor:
         if bool(lost.any()):
             index = lost.nonzero().squeeze(1)
             again = p._replace(a=p.a.index_select(0, index), g=p.g.index_select(1, index))
-            norms[:, index] = DIRECT[fallback](again).to(norms.dtype)
+            norms[:, index] = patch(again).to(norms.dtype)
     return norms.to(p.a.dtype)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastgrad import checks
-from fastgrad._torch import check, is_readable
+from fastgrad._torch import is_readable
 from fastgrad.losses import compute_dtype
 from fastgrad.ops.conv import cost, routes
 from fastgrad.ops.conv.geometry import Problem, canonical
@@ -40,7 +40,7 @@ def shape_of(p: Problem, *, guarded: bool = True) -> cost.Shape:
         inputs=int(p.a.shape[1]) // p.groups,
         outputs=int(p.g.shape[2]) // p.groups,
         pixels=p.pixels,
-        image=tuple(int(n) + min(0, after) for n, (_, after) in zip(p.a.shape[2:], p.pads, strict=True)),
+        image=tuple(map(int, p.a.shape[2:])),
         positions=p.positions,
         kernel=p.kernel,
         overlaps=p.overlaps,
@@ -57,13 +57,11 @@ def _solve(p: Problem) -> Tensor:
     dtype = compute_dtype(p.a.dtype, p.g.dtype)
     if not shape.batch:
         return p.a.new_zeros((shape.count, 0), dtype=dtype)
-    route, direct = cost.choose_route(shape), cost.choose_direct(shape)
+    route = cost.choose_route(shape)
     step = cost.chunk_size(route, shape)
     whole = step >= shape.batch
     pieces = [(p.a, p.g)] if whole else zip(p.a.split(step), p.g.split(step, 1), strict=True)
-    parts = [
-        routes.run(route, p._replace(a=a.to(dtype), g=g.to(dtype)), guarded=guarded, fallback=direct) for a, g in pieces
-    ]
+    parts = [routes.run(route, p._replace(a=a.to(dtype), g=g.to(dtype)), guarded=guarded) for a, g in pieces]
     return parts[0] if whole else torch.cat(parts, 1)
 
 
@@ -108,7 +106,6 @@ def _batched(info: Any, in_dims: tuple[int | None, ...], a: Tensor, g: Tensor, *
 
 
 def _fake(a: Tensor, g: Tensor, *options: Any) -> Tensor:
-    check(g.dim() == a.dim() + 1, lambda: f"g must be {a.dim() + 1}-D; it was {g.dim()}-D")
     return g.new_empty(g.shape[:2], dtype=compute_dtype(a.dtype, g.dtype))
 
 

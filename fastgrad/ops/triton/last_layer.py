@@ -93,12 +93,10 @@ def target_sqnorm(
     strides_z, align_z = devices.strides(logits)
     strides_y, align_y = devices.strides(y)
     align_n = devices.alignment(N)
-    target_sqnorm_kernel[(cdiv(B, config.rows),)](
+    target_sqnorm_kernel[(cdiv(B, config["ROWS"]),)](
         features, logits, y, out, B, N // align_n, D, *strides_h, *strides_z, *strides_y,
         LOSS=loss, KIND=kind, BIAS=bias, LOG=log, MEAN=mean,
-        ROWS=config.rows, BLOCK_N=config.block_n, BLOCK_D=config.block_d,
-        ALIGN_H=align_h, ALIGN_Z=align_z, ALIGN_Y=align_y, ALIGN_N=align_n,
-        num_warps=config.num_warps, **devices.OPTIONS,
+        ALIGN_H=align_h, ALIGN_Z=align_z, ALIGN_Y=align_y, ALIGN_N=align_n, **config, **devices.OPTIONS,
     )  # fmt: skip
     return out
 

@@ -45,7 +45,7 @@ def conv_sqnorm(
     axes = a.dim() - 2
     inputs, outputs = a.shape[1] // groups, g.shape[2] // groups
     config = tune.layer_direct(inputs, outputs, math.prod(g.shape[3:]), a.dtype, devices.architecture(a))
-    tiles = (cdiv(outputs, config.block_o), math.prod(kernel), cdiv(inputs, config.block_c))
+    tiles = (cdiv(outputs, config["BLOCK_O"]), math.prod(kernel), cdiv(inputs, config["BLOCK_C"]))
     out = devices.empty((count, batch, groups * math.prod(tiles)), torch.float32, a)
     for before in range(0, out.numel(), PROGRAMS):
         kernels.direct_kernel[(min(PROGRAMS, out.numel() - before),)](
@@ -53,9 +53,7 @@ def conv_sqnorm(
             *_three(a.shape[2:], 1), *_three(g.shape[3:], 1), *_three(kernel, 1), *_three(stride, 1),
             *_three(dilation, 1), *_three(padding, 0),
             *a.stride()[:2], *_three(a.stride()[-axes:], 0), *g.stride()[:3], *_three(g.stride()[-axes:], 0),
-            FLAGGED=flag is not None, BLOCK_O=config.block_o, BLOCK_C=config.block_c, BLOCK_T=config.block_t,
-            PRECISION=config.precision, UPCAST=devices.upcast(a),
-            num_warps=config.num_warps, num_stages=config.num_stages, **devices.OPTIONS,
+            FLAGGED=flag is not None, UPCAST=devices.upcast(a), **config, **devices.OPTIONS,
         )  # fmt: skip
     return out.sum(2)
 
@@ -72,13 +70,12 @@ def linear_sqnorm(a: Tensor, g: Tensor) -> Tensor:
     if not tune.layer_prefers_gram(inputs, outputs, positions) or not g.numel():
         return direct()
     config = tune.layer_gram(positions, a.dtype, devices.architecture(a))
-    tiles = cdiv(positions, config.block_t)
+    tiles = cdiv(positions, config["BLOCK_T"])
     pairs = tiles * (tiles + 1) // 2
     work = devices.empty((2, count, batch, pairs), torch.float32, a)
     kernels.gram_kernel[(count * batch * pairs,)](
         a, g, work[0], work[1], batch, positions, inputs, outputs, tiles, pairs, *a.stride(), *g.stride(),
-        BLOCK_T=config.block_t, BLOCK_K=config.block_k, PRECISION=config.precision, UPCAST=devices.upcast(a),
-        num_warps=config.num_warps, num_stages=config.num_stages, **devices.OPTIONS,
+        UPCAST=devices.upcast(a), **config, **devices.OPTIONS,
     )  # fmt: skip
     norms, incoherent = work.sum(3, dtype=torch.float64)
     cancelled = norms * CANCELLATION_LIMIT < incoherent
