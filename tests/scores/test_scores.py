@@ -44,6 +44,8 @@ def test_order_by_rank(shape, last):
             order = np.argsort(-falling[b])
             expected = contrasts[b][:, order] if len(shape) == 4 else contrasts[b][order]
             assert ordered[b].tolist() == expected.ravel().tolist()
+        none = {name: values[:0] for name, values in {"contrasts": contrasts, **blocks}.items()}
+        assert rows.of(none).shape == (0, contrasts[0].size)
 
 
 def test_rows_are_standardised_logarithms_and_zeros_stay_finite():
