@@ -450,6 +450,29 @@ def test_a_model_that_writes_to_its_input_does_so_once_a_call() -> None:
             assert_close(given, x - 0.5)
 
 
+class Compared(Tensor):
+    """A class that compares, and so has no hash."""
+
+    def __eq__(self, other: object) -> Any:
+        return super().__eq__(other)
+
+
+def test_a_trial_copies_an_input_of_all_samples_once() -> None:
+    seen: list[Tensor] = []
+
+    def looking_up(net: Any, x: Tensor, table: Tensor) -> Tensor:
+        seen.append(table)
+        return (net.layer(x) @ table.T).as_subclass(Tensor)
+
+    table = inputs(7, 3).as_subclass(Compared)
+    model, x = Net(looking_up, layer=nn.Linear(3, 3)).double(), inputs(5, 3)
+    assert_close(norms_of(model, x, table), loop(model, (x, table), {}))
+    assert all(type(each) is Compared for each in seen)
+    seen.clear()
+    features_of_squares(model)(x, table)
+    assert len({each.untyped_storage().data_ptr() for each in seen}) == 2
+
+
 def test_a_mode_of_the_users_sees_the_functions_of_layers() -> None:
     seen = []
 
