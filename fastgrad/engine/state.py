@@ -161,12 +161,18 @@ class Snapshot:
 class Copies:
     """Copies of tensors for passes that may write to them.
 
-    A tensor of ``shared`` may be large: one copy serves all passes until it is written to. Whoever has this holds them.
+    Those in ``shared`` may be large: one copy serves all passes until it is written to. Whoever has this holds them.
     """
 
-    def __init__(self, shared: Iterable[Tensor] = ()) -> None:
-        self._shared = {id(tensor) for tensor in shared}
+    def __init__(self, shared: Any = ()) -> None:
+        self._shared: set[int] = set()
         self._made: dict[int, tuple[Tensor, Versions]] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            self._shared.add(id(tensor))
+            return tensor
+
+        pytree.tree_map(lambda leaf: apart(leaf, note), shared)
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """A copy out of any graph, of the same class."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgrad.batches import input_tensors, take
+from fastgrad.batches import take
 from fastgrad.engine.backward import backward_signals
 from fastgrad.engine.carriers import outputs_of
 from fastgrad.engine.fallback import agree
@@ -50,7 +50,7 @@ class Trial:
     def __init__(self, network: Network, known: Known, inputs: Any, samples: int, count: int = SAMPLES) -> None:
         self._network, self._known, self._count = network, known, count
         index = torch.arange(count, device="cpu") % samples
-        self._copies = Copies(input_tensors(inputs))
+        self._copies = Copies(inputs)
         self._inputs, self._less = (take(inputs, i, samples, known.carriers) for i in (index, index[:-1]))
         # Single ones by their place. One is not enough where it is among the others as well.
         places = range(count - 1 - (samples < count), count)

@@ -7,6 +7,7 @@ import functools
 import gc
 import itertools
 import random
+import types
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -457,19 +458,20 @@ class Compared(Tensor):
         return super().__eq__(other)
 
 
-def test_a_trial_copies_an_input_of_all_samples_once() -> None:
+@pytest.mark.parametrize("hold", [lambda table: table, lambda table: types.SimpleNamespace(table=table)])
+def test_a_trial_copies_what_all_samples_share_once(hold: Callable[[Tensor], Any]) -> None:
     seen: list[Tensor] = []
 
-    def looking_up(net: Any, x: Tensor, table: Tensor) -> Tensor:
-        seen.append(table)
-        return (net.layer(x) @ table.T).as_subclass(Tensor)
+    def looking_up(net: Any, x: Tensor, held: Any) -> Tensor:
+        seen.append(getattr(held, "table", held))
+        return (net.layer(x) @ seen[-1].T).as_subclass(Tensor)
 
-    table = inputs(7, 3).as_subclass(Compared)
+    held = hold(inputs(7, 3).as_subclass(Compared))
     model, x = Net(looking_up, layer=nn.Linear(3, 3)).double(), inputs(5, 3)
-    assert_close(norms_of(model, x, table), loop(model, (x, table), {}))
+    assert_close(norms_of(model, x, held), loop(model, (x, held), {}))
     assert all(type(each) is Compared for each in seen)
     seen.clear()
-    features_of_squares(model)(x, table)
+    features_of_squares(model)(x, held)
     assert len({each.untyped_storage().data_ptr() for each in seen}) == 2
 
 
