@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import functools
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -159,12 +158,45 @@ class Snapshot:
                 )
 
 
+class Copies:
+    """Copies of tensors for passes that may write to them.
+
+    Those in ``shared`` may be large: one copy serves all passes until it is written to. Whoever has this holds them.
+    """
+
+    def __init__(self, shared: Any = ()) -> None:
+        self._shared: set[int] = set()
+        self._made: dict[int, tuple[Tensor, Versions]] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            self._shared.add(id(tensor))
+            return tensor
+
+        pytree.tree_map(lambda leaf: apart(leaf, note), shared)
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """A copy out of any graph, of the same class."""
+        known = self._made.get(id(tensor))
+        if known and not known[1].modified():
+            return same_class(known[0].detach(), tensor)
+        made = tensor.clone().detach()
+        if id(tensor) in self._shared:
+            self._made[id(tensor)] = made, Versions([made])
+        return same_class(made.detach(), tensor)
+
+
 @contextlib.contextmanager
-def undone(model: nn.Module, inputs: Any = ()) -> Iterator[Any]:
+def undone(model: nn.Module, inputs: Any = (), copies: Copies | None = None) -> Iterator[Any]:
     """Take back what passes do to random numbers and buffers; gives a copy of ``inputs``, which they may write to."""
     before = Snapshot(list(model.modules()), every=True)
-    # Two names of one tensor stay so.
-    copied = functools.cache(lambda tensor: same_class(tensor.clone().detach(), tensor))
+    copy, made = copies or Copies(), dict[int, Tensor]()
+
+    def copied(tensor: Tensor) -> Tensor:
+        # Two names of one tensor stay so.
+        if id(tensor) not in made:
+            made[id(tensor)] = copy(tensor)
+        return made[id(tensor)]
+
     try:
         yield pytree.tree_map(lambda leaf: apart(leaf, copied), inputs)
     finally:

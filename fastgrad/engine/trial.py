@@ -23,7 +23,7 @@ from fastgrad.engine.observe import Observation
 from fastgrad.engine.plan import Known, Plan, PlanConstraints, Planner
 from fastgrad.engine.probe import GraphedError
 from fastgrad.engine.run import OffPlanError, Run
-from fastgrad.engine.state import NotRepeatableError, undone
+from fastgrad.engine.state import Copies, NotRepeatableError, undone
 
 if TYPE_CHECKING:
     from fastgrad.engine.network import Network
@@ -50,6 +50,7 @@ class Trial:
     def __init__(self, network: Network, known: Known, inputs: Any, samples: int, count: int = SAMPLES) -> None:
         self._network, self._known, self._count = network, known, count
         index = torch.arange(count, device="cpu") % samples
+        self._copies = Copies(inputs)
         self._inputs, self._less = (take(inputs, i, samples, known.carriers) for i in (index, index[:-1]))
         # Single ones by their place. One is not enough where it is among the others as well.
         places = range(count - 1 - (samples < count), count)
@@ -145,7 +146,7 @@ class Trial:
         Gradients of several checks go back together. The path of a pass by ``plan`` becomes one of the plan's.
         """
         run = Run(count)
-        with torch.enable_grad(), undone(self._network.model, inputs) as inputs:
+        with torch.enable_grad(), undone(self._network.model, inputs, self._copies) as inputs:
             output, _ = self._network.once(plan, run, inputs, trial=True)
             assert run.steps is not None
             plan.paths.add(run.steps.path())
@@ -167,7 +168,7 @@ class Trial:
 
     def _observed(self, inputs: Any, count: int, fewer: Observation | None = None, **options: bool) -> Observation:
         """What the model does with ``inputs``; ``options`` as for `Observation`. It is left as it was."""
-        with undone(self._network.model, inputs) as inputs:
+        with undone(self._network.model, inputs, self._copies) as inputs:
             return Observation(self._network, inputs, count, fewer, **options)
 
     def _backward(self, seen: Observation, cotangents: Sequence[Tensor]) -> dict[str, Tensor]:

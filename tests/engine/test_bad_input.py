@@ -62,6 +62,20 @@ def test_samples_that_interact_are_refused() -> None:
     assert_refused(drawing, vectors(5), "changes .* or each time, as with a generator of its own")
 
 
+def test_errors_of_a_later_backward_pass_stay() -> None:
+    def guarded(net: Any, x: Tensor) -> Tensor:
+        def guard(gradient: Tensor) -> None:
+            if gradient[3].any():
+                raise RuntimeError("a gradient of the fourth sample")
+
+        out = net.first(x)
+        out.register_hook(guard)
+        return out.tanh()
+
+    with pytest.raises(RuntimeError, match=r"^a gradient of the fourth sample$"):
+        norms_of(small(guarded), vectors(5))
+
+
 def test_two_batch_sizes_in_one_call_are_refused() -> None:
     with (
         fastgrad.record(model := Net(lambda net, x, y: (net.layer(x), net.layer(y)), layer=nn.Linear(4, 3)).double()),

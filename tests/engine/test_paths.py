@@ -7,6 +7,7 @@ import functools
 import gc
 import itertools
 import random
+import types
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -448,6 +449,30 @@ def test_a_model_that_writes_to_its_input_does_so_once_a_call() -> None:
             given = x.clone()
             assert_close(call(given, scale), truth)
             assert_close(given, x - 0.5)
+
+
+class Compared(Tensor):
+    """A class that compares, and so has no hash."""
+
+    def __eq__(self, other: object) -> Any:
+        return super().__eq__(other)
+
+
+@pytest.mark.parametrize("hold", [lambda table: table, lambda table: types.SimpleNamespace(table=table)])
+def test_a_trial_copies_what_all_samples_share_once(hold: Callable[[Tensor], Any]) -> None:
+    seen: list[Tensor] = []
+
+    def looking_up(net: Any, x: Tensor, held: Any) -> Tensor:
+        seen.append(getattr(held, "table", held))
+        return (net.layer(x) @ seen[-1].T).as_subclass(Tensor)
+
+    held = hold(inputs(7, 3).as_subclass(Compared))
+    model, x = Net(looking_up, layer=nn.Linear(3, 3)).double(), inputs(5, 3)
+    assert_close(norms_of(model, x, held), loop(model, (x, held), {}))
+    assert all(type(each) is Compared for each in seen)
+    seen.clear()
+    features_of_squares(model)(x, held)
+    assert len({each.untyped_storage().data_ptr() for each in seen}) == 2
 
 
 def test_a_mode_of_the_users_sees_the_functions_of_layers() -> None:

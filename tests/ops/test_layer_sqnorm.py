@@ -12,8 +12,10 @@ from gradient_oracle import CONVOLUTIONS, conv_sqnorm, weight_norms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastgrad.ops.conv import cost, routes, sqnorm
+from fastgrad.ops.conv.geometry import Problem
 from fastgrad.ops.conv.sqnorm import linear_sqnorm
 
 ROUTES = (*routes.DIRECT, "gram")
@@ -111,6 +113,24 @@ def test_cancellation_where_values_are_not_looked_at(kernel):
     with by("gram"):
         graph = make_fx(lambda a, g: conv_sqnorm(a, g, kernel))(a, g)
     torch.testing.assert_close(graph(a, g).double(), expected, rtol=1e-6, atol=0)
+
+
+def test_pixels_that_no_window_reaches_cost_no_product():
+    with by("gram"):
+        flops = []
+        for size in (8, 7):
+            with FlopCounterMode(display=False) as counter:
+                conv_sqnorm(torch.randn(2, 64, size, size), torch.randn(2, 8, 3, 3), 3, stride=2)
+            flops.append(counter.get_total_flops())
+    assert flops[0] == flops[1] > 0
+
+
+def test_the_library_pads_for_its_own_weight_gradient(monkeypatch):
+    monkeypatch.delattr(Problem, "padded")
+    with by("grouped"):
+        for size, stride in ((8, 1), (8, 2), (9, 2)):
+            conv_sqnorm(torch.randn(2, 3, size, size), torch.randn(2, 4, *[-(-size // stride)] * 2), 3, stride=stride,
+                        padding=1)  # fmt: skip
 
 
 def test_what_the_gram_route_keeps_is_exact_where_patches_are_alike():

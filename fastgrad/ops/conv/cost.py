@@ -24,7 +24,7 @@ class Shape:
     inputs: int  # channels per group
     outputs: int
     pixels: int  # of the padded input
-    image: tuple[int, ...]  # input size per axis without padding
+    image: tuple[int, ...]  # input size per axis without padding, as far as windows reach
     positions: tuple[int, ...]  # output size per axis
     kernel: tuple[int, ...]
     overlaps: bool  # see `fastgrad.ops.conv.geometry.Problem`

@@ -40,6 +40,11 @@ class Problem(NamedTuple):
         return math.prod(int(n) + sum(pair) for n, pair in zip(self.a.shape[2:], self.pads, strict=True))
 
     @property
+    def image(self) -> Ints:
+        """Its size per axis without padding, as far as windows reach."""
+        return tuple(int(n) + min(0, after) for n, (_, after) in zip(self.a.shape[2:], self.pads, strict=True))
+
+    @property
     def overlaps(self) -> bool:
         """Whether the patches hold more numbers than the padded image."""
         return math.prod(self.kernel) * math.prod(self.positions) > self.pixels

@@ -12,6 +12,7 @@ measures that ratio and gathers patches for the samples where it is too large; w
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,15 +70,18 @@ def patch(p: Problem) -> Tensor:
 
 def grouped(p: Problem) -> Tensor:
     """One weight gradient, by the library's own kernels, of a convolution whose groups are the samples."""
-    x, zeros = p.padded(), [0] * len(p.kernel)
+    x, pads = p.a, [before for before, _ in p.pads]
+    # The library pads both sides alike, and leaves over less than a stride.
+    if any(not 0 <= before - after < step for (before, after), step in zip(p.pads, p.stride, strict=True)):
+        x, pads = p.padded(), [0] * len(pads)
     count, batch, channels = p.g.shape[:3]
     inputs, outputs = x.shape[1] // p.groups, channels // p.groups
     g = _gradient_matrix(p)
     # Only its shape is read; a broadcast one would be written out by the operator.
     weight = x.new_empty((batch * p.groups * count * outputs, inputs, *p.kernel))
     gradient = torch.ops.aten.convolution_backward(
-        g.reshape(1, -1, *p.g.shape[3:]), x.reshape(1, -1, *x.shape[2:]), weight, None, p.stride, zeros,
-        p.dilation, False, zeros, batch * p.groups, [False, True, False],
+        g.reshape(1, -1, *p.g.shape[3:]), x.reshape(1, -1, *x.shape[2:]), weight, None, p.stride, pads,
+        p.dilation, False, [0] * len(pads), batch * p.groups, [False, True, False],
     )[1]  # fmt: skip
     return _ungroup(_squares(gradient.view(batch * p.groups, count, outputs, -1)), p)
 
@@ -130,8 +134,9 @@ def _overlapping_gram(p: Problem, wide: bool) -> Tensor:
 
     ``p_t . p_t' = sum_d a[s t + d] . a[s t' + d]``: k shifted copies of it are added along each axis.
     """
-    size = p.a.shape[2:]
-    x = p.a.reshape(p.a.shape[0] * p.groups, p.a.shape[1] // p.groups, -1)
+    size = p.image
+    reached: tuple[Any, ...] = (..., *map(slice, size))
+    x = p.a[reached].reshape(p.a.shape[0] * p.groups, p.a.shape[1] // p.groups, -1)
     if wide:
         x = x.double()
     matrix = torch.bmm(x.transpose(1, 2), x).view(-1, *size, *size)
