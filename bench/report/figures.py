@@ -65,7 +65,8 @@ def stacked(blocks: Mapping[str, Sequence[tuple[str, float]]], colour: Mapping[s
     panel.tick_params(labelsize=TEXT - 1)
     panel.margins(x=0.16)
     panel.grid(True, axis="x", alpha=0.3)
-    made.legend(fontsize=TEXT - 1, loc="outside lower center", ncols=2)
+    if seen:
+        made.legend(fontsize=TEXT - 1, loc="outside lower center", ncols=2)
     return made, panel
 
 

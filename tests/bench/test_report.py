@@ -201,3 +201,4 @@ def test_the_figure_of_found_attacks_leaves_out_what_misleads_nothing() -> None:
     row = {"network": "a", "case": "2/255", "method": "default", "found, selective": 0, "misled, selective": 0}
     made = figures.found_attacks([row | {"found, AutoAttack": 1, "misled, AutoAttack": 4}], {"a": "A"})
     assert [bar.get_width() for bar in made.axes[0].patches] == [25]
+    assert not figures.found_attacks([row], {"a": "A"}).axes[0].patches
