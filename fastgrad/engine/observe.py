@@ -305,10 +305,13 @@ class Observation:
         other = self._fewer.get((call.path, call.ordinal))
         if other is None or len(call.inputs) != len(other.inputs):
             return None
-        pairs = list(zip(call.inputs, other.inputs, strict=True))
-        layouts = [
-            find_layout(a, b, None, self.samples) for a, b in pairs if a is not None and b is not None and a != b
-        ]
-        if any(layout is None or layout.kind not in ("plain", "folded") for layout in layouts):
-            return None
-        return tuple(a is not None and b is not None and a != b for a, b in pairs)
+        flags = []
+        for more, less in zip(call.inputs, other.inputs, strict=True):
+            if more is None or less is None or more == less:
+                flags.append(False)
+                continue
+            layout = find_layout(more, less, None, self.samples)
+            if layout is None or layout.kind not in ("plain", "folded"):
+                return None
+            flags.append(True)
+        return tuple(flags)
