@@ -128,13 +128,13 @@ def gated(two_stage: TwoStageModel, values: Mapping[str, Tensor]) -> tuple[Tenso
     return two_stage.temperature_(values["logits"]).softmax(1).float(), odds.sigmoid().float().unsqueeze(1)
 
 
-def measure(options: Options, network: str) -> list[dict[str, Any]]:
+def measure(options: Options, network: str, sizes: tuple[int, int, int, int]) -> list[dict[str, Any]]:
     """Return a row for each method and group: accuracy and calibration error over splits, and the gain."""
     try:
         base = NETWORKS[network].make(options, 0)
     except ABSENT as why:
         return [{"network": network, "not run": str(why)}]
-    seeds, count, tested, copies = QUICK if options.quick else SIZES
+    seeds, count, tested, copies = sizes
     images, labels = sets.load(options.data, "cifar10", unseen(network), HELD_OUT, -HELD_OUT).labelled()
     clean = sets.load(options.data, "cifar10", "test", tested).labelled()
     base = replace(base, parts={"fit": (images[:count], labels[:count]), "test": clean}, count=copies, _seen={})
@@ -172,7 +172,8 @@ def measure(options: Options, network: str) -> list[dict[str, Any]]:
 
 
 def run(options: Options, networks: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    rows = [row for name in networks for row in measure(options, name)]
+    sizes = QUICK if options.quick else SIZES
+    rows = [row for name in networks for row in measure(options, name, sizes)]
     about = {name: [NETWORKS[name].title, NETWORKS[name].tuned] for name in DEFAULT_NETWORKS}
-    sizes = dict(zip(("splits", "fitted", "tested", "copies"), QUICK if options.quick else SIZES, strict=True))
-    return rows, sizes | {"quick": options.quick, "networks": about}
+    facts = dict(zip(("splits", "fitted", "tested", "copies"), sizes, strict=True))
+    return rows, facts | {"quick": options.quick, "networks": about}

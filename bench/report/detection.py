@@ -1,4 +1,4 @@
-"""Tables of the detection rows: protocol blocks, methods by groups of cases, the strongest rival of each group."""
+"""Tables and figures of detection: protocol blocks, methods by groups of cases, the strongest rival of each group."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.report.figures import TEXT, colours, stacked
+from bench.report.figures import OURS, TEXT, colours, stacked
 from bench.report.speed import ours
 from bench.report.text import Row, table
 
@@ -134,4 +134,33 @@ def bars(rows: Sequence[Row], merit: str, about: Mapping[str, tuple[str, bool]])
     # The form of the risk was chosen with every network in view.
     standing = "tuned on" if tuned else "held out but for the risk" if "fastgrad, risk" in shown else "held out"
     panel.set_title(f"{title}, {standing}", fontsize=TEXT)
+    return made
+
+
+def second_answers(rows: Sequence[Row], networks: Mapping[str, Sequence[Any]]) -> Any:
+    """Return accuracy on corruptions never generated: of each network, with H, and of what does best without H."""
+    blocks = {}
+    for network, (title, _) in networks.items():
+        own = {row["method"]: row for row in rows if row["network"] == network and "unlike" in row.get("case", "")}
+        if not own:
+            continue
+        rival = max((name for name in own if not name.startswith(("H ", "network"))), key=lambda n: own[n]["accuracy"])
+        blocks[title] = [(name, 100 * own[name]["accuracy"]) for name in ("network", "H on h, gated", rival)]
+    names = list(dict.fromkeys(name for bars in blocks.values() for name, _ in bars))
+    made, panel = stacked(blocks, {**colours(names), "H on h, gated": OURS[0]}, ".1f")
+    panel.set_xlabel("per cent right, corruptions unlike generated ones", fontsize=TEXT)
+    return made
+
+
+def found_attacks(rows: Sequence[Row], networks: Mapping[str, str]) -> Any:
+    """Return the share of misleading images that each detector finds: of AutoAttack, and of what knows the detector."""
+    names = ("AutoAttack", "selective")
+    blocks = {
+        f"{networks[row['network']]}, {row['case']}, {row['method']}": [
+            (name, 100 * row[f"found, {name}"] / row[f"misled, {name}"]) for name in names if row.get(f"misled, {name}")
+        ]
+        for row in rows
+    }
+    made, panel = stacked(blocks, colours(names), ".0f")
+    panel.set_xlabel("per cent of misleading images found", fontsize=TEXT)
     return made

@@ -95,35 +95,6 @@ def over_epochs(rows: Sequence[Row], epochs: Sequence[int]) -> Any:
     return made
 
 
-def second_answers(rows: Sequence[Row], networks: Mapping[str, Sequence[Any]]) -> Any:
-    """Return accuracy on corruptions never generated: of each network, with H, and of what does best without H."""
-    blocks = {}
-    for network, (title, _) in networks.items():
-        own = {row["method"]: row for row in rows if row["network"] == network and "unlike" in row.get("case", "")}
-        if not own:
-            continue
-        rival = max((name for name in own if not name.startswith(("H ", "network"))), key=lambda n: own[n]["accuracy"])
-        blocks[title] = [(name, 100 * own[name]["accuracy"]) for name in ("network", "H on h, gated", rival)]
-    names = list(dict.fromkeys(name for bars in blocks.values() for name, _ in bars))
-    made, panel = stacked(blocks, {**colours(names), "H on h, gated": OURS[0]}, ".1f")
-    panel.set_xlabel("per cent right, corruptions unlike generated ones", fontsize=TEXT)
-    return made
-
-
-def found_attacks(rows: Sequence[Row], networks: Mapping[str, str]) -> Any:
-    """Return the share of misleading images that each detector finds: of AutoAttack, and of what knows the detector."""
-    names = ("AutoAttack", "selective")
-    blocks = {
-        f"{networks[row['network']]}, {row['case']}, {row['method']}": [
-            (name, 100 * row[f"found, {name}"] / row[f"misled, {name}"]) for name in names if row.get(f"misled, {name}")
-        ]
-        for row in rows
-    }
-    made, panel = stacked(blocks, colours(names), ".0f")
-    panel.set_xlabel("per cent of misleading images found", fontsize=TEXT)
-    return made
-
-
 def _scaling(rows: list[Row]) -> Any:
     """Time of the contrasts against N at the batch with most N, and against B at the N with most B."""
     rows = [r for r in rows if r["median_s"] and r["case"].split()[-1] == rows[0]["case"].split()[-1]]

@@ -136,9 +136,9 @@ def write(name: str, folder: Path = RESULTS) -> Path:
     elif "epochs" in document:
         drawn = figures.over_epochs(document["rows"], document["epochs"])
     elif "splits" in document:
-        drawn = figures.second_answers(document["rows"], document["networks"])
+        drawn = detection.second_answers(document["rows"], document["networks"])
     elif "steps" in document:
-        drawn = figures.found_attacks(document["rows"], document["networks"])
+        drawn = detection.found_attacks(document["rows"], document["networks"])
     if drawn is not None:
         drawn.savefig(folder / f"{name}.png", dpi=figures.DPI)
     if rendered := page(name, document, [f"{name}.png"] if drawn is not None else []):

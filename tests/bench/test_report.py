@@ -191,7 +191,7 @@ def test_tables_with_rows_of_their_own_have_a_figure(tmp_path: pathlib.Path, nam
 def test_the_figure_of_second_answers_shows_the_strongest_without_h() -> None:
     accuracies = {"network": 0.5, "H on h, gated": 0.6, "H on h": 0.9, "batch norm adapted": 0.7, "SimCLR": 0.4}
     rows = [{"network": "a", "method": name, "case": "unlike", "accuracy": p} for name, p in accuracies.items()]
-    made = figures.second_answers(
+    made = detection.second_answers(
         [*rows, {"network": "b", "not run": "no weights"}], {"a": ["A", True], "b": ["B", True]}
     )
     assert [bar.get_width() for bar in made.axes[0].patches] == pytest.approx([50, 60, 70])
@@ -199,6 +199,6 @@ def test_the_figure_of_second_answers_shows_the_strongest_without_h() -> None:
 
 def test_the_figure_of_found_attacks_leaves_out_what_misleads_nothing() -> None:
     row = {"network": "a", "case": "2/255", "method": "default", "found, selective": 0, "misled, selective": 0}
-    made = figures.found_attacks([row | {"found, AutoAttack": 1, "misled, AutoAttack": 4}], {"a": "A"})
+    made = detection.found_attacks([row | {"found, AutoAttack": 1, "misled, AutoAttack": 4}], {"a": "A"})
     assert [bar.get_width() for bar in made.axes[0].patches] == [25]
-    assert not figures.found_attacks([row], {"a": "A"}).axes[0].patches
+    assert not detection.found_attacks([row], {"a": "A"}).axes[0].patches
