@@ -17,7 +17,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from bench.detection.registry import IMAGES, METHODS, TEXTS, NotRun, Protocol, Score, method
+from bench.detection.registry import METHODS, TEXTS, NotRun, Protocol, Score, method
 from bench.detection.subject import BATCH, Fit, Seen, Subject, packed
 from fastgrad import TwoStageModel
 from fastgrad.blocks import BLOCKS, Gradients
@@ -101,8 +101,6 @@ def fitted(
     """Return a model fitted on named blocks, those that can be had, read from the cache where they are."""
     subject = fit.subject
     clean, labels = subject.parts["fit"]
-    if subject.kind not in IMAGES and challenges == "generate":
-        raise NotRun("challenges are generated from images alone")
     known = watch(fit.subject.model, (clean[:BATCH],), {})
     blocks = [block for block in (MADE[name]() for name in names) if block.refusal(known) is None]
     where, read_anew = "clean" if challenges is None else fit.case or "generated", collect.read

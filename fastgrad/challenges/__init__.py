@@ -1,4 +1,4 @@
-"""Challenging inputs made from a network and its clean images, to fit detectors on."""
+"""Challenging inputs made from a network and its clean images, or from clean token ids, to fit detectors on."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from fastgrad.batches import bar, batch_size, bytes_of, carrying, split_batch, t
 from fastgrad.blocks.extraction import Extraction, Inputs
 from fastgrad.challenges import CHALLENGES, PixelRange, iter_challenges
 from fastgrad.challenges.attacks import reached
+from fastgrad.challenges.tokens import ids_of, iter_token_challenges
 from fastgrad.detector.constants import CHALLENGED_TOGETHER
 
 
@@ -36,6 +37,10 @@ class Drawn:
         """The batches where they are images ``(B, C, H, W)``, floating; none where they are not."""
         images = [x for x in self.batches if isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point()]
         return images if len(images) == len(self.batches) else []
+
+    def has_tokens(self) -> bool:
+        """Whether the batches are token ids ``(B, T)``, or mappings that hold them."""
+        return all(ids_of(x) is not None for x in self.batches)
 
 
 def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bool | None = False) -> Drawn:
@@ -173,8 +178,14 @@ def drawn_batches(sample: Sample, verbose: bool | None) -> Iterator[Batch]:
 def generated_batches(
     sample: Sample, model: nn.Module, device: torch.device, seed: int, verbose: bool | None
 ) -> Iterator[Batch]:
-    """Challenges generated of the images that are not held out, if any; attacks where gradients reach the images."""
-    if not sample.each or sample.pixels is None:
+    """Challenges generated of the inputs that are not held out, if any; attacks where gradients reach the images."""
+    if not sample.each:
+        return
+    if sample.pixels is None:
+        clean = sample.clean[0]
+        chosen = np.flatnonzero(~sample.held_out[: len(clean)]).tolist()
+        made_of = iter_token_challenges(clean.batches, chosen, each=sample.each, seed=seed)
+        yield from bar(made_of, "challenges", verbose)
         return
     first, pixels = 0, PixelRange(sample.pixels.low.to(device), sample.pixels.high.to(device))
     rows = [row for x in sample.clean[0].images() for row in x.split(1)]

@@ -21,7 +21,7 @@ from fastgrad.batches import batch_size, take, to_device
 from fastgrad.blocks import BLOCKS, Block, Features
 from fastgrad.blocks.extraction import Extraction, Inputs, arguments
 from fastgrad.blocks.subject import Subject, watch
-from fastgrad.challenges import PixelRange, challenge_cost
+from fastgrad.challenges import CHALLENGES, PixelRange, challenge_cost
 from fastgrad.detector import collect, constants
 from fastgrad.detector.calibrate import Calibrated
 from fastgrad.detector.collect import Drawn, Sample
@@ -206,10 +206,11 @@ def _checked(
     elif any(value is not None for value in (options.clip, options.mean, options.std)):
         raise ValueError("clip, mean and std need images (B, C, H, W); clean gave other inputs")
     if isinstance(options.challenges, str):
-        if not images:
+        if not images and not clean.has_tokens():
             raise ValueError(
-                "challenges can be generated from images (B, C, H, W) only; give challenges=None to fit on clean data "
-                "alone, or a loader of challenges. Images are tensors of a floating dtype, in no mapping"
+                "challenges can be generated from images (B, C, H, W) or token ids (B, T) only; give challenges=None "
+                "to fit on clean data alone, or a loader of challenges. Images are tensors of a floating dtype, in no "
+                "mapping; token ids have an integer dtype, and are tensors or the input_ids of mappings"
             )
         last = next((tuple(x.shape) for x in images if x.shape[3] in (1, 3, 4) and min(x.shape[1:3]) >= 8), None)
         if last is not None:
@@ -309,7 +310,9 @@ def _risk(
 def _report(sample: Sample, features: collect.Features, price: PriceReport, fitted: Calibrated, risk: str) -> Report:
     made, counts = np.unique(features.kinds[features.kinds != ""], return_counts=True)
     challenges = dict(zip(made.tolist(), counts.tolist(), strict=True))
-    making = challenge_cost(sample.each, names=list(challenges)) / sample.each - 1 if sample.each else 0
+    # Those of token ids need no model.
+    names = [name for name in challenges if name in CHALLENGES]
+    making = challenge_cost(sample.each, names=names) / sample.each - 1 if sample.each else 0
     return Report(
         price=price,
         drawn=len(sample.labels),

@@ -131,7 +131,7 @@ BAD: dict[str, tuple[Callable[[TwoStageModel], Any], str]] = {
     "normalised": (lambda m: m.fit([CLEAN], mean=[0.5] * 3, std=[2.0] * 3), "must lie in the range"),
     "mixed ranges": (lambda m: m.fit([CLEAN, 255 * CLEAN]), "images must share one range"),
     "word": (lambda m: m.fit([CLEAN], "none"), "challenges must be 'generate', None or a loader; it was 'none'"),
-    "no images": (lambda m: m.fit([CLEAN.flatten(1)]), "challenges can be generated from images"),
+    "no images": (lambda m: m.fit([CLEAN.flatten(1)]), "from images .* or token ids"),
     "range of no images": (lambda m: m.fit([CLEAN.flatten(1)], None, clip=(0, 1)), "clip, mean and std need images"),
     "empty challenges": (lambda m: m.fit([CLEAN], []), "challenges must hold at least one batch"),
     "max_samples": (lambda m: m.fit([CLEAN], max_samples=3), "max_samples must be an integer of at least 20; it was 3"),

@@ -618,8 +618,8 @@ def test_text_classifier_takes_a_mapping():
     assert two_stage(data[0]).risk is None
     labelled = [batch | {"labels": torch.arange(20) % 3} for batch in data]
     assert TwoStageModel(network, budget=math.inf).fit(labelled, None)(data[0]).risk is not None
-    with pytest.raises(ValueError, match="challenges can be generated from images"):
-        TwoStageModel(network).fit(data)
+    report = TwoStageModel(network, budget=math.inf).fit(data).report()
+    assert set(report.challenges) == {"transposition", "substitution"}  # of inputs without padding
 
 
 def test_a_fit_that_fails_at_last_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,197 @@
+"""Challenges of token ids: what each kind leaves of an input, what stays, and that a detector is fitted on them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastgrad import IntrospectiveClassifier, TwoStageModel
+from fastgrad.challenges.tokens import FAR, SHARES, TOKEN_CHALLENGES, iter_token_challenges
+
+PAD, BEGIN, END = 1, 2, 3
+
+
+def texts(count: int = 40, width: int = 24, *, first: int = 0, before: bool = False) -> list[list[int]]:
+    """Texts of words that occur once in each, between marks, of several lengths."""
+    generator = torch.Generator().manual_seed(first)
+    rows = []
+    for number in range(first, first + count):
+        words = (torch.randperm(200, generator=generator)[: width - 2 - number % 9] + 10).tolist()
+        padding = [PAD] * (width - 2 - len(words))
+        rows.append([*padding, BEGIN, *words, END] if before else [BEGIN, *words, END, *padding])
+    return rows
+
+
+def batches(form: str) -> list[Any]:
+    """Two widths, padded after or before the tokens, with a mask or without."""
+    before = form.startswith("before")
+    parts = [torch.tensor(texts(first=first, width=width, before=before)) for first, width in ((0, 24), (40, 17))]
+    if form.endswith("alone"):
+        return parts
+    return [{"input_ids": x.int(), "attention_mask": (x != PAD).to(torch.uint8)} for x in parts]
+
+
+def ids(x: Any) -> Tensor:
+    return (x if isinstance(x, Tensor) else x["input_ids"]).long()
+
+
+def words(row: Tensor) -> list[int]:
+    """The tokens of an input, in order; padding must be together, and marks at both ends."""
+    real = row[row != PAD].tolist()
+    places = (row != PAD).nonzero()[:, 0]
+    assert places[-1] - places[0] + 1 == len(real)
+    assert (real[0], real[-1]) == (BEGIN, END)
+    return real[1:-1]
+
+
+@pytest.mark.parametrize("form", ["after", "before", "after alone", "before alone"])
+def test_a_share_of_the_tokens_is_left_out_moved_or_replaced(form: str) -> None:
+    clean = batches(form)
+    rows = [row for x in clean for row in ids(x)]
+    known = set(torch.cat(list(rows)).tolist())
+    counts: Counter[str] = Counter()
+    sources: Counter[int] = Counter()
+    shares: dict[str, set[float]] = {name: set() for name in TOKEN_CHALLENGES}
+    for x, kinds, numbers in iter_token_challenges(clean, range(5, 80), each=3, seed=0):
+        like = clean[numbers[0] >= 40]
+        assert type(x) is type(like)
+        assert ids(x).shape[1] == ids(like).shape[1]
+        if not isinstance(x, Tensor):
+            assert {name: part.dtype for name, part in x.items()} == {name: part.dtype for name, part in like.items()}
+            assert torch.equal(x["attention_mask"] > 0, ids(x) != PAD)
+        for row, kind, number in zip(ids(x), kinds, numbers, strict=True):
+            before, after = words(rows[number]), words(row)
+            # Of a tensor alone, which may be a table, an id stays out of columns that have only smaller ones.
+            table = form.endswith("alone")
+            if kind == "omission":
+                share = (len(before) - len(after)) / len(before)
+                assert table or after == [word for word in before if word in set(after)]
+                # Padding stays on its side.
+                assert (row[0] == PAD) == form.startswith("before")
+            elif kind == "transposition":
+                share = 0.0
+                assert table or sorted(after) == sorted(before)
+                farthest = max(abs(before.index(word) - place) for place, word in enumerate(after) if word in before)
+                assert 1 <= farthest <= 3 * FAR
+            else:
+                changed = [a for a, b in zip(after, before, strict=True) if a != b]
+                share = len(changed) / len(before)
+                assert set(changed) <= known - {PAD, BEGIN, END}
+            assert share <= max(SHARES) + 1 / len(before)
+            shares[kind].add(round(share, 1))
+        counts.update(kinds)
+        sources.update(numbers)
+    assert set(sources) == set(range(5, 80))
+    assert set(sources.values()) <= {2, 3}
+    assert sum(counts.values()) > 220
+    assert set(counts) == set(TOKEN_CHALLENGES)
+    assert max(counts.values()) - min(counts.values()) <= 6
+    assert min(shares["omission"]) <= 0.2
+    assert max(shares["omission"]) >= 0.5
+    assert min(shares["substitution"]) <= 0.2
+    assert max(shares["substitution"]) >= 0.4
+
+
+def test_a_seed_gives_the_same_challenges() -> None:
+    first, again, other = (
+        torch.cat([x for x, *_ in iter_token_challenges([torch.tensor(texts())], range(40), each=3, seed=seed)])
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_inputs_of_one_length_stay_as_long_as_they_are() -> None:
+    """Where nothing is padding, the network may take no other length."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.stack([torch.randperm(40, generator=generator)[:7] for _ in range(40)])
+    for inputs in (x, {"input_ids": x, "attention_mask": torch.ones_like(x)}):
+        made = list(iter_token_challenges([inputs], range(40), each=2, seed=0))
+        assert {kind for _, kinds, _ in made for kind in kinds} == {"transposition", "substitution"}
+
+
+def test_columns_keep_their_vocabularies() -> None:
+    """An id that no input has at a place may be out of the range of a table that is asked for it there."""
+    sizes = torch.tensor([2, 50, 7, 300])
+    x = (torch.rand(60, 4, generator=torch.Generator().manual_seed(0)) * sizes).long()
+    made = torch.cat([part for part, *_ in iter_token_challenges([x], range(60), each=3, seed=0)])
+    assert len(made) > 100
+    assert (made <= x.amax(0)).all()
+    assert (made >= 0).all()
+
+
+def test_what_stands_beside_a_token_goes_with_it() -> None:
+    x = torch.tensor(texts())
+    given = {
+        "input_ids": x, "attention_mask": (x != PAD).long(), "token_type_ids": 5 * x * (x != PAD),
+        "position_ids": torch.arange(24).expand(40, 24), "label_of_source": torch.arange(40), "scale": 2.0,
+    }  # fmt: skip
+    for made, kinds, numbers in iter_token_challenges([given], range(40), each=3, seed=0):
+        assert made["scale"] == 2.0
+        assert made["label_of_source"].tolist() == numbers
+        assert torch.equal(made["position_ids"], given["position_ids"][: len(numbers)])
+        kept = torch.tensor([kind != "substitution" for kind in kinds])
+        expected = 5 * made["input_ids"] * (made["input_ids"] != PAD)
+        assert torch.equal(made["token_type_ids"][kept], expected[kept])
+        assert torch.equal(made["token_type_ids"][~kept], given["token_type_ids"][torch.tensor(numbers)][~kept])
+    assert torch.equal(x, torch.tensor(texts()))
+
+
+def test_what_cannot_change_gives_no_challenge() -> None:
+    short = [[BEGIN, 7 + i % 2, END] for i in range(20)]
+    x = torch.tensor([row + [PAD] * (14 - len(row)) for row in (*short, [], *texts(20, 14))])
+    mask = (x != PAD).long()
+    made = list(iter_token_challenges([{"input_ids": x, "attention_mask": mask}], range(41), each=3, seed=0))
+    for part, _, numbers in made:
+        assert (part["input_ids"] != x[torch.tensor(numbers)]).any(1).all()
+        assert part["attention_mask"].any(1).all()
+    assert 20 not in {number for *_, numbers in made for number in numbers}
+
+
+class Reader(nn.Module):
+    """Tells texts whose words are mostly below 100 from others; padding counts for nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.body, self.head = nn.Embedding(210, 16), nn.Conv1d(16, 16, 3, padding=1), nn.Linear(16, 2)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        mask = input_ids != PAD if attention_mask is None else attention_mask > 0
+        h = self.body(self.table(input_ids.long()).transpose(1, 2)).tanh() * mask[:, None]
+        return self.head(h.sum(2) / mask.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("form", ["after", "after alone"])
+def test_a_detector_of_texts_learns_from_their_challenges(form: str) -> None:
+    model = Reader().eval()
+    data: list[Any] = []
+    for x in batches(form):
+        with torch.no_grad():
+            labels = model(ids(x)).argmax(1)
+        labels[::5] = 1 - labels[::5]
+        data.append((x, labels) if isinstance(x, Tensor) else x | {"labels": labels})
+    two_stage = TwoStageModel(model, budget=math.inf).fit(data)
+    report = two_stage.report(gains=True)
+    assert set(report.challenges) == set(TOKEN_CHALLENGES)
+    made = sum(report.challenges.values())
+    assert 200 < made <= 240
+    # One pass for each clean input and each challenge: no attack, no other work of the network.
+    assert report.passes == pytest.approx((1 + made / 80) * report.price.predicted)
+    assert report.risk.startswith("from 80 clean inputs")
+    assert f"and {made} of their challenges" in report.risk
+    assert set(report.gains or ()) == set(report.kept)
+    assert "challenges" in two_stage.explain(batches(form)[0]).evidence
+
+
+def test_an_introspective_classifier_is_trained_on_challenges_of_texts() -> None:
+    model, x = Reader().eval(), torch.tensor(texts())
+    data = [(x, torch.arange(40) % 2)]
+    two_stage = TwoStageModel(model, blocks=["logits"], classifier=IntrospectiveClassifier(max_epochs=2)).fit(data)
+    assert two_stage.gate_ is not None
+    assert torch.isfinite(two_stage(x).probabilities).all()
