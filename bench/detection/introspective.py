@@ -24,7 +24,7 @@ from bench.detection.cases import FAMILIAR, FOREIGN
 from bench.detection.data import sets
 from bench.detection.methods_ours import blocks_of, fitted
 from bench.detection.networks import unseen
-from bench.detection.registry import NETWORKS, Options
+from bench.detection.registry import NETWORKS, SMALL, TEXTS, Options
 from bench.detection.runner import ABSENT
 from bench.detection.subject import BATCH, Fit, Seen, Subject
 from bench.detection.train import HELD_OUT, fit_layer
@@ -36,12 +36,11 @@ from fastgrad.metrics import calibration_report
 SIZES, QUICK = (3, 4000, 1000, 200), (1, 1000, 500, 60)
 #: Of those fitted, the share that makes probabilities calibrated.
 UNSEEN = 0.2
-GROUPS: Mapping[str, tuple[str, ...]] = {
-    "clean": ("clean",), "corruptions like generated ones": FAMILIAR, "corruptions unlike generated ones": FOREIGN,
-}  # fmt: skip
+LIKE: Mapping[str, tuple[str, ...]] = {TEXTS: ("dropped words", "shuffled words")}
+UNLIKE: Mapping[str, tuple[str, ...]] = {TEXTS: ("typos",)}
 NETWORK = "network"
 #: What H reads and on how many images was chosen on the first.
-DEFAULT_NETWORKS = ("resnet20", "resnet18", "resnet56", "densenet", "vit", recipes.NETWORK)
+DEFAULT_NETWORKS = ("resnet20", "resnet18", "resnet56", "densenet", "vit", recipes.NETWORK, "kinds", "news")
 Answers = dict[str, dict[str, Tensor]]
 
 
@@ -135,10 +134,19 @@ def measure(options: Options, network: str, sizes: tuple[int, int, int, int]) ->
     except ABSENT as why:
         return [{"network": network, "not run": str(why)}]
     seeds, count, tested, copies = sizes
-    images, labels = sets.load(options.data, "cifar10", unseen(network), HELD_OUT, -HELD_OUT).labelled()
-    clean = sets.load(options.data, "cifar10", "test", tested).labelled()
+    (images, labels), clean = base.parts["fit"], base.parts["test"]
+    if base.kind == SMALL:
+        images, labels = sets.load(options.data, "cifar10", unseen(network), HELD_OUT, -HELD_OUT).labelled()
+        clean = sets.load(options.data, "cifar10", "test", tested).labelled()
+    # Splits are of different images.
+    count = min(count, len(images) * 4 // 5)
     base = replace(base, parts={"fit": (images[:count], labels[:count]), "test": clean}, count=copies, _seen={})
-    tests = {case: base.seen(case) for cases in GROUPS.values() for case in cases}
+    groups = {
+        "clean": ("clean",),
+        "corruptions like generated ones": LIKE.get(base.kind, FAMILIAR),
+        "corruptions unlike generated ones": UNLIKE.get(base.kind, FOREIGN),
+    }
+    tests = {case: base.seen(case) for cases in groups.values() for case in cases}
     truth = {case: clean[1][seen.shown.source] for case, seen in tests.items()}
     found: dict[str, list[dict[str, Tensor]]] = {}
     for seed in range(seeds):
@@ -154,9 +162,9 @@ def measure(options: Options, network: str, sizes: tuple[int, int, int, int]) ->
     rows = []
     right: dict[tuple[str, str], NDArray[np.float64]] = {}
     for name, splits in found.items():
-        for group, cases in GROUPS.items():
+        for group, cases in groups.items():
             known = np.concatenate([truth[case].numpy() for case in cases])
-            row: dict[str, Any] = {"network": network, "method": name, "case": group}
+            row: dict[str, Any] = {"network": network, "method": name, "case": group, "fitted": count}
             answers = [torch.cat([own[case] for case in cases]).double().numpy() for own in splits]
             reports = [calibration_report(probabilities, known) for probabilities in answers]
             for metric in ("accuracy", "ece"):

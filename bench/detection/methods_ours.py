@@ -36,6 +36,7 @@ SCORES = (
     "softmax", "energy", "MaxLogit", "entropy", "GEN", "GradNorm", "KNN", "ViM", "DICE", "NCI", "fDBD", "NNGuide",
     "ReAct", "ASH", "SCALE", "VRA", "KLMatching", "Mahalanobis", "Catalyst", "RAS",
 )  # fmt: skip
+OF_MAPS = ("Catalyst", "RAS")
 
 
 class AllNorms(Gradients):
@@ -201,7 +202,8 @@ def logistic(clean: Tensor, other: Tensor) -> Callable[[Tensor], Tensor]:
 def _regression(fit: Fit, challenges: Seen) -> Score:
     if len(fit.clean.h) > MOST:
         raise NotRun("needs the distances between all training images")
-    scores = [METHODS[name].fit(Fit(fit.subject)) for name in SCORES]
+    names = SCORES if fit.subject.stages else [name for name in SCORES if name not in OF_MAPS]
+    scores = [METHODS[name].fit(Fit(fit.subject)) for name in names]
 
     def columns(seen: Seen) -> Tensor:
         return torch.stack([score(seen).double() for score in scores], 1).detach()

