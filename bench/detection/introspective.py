@@ -164,7 +164,8 @@ def measure(options: Options, network: str, sizes: tuple[int, int, int, int]) ->
     for name, splits in found.items():
         for group, cases in groups.items():
             known = np.concatenate([truth[case].numpy() for case in cases])
-            row: dict[str, Any] = {"network": network, "method": name, "case": group, "fitted": count}
+            row: dict[str, Any] = {"network": network, "method": name, "case": group}
+            row |= {"fitted": count, "tested": len(clean[1])}
             answers = [torch.cat([own[case] for case in cases]).double().numpy() for own in splits]
             reports = [calibration_report(probabilities, known) for probabilities in answers]
             for metric in ("accuracy", "ece"):

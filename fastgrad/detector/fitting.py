@@ -299,12 +299,23 @@ def _risk(
     h = features.blocks.get(Features.name)
     h = None if h is None else h[chosen].to(device)
     log_p = two_stage._log_probabilities(features.logits[chosen].to(device), h, evidence.to(device)).cpu()
-    wrong = log_p.argmax(-1) != torch.from_numpy(labels)[chosen]
-    kinds = torch.from_numpy(fitted.table.kinds)[chosen]
+    truth, kinds = torch.from_numpy(labels)[chosen], torch.from_numpy(fitted.table.kinds)[chosen]
+    wrong = log_p.argmax(-1) != truth
     risk = Risk.fit(doubt(log_p), evidence, fitted.log_p[chosen], wrong, kinds)
+    alone = features.logits[chosen].argmax(-1) != truth
+
+    def errors(rows: Tensor) -> str:
+        # A classifier that has seen few inputs answers worse than the network.
+        beside = "" if two_stage.classifier_ is None else f", {int(alone[rows].sum())} by the network alone"
+        return f"{int(wrong[rows].sum())} answered wrongly{beside}"
+
     made = int((kinds > 0).sum())
-    others = f"and {made} of their challenges" if made else "without challenges: unusual inputs do not raise it"
-    return risk.to(device), f"from {usual} clean inputs, {int(wrong[kinds == 0].sum())} answered wrongly, {others}"
+    others = (
+        f"and {made} of their challenges, {errors(kinds > 0)}"
+        if made
+        else "without challenges: unusual inputs do not raise it"
+    )
+    return risk.to(device), f"from {usual} clean inputs, {errors(kinds == 0)}; {others}"
 
 
 def _report(sample: Sample, features: collect.Features, price: PriceReport, fitted: Calibrated, risk: str) -> Report:

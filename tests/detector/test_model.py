@@ -22,7 +22,7 @@ from fastgrad.blocks.extraction import Extraction, arguments
 from fastgrad.blocks.subject import watch
 from fastgrad.challenges import challenge_cost
 from fastgrad.deploy.file.package import ModelPackage
-from fastgrad.detector import fitting, storage
+from fastgrad.detector import constants, fitting, storage
 
 CLASSES = 4
 ALL = ["logits", "features", "activations", "gradients", "view", "image"]
@@ -336,6 +336,20 @@ def test_what_the_classifier_was_not_trained_on_calibrates_it():
         assert 0.6 < float(model(images(50, 4)).risk.mean()) < 0.9
     # What the user passed is as it was.
     assert not hasattr(classifier, "network_")
+
+
+def test_the_report_says_what_the_classifier_costs(monkeypatch):
+    """One that has seen few inputs answers worse than the network: errors of both stand side by side."""
+    monkeypatch.setattr(constants, "UNSEEN", 0.0)
+    network, labels = small_network(), torch.arange(200) % CLASSES
+    clean, others = ([(images(200, seed), labels)] for seed in (1, 2))
+    classifier = IntrospectiveClassifier(max_epochs=2, hidden=(8,))
+    model = TwoStageModel(network, classifier=classifier, blocks=["logits"]).fit(clean, None, others)
+    x, y = others[0]
+    wrong, alone = int((model(x).probabilities.argmax(1) != y).sum()), int((network(x).argmax(1) != y).sum())
+    assert wrong != alone
+    said = f"from 200 clean inputs, {wrong} answered wrongly, {alone} by the network alone; without challenges"
+    assert model.report_.risk.startswith(said)
 
 
 def test_the_gate_mixes_network_and_classifier():
