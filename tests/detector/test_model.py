@@ -341,7 +341,7 @@ def test_what_the_classifier_was_not_trained_on_calibrates_it():
 def test_the_report_says_what_the_classifier_costs(monkeypatch):
     """One that has seen few inputs answers worse than the network: errors of both stand side by side."""
     monkeypatch.setattr(constants, "UNSEEN", 0.0)
-    network, labels = small_network(), torch.arange(200) % CLASSES
+    network, labels = small_network().eval(), torch.arange(200) % CLASSES
     clean, others = ([(images(200, seed), labels)] for seed in (1, 2))
     classifier = IntrospectiveClassifier(max_epochs=2, hidden=(8,))
     model = TwoStageModel(network, classifier=classifier, blocks=["logits"]).fit(clean, None, others)
