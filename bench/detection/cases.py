@@ -40,7 +40,10 @@ FINE = ("C&W", "DeepFool")
 #: Kinds that `fastgrad.challenges` generates in a form of its own, and kinds that it has nothing like.
 FAMILIAR = ("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "brightness", "contrast",
             "jpeg_compression")  # fmt: skip
+FAMILIAR_TEXTS, FAMILIAR_FILES = ("dropped words", "shuffled words"), ("flipped bytes",)
 FOREIGN = ("frost", "fog", "snow", "spatter", "pixelate", "elastic_transform", "saturate", "motion_blur")
+CHANGED_TEXTS = ("changed texts like generated ones", "changed texts unlike generated ones")
+CHANGED_FILES = ("changed files like generated ones", "changed files unlike generated ones")
 #: Other sets: of photographs, and near and far of CIFAR-10 as OpenOOD has them.
 STRANGERS = {"textures": "large textures", "CIFAR-100": "cifar100", "grey scenes": "scenes", "letters": "letters"}
 NEAR, FAR = ("cifar100", "tinyimagenet"), ("svhn", "textures")
@@ -121,7 +124,8 @@ def text(name: str, subject: Subject, part: str, count: int) -> Shown:
 
 
 for _name in (*news.CASES, *news.CORRUPTED):
-    case(_name, "other texts" if _name in news.CASES else "changed texts", (TEXTS,))(partial(text, _name))
+    _group = "other texts" if _name in news.CASES else CHANGED_TEXTS[_name not in FAMILIAR_TEXTS]
+    case(_name, _group, (TEXTS,))(partial(text, _name))
 
 
 def file(name: str, subject: Subject, part: str, count: int) -> Shown:
@@ -132,7 +136,8 @@ def file(name: str, subject: Subject, part: str, count: int) -> Shown:
 
 
 for _name in (*files.CHANGED, *files.DISGUISED, *files.UNKNOWN):
-    case(_name, "changed files" if _name in files.CHANGED else "foreign files", (FILES,))(partial(file, _name))
+    _group = CHANGED_FILES[_name not in FAMILIAR_FILES] if _name in files.CHANGED else "foreign files"
+    case(_name, _group, (FILES,))(partial(file, _name))
 
 
 @case("JPEG, not attacked", "control", IMAGES)

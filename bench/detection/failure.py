@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from bench.detection import resampled, runner, train
+from bench.detection.cases import CHANGED_FILES, CHANGED_TEXTS
 from bench.detection.methods_ours import answer, fitted
 from bench.detection.registry import CASES, METHODS, Method, NotRun, Options, Protocol
 from bench.detection.subject import BATCH, Fit, Seen, Subject
@@ -29,7 +30,7 @@ RIVALS = (
     "fastgrad, clean only", "fastgrad, default",
 )  # fmt: skip
 GROUPS: Mapping[str, tuple[str, ...]] = {
-    "clean": (), "clean and corruptions": (ALIKE, UNALIKE, "changed texts", "changed files"),
+    "clean": (), "clean and corruptions": (ALIKE, UNALIKE, *CHANGED_TEXTS, *CHANGED_FILES),
     "clean and attacks": ("attacks", "attacks after JPEG"),
     "clean and other sets": ("other sets", "near sets", "far sets", "other texts", "foreign files"),
 }  # fmt: skip

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from bench.detection import recipes, resampled
-from bench.detection.cases import FAMILIAR, FOREIGN
+from bench.detection.cases import FAMILIAR, FAMILIAR_TEXTS, FOREIGN
 from bench.detection.data import sets
 from bench.detection.methods_ours import blocks_of, fitted
 from bench.detection.networks import unseen
@@ -36,8 +36,6 @@ from fastgrad.metrics import calibration_report
 SIZES, QUICK = (3, 4000, 1000, 200), (1, 1000, 500, 60)
 #: Of those fitted, the share that makes probabilities calibrated.
 UNSEEN = 0.2
-LIKE: Mapping[str, tuple[str, ...]] = {TEXTS: ("dropped words", "shuffled words")}
-UNLIKE: Mapping[str, tuple[str, ...]] = {TEXTS: ("typos",)}
 NETWORK = "network"
 #: What H reads and on how many images was chosen on the first.
 DEFAULT_NETWORKS = ("resnet20", "resnet18", "resnet56", "densenet", "vit", recipes.NETWORK, "kinds", "news")
@@ -143,8 +141,8 @@ def measure(options: Options, network: str, sizes: tuple[int, int, int, int]) ->
     base = replace(base, parts={"fit": (images[:count], labels[:count]), "test": clean}, count=copies, _seen={})
     groups = {
         "clean": ("clean",),
-        "corruptions like generated ones": LIKE.get(base.kind, FAMILIAR),
-        "corruptions unlike generated ones": UNLIKE.get(base.kind, FOREIGN),
+        "corruptions like generated ones": FAMILIAR_TEXTS if base.kind == TEXTS else FAMILIAR,
+        "corruptions unlike generated ones": ("typos",) if base.kind == TEXTS else FOREIGN,
     }
     tests = {case: base.seen(case) for cases in groups.values() for case in cases}
     truth = {case: clean[1][seen.shown.source] for case, seen in tests.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bench.detection.cases import CHANGED_FILES, CHANGED_TEXTS
 from bench.detection.registry import CASES, Protocol
 
 
@@ -32,7 +33,7 @@ TABLES = {
     "other-sets": Table(
         "Other data sets",
         (*CIFAR, "resnet56-training", "resnet", "news", "magika"),
-        ("near sets", "far sets", "other texts", "changed texts", "foreign files", "changed files", "control"),
+        ("near sets", "far sets", "other texts", *CHANGED_TEXTS, "foreign files", *CHANGED_FILES, "control"),
     ),
     "attacks": Table("Attacks", CIFAR, ("attacks", "attacks after JPEG", "control")),
     "corruptions": Table("Corruptions", CIFAR, (ALIKE, UNALIKE)),
