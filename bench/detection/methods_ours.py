@@ -175,7 +175,8 @@ class _Generated(Seen):
         """``(n, C, H, W)``."""
         fitted(Fit(self.subject), ("logits",))
         kept = self.subject.kept("inputs/generated/fit", dict)
-        return packed(torch.from_numpy(kept["inputs"][kept["kinds"] != ""]))
+        made = torch.from_numpy(kept["inputs"][kept["kinds"] != ""])
+        return packed(made.to(self.subject.parts["fit"][0].dtype))
 
 
 @method(

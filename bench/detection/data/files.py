@@ -61,7 +61,6 @@ DISGUISED: Mapping[str, Change] = {
     "base64": lambda content, other, rng: base64.encodebytes(content),
     "XOR": lambda content, other, rng: bytes(np.frombuffer(content, np.uint8) ^ rng.integers(1, 256, dtype=np.uint8)),
     "LZMA": lambda content, other, rng: lzma.compress(content, lzma.FORMAT_ALONE),
-    "random bytes": lambda content, other, rng: rng.bytes(len(content)),
 }  # fmt: skip
 
 
