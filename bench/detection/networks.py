@@ -105,7 +105,7 @@ RANGES = (
 KINDS = (400, 350, 250)
 
 
-@network("kinds", "EfficientNet-Lite0 with a linear layer for eight kinds of photographs", tuned=True)
+@network("kinds", "EfficientNet-Lite0 on eight kinds of photographs", tuned=True)
 def kinds(options: Options, draw: int) -> Subject:
     """A published network whose last layer is trained for few classes, each with many photographs."""
     own = photographed(0, replace(options, quick=False), 0)

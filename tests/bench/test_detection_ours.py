@@ -8,16 +8,16 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 pytest.importorskip("pytorch_ood")
 
-from bench.detection import methods_ours, registry
+from bench.detection import methods_ours, methods_outputs, registry  # noqa: F401
 from bench.detection.architectures import residual_network
 from bench.detection.data import news
 from bench.detection.methods_ours import AllNorms, NormalisationNorms, answer, blocks_of, fitted
-from bench.detection.registry import CASES, SMALL, TEXTS, NotRun, Options, Shown
+from bench.detection.registry import CASES, SMALL, TEXTS, Options, Shown
 from bench.detection.subject import Fit, Subject
 from fastgrad import TwoStageModel
 from fastgrad.blocks.extraction import Extraction
@@ -93,22 +93,30 @@ def test_a_model_answers_by_the_network_again(subject: Subject) -> None:
     assert isinstance(two_stage.extraction_, Extraction)
 
 
-def test_texts_have_no_generated_challenges(subject: Subject) -> None:
-    subject.kind = TEXTS
-    with pytest.raises(NotRun, match="images"):
-        fitted(Fit(subject), ("logits",))
-
-
-def test_padding_is_no_part_of_a_text(tmp_path: Path) -> None:
+def of_texts(tmp_path: Path, ids: Tensor) -> Subject:
     config = BertConfig(  # type: ignore[call-arg]
         vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
     )
-    model = news.Classifier(BertModel(config, add_pooling_layer=False), nn.Linear(16, 3)).eval()
+    model = news.Classifier(BertModel(config, add_pooling_layer=False), nn.Linear(16, 3)).eval().requires_grad_(False)
+    parts = {part: (ids, torch.arange(len(ids)) % 3) for part in ("fit", "test")}
+    return Subject("trial", 0, model, parts, Options(tmp_path, tmp_path), TEXTS, 6)
+
+
+def test_the_control_of_texts_has_their_challenges(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    subject = of_texts(tmp_path, nn.functional.pad(torch.randint(1, 50, (60, 12), generator=generator), (0, 4)))
+    challenges = methods_ours._Generated(subject, "generated", "fit")
+    assert challenges.images.dtype == torch.int64
+    assert 170 < len(challenges.images) <= 180
+    score = methods_ours.control(Fit(subject))
+    assert score(challenges).mean() > score(subject.seen("clean", "fit")).mean()
+
+
+def test_padding_is_no_part_of_a_text(tmp_path: Path) -> None:
     alone = torch.randint(1, 50, (6, 5))
     padded = nn.functional.pad(alone, (0, 4))
-    torch.testing.assert_close(model(padded), model(alone))
-    parts = {"fit": (padded, torch.zeros(6)), "test": (padded, torch.zeros(6))}
-    subject = Subject("trial", 0, model.requires_grad_(False), parts, Options(tmp_path, tmp_path), TEXTS, 6)
+    subject = of_texts(tmp_path, padded)
+    torch.testing.assert_close(subject.model(padded), subject.model(alone))
     found = blocks_of(subject, "padded", padded, DEFAULT_BLOCKS)
     for name, value in blocks_of(subject, "alone", alone, DEFAULT_BLOCKS).items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.detection.networks import PUBLISHED
+from bench.detection.networks import KINDS, PUBLISHED, RANGES
 from bench.detection.registry import NotRun
 from bench.detection.train import fit, whiten
 
@@ -25,6 +25,14 @@ def test_weights_are_those_that_were_published(tmp_path: Path) -> None:
     path.write_bytes(b"another file")
     with pytest.raises(ValueError, match="SHA-256"):
         PUBLISHED["densenet"].load(path)
+
+
+def test_every_class_of_photographs_has_a_kind() -> None:
+    ends = [end for end, _ in RANGES]
+    assert ends == sorted(set(ends))
+    assert ends[-1] == 1000
+    assert len({kind for _, kind in RANGES}) == 8
+    assert sum(KINDS) == 1000
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
