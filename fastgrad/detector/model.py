@@ -228,9 +228,9 @@ class TwoStageModel(nn.Module):
             clean: Batches of clean inputs, ``x`` or ``(x, labels)``, or mappings with the key ``"labels"``; read once.
                 Prefer data that the network was not trained on: it is more certain of its training data. Equal inputs
                 are one source: all are fitted on, or none.
-            challenges: ``"generate"`` makes them from the clean inputs (`fastgrad.challenges`), images or token ids:
-                of images without attacks where no gradient of the logits reaches them (``torch.no_grad`` or integers
-                inside); of ids, which are of an integer dtype ``(B, T)``, alone or as ``input_ids``. None fits on clean
+            challenges: ``"generate"`` makes them from the clean inputs (`fastgrad.challenges`). These are images, which
+                are not attacked where no gradient of the logits reaches them (``torch.no_grad`` or integers inside),
+                or token ids ``(B, T)`` of an integer dtype, alone or as ``input_ids``. None fits on clean
                 data alone, where unusual inputs do not raise the risk. Else batches of challenging inputs, ``x`` or
                 ``(x, kinds)``. These have no labels, so they do not raise the risk either.
             calibration: Clean batches on which nothing is fitted: false-alarm rates are then exact. None holds out a
