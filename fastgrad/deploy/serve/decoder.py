@@ -23,7 +23,7 @@ PIXELS, NUMBERS = b"p", b"n"
 #: Bytes that decoding may need beside the process itself.
 MEMORY = 512 * 2**20
 #: Largest finite number of types that NumPy lacks or overflows in.
-_LARGEST = {"float16": 65504.0, "bfloat16": 3.3895e38, "float32": 3.4028235e38, "float64": 1.8e308}
+_LARGEST = {"float16": 65504.0, "bfloat16": 3.3895e38, "float32": 3.4028235e38, "float64": 1.7976931348623157e308}
 
 
 def start(max_pixels: int) -> Callable[[bytearray], bytes]:
