@@ -138,24 +138,16 @@ class Pool:
         else:
             size = len(reply) // len(batch)
             for number, item in enumerate(batch):
-                _settle(item, reply[number * size : (number + 1) * size])
+                if not item.future.done():
+                    item.future.set_result(reply[number * size : (number + 1) * size])
 
     def _give_back(self, batch: list[_Item], error: RequestError | ChildDiedError) -> None:
         for item in reversed(batch):
             item.attempts += 1
-            if len(batch) == 1 and isinstance(error, RequestError | ChildTimeoutError):
-                _settle(item, error)
-            elif item.attempts >= MAX_ATTEMPTS:
-                _settle(item, ChildDiedError(f"its process ended {item.attempts} times"))
-            else:
+            told = len(batch) == 1 and isinstance(error, RequestError | ChildTimeoutError)
+            if not told and item.attempts < MAX_ATTEMPTS:
                 self.queue.appendleft(item)
+            elif not item.future.done():
+                often = ChildDiedError(f"its process ended {item.attempts} times")
+                item.future.set_exception(error if told else often)
         self._arrived.set()
-
-
-def _settle(item: _Item, outcome: bytes | Exception) -> None:
-    if item.future.done():
-        return
-    if isinstance(outcome, Exception):
-        item.future.set_exception(outcome)
-    else:
-        item.future.set_result(outcome)
