@@ -44,6 +44,8 @@ class Pool:
     on_batch: Callable[[int], None] = lambda size: None
 
     def __post_init__(self) -> None:
+        #: How often a process was replaced.
+        self.restarts = 0
         self.queue: deque[_Item] = deque()
         self._arrived = asyncio.Event()
         for worker in self.workers:
@@ -54,11 +56,6 @@ class Pool:
     def ready(self) -> bool:
         """Whether at least one process can take a batch."""
         return any(worker.alive for worker in self.workers)
-
-    @property
-    def restarts(self) -> int:
-        """How often a process was replaced."""
-        return sum(max(0, worker.starts - 1) for worker in self.workers)
 
     async def start(self) -> None:
         """Start all processes; ChildError where one cannot do its work."""
@@ -95,6 +92,7 @@ class Pool:
                 # While nothing comes, what was asked and answered must not fill the memory.
                 del batch
             if not worker.alive:
+                self.restarts += 1
                 await worker.restart(self.load_timeout)
 
     async def _next_batch(self, worker: Child) -> list[_Item]:

@@ -34,11 +34,15 @@ def deployment(
     by the server, and separate processes read bodies. Ray's proxy reads a body before it is checked. The page, metrics
     and drift of `fastgrad serve` are missing.
 
-    The other arguments are those of `fastgrad.deploy.serve.app.create_app`.
-
     Args:
         model: file written by `fastgrad.export`, readable on every node.
         replicas: processes that hold the model.
+        max_batch: largest batch.
+        batch_wait: seconds to wait for a batch to fill.
+        limits: see `Limits`.
+        api_key: if given, requests need it, as ``Authorization: Bearer KEY``.
+        allowed_hosts: names that requests may have in ``Host``, beside ``localhost`` and addresses.
+        false_alarm_rate: share of in-distribution inputs to flag; None: the model file's own.
         gpus_per_replica: GPUs that each replica claims.
 
     Returns:
