@@ -68,6 +68,7 @@ def test_a_request_keeps_its_version_and_the_old_one_ends_after_it(tiny_package:
         assert await answer(model.served) == 2.0
         await model.close()
         assert not copy.exists()
+        assert not any(version.pool.workers[0].alive for version in (old, model.served))
         assert (model.reloads, model.failures) == (1, 0)
 
     asyncio.run(run())
@@ -237,7 +238,9 @@ def test_copies_of_servers_that_were_killed_are_removed(
     command = [sys.executable, "-c", f"{script}; sys.stdout.flush(); os.kill(os.getpid(), 9)", str(tiny_package)]
     killed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     assert Path(killed.stdout.strip()).exists()
-    first, second = Served(tiny_package), Served(tiny_package)
+    files = len(os.listdir("/dev/fd"))
+    first, second = Served(tiny_package), Served(tiny_package, max_batch=1000)
+    assert second.pool.max_batch == 64  # as the file says
     # Its own, and nothing that another process holds or that is no folder.
     assert not Path(killed.stdout.strip()).exists()
     assert folders() == sorted(["elsewhere", "fastgrad-served-link", first.copy.parent.name, second.copy.parent.name])
@@ -247,3 +250,4 @@ def test_copies_of_servers_that_were_killed_are_removed(
     for served in (first, second):
         asyncio.run(served.retire())
     assert folders() == ["elsewhere", "fastgrad-served-link"]
+    assert len(os.listdir("/dev/fd")) == files
