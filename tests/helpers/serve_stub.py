@@ -62,11 +62,11 @@ class FakeChild:
         self.batches: list[list[int]] = []
         self.poison: int | None = None
         self.die_on: set[int] = set()
-        self.constant, self.alive, self.starts = constant, False, 0
+        self.constant, self.alive = constant, False
         self.on_end: Callable[[], None] = lambda: None
 
     async def start(self, seconds: float) -> None:
-        self.alive, self.starts = True, self.starts + 1
+        self.alive = True
 
     async def restart(self, seconds: float) -> None:
         await self.start(seconds)

@@ -28,7 +28,7 @@ def trace(
 ) -> Any:
     """Unroll ``function`` with its backward pass; return a `torch.export.ExportedProgram` of dynamic batch.
 
-    It takes a tensor ``(B, ...)`` like ``example_input`` to one or a tuple with B rows, each of its own input alone.
+    It takes a tensor ``(B, ...)`` like ``example_input`` to a tuple of some with B rows, each of its own input alone.
     ``one_by_one`` says whether a loop takes the inputs one after another; None for what is faster.
 
     RuntimeError where the graph depends on the batch size.
@@ -93,11 +93,9 @@ class _Loop(nn.Module):
         super().__init__()
         self.body = graph
         with torch.no_grad():
-            outputs = graph(one)
-        self.single = isinstance(outputs, Tensor)
-        self.rows = [(value.shape[1:], value.dtype) for value in ((outputs,) if self.single else outputs)]
+            self.rows = [(value.shape[1:], value.dtype) for value in graph(one)]
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         start = torch.zeros((), dtype=torch.int64, device="cpu")
         results = [x.new_zeros((x.shape[0], *shape), dtype=dtype) for shape, dtype in self.rows]
 
@@ -106,12 +104,10 @@ class _Loop(nn.Module):
 
         def step(i: Tensor, *results: Tensor) -> tuple[Tensor, ...]:
             index = i.view(1)
-            row = self.body(x.index_select(0, index))
-            rows = (row,) if self.single else row
+            rows = self.body(x.index_select(0, index))
             return (i + 1, *(all_.index_copy(0, index, new) for all_, new in zip(results, rows, strict=True)))
 
-        done = while_loop(more, step, (start, *results))[1:]
-        return done[0] if self.single else done
+        return while_loop(more, step, (start, *results))[1:]
 
 
 def _export(graph: nn.Module, batch: Tensor, max_batch: int) -> Any:

@@ -38,11 +38,6 @@ def _clamp(x: Tensor, *given: float | None, **named: float | None) -> Any:
     return (torch.minimum if low is None else torch.maximum)(x.to(dtype), limit)
 
 
-def _empty(size: Sequence[Any], order: Sequence[int], *, dtype: Any = None, device: Any = None, **how: Any) -> Tensor:
-    """Whatever it holds is written over."""
-    return torch.zeros(size, dtype=dtype, device=device)
-
-
 def _searchsorted(scores: Tensor, values: Tensor, **how: Any) -> Any:
     """How many ``scores`` ``(..., K)`` lie below each value; of NaN, which ends in NaN whatever the place, none."""
     if how.get("right") or how.get("side") == "right" or how.get("sorter") is not None:
@@ -176,7 +171,10 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.convolution_backward.default: _convolution_backward,
         # Without it the translation leaves what is written as small as it is.
         aten.copy.default: lambda x, source, *_: source.to(x.dtype).expand(x.shape),
-        aten.empty_permuted.default: _empty,
+        # Whatever it holds is written over.
+        aten.empty_permuted.default: lambda size, *_, dtype=None, device=None, **how: torch.zeros(
+            size, dtype=dtype, device=device
+        ),
         aten.hardtanh_backward.default: _hardtanh_backward,
         aten.max_pool2d_with_indices_backward.default: _max_pool2d_backward,
         # A number less integers, as of a mask, has no translation.

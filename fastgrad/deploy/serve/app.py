@@ -10,7 +10,6 @@ import re
 import time
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -205,7 +204,7 @@ def create_app(
             return response
 
     add_status_routes(app, named)
-    page = (files("fastgrad.deploy.serve") / "page.html").read_text("utf-8")
+    page = Path(__file__).with_name("page.html").read_text("utf-8")
 
     @app.get("/", include_in_schema=False)
     async def page_route() -> HTMLResponse:

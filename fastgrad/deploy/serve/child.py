@@ -74,8 +74,8 @@ class ChildTimeoutError(ChildDiedError):
 class Child:
     """One process, which answers with what ``start(*arguments)`` of a module gives, in ``most`` bytes at most.
 
-    JSON must hold the arguments. ``alive`` says whether it has started and can be asked, ``starts`` how often it was
-    started; ``on_end`` is called when it has ended, for whatever reason.
+    JSON must hold the arguments. ``alive`` says whether it has started and can be asked; ``on_end`` is called when it
+    has ended, for whatever reason.
     """
 
     def __init__(self, module: str, arguments: Sequence[object], *, most: int) -> None:
@@ -83,13 +83,12 @@ class Child:
         self._start = json.dumps([sys.path, _PACKAGE, module, list(arguments)], default=int)
         self._most = most
         self.process: Process | None = None
-        self.alive, self.starts = False, 0
+        self.alive = False
         self.on_end: Callable[[], None] = lambda: None
 
     async def start(self, seconds: float) -> None:
         """Start it; ChildError where it cannot do its work, ended, or said nothing in time."""
         environment = {k: v for k, v in os.environ.items() if k in _PLACES or k.startswith(_SETTINGS)}
-        self.starts += 1
         try:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-I", "-c", _START, self._start, stdin=PIPE, stdout=PIPE, stderr=None,

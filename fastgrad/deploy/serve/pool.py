@@ -44,6 +44,8 @@ class Pool:
     on_batch: Callable[[int], None] = lambda size: None
 
     def __post_init__(self) -> None:
+        #: How often a process was replaced.
+        self.restarts = 0
         self.queue: deque[_Item] = deque()
         self._arrived = asyncio.Event()
         for worker in self.workers:
@@ -54,11 +56,6 @@ class Pool:
     def ready(self) -> bool:
         """Whether at least one process can take a batch."""
         return any(worker.alive for worker in self.workers)
-
-    @property
-    def restarts(self) -> int:
-        """How often a process was replaced."""
-        return sum(max(0, worker.starts - 1) for worker in self.workers)
 
     async def start(self) -> None:
         """Start all processes; ChildError where one cannot do its work."""
@@ -95,6 +92,7 @@ class Pool:
                 # While nothing comes, what was asked and answered must not fill the memory.
                 del batch
             if not worker.alive:
+                self.restarts += 1
                 await worker.restart(self.load_timeout)
 
     async def _next_batch(self, worker: Child) -> list[_Item]:
@@ -138,24 +136,16 @@ class Pool:
         else:
             size = len(reply) // len(batch)
             for number, item in enumerate(batch):
-                _settle(item, reply[number * size : (number + 1) * size])
+                if not item.future.done():
+                    item.future.set_result(reply[number * size : (number + 1) * size])
 
     def _give_back(self, batch: list[_Item], error: RequestError | ChildDiedError) -> None:
         for item in reversed(batch):
             item.attempts += 1
-            if len(batch) == 1 and isinstance(error, RequestError | ChildTimeoutError):
-                _settle(item, error)
-            elif item.attempts >= MAX_ATTEMPTS:
-                _settle(item, ChildDiedError(f"its process ended {item.attempts} times"))
-            else:
+            told = len(batch) == 1 and isinstance(error, RequestError | ChildTimeoutError)
+            if not told and item.attempts < MAX_ATTEMPTS:
                 self.queue.appendleft(item)
+            elif not item.future.done():
+                often = ChildDiedError(f"its process ended {item.attempts} times")
+                item.future.set_exception(error if told else often)
         self._arrived.set()
-
-
-def _settle(item: _Item, outcome: bytes | Exception) -> None:
-    if item.future.done():
-        return
-    if isinstance(outcome, Exception):
-        item.future.set_exception(outcome)
-    else:
-        item.future.set_result(outcome)

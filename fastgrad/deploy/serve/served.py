@@ -110,20 +110,15 @@ class Served:
         metrics.gauge("queue_length", "Inputs that wait for a worker", lambda: len(pool.queue))
         metrics.gauge("worker_restarts", "Worker processes replaced since the start", lambda: pool.restarts)
         self._users = 0
-        self._free = asyncio.Event()
-        self._free.set()
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[Served]:
         """For the time of one request, from its body to its answer."""
         self._users += 1
-        self._free.clear()
         try:
             yield self
         finally:
             self._users -= 1
-            if not self._users:
-                self._free.set()
 
     async def start(self) -> None:
         """Start the processes; PackageError where they cannot load the file."""
@@ -140,7 +135,8 @@ class Served:
 
     async def retire(self) -> None:
         """End when the last request is answered."""
-        await self._free.wait()
+        while self._users:
+            await asyncio.sleep(0.05)
         await self.pool.close()
         self._remove()
 

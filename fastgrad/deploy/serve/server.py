@@ -97,13 +97,10 @@ class Server(uvicorn.Server):
             h11_max_incomplete_event_size=_HEADERS,
         )  # fmt: skip
         super().__init__(config)
-
-    def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve; freed bodies go back to the system, where the heap's gaps would hold as much once more."""
+        # Freed bodies go back to the system, where the heap's gaps would hold as much once more.
         with contextlib.suppress(TypeError, AttributeError):  # Windows; another C library
             for option, size in _HEAP.items():
                 ctypes.CDLL(None).mallopt(option, size)
-        super().run(sockets)
 
     async def on_tick(self, counter: int) -> bool:
         """Every tenth of a second: close connections whose headers take too long."""

@@ -47,11 +47,11 @@ def test_both_ways_give_what_the_function_gives(one_by_one: bool, seed: int) -> 
 
 @pytest.mark.parametrize("most", [1, 2, 1024])
 @pytest.mark.parametrize("one_by_one", [False, True])
-def test_one_tensor_stays_one_tensor_whatever_the_largest_batch(one_by_one: bool, most: int) -> None:
+def test_a_batch_is_recorded_whatever_the_largest_is(one_by_one: bool, most: int) -> None:
     net = network(0)
-    program = unroll.trace(lambda x: net(x).detach(), torch.zeros(1, 3, 8, 8), one_by_one=one_by_one, max_batch=most)
+    program = unroll.trace(lambda x: (net(x).detach(),), torch.zeros(1, 3, 8, 8), one_by_one=one_by_one, max_batch=most)
     x = torch.randn(min(most, 3), 3, 8, 8)
-    torch.testing.assert_close(program.module()(x), net(x).detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*program.module()(x), net(x).detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_constants_may_share_memory() -> None:
@@ -60,10 +60,11 @@ def test_constants_may_share_memory() -> None:
     halves, again = both.unbind(), both[0].view(3)
     x = torch.randn(4, 3)
 
-    def function(x: Tensor) -> Tensor:
-        return (x * halves[0] + halves[1]) * again
+    def function(x: Tensor) -> tuple[Tensor]:
+        return ((x * halves[0] + halves[1]) * again,)
 
-    assert torch.equal(unroll.trace(function, x, one_by_one=True).module()(x), function(x))
+    (found,) = unroll.trace(function, x, one_by_one=True).module()(x)
+    assert torch.equal(found, *function(x))
 
 
 def test_the_model_keeps_its_parameters() -> None:

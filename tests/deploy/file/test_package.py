@@ -174,12 +174,13 @@ def test_code_for_another_processor_is_refused(tiny_package: Path, monkeypatch: 
 
 
 def test_code_for_another_system_is_refused(
-    tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_package: Path, tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = sys.platform
+    made, portable = sys.platform, ModelPackage(tiny_onnx)
     monkeypatch.setattr(sys, "platform", "plan9")
     with pytest.raises(PackageError, match=rf"was compiled on {made}; this system is plan9; an \.onnx runs on both$"):
         ModelPackage(tiny_package)
+    assert ModelPackage(tiny_onnx).description == portable.description
     renamed = shutil.copyfile(tiny_package, tmp_path / "model.bin")
     with pytest.raises(PackageError, match="this system is plan9"):
         ModelPackage(renamed)

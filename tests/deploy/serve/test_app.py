@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -24,6 +25,7 @@ from fastgrad.deploy.file.package import Description, PackageError
 from fastgrad.deploy.serve.app import create_app
 from fastgrad.deploy.serve.bodies import Limits, Readers
 from fastgrad.deploy.serve.child import ChildDiedError, RequestError
+from fastgrad.deploy.serve.decoder import read_input
 from fastgrad.deploy.serve.guard import Guard
 
 
@@ -187,6 +189,14 @@ def test_pixel_limit(tiny_package: Path) -> None:
     app = make(tiny_package, limits=Limits(pixels=100))
     assert post(app, chunks=[image(size=(10, 10))])[0] == 200
     assert post(app, chunks=[image(size=(10, 11))])[0] == 413
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_numbers_beyond_the_models_type_are_refused(dtype: str) -> None:
+    """JSON has no infinity, but numbers that Python reads as one."""
+    for value, fits in ((b"65504", True), (b"1e39", dtype == "float64"), (b"-1e999", False)):
+        with contextlib.nullcontext() if fits else pytest.raises(RequestError, match=f"finite numbers of type {dtype}"):
+            read_input("application/json", b'{"inputs": [%s]}' % value, (1,), dtype, max_pixels=1)
 
 
 def test_a_failing_model_is_500_in_plain_words(tiny_package: Path) -> None:

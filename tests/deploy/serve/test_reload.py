@@ -68,6 +68,7 @@ def test_a_request_keeps_its_version_and_the_old_one_ends_after_it(tiny_package:
         assert await answer(model.served) == 2.0
         await model.close()
         assert not copy.exists()
+        assert not any(version.pool.workers[0].alive for version in (old, model.served))
         assert (model.reloads, model.failures) == (1, 0)
 
     asyncio.run(run())
@@ -85,6 +86,8 @@ def test_a_change_is_seen_and_a_broken_file_is_not_used(
         path.write_bytes(model_file.read_bytes()[:1000])
         while not model.failures:
             await asyncio.sleep(0.01)
+        # It is tried once.
+        await asyncio.sleep(0.3)
         path.unlink()
         await asyncio.sleep(0.05)
         assert await answer(model.served) == 1.0
@@ -237,7 +240,9 @@ def test_copies_of_servers_that_were_killed_are_removed(
     command = [sys.executable, "-c", f"{script}; sys.stdout.flush(); os.kill(os.getpid(), 9)", str(tiny_package)]
     killed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     assert Path(killed.stdout.strip()).exists()
-    first, second = Served(tiny_package), Served(tiny_package)
+    files = len(os.listdir("/dev/fd"))
+    first, second = Served(tiny_package), Served(tiny_package, max_batch=1000, batch_wait=0.5)
+    assert (second.pool.max_batch, second.pool.batch_wait) == (64, 0.5)  # no more than the file says
     # Its own, and nothing that another process holds or that is no folder.
     assert not Path(killed.stdout.strip()).exists()
     assert folders() == sorted(["elsewhere", "fastgrad-served-link", first.copy.parent.name, second.copy.parent.name])
@@ -247,3 +252,4 @@ def test_copies_of_servers_that_were_killed_are_removed(
     for served in (first, second):
         asyncio.run(served.retire())
     assert folders() == ["elsewhere", "fastgrad-served-link"]
+    assert len(os.listdir("/dev/fd")) == files
