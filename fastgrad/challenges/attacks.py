@@ -42,7 +42,7 @@ def reached(model: nn.Module, images: Tensor) -> bool:
         warnings.simplefilter("ignore")  # that an operation on integers passes none is what is asked
         try:
             with torch.enable_grad():
-                logits = class_logits(model(point))
+                logits = class_logits(model(point.clone()))  # which a network may write to
             return logits.requires_grad and torch.autograd.grad(logits.sum(), point, allow_unused=True)[0] is not None
         except RuntimeError:
             with torch.no_grad():
