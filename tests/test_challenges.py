@@ -182,6 +182,15 @@ def test_attack_is_the_published_step() -> None:
     pixels = PixelRange.of(images, clip=(0, 1))
     made = fgsm(net, images, 8 / 255, torch.Generator(), pixels=pixels)
     torch.testing.assert_close(made, expected, rtol=0, atol=4e-16)
+    # Several steps lead away from the prediction of the image itself, whatever is predicted on the way.
+    start = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)).double()
+    point = (images + 8 / 255 * (2 * start - 1)).clamp(0, 1)
+    for _ in range(5):
+        loss = nn.functional.cross_entropy(net(point.requires_grad_()), logits.argmax(1), reduction="sum")
+        (slope,) = torch.autograd.grad(loss, point)
+        point = (point.detach() + 4 / 255 * slope.sign()).clamp(images - 8 / 255, images + 8 / 255).clamp(0, 1)
+    made = pgd(net, images, 8 / 255, torch.Generator().manual_seed(0), pixels=pixels, steps=5)
+    torch.testing.assert_close(made, point, rtol=0, atol=1e-15)
     # The sign of one logit is the prediction, as of two logits that differ by it.
     middle = logits[:, :1].detach().mean()
     one = Net(lambda own, x: own.net(x)[:, :1] - middle, net=net)
