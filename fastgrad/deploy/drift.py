@@ -138,6 +138,7 @@ class DriftMonitor:
         self.false_alarm_rate = float(false_alarm_rate)
         self.form = form
         self._seed = seed
+        self.acknowledged: str | None = None
         self.history: deque[dict[str, Any]] = deque(maxlen=100)
         self._start()
 
@@ -179,7 +180,7 @@ class DriftMonitor:
         self.count = 0
         self.evidence = 0.0 if self.form == "average" else 1.0
         self.alarm_at: int | None = None
-        self.acknowledged: str | None = None
+        self.acknowledged = None
 
     @property
     def alarm(self) -> bool:

@@ -79,7 +79,8 @@ def test_inputs_keep_their_names_in_whatever_order_a_batch_has_them() -> None:
 
 
 @pytest.mark.parametrize("batch", [8, 120])
-def test_every_kind_of_challenge_is_made_of_the_inputs_that_fit(batch: int) -> None:
+def test_every_kind_of_challenge_is_made_of_the_inputs_that_fit(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect, "CHALLENGED_TOGETHER", batch)  # kinds take turns over all inputs, not in each part
     model = network()
     drawn = collect.draw("clean", images(240).split(batch), 240, 0)
     device, chosen = torch.device("cpu"), np.arange(240) < 200
