@@ -34,7 +34,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-@torch.inference_mode(False)  # gradients are on without it
+@torch.inference_mode(False)  # where that is off, gradients are on
 def reached(model: nn.Module, images: Tensor) -> bool:
     """Whether gradients of the logits reach the images: not through ``torch.no_grad`` inside the model, or integers."""
     point = images.detach().clone().requires_grad_()
