@@ -71,8 +71,8 @@ def one_for_none(tree: Tree) -> Tree:
 
 
 def to_device(tree: Tree, device: torch.device) -> Tree:
-    """The same with every tensor on ``device``."""
-    moved: Tree = pytree.tree_map_only(Tensor, lambda t: t.to(device), tree)
+    """A copy with every tensor on ``device``: a network may write to its inputs."""
+    moved: Tree = pytree.tree_map_only(Tensor, lambda t: t.to(device, copy=True), tree)
     return moved
 
 

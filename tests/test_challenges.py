@@ -65,6 +65,10 @@ def test_all_challenges_have_the_form_of_the_images_and_differ_from_them() -> No
         assert bool((challenge >= low.view(1, 3, 1, 1)).all()), name
         assert bool((challenge <= high.view(1, 3, 1, 1)).all()), name
         assert bool(((challenge - images).abs().amax((1, 2, 3)) > 1e-3).all()), name
+    # Of white some channels would come back one rounding above it.
+    white = normalised(torch.ones(8, 3, 4, 4))
+    (lit,) = generate_challenges(None, white, names=["brightness-1"], mean=MEAN, std=STD).values()
+    assert bool((lit <= high.view(1, 3, 1, 1)).all())
 
 
 @pytest.mark.parametrize("size", [3, 8])
@@ -85,6 +89,8 @@ def test_same_seed_same_challenges_whatever_else_is_made() -> None:
         assert torch.equal(challenge, everything[name]), name
     other = generate_challenges(net, images, names=["pgd-2", "noise-1", "shuffle-3"], seed=6)
     assert not any(torch.equal(challenge, everything[name]) for name, challenge in other.items())
+    turns = [[batch.kinds for batch in iter_challenges(net, images, seed=seed)] for seed in (5, 5, 6)]
+    assert turns[0] == turns[1] != turns[2]
 
 
 def test_challenges_do_not_depend_on_the_batch_size() -> None:
@@ -176,6 +182,15 @@ def test_attack_is_the_published_step() -> None:
     pixels = PixelRange.of(images, clip=(0, 1))
     made = fgsm(net, images, 8 / 255, torch.Generator(), pixels=pixels)
     torch.testing.assert_close(made, expected, rtol=0, atol=4e-16)
+    # Several steps lead away from the prediction of the image itself, whatever is predicted on the way.
+    start = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)).double()
+    point = (images + 8 / 255 * (2 * start - 1)).clamp(0, 1)
+    for _ in range(5):
+        loss = nn.functional.cross_entropy(net(point.requires_grad_()), logits.argmax(1), reduction="sum")
+        (slope,) = torch.autograd.grad(loss, point)
+        point = (point.detach() + 4 / 255 * slope.sign()).clamp(images - 8 / 255, images + 8 / 255).clamp(0, 1)
+    made = pgd(net, images, 8 / 255, torch.Generator().manual_seed(0), pixels=pixels, steps=5)
+    torch.testing.assert_close(made, point, rtol=0, atol=1e-15)
     # The sign of one logit is the prediction, as of two logits that differ by it.
     middle = logits[:, :1].detach().mean()
     one = Net(lambda own, x: own.net(x)[:, :1] - middle, net=net)
@@ -196,8 +211,8 @@ def test_range_is_read_from_the_data() -> None:
     for scaled, low, high in ((unit, 0, 1), (unit * 255, 0, 255), (unit * 0.3, 0, 1)):
         pixels = PixelRange.of(scaled)
         assert (float(pixels.low), float(pixels.high)) == (low, high)
-    # Levels of four bits, and what overshoots white, are no bytes.
-    for ready in (unit * 16, unit * 1.02, normalised(unit)):
+    # Levels of four bits or twelve, and what overshoots white or goes below black, are no bytes.
+    for ready in (unit * 16, unit * 4095, unit * 1.02, normalised(unit), unit * 2 - 1):
         pixels = PixelRange.of(ready)
         assert torch.equal(pixels.low.flatten(), ready.amin((0, 2, 3)))
         assert torch.equal(pixels.high.flatten(), ready.amax((0, 2, 3)))
@@ -217,6 +232,8 @@ def test_what_is_made_depends_on_no_mode_of_pytorch(inference: bool) -> None:
             made = generate_challenges(net, images)
     finally:
         torch.set_default_dtype(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        made |= generate_challenges(None, images, names=[name for name, kind in CHALLENGES.items() if not kind.passes])
     for name, challenge in made.items():
         assert challenge.dtype == torch.float32
         assert torch.equal(challenge, expected[name]), name
@@ -421,6 +438,8 @@ def test_errors_name_the_argument(kwargs: dict, error: type[Exception], words: s
 def test_turns_that_are_refused(given: dict) -> None:
     with pytest.raises((TypeError, ValueError), match=f"{next(iter(given))} must"):
         iter_challenges(None, photos(), **{"names": ["noise"], **given})
+    with pytest.raises(ValueError, match="images must be finite"):
+        iter_challenges(None, photos() / 0, names=["noise"], pixels=PixelRange.of(photos()))
 
 
 def test_numbers_of_numpy_are_numbers() -> None:

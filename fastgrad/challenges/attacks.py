@@ -34,15 +34,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # where that is off, gradients are on
 def reached(model: nn.Module, images: Tensor) -> bool:
     """Whether gradients of the logits reach the images: not through ``torch.no_grad`` inside the model, or integers."""
     point = images.detach().clone().requires_grad_()
     with evaluating(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that an operation on integers passes none is what is asked
         try:
-            with torch.enable_grad():
-                logits = class_logits(model(point))
+            logits = class_logits(model(point.clone()))  # which a network may write to
             return logits.requires_grad and torch.autograd.grad(logits.sum(), point, allow_unused=True)[0] is not None
         except RuntimeError:
             with torch.no_grad():

@@ -116,11 +116,8 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         codes, numbers = inputs.kinds_of(kinds, challenging), checks.groups_of(groups, count)
         random = check_random_state(self.random_state)
         calibrating = inputs.held_out_of(held_out, challenging, numbers, self.calibration_fraction, random)
-        folds = self.folds
-        if folds is None and calibrating.any():
-            folds = constants.FOLDS_OF_SPLIT
-        elif folds is None:
-            folds = constants.FOLDS_OF_FEW if count - challenging.sum() < constants.FEW else constants.FOLDS
+        usual = constants.FOLDS_OF_FEW if count - challenging.sum() < constants.FEW else constants.FOLDS
+        folds = self.folds or (constants.FOLDS_OF_SPLIT if calibrating.any() else usual)
         table = Table(blocks, self._known, codes, numbers, calibrating, self.log)
         # Of small products. NumPy's threads and PyTorch's, which spin, would wait for each other: three times as long.
         with threadpool_limits(limits=1):

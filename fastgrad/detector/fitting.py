@@ -67,7 +67,8 @@ def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
     refuse_devices(two_stage.model)
     base = two_stage.detector or UncertaintyDetector(log=False, random_state=two_stage.seed)
     clean, given = _drawn(options, two_stage.seed)
-    x = to_device(clean[0].batches[0], two_stage.device)
+    device, verbose = two_stage.device, options.verbose
+    x = to_device(clean[0].batches[0], device)
     subject = watch(two_stage.model, *arguments(x))
     blocks = _blocks(two_stage, subject)
     sample = _checked(clean, given, subject.classes, two_stage, options)
@@ -75,8 +76,7 @@ def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
     if two_stage.classifier is not None and all(block.name != Features.name for block in reading):
         reading.append(Features())
     extraction = two_stage._extraction(reading, subject)
-    _require_own(extraction, x)
-    device, verbose = two_stage.device, options.verbose
+    _require_own(extraction, x, device)
     generated = collect.generated_batches(sample, two_stage.model, device, two_stage.seed, verbose)
     features = collect.read(extraction, device, itertools.chain(collect.drawn_batches(sample, verbose), generated))
     # A challenge has the label of the clean input that it was made of; what is held out has no challenges.
@@ -243,10 +243,11 @@ def _blocks(two_stage: TwoStageModel, subject: Subject) -> list[Block]:
     return list(two_stage.blocks)
 
 
-def _require_own(extraction: Extraction, x: Inputs) -> None:
+def _require_own(extraction: Extraction, x: Inputs, device: torch.device) -> None:
     """Raise ValueError where a block of some inputs changes with others in their batch."""
     samples, before = batch_size(x), RandomState(extraction.model.modules())
-    whole, *parts = (extraction(take(x, slice(*ends), samples))[1] for ends in ((0, 8), (0, 2), (2, 8)))
+    given = (take(x, slice(*ends), samples) for ends in ((0, 8), (0, 2), (2, 8)))
+    whole, *parts = (extraction(to_device(part, device))[1] for part in given)
     # Random numbers come in another order.
     for name, values in whole.items() if before.same() else ():
         alone = torch.cat([part[name] for part in parts]).float()

@@ -303,6 +303,13 @@ def test_containers_and_scaled_pixels_are_no_normalisation_layers() -> None:
     assert [(place.path, place.dim, place.count) for place in places] == [("1.1", 1, 8), ("2.1", 1, 8)]
 
 
+def test_normalisation_layers_are_known_by_their_names_and_by_their_classes() -> None:
+    assert channels.is_normalization(type("Own", (nn.BatchNorm2d,), {})(3))
+    for module in (nn.RMSNorm(3), type("LayerNorm2d", (nn.Module,), {})(), type("Own", (nn.LayerNorm,), {})(3)):
+        assert channels.is_normalization(module)
+        assert channels.is_layer_norm(module)
+
+
 def test_where_reading_tokens_would_cost_more_than_it_may_the_last_layers_are_read() -> None:
     """A layer of 512 inputs computes 1,024 operations for a number that it writes, one of 32 inputs 64."""
 

@@ -131,7 +131,8 @@ def test_an_alarm_is_acknowledged_and_reset_with_a_reason_that_is_kept() -> None
     for number in range(200):
         monitor.reset(f"reason {number}")
     assert len(monitor.history) == 100
-    slow = DriftMonitor(np.arange(100.0), false_alarm_rate=0.02, form="average")
+    slow = DriftMonitor(ScoreReference([0, 1], [9, 9, 9]), false_alarm_rate=0.02, form="average")
+    assert (slow.evidence, slow.p_value, slow.update([0.5])) == (0, 1, False)
     assert "once in 50 inputs or later on average" in slow.summary()
 
 
@@ -168,7 +169,10 @@ def test_reference_counts_all_of_the_second_half() -> None:
         (lambda: DriftMonitor(np.zeros(30), false_alarm_rate=0.0), r"false_alarm_rate must lie in \(0, 1\)"),
         (lambda: DriftMonitor(np.zeros(30), form="sometimes"), "form must be one of"),
         (lambda: ScoreReference(np.array([1.0, 1.0]), np.zeros(3)), "increasing"),
+        (lambda: ScoreReference(np.zeros((1, 1)), np.zeros(2)), "increasing in one dimension"),
         (lambda: ScoreReference(np.array([1.0]), np.zeros(3)), "counts must be 2"),
+        (lambda: ScoreReference(np.array([1.0]), [1, -1]), "counts must be 2 non-negative numbers"),
+        (lambda: DriftMonitor(np.zeros(30)).reset(3), "reason must be some words; it was 3"),
         (lambda: DriftMonitor(np.zeros(30)).update([0.0, np.inf]), "in 1 rows, as in row 1"),
         (lambda: ScoreReference([0.0, 1j], np.zeros(3)), "edges must be numeric"),
         (lambda: ScoreReference([0.0, 1.0], ["a", "b", "c"]), "counts must be numeric"),

@@ -178,6 +178,7 @@ def test_a_thousand_samples_hold_a_part_out() -> None:
     detector.fit({name: value[:999] for name, value in X.items()})
     assert len(detector.module_.calibration_scores) == 999
     assert not detector.module_.options["exact"]
+    assert len(detector.set_params(calibration_fraction=0.4).fit(X).module_.calibration_scores) == 400
 
 
 @pytest.mark.parametrize("each", [4, 20])

@@ -79,7 +79,8 @@ def test_inputs_keep_their_names_in_whatever_order_a_batch_has_them() -> None:
 
 
 @pytest.mark.parametrize("batch", [8, 120])
-def test_every_kind_of_challenge_is_made_of_the_inputs_that_fit(batch: int) -> None:
+def test_every_kind_of_challenge_is_made_of_the_inputs_that_fit(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect, "CHALLENGED_TOGETHER", batch)  # kinds take turns over all inputs, not in each part
     model = network()
     drawn = collect.draw("clean", images(240).split(batch), 240, 0)
     device, chosen = torch.device("cpu"), np.arange(240) < 200
@@ -121,6 +122,7 @@ BAD: dict[str, tuple[Callable[[TwoStageModel], Any], str]] = {
     "no class": (lambda m: m.fit(pairs(CLEAN, torch.arange(60) % 4)), "class indices from 0 to 2, or .* from 0 to 3"),
     "negative": (lambda m: m.fit(pairs(CLEAN, torch.arange(60) % 3 - 1)), "they went from -1 to 1"),
     "soft labels": (lambda m: m.fit(pairs(CLEAN, torch.rand(60, 3))), "they were of shape \\(3,\\) each"),
+    "one-hot": (lambda m: m.fit(pairs(CLEAN, torch.eye(3).long().repeat(20, 1))), r"of shape \(3,\) each and int64"),
     "some labels": (lambda m: m.fit([*pairs(CLEAN[:40]), CLEAN[40:]]), "20 of 60 inputs had no label"),
     "other count": (lambda m: m.fit([(CLEAN, torch.arange(5))]), "a batch had 60 inputs and 5"),
     "risk": (lambda m: m.fit([CLEAN], risk=True), r"give \(x, labels\) for risk=True; it gave inputs alone"),

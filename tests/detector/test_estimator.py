@@ -204,3 +204,6 @@ def test_bad_input_is_named(case):
 def test_kinds_may_be_names_and_numbers():
     detector = UncertaintyDetector().fit(GOOD, np.tile([0, 1], 30), kinds=[None, "a", None, 3] * 15)
     assert set(detector.module_.classifier_blocks()) == set(GOOD)
+    with pytest.warns(UserWarning, match="column-vector y was passed"):
+        column = UncertaintyDetector().fit(GOOD, np.tile([[0], [1]], (30, 1)))
+    np.testing.assert_array_equal(column.classes_, [0, 1])

@@ -218,6 +218,31 @@ def test_a_network_that_draws_random_numbers_is_not_taken_for_one_that_mixes_sam
     TwoStageModel(noisy, blocks=["logits"]).fit(loader(60, labels=False), None)
 
 
+@pytest.mark.parametrize("write", [lambda x: x.mul_(0.7).sub_(0.1), lambda x: x.clamp_(0, 1)])
+def test_what_a_network_writes_to_its_inputs_changes_nothing_of_a_fit(write):
+    fits = []
+    for change in (write, lambda x: write(x.clone())):
+        network = nn.Sequential(nn.Identity(), small_network())
+        network[0].forward = change
+        with torch.no_grad():
+            fits.append(TwoStageModel(network, blocks=["logits"]).fit(loader(60), challenges_per_input=1))
+    # Attacks are among them.
+    assert fits[0].report().challenges == fits[1].report().challenges
+    assert torch.equal(*(fit.calibration_scores for fit in fits))
+
+
+def test_a_network_that_bears_no_single_sample_is_not_fitted_without_attacks():
+    def several(x):
+        if len(x) == 1:
+            raise RuntimeError("one alone")
+        return x
+
+    network = nn.Sequential(nn.Identity(), small_network())
+    network[0].forward = several
+    with pytest.raises(RuntimeError, match="one alone"):
+        TwoStageModel(network, blocks=["logits"]).fit(loader(60))
+
+
 def test_blocks_hold_what_they_say():
     network, x = small_network().eval(), images(4)
     logits, blocks = Extraction(network, [Gradients(), Features()], log=False)(x)

@@ -93,6 +93,8 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "two sources": (lambda: fitted().fit(ROWS[:4], groups=[0, 0, 0, 1]), ValueError, "groups must leave 2 clean"),
     "held out": (lambda: fitted().fit(ROWS, held_out=np.zeros(60, dtype=bool)), ValueError, "held_out must"),
     "numbers": (lambda: fitted().fit(ROWS, held_out=np.zeros(60)), ValueError, "held_out must be bool of shape"),
+    "other count": (lambda: fitted().fit(ROWS, held_out=np.ones(5, dtype=bool)), ValueError, r"held_out .* \(60,\)"),
+    "held all": (lambda: fitted().fit(ROWS, held_out=np.arange(60) > 1), ValueError, "held_out must .* and left 2"),
     "threshold": (lambda: fitted().threshold(1.0), ValueError, "false_alarm_rate must lie in"),
     "norms": (lambda: UncertaintyDetector().fit({"gradients": -ROWS}), ValueError, r"X\['gradients'\] must hold"),
     "no rows": (lambda: UncertaintyDetector().fit(np.ones((0, 2, 3))), ValueError, "X must not be empty"),

@@ -51,7 +51,7 @@ def test_order_by_rank(shape, last):
 def test_rows_are_standardised_logarithms_and_zeros_stay_finite():
     norms = np.exp(RNG.normal(size=(50, 2, 3)))
     norms[0] = 0
-    rows = Rows.fit({"gradients": norms}, "gradients", log=True)({"gradients": torch.tensor(norms)})
+    rows = Rows.fit({"gradients": norms}, "gradients", log=True, dimensions=6)({"gradients": torch.tensor(norms)})
     logs = np.log(np.maximum(norms, SMALLEST)).reshape(50, 6)
     np.testing.assert_allclose(rows, (logs - logs.mean(0)) / logs.std(0), rtol=1e-10)
 
