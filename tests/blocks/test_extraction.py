@@ -64,7 +64,8 @@ def test_of_what_a_network_returns_the_logits_alone_count(wrap: Callable[[torch.
     net, x = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).eval(), torch.randn(5, 6)
     logits, values = Extraction(net, [Gradients()])(x)
     same, found = Extraction(Net(lambda own, x: wrap(own.net(x)), net=net), [Gradients()])(x)
-    assert torch.equal(same, logits) and torch.equal(found["gradients"], values["gradients"])
+    assert torch.equal(same, logits)
+    assert torch.equal(found["gradients"], values["gradients"])
 
 
 def attended(net: Any, x: torch.Tensor) -> torch.Tensor:
