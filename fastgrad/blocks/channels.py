@@ -71,7 +71,8 @@ def channel_dim(module: nn.Module, shape: tuple[int, ...]) -> int | None:
         return 1
     weight = getattr(module, "weight", None)
     count = len(weight) if isinstance(weight, Tensor) and weight.dim() == 1 else None
-    return 1 if shape[1] == count and shape[-1] != count else -1
+    # Where both may be, a norm of maps (FrozenBatchNorm2d, LayerNorm2d) says so in its name.
+    return 1 if shape[1] == count and (shape[-1] != count or "2d" in type(module).__name__) else -1
 
 
 def choose(seen: Sequence[tuple[nn.Module, Channels, Tensor]], operations: float) -> tuple[Channels, ...]:

@@ -91,7 +91,7 @@ class Extraction:
     ) -> None:
         self.model, self.blocks, self.log, self.known = original(model), tuple(blocks), log, known
         self._lock = threading.Lock()
-        self._network = Network(self.model)
+        self._network = Network(self.model, tensors=lambda output: [logits_of(output)])
         self._shapes: dict[str, torch.Size] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -67,9 +67,12 @@ class FallbackSite(RecomputedSite):
 
         def replay(args: Any, kwargs: Any, gradients: Sequence[Tensor]) -> Tensor:
             fixed_before = is_fixed(run.samples)
+            # A graph for any batch size has no loop over samples.
+            mapped = self.vectorize or not is_symbolic(run.samples)
             with torch.autocast(device, dtype, enabled, cache_enabled=False):
-                norms = again.sqnorms(args, kwargs, batch_first(gradients, self.places), run.samples, self.verify)
-            if is_fixed(run.samples) and not fixed_before:
+                gradients = batch_first(gradients, self.places)
+                norms = again.sqnorms(args, kwargs, gradients, run.samples, self.verify) if mapped else None
+            if norms is None or (is_fixed(run.samples) and not fixed_before):
                 raise RuntimeError(
                     f"layer {self.path!r} ({type(again.module).__name__}) has no rule of its own and is run again for "
                     "each sample, in operations whose computation depends on the batch size, so its gradients have no "

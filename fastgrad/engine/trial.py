@@ -162,7 +162,9 @@ class Trial:
             # A wrong route is wrong by a factor; this is no test of accuracy.
             precision = max(self._precision, precision_of(check.truth))
             tolerance = min(0.5, 1e4 * precision) if precision > 1e-6 else 1e-2
-            right = ((features - expected).abs() <= tolerance * expected + rounding(check.truth)).all(0)
+            # What no function is seen to use has a gradient where one that was not seen uses it, as under a transform.
+            used = features.new_tensor([route.route != "zero" for route in plan.routes.values()])
+            right = ((features - expected).abs() <= tolerance * expected + rounding(check.truth) * used).all(0)
             wrong |= {name for name, good in zip(plan.routes, right.tolist(), strict=True) if not good}
         return frozenset(wrong)
 
@@ -344,7 +346,8 @@ def precision_of(tensors: dict[str, Tensor]) -> float:
 def rounding(truth: dict[str, Tensor]) -> float:
     """The squared norm up to which a gradient is rounding, as where it vanishes in exact arithmetic (a key's bias)."""
     largest = max(map(_size, truth.values()), default=0.0)
-    return (1e3 * precision_of(truth)) ** 2 * largest
+    # In half precision it would be more than all of them.
+    return min(1e3 * precision_of(truth), 0.03) ** 2 * largest
 
 
 def _size(gradient: Tensor) -> float:

@@ -143,11 +143,14 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
             if network is None or network.model is not module:
                 network = _networks[module] = Network(module, recorded=True)
         samples = batch_size(args, kwargs)
+        # A cast of a parameter that autocast kept would be of another call, or of none.
+        torch.clear_autocast_cache()
         # An empty batch, which random sampling may draw, has nothing to be planned on and no norms.
         run, earlier, first = Run(samples), list(self.calls), next_number()
         with noting(None):
             plan = network.plan(args, kwargs, samples) if samples else None
             output = network.forward(plan, run, args, kwargs)
+        torch.clear_autocast_cache()
         if run.plan is not None and run.plan.untracked:
             # Modules that a closure calls are the user's own, and such calls are recorded like any other.
             inner = [call for call in self.calls if not any(call is other for other in earlier)]

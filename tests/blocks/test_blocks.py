@@ -365,6 +365,20 @@ def test_a_grid_takes_evenly_spaced_positions_inside_any_map(shape: tuple[int, .
     assert channels.channel_dim(nn.Linear(3, 4), tuple(value.shape[1:2])) is None
 
 
+class FrozenBatchNorm2d(nn.Module):
+    """As detectors have it: no class of PyTorch's own."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(channels))
+
+
+@pytest.mark.parametrize("size", [4, 5])
+def test_maps_as_wide_as_they_have_channels_are_read_by_channel(size: int) -> None:
+    assert channels.channel_dim(FrozenBatchNorm2d(4), (3, 4, size, size)) == 1
+    assert channels.channel_dim(nn.LayerNorm(size), (3, 4, size, size)) == -1
+
+
 @pytest.mark.parametrize("size", [6, 20])
 def test_a_traced_map_is_read_before_the_network_overwrites_it(size: int) -> None:
     torch.manual_seed(0)

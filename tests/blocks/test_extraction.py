@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,6 +56,16 @@ def test_a_compiled_network_has_the_same_blocks() -> None:
         assert torch.equal(found, logits)
         for name, value in values.items():
             torch.testing.assert_close(same[name], value)
+
+
+@pytest.mark.parametrize("wrap", [lambda z: SimpleNamespace(logits=z), lambda z: (z, z - z.mean(0))])
+def test_of_what_a_network_returns_the_logits_alone_count(wrap: Callable[[torch.Tensor], Any]) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).eval(), torch.randn(5, 6)
+    logits, values = Extraction(net, [Gradients()])(x)
+    same, found = Extraction(Net(lambda own, x: wrap(own.net(x)), net=net), [Gradients()])(x)
+    assert torch.equal(same, logits)
+    assert torch.equal(found["gradients"], values["gradients"])
 
 
 def attended(net: Any, x: torch.Tensor) -> torch.Tensor:

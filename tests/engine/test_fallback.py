@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from gradient_oracle import loss_norms
-from small_nets import Net, assert_exact, check_losses, recorded
+from small_nets import Misjudged, Net, assert_exact, check_losses, recorded
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -243,3 +243,20 @@ def test_pytorch_warns_of_its_own_vmaps_alone(recwarn: pytest.WarningsRecorder) 
     assert not recwarn
     torch.func.vmap(lambda one: model.bag(one[None]))(tokens)
     assert "performance drop" in str(recwarn.pop().message)
+
+
+def mapped(net: Any, x: Tensor) -> Tensor:
+    """What ``vmap`` does with a parameter, whose part in the answer is small, no mode sees."""
+    h = torch.func.vmap(linear, (None, 0), 1)(x, net.weight).flatten(1)
+    return net.head(net.misjudged(x).tanh() + 1e-2 * h)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_plan_is_checked_in_any_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(2, 3, 4))
+    model = Net(mapped, weight=weight, misjudged=Misjudged(4, 6), head=nn.Linear(6, 3)).to(dtype)
+    x = torch.randn(5, 4, dtype=dtype)
+    found = recorded(model, lambda: square(model, x).sum())
+    truth = loss_norms((square(model, one).sum() for one in x.split(1)), model)
+    torch.testing.assert_close(found.to(truth), truth, rtol=0.1, atol=0)

@@ -383,3 +383,13 @@ def test_where_samples_meet_in_the_loss_norms_are_of_their_shares(model: nn.Sequ
         found = fastgrad.grad_sqnorm(loss, parameters)
     rows = zip(X.split(1), delta.split(1), strict=True)
     assert_close(torch.stack(found, 1), loss_norms(((model(x) * d).sum() for x, d in rows), model))
+
+
+def test_casts_that_autocast_keeps_are_of_one_call() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(4, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        first, again = (recorded(model, lambda: model(x).float().square().sum()) for _ in range(2))
+        assert torch.equal(first, again)
+        with pytest.raises(ValueError, match=r"outputs must depend on '0\.weight' through calls"):
+            recorded(model, lambda: (model(x) + F.linear(x, model[0].weight)[:, :3]).float().square().sum())

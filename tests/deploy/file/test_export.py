@@ -13,6 +13,7 @@ from exported_models import X, shapes, two_stage_model
 from python_process import run_python
 from torch import nn
 
+import fastgrad
 import fastgrad.deploy.file.export as export_module
 from fastgrad.deploy.file.description import DTYPES, normalize_pixels
 from fastgrad.deploy.file.export import compile_function, export, trace
@@ -329,6 +330,25 @@ def test_a_layer_whose_gradients_have_no_form_for_every_batch_size_is_named() ->
         trace(lambda x: live(x)[:3], X, one_by_one=False)
     x = shapes(5, 2)[0]
     assert_equal(trace(lambda x: live(x)[:3], X, one_by_one=True).module()(x), live(x)[:3])
+
+
+def test_a_layer_whose_gradients_are_found_sample_by_sample_is_named() -> None:
+    class Begun(nn.Module):
+        """A GRU from a state of its own, which ``vmap`` cannot take."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.state = nn.GRU(64, 4, batch_first=True), nn.Parameter(torch.randn(1, 1, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x.flatten(2), self.state.repeat(1, x.shape[0], 1))[0][:, -1]
+
+    extractor = fastgrad.GradientFeatures(Begun())
+    _, expected = extractor(X)
+    with pytest.raises(RuntimeError, match=r"layer '' \(Begun\) .*dynamic batch.* one_by_one=True"):
+        trace(lambda x: extractor(x)[1], X, one_by_one=False)
+    found = trace(lambda x: extractor(x)[1], X, one_by_one=True).module()(X)
+    torch.testing.assert_close(found, expected)
 
 
 def assert_equal(ours: tuple, theirs: tuple) -> None:
