@@ -127,42 +127,6 @@ class Call:
     gradients: dict[int, Tensor] = field(default_factory=dict)
 
 
-class _Uses(TorchFunctionMode):
-    """Notes in ``seen`` which calls hand a parameter to a differentiable function.
-
-    By id, ``tracked`` are the names of what stands in for parameters, ``originals`` those of the user's own.
-    """
-
-    def __init__(self, seen: Observation, tracked: dict[int, str], originals: dict[int, str]) -> None:
-        super().__init__()
-        self.seen, self.tracked, self.originals = seen, tracked, originals
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result, seen = func(*args, **(kwargs or {})), self.seen
-        leaves = pytree.tree_leaves((args, kwargs))
-        found = [self.tracked[id(leaf)] for leaf in leaves if id(leaf) in self.tracked]
-        tensors = [r for r in pytree.tree_leaves(result) if isinstance(r, Tensor)]
-        if tensors:
-            seen.functions.append(getattr(func, "__name__", ""))
-            # A mask of zeros is no computation. Models in float64 have parts in float32.
-            if floating(args):
-                eps = max((torch.finfo(t.dtype).eps for t in floating(tensors)), default=0.0)
-                seen.precision = max(seen.precision, eps)
-                for call in map(seen.calls.__getitem__, seen.stack[1:]):
-                    call.precision = max(call.precision, eps)
-            seen.untracked |= {self.originals[id(leaf)] for leaf in leaves if id(leaf) in self.originals}
-        gathered = bool(found) and seen.rows.gathered((args, kwargs))
-        seen.rows.note(func, args, kwargs or {}, result)
-        if found and tensors:
-            name = getattr(func, "__name__", "").strip("_")
-            broadcast = name in _BROADCASTING and result.shape[:1] == (seen.samples,) and not gathered
-            for name in found:
-                seen.ranks[name].add(result.dim() if broadcast else None)
-                if any(r.requires_grad for r in tensors):
-                    seen.uses[name].add(seen.stack[-1])
-        return result
-
-
 def _keep(passes: list[None], gradients: dict[int, Tensor], position: int, gradient: Tensor) -> None:
     """Add up one output's gradients of the first backward pass; later ones are of other samples."""
     if len(passes) == 1:
@@ -170,7 +134,7 @@ def _keep(passes: list[None], gradients: dict[int, Tensor], position: int, gradi
         gradients[position] = gradient if known is None else known + gradient
 
 
-class Observation:
+class Observation(TorchFunctionMode):
     """What a network's model does with a few samples; what differs from ``fewer``, with one less, is the batch.
 
     ``training`` as for `Shadow`. ``rounded`` changes every parameter by a last place or so.
@@ -200,6 +164,7 @@ class Observation:
         training: bool = False,
         rounded: bool = False,
     ) -> None:
+        super().__init__()
         model, self.samples = network.model, samples
         self.calls: list[Call] = []
         self.stack = [-1]
@@ -212,7 +177,9 @@ class Observation:
         self._passes: list[None] = []
         self._times: Counter[str] = Counter()
         self._fewer = {} if fewer is None else {(call.path, call.ordinal): call for call in fewer.calls}
-        names = {id(p): name for name, p in model.named_parameters()}
+        # Names by id: of the user's own parameters, and of what stands in for them.
+        self._originals = names = {id(p): name for name, p in model.named_parameters()}
+        self._tracked: dict[int, str] = {}
         self.uses: dict[str, set[int]] = {name: set() for name in names.values()}
         self.ranks: dict[str, set[int | None]] = {name: set() for name in names.values()}
 
@@ -223,20 +190,46 @@ class Observation:
                     signs = torch.arange(value.numel(), device=value.device).cos().sign().reshape(value.shape)
                     value = value * (1 + torch.finfo(value.dtype).eps * signs.to(value.dtype))
                 value.requires_grad_()
-            self.parameters[names[id(parameter)]] = value
+            name = names[id(parameter)]
+            self.parameters[name], self._tracked[id(value)] = value, name
             return value
 
         shadow = Shadow(model, leaf, training=training, recorded=network.recorded)
         for path, original in model.named_modules():
             self._watch(original, shadow.modules[id(original)], path)
-        tracked = {id(value): name for name, value in self.parameters.items()}
         before = RandomState(model.modules())
-        with torch.enable_grad(), _Uses(self, tracked, names):
+        with torch.enable_grad(), self:
             output = shadow.root(*inputs[0], **inputs[1])
         self.drew = not before.same()
         self.outputs = network.tensors(output)
         reached = (id(getattr(node, "variable", None)) for node in nodes_behind(floating(output)))
         self.untracked |= {names[key] for key in reached if key in names}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function, and note which calls hand a parameter to a differentiable one."""
+        result = func(*args, **(kwargs or {}))
+        leaves = pytree.tree_leaves((args, kwargs))
+        found = [self._tracked[id(leaf)] for leaf in leaves if id(leaf) in self._tracked]
+        tensors = [r for r in pytree.tree_leaves(result) if isinstance(r, Tensor)]
+        if tensors:
+            self.functions.append(getattr(func, "__name__", ""))
+            # A mask of zeros is no computation. Models in float64 have parts in float32.
+            if floating(args):
+                eps = max((torch.finfo(t.dtype).eps for t in floating(tensors)), default=0.0)
+                self.precision = max(self.precision, eps)
+                for call in map(self.calls.__getitem__, self.stack[1:]):
+                    call.precision = max(call.precision, eps)
+            self.untracked |= {self._originals[id(leaf)] for leaf in leaves if id(leaf) in self._originals}
+        gathered = bool(found) and self.rows.gathered((args, kwargs))
+        self.rows.note(func, args, kwargs or {}, result)
+        if found and tensors:
+            name = getattr(func, "__name__", "").strip("_")
+            broadcast = name in _BROADCASTING and result.shape[:1] == (self.samples,) and not gathered
+            for name in found:
+                self.ranks[name].add(result.dim() if broadcast else None)
+                if any(r.requires_grad for r in tensors):
+                    self.uses[name].add(self.stack[-1])
+        return result
 
     def _watch(self, original: nn.Module, copy: nn.Module, path: str) -> None:
         # Weakly: the calls hold the copy, and so its hooks.
