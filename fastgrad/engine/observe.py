@@ -50,17 +50,18 @@ class Rows:
     """
 
     def __init__(self, inputs: Any) -> None:
-        # Held, so that no other tensor gets the id of one.
-        self._held: list[Tensor] = []
-        self._computed: set[int] = set()
-        self._gathered: set[int] = set()
-        #: Whether rows were gathered or reordered at all.
-        self.gathers = False
-        self._add(self._computed, inputs)
+        # By id. They are held, so that no other tensor gets the id of one.
+        self._computed = _tensors_in(inputs)
+        self._gathered: dict[int, Tensor] = {}
+
+    @property
+    def gathers(self) -> bool:
+        """Whether rows were gathered or reordered at all."""
+        return bool(self._gathered)
 
     def gathered(self, tree: Any) -> bool:
         """Whether a tensor in ``tree`` holds gathered rows."""
-        return any(id(leaf) in self._gathered for leaf in pytree.tree_leaves(tree))
+        return not self._gathered.keys().isdisjoint(_tensors_in(tree))
 
     def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Take up a call of a function."""
@@ -70,10 +71,9 @@ class Rows:
         # What is written to in place comes from what is written.
         first = args[0] if args else None
         written = (result, first) if name == "setitem" or getattr(function, "__name__", "").endswith("_") else result
-        self._add(self._computed, written)
+        self._computed |= _tensors_in(written)
         if self.gathered(first if name in _SCATTERING else (args, kwargs)) or self._gathers(name, args, kwargs):
-            self._add(self._gathered, result)
-            self.gathers = True
+            self._gathered |= _tensors_in(result)
 
     def _gathers(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if name == "einsum" and isinstance(args[0], str):
@@ -101,13 +101,11 @@ class Rows:
         return False
 
     def _computed_in(self, tree: Any) -> bool:
-        return any(id(leaf) in self._computed for leaf in pytree.tree_leaves(tree))
+        return not self._computed.keys().isdisjoint(_tensors_in(tree))
 
-    def _add(self, known: set[int], tree: Any) -> None:
-        for leaf in pytree.tree_leaves(tree):
-            if isinstance(leaf, Tensor):
-                self._held.append(leaf)
-                known.add(id(leaf))
+
+def _tensors_in(tree: Any) -> dict[int, Tensor]:
+    return {id(leaf): leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)}
 
 
 @dataclass
