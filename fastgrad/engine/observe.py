@@ -196,7 +196,7 @@ class Observation(TorchFunctionMode):
         for path, original in model.named_modules():
             self._watch(original, shadow.modules[id(original)], path)
         before = RandomState(model.modules())
-        with torch.enable_grad(), self:
+        with self:
             output = shadow.root(*inputs[0], **inputs[1])
         self.drew = not before.same()
         self.outputs = network.tensors(output)

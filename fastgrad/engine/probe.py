@@ -60,10 +60,6 @@ class _Tap(torch.autograd.Function):
         return (None, None, None, *gradients, norms, *[None] * ctx.saved_count)
 
 
-class GraphedError(ValueError):
-    """Squared norms were asked for of outputs that are computed from gradients."""
-
-
 class _Graphed(torch.autograd.Function):
     """``gradients -> gradients`` of a backward pass that has a graph; what layers do in that graph, no probe sees."""
 
@@ -75,7 +71,7 @@ class _Graphed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         if id(ctx.probe) in _requested:
-            raise GraphedError(
+            raise ValueError(
                 "outputs must not be computed from gradients that passed the recorded model (create_graph=True, as for "
                 "a gradient penalty): its layers then have a part in them of which no gradient per sample is known. "
                 "Take these gradients in the forward of a module of your own, and record this"

@@ -30,11 +30,7 @@ Replay = Callable[[Any, Any, Sequence[Tensor]], Tensor]
 
 
 class OffPlanError(Exception):
-    """A forward pass uses ``parameters`` in a way that its plan does not know."""
-
-    def __init__(self, parameters: tuple[str, ...], reason: str) -> None:
-        super().__init__(reason)
-        self.parameters, self.reason = parameters, reason
+    """A forward pass uses parameters in a way that its plan does not know."""
 
 
 class Run:
@@ -95,8 +91,7 @@ class RuledSite(Site):
         """Leave the plan if the batch is not where it was."""
         if not self.layout.holds(output, run.samples):
             # The model may catch it, but the pass remembers.
-            reason = f"gives {self.path!r} inputs with the batch in another place than before"
-            run.left = OffPlanError(self.parameters, reason)
+            run.left = OffPlanError(f"gives {self.path!r} inputs with the batch in another place than before")
             raise run.left
 
     def norms(self, run: Run, *given: Any) -> Tensor:
