@@ -179,6 +179,15 @@ def test_norms_and_activations(module: nn.Module, shape: tuple[int, ...], dtype:
     check_module(_random_statistics(module.to(dtype)), torch.randn(shape, dtype=dtype) + 0.3)
 
 
+@pytest.mark.parametrize("name", [layer for layer in RULES if isinstance(layer, str) and "Norm" in layer])
+def test_norms_of_other_libraries(name: str) -> None:
+    module, _, cls = name.rpartition(".")
+    norm = getattr(pytest.importorskip(module), cls)(6)
+    assert find_rule(norm)[0] is RULES[name]
+    torch.manual_seed(1)
+    check_module(_random_statistics(norm), torch.randn((3, 6, 4, 5) if "2d" in name else (3, 5, 6)) + 0.3)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rms_norm_in_half_precision_adds_the_rounding_error_of_float32(dtype: torch.dtype) -> None:
     x = 1e-2 * torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0))
