@@ -66,15 +66,16 @@ class RandomState:
 def apart(value: Any, tensor: Callable[[Tensor], Tensor], known: dict[int, Any] | None = None) -> Any:
     """A copy of an object that a module is given and may write to, as a cache of keys and values, at all depths.
 
-    ``tensor`` gives what it holds in place of each tensor. Modules, functions and classes are shared.
+    ``tensor`` gives what it holds in place of each tensor. Modules, functions and classes are shared. What is one
+    object stays so, also in several calls with the same ``known``.
     """
-    if isinstance(value, Tensor):
-        return tensor(value)
-    if type(value) in PLAIN or isinstance(value, enum.Enum) or callable(value):
-        return value
     known = {} if known is None else known
     if id(value) in known:
         return known[id(value)]
+    if isinstance(value, Tensor):
+        return known.setdefault(id(value), tensor(value))
+    if type(value) in PLAIN or isinstance(value, enum.Enum) or callable(value):
+        return value
     held = getattr(value, "__dict__", None)
     if type(value) not in (*CONTAINERS, defaultdict) and type(held) is not dict:
         return value
@@ -189,16 +190,9 @@ class Copies:
 def undone(model: nn.Module, inputs: Any = (), copies: Copies | None = None) -> Iterator[Any]:
     """Take back what passes do to random numbers and buffers; gives a copy of ``inputs``, which they may write to."""
     before = Snapshot(list(model.modules()), every=True)
-    copy, made = copies or Copies(), dict[int, Tensor]()
-
-    def copied(tensor: Tensor) -> Tensor:
-        # Two names of one tensor stay so.
-        if id(tensor) not in made:
-            made[id(tensor)] = copy(tensor)
-        return made[id(tensor)]
-
+    copy, known = copies or Copies(), dict[int, Any]()
     try:
-        yield pytree.tree_map(lambda leaf: apart(leaf, copied), inputs)
+        yield pytree.tree_map(lambda leaf: apart(leaf, copy, known), inputs)
     finally:
         before.restore()
 
