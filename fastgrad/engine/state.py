@@ -63,7 +63,11 @@ class RandomState:
         random.setstate(self._python)
 
 
-def apart(value: Any, tensor: Callable[[Tensor], Tensor], known: dict[int, Any] | None = None) -> Any:
+#: By the id of what was copied, it and its copy. It is held, so that nothing else gets its id.
+Copied = dict[int, tuple[Any, Any]]
+
+
+def apart(value: Any, tensor: Callable[[Tensor], Tensor], known: Copied | None = None) -> Any:
     """A copy of an object that a module is given and may write to, as a cache of keys and values, at all depths.
 
     ``tensor`` gives what it holds in place of each tensor. Modules, functions and classes are shared. What is one
@@ -71,9 +75,10 @@ def apart(value: Any, tensor: Callable[[Tensor], Tensor], known: dict[int, Any] 
     """
     known = {} if known is None else known
     if id(value) in known:
-        return known[id(value)]
+        return known[id(value)][1]
     if isinstance(value, Tensor):
-        return known.setdefault(id(value), tensor(value))
+        known[id(value)] = value, tensor(value)
+        return known[id(value)][1]
     if type(value) in PLAIN or isinstance(value, enum.Enum) or callable(value):
         return value
     held = getattr(value, "__dict__", None)
@@ -85,12 +90,17 @@ def apart(value: Any, tensor: Callable[[Tensor], Tensor], known: dict[int, Any] 
         # What cannot be copied is shared, as a handle of the system's.
         return value
     # Objects may lead back to themselves.
-    known[id(value)] = made
+    known[id(value)] = value, made
     if type(value) is tuple:
-        made = known[id(value)] = tuple(apart(item, tensor, known) for item in value)
+        made = tuple(apart(item, tensor, known) for item in value)
+        known[id(value)] = value, made
     else:
         _fill(made, value, lambda item: apart(item, tensor, known))
     return made
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _fill(target: Any, source: Any, each: Callable[[Any], Any]) -> None:
@@ -130,16 +140,10 @@ class Snapshot:
         self._copied = Versions(copied)
         self._values = {id(b): b.detach().clone() for b in copied if b is not None}
         self._kept = Versions(kept)
-        leaves = pytree.tree_leaves(inputs)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-        def hold(tensor: Tensor) -> Tensor:
-            tensors.append(tensor)
-            return tensor
-
-        copies = [(leaf, apart(leaf, hold)) for leaf in leaves if not isinstance(leaf, Tensor)]
+        known: Copied = {}
+        copies = [(leaf, apart(leaf, _itself, known)) for leaf in pytree.tree_leaves(inputs)]
         self._objects = [(leaf, kept) for leaf, kept in copies if kept is not leaf]
-        self._inputs = Versions(tensors)
+        self._inputs = Versions(value for value, _ in known.values() if isinstance(value, Tensor))
 
     def restore(self) -> None:
         """Put everything back; ValueError where a buffer was written that had not been copied, or a tensor given."""
@@ -148,9 +152,9 @@ class Snapshot:
             for buffer in self._copied.modified():
                 buffer.copy_(self._values[id(buffer)])
         # Objects may lead back to themselves.
-        known = {id(copy): leaf for leaf, copy in self._objects}
+        known: Copied = {id(copy): (copy, leaf) for leaf, copy in self._objects}
         for leaf, copy in self._objects:
-            _fill(leaf, copy, lambda item: apart(item, lambda tensor: tensor, known))
+            _fill(leaf, copy, lambda item: apart(item, _itself, known))
         for what, tensors in (("buffers", self._kept), ("inputs", self._inputs)):
             for tensor in tensors.modified():
                 raise ValueError(
@@ -166,14 +170,10 @@ class Copies:
     """
 
     def __init__(self, shared: Any = ()) -> None:
-        self._shared: set[int] = set()
+        known: Copied = {}
+        pytree.tree_map(lambda leaf: apart(leaf, _itself, known), shared)
+        self._shared = set(known)
         self._made: dict[int, tuple[Tensor, Versions]] = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            self._shared.add(id(tensor))
-            return tensor
-
-        pytree.tree_map(lambda leaf: apart(leaf, note), shared)
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """A copy out of any graph, of the same class."""
@@ -190,7 +190,7 @@ class Copies:
 def undone(model: nn.Module, inputs: Any = (), copies: Copies | None = None) -> Iterator[Any]:
     """Take back what passes do to random numbers and buffers; gives a copy of ``inputs``, which they may write to."""
     before = Snapshot(list(model.modules()), every=True)
-    copy, known = copies or Copies(), dict[int, Any]()
+    copy, known = copies or Copies(), Copied()
     try:
         yield pytree.tree_map(lambda leaf: apart(leaf, copy, known), inputs)
     finally:
