@@ -521,5 +521,10 @@ def test_a_parameter_out_of_reach_under_a_branch_is_refused() -> None:
     extractor = fastgrad.GradientFeatures(model)
     extractor(x)
     model.on = True
-    with pytest.raises(ValueError, match=r"'outer.weight'.*attribute of one of its modules"):
+    refused = pytest.raises(ValueError, match=r"'outer.weight'.*attribute of one of its modules")
+    with refused:
         extractor(x)
+    # Nor does it count that an earlier call has used it.
+    with fastgrad.record(model), refused:
+        outer(x)
+        model(x)
