@@ -387,15 +387,27 @@ def test_samples_in_reverse() -> None:
 
 
 def gated(net: Any, x: Tensor) -> Tensor:
-    """Two experts, of which every sample uses one, on samples in reverse."""
-    x = x.flip(0)
+    """Two experts, of which every sample uses one, on samples in another order."""
+    order = x[:, 1].argsort()
+    x = net.there(x, order)
     gate = (x[:, :1] > 0).to(x.dtype)
-    return (gate * net.experts[0](x) + (1 - gate) * net.experts[1](x)).flip(0)
+    return net.back(gate * net.experts[0](x) + (1 - gate) * net.experts[1](x), order)
 
 
-def test_an_expert_that_the_first_call_does_not_use_serves_samples_in_reverse() -> None:
-    model = Net(gated, experts=nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]))
-    check(model, [((inputs(1, 3),), {}), ((inputs(5, 3, seed=1),), {})])
+@pytest.mark.parametrize(
+    ("there", "back"),
+    [
+        (lambda x, _: x.flip(0), lambda x, _: x.flip(0)),
+        (lambda x, _: torch.flipud(x), lambda x, _: torch.flipud(x)),
+        (lambda x, _: x.roll(1, 0), lambda x, _: x.roll(-1, dims=0)),
+        (lambda x, order: x.index_select(0, order), lambda x, order: x.index_select(0, order.argsort())),
+        (lambda x, order: x[order], lambda x, order: x[order.argsort()]),
+    ],
+    ids=["flip", "flipud", "roll", "index_select", "index"],
+)
+def test_an_expert_that_the_first_call_does_not_use_serves_samples_in_another_order(there: Any, back: Any) -> None:
+    model = Net(gated, experts=nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]), there=there, back=back)
+    check(model, [((inputs(5, 3).abs(),), {}), ((inputs(5, 3, seed=1),), {})])
 
 
 def counted(net: Any, x: Tensor) -> Tensor:
