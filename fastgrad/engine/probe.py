@@ -47,7 +47,7 @@ class _Tap(torch.autograd.Function):
             ctx.mark_dirty(*outputs)
         else:
             outputs = tuple(output.clone() for output in outputs)
-        return outputs[0] if count == 1 else outputs
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -92,8 +92,7 @@ def tap(
     saved = [t.detach() for t in saved]
     if in_place:
         outputs = [drop_view_base(t) for t in outputs]
-    passed = _Tap.apply(norms, len(outputs), in_place, *outputs, probe, *saved)
-    return [passed] if len(outputs) == 1 else list(passed)
+    return list(_Tap.apply(norms, len(outputs), in_place, *outputs, probe, *saved))
 
 
 def nodes_behind(outputs: Iterable[Any], stops: Container[int] = ()) -> Iterator[Any]:

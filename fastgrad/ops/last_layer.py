@@ -167,18 +167,15 @@ def _some_units(weight: Tensor, h: Tensor, d: Tensor) -> Tensor:
     return products.sum(-1)
 
 
-def _norms_like(logits: Tensor) -> Tensor:
-    return logits.new_empty(logits.shape, dtype=compute_dtype(logits.dtype))
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    """Norms without values, of logits of this dtype."""
+    return like.new_empty(shape, dtype=compute_dtype(like.dtype))
 
 
-def _linear_shapes(features: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    logits = features.new_empty((features.shape[0], weight.shape[0]))
-    return logits, _norms_like(logits)
-
-
-contrast_sqnorm = operator("contrast_sqnorm", _contrasts, lambda h, z, *_: _norms_like(z))
-target_sqnorm = operator("target_sqnorm", _target, lambda h, z, *_: _norms_like(z).new_empty(z.shape[:1]))
-linear_contrast_sqnorm = operator("linear_contrast_sqnorm", _linear, _linear_shapes)
-linear_contrast_stats = operator(
-    "linear_contrast_stats", _linear_stats, lambda h, w, *_: _linear_shapes(h, w)[1].new_empty((h.shape[0], 5))
-)
+contrast_sqnorm = operator("contrast_sqnorm", _contrasts, lambda h, z, *_: _empty(z, *z.shape))
+target_sqnorm = operator("target_sqnorm", _target, lambda h, z, *_: _empty(z, z.shape[0]))
+linear_contrast_sqnorm = operator(
+    "linear_contrast_sqnorm", _linear,
+    lambda h, w, *_: (h.new_empty((h.shape[0], w.shape[0])), _empty(h, h.shape[0], w.shape[0])),
+)  # fmt: skip
+linear_contrast_stats = operator("linear_contrast_stats", _linear_stats, lambda h, w, *_: _empty(h, h.shape[0], 5))
