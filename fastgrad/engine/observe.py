@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastgrad._torch import pytree
 from fastgrad.engine.copy import Shadow, attach, detach_plain
-from fastgrad.engine.fallback import dense_grads, floating
+from fastgrad.engine.fallback import agree, dense_grads, floating
 from fastgrad.engine.layout import Layout, find_layout
 from fastgrad.engine.probe import nodes_behind
 from fastgrad.engine.state import RandomState
@@ -119,7 +119,7 @@ class Call:
     ordinal: int  # how many calls of the module came before
     inputs: list[tuple[int, ...] | None]  # shape of every leaf of its inputs, None for what is no tensor
     gathered: bool  # whether rows of inputs or outputs were gathered, see `Rows`
-    outputs: list[tuple[int, ...]] = field(default_factory=list)  # shapes of its floating-point outputs
+    outputs: list[Tensor] = field(default_factory=list)  # floating-point ones, without their graph
     precision: float = 0.0  # the relative rounding error of the coarsest numbers that it computed
     # Of outputs, by their number, the gradient of the chosen sample, once that was sent back.
     gradients: dict[int, Tensor] = field(default_factory=dict)
@@ -247,7 +247,7 @@ class Observation(TorchFunctionMode):
                 pass
             call.gathered = call.gathered or own.rows.gathered(output)
             for position, tensor in enumerate(floating(output)):
-                call.outputs.append(tuple(tensor.shape))
+                call.outputs.append(tensor.detach())
                 own.bytes += tensor.numel() * tensor.element_size()
                 if tensor.requires_grad:
                     # The hook must not lead to the graph, which holds it: neither sees the other's garbage.
@@ -286,10 +286,16 @@ class Observation(TorchFunctionMode):
         other = self._fewer.get((call.path, call.ordinal))
         if other is None or len(other.outputs) != len(call.outputs):
             return [None]
-        return [
-            find_layout(shape, less, call.gradients.get(i), self.samples)
-            for i, (shape, less) in enumerate(zip(call.outputs, other.outputs, strict=True))
-        ]
+        layouts: list[Layout | None] = []
+        for i, (out, less) in enumerate(zip(call.outputs, other.outputs, strict=True)):
+            gradient = call.gradients.get(i)
+            layout = find_layout(tuple(out.shape), tuple(less.shape), gradient, self.samples)
+            if layout and layout.kind != "single" and not self.drew and (gradient is None or not gradient.any()):
+                # No gradient shows the order of the samples: it is that of the inputs where one less leaves the others.
+                rows, fewer = layout.batch_first(out, self.samples), layout.batch_first(less, self.samples - 1)
+                layout = layout if agree(fewer, rows[:-1], call.precision) else None
+            layouts.append(layout)
+        return layouts
 
     def batched_leaves(self, call: Call) -> tuple[bool, ...] | None:
         """Which input leaves of a call carry the batch in dimension 0; None where it lies elsewhere."""

@@ -402,8 +402,11 @@ def gated(net: Any, x: Tensor) -> Tensor:
         (lambda x, _: x.roll(1, 0), lambda x, _: x.roll(-1, dims=0)),
         (lambda x, order: x.index_select(0, order), lambda x, order: x.index_select(0, order.argsort())),
         (lambda x, order: x[order], lambda x, order: x[order.argsort()]),
+        (lambda x, _: torch.stack(x.unbind()[::-1]), lambda x, _: torch.stack(x.unbind()[::-1])),
+        (lambda x, _: torch.cat([x[1:], x[:1]]), lambda x, _: torch.cat([x[-1:], x[:-1]])),
+        (lambda x, _: x.T.flip(1).T, lambda x, _: x.T.flip(1).T),
     ],
-    ids=["flip", "flipud", "roll", "index_select", "index"],
+    ids=["flip", "flipud", "roll", "index_select", "index", "stack", "cat", "transposed"],
 )
 def test_an_expert_that_the_first_call_does_not_use_serves_samples_in_another_order(there: Any, back: Any) -> None:
     model = Net(gated, experts=nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]), there=there, back=back)
