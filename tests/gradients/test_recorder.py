@@ -196,6 +196,13 @@ def test_dropout_keeps_the_users_mode() -> None:
     assert torch.allclose(found[2], 2 * hidden.square().sum(1), rtol=1e-5)
 
 
+def test_a_list_of_the_users_grows_by_calls_alone() -> None:
+    model = Net(lambda net, x: (net.seen.append(len(x)), net.layer(x))[1], layer=nn.Linear(4, 3), seen=[])
+    with fastgrad.record(model):
+        model(torch.ones(5, 4))
+    assert model.seen == [5]
+
+
 def test_one_sample_of_a_model_that_takes_them_one_by_one_keeps_the_users_mode() -> None:
     def each(net: Any, x: Tensor) -> Tensor:
         return torch.stack([net.layer(row * (2 if net.training else 1)) for row in x])
