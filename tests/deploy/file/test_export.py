@@ -346,8 +346,8 @@ def test_a_layer_whose_gradients_are_found_sample_by_sample_is_named() -> None:
     extractor = fastgrad.GradientFeatures(Begun())
     _, expected = extractor(X)
     with pytest.raises(RuntimeError, match=r"layer '' \(Begun\) .*dynamic batch.* one_by_one=True"):
-        trace(lambda x: extractor(x)[1], X, one_by_one=False)
-    found = trace(lambda x: extractor(x)[1], X, one_by_one=True).module()(X)
+        trace(lambda x: (extractor(x)[1],), X, one_by_one=False)
+    (found,) = trace(lambda x: (extractor(x)[1],), X, one_by_one=True).module()(X)
     torch.testing.assert_close(found, expected)
 
 
