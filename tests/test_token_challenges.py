@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from typing import Any
@@ -115,14 +116,71 @@ def test_inputs_of_one_length_stay_as_long_as_they_are() -> None:
         assert {kind for _, kinds, _ in made for kind in kinds} == {"transposition", "substitution"}
 
 
-def test_columns_keep_their_vocabularies() -> None:
+@pytest.mark.parametrize("sizes", [[2, 50, 7, 300], [6, 6, 2, 6, 6], [50, 3, 2, 3, 50], [2, 2, 2, 2, 2, 2]])
+@pytest.mark.parametrize("seed", range(4))
+def test_columns_keep_their_vocabularies(sizes: list[int], seed: int) -> None:
     """An id that no input has at a place may be out of the range of a table that is asked for it there."""
-    sizes = torch.tensor([2, 50, 7, 300])
-    x = (torch.rand(60, 4, generator=torch.Generator().manual_seed(0)) * sizes).long()
-    made = torch.cat([part for part, *_ in iter_token_challenges([x], range(60), each=3, seed=0)])
-    assert len(made) > 100
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.rand(60, len(sizes), generator=generator) * torch.tensor(sizes)).long()
+    made = torch.cat([part for part, *_ in iter_token_challenges([x], range(60), each=3, seed=seed)])
+    assert len(made) > 80
     assert (made <= x.amax(0)).all()
     assert (made >= 0).all()
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_letters_of_a_small_alphabet_are_no_marks(marked: bool) -> None:
+    """Every input holds all of them."""
+    x = torch.randint(10, 14, (40, 60), generator=torch.Generator().manual_seed(0))
+    if marked:
+        x[:, 0], x[:, -1] = BEGIN, END
+    given = {"input_ids": x, "attention_mask": torch.ones_like(x)}
+    parts, kinds, _ = zip(*iter_token_challenges([given], range(40), each=3, seed=0), strict=True)
+    made = torch.cat([part["input_ids"] for part in parts])
+    assert set(itertools.chain(*kinds)) == {"transposition", "substitution"}
+    assert len(made) == 120
+    assert not marked or ((made[:, 0] == BEGIN) & (made[:, -1] == END) & (made == x[0, 0]).sum(1).eq(1)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.float16, torch.bfloat16, torch.float64])
+def test_a_mask_has_any_dtype(dtype: torch.dtype) -> None:
+    x = torch.tensor(texts())
+    expected, found = (
+        list(iter_token_challenges([{"attention_mask": mask, "input_ids": x}], range(40), each=1, seed=0))
+        for mask in ((x != PAD).long(), (x != PAD).to(dtype))
+    )
+    for (wanted, *_), (made, *_) in zip(expected, found, strict=True):
+        assert torch.equal(made["input_ids"], wanted["input_ids"])
+        assert torch.equal(made["attention_mask"], wanted["attention_mask"].to(dtype))
+
+
+class Spectrum(nn.Module):
+    """A network of complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(16, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(torch.view_as_real(x).flatten(1)).tanh())
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "complex": (torch.randn(40, 8, dtype=torch.complex64), "token ids have an integer dtype"),
+    "one token": (torch.arange(40)[:, None], "clean must give token ids that can be left out, moved or replaced"),
+    "added mask": (
+        {"input_ids": torch.tensor(texts()), "attention_mask": -1e4 * (torch.tensor(texts()) == PAD)},
+        "attention_mask must be 1 for tokens and 0 for padding.* it held -10000.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_no_challenges_are_made_of_is_refused(case: str) -> None:
+    given, message = BAD[case]
+    network = Spectrum() if case == "complex" else Reader()
+    with pytest.raises(ValueError, match=message):
+        TwoStageModel(network.eval(), blocks=["logits"]).fit([given])
 
 
 def test_what_stands_beside_a_token_goes_with_it() -> None:
@@ -150,6 +208,7 @@ def test_what_cannot_change_gives_no_challenge() -> None:
     for part, _, numbers in made:
         assert (part["input_ids"] != x[torch.tensor(numbers)]).any(1).all()
         assert part["attention_mask"].any(1).all()
+        assert (part["input_ids"][:, 0] == BEGIN).all()
     assert 20 not in {number for *_, numbers in made for number in numbers}
 
 

@@ -1,7 +1,8 @@
 """Challenges made from token ids: some left out, moved, or replaced (Wei and Zou, "EDA", EMNLP 2019).
 
 The sample tells what its ids are. What stands where the attention mask is 0, or else repeated at an end of the inputs,
-is padding. Ids that every input holds are a tokenizer's marks, and stay.
+is padding. Ids that every input holds are a tokenizer's marks, and stay. Where these would be most of the tokens, as
+the letters of a small alphabet, only those are marks that every input holds equally often.
 """
 
 from __future__ import annotations
@@ -74,8 +75,9 @@ TOKEN_CHALLENGES: Mapping[str, Alter] = {
 def ids_of(x: Any) -> Tensor | None:
     """Token ids ``(B, T)`` of a batch: itself or its ``input_ids``, of an integer dtype; None where it has none."""
     ids = x.get(IDS) if isinstance(x, Mapping) else x
-    whole = isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point() and ids.dtype != torch.bool
-    return ids if whole else None
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype == torch.bool:
+        return None
+    return None if ids.is_floating_point() or ids.is_complex() else ids
 
 
 def iter_token_challenges(
@@ -91,6 +93,9 @@ def iter_token_challenges(
         chosen: Numbers of the inputs that challenges are made of, in order.
         each: Challenges of one input.
         seed: Same seed, same challenges.
+
+    Raises:
+        ValueError: An attention mask holds negative values, as one that is added to scores.
     """
     corpus, rng = Corpus(batches), np.random.default_rng(seed)
     # Where nothing is padding, all inputs must stay as long as they are.
@@ -131,9 +136,11 @@ class Corpus:
         self.padding = hidden.most_common(1)[0][0] if hidden else None
         columns = [np.flatnonzero(_between(ids != self.padding) if mask is None else mask) for ids, mask in inputs]
         real = [ids[own] for (ids, _), own in zip(inputs, columns, strict=True)]
-        held = Counter(itertools.chain.from_iterable(set(ids.tolist()) for ids in real))
-        marks = [token for token, count in held.items() if count == len(real)]
-        movable = [np.flatnonzero(~np.isin(ids, marks)) for ids in real]
+        held = [Counter(ids.tolist()) for ids in real if len(ids)]
+        marks = set[int]().union(*held[:1]).intersection(*held)
+        if 2 * sum(count[token] for count in held for token in marks) > sum(map(len, real)):
+            marks = {token for token in marks if len({count[token] for count in held}) == 1}
+        movable = [np.flatnonzero(~np.isin(ids, list(marks))) for ids in real]
         self.rows = [Row(*parts) for parts in zip(real, columns, movable, strict=True)]
         self._pool = np.concatenate([row.ids[row.movable] for row in self.rows])
         # Columns of padding before the tokens, and after them.
@@ -143,21 +150,24 @@ class Corpus:
         # be beyond its vocabulary.
         self._table = any(isinstance(x, Tensor) for x in batches)
         self._largest = np.full(max(len(ids) for ids, _ in inputs), -1)
-        np.maximum.at(self._largest, np.concatenate(columns), np.concatenate(real))
+        for ids, _ in inputs:
+            np.maximum(self._largest[: len(ids)], ids, out=self._largest[: len(ids)])
 
     def altered(self, number: int, name: str, share: float, rng: np.random.Generator) -> tuple[Places, Ids]:
-        """What is left of the places of an input, in their new order, and the ids that stand there."""
+        """What is left of the places of an input, in their new order, and all its ids, padding for what is gone."""
         row = self.rows[number]
         count = min(math.ceil(share * len(row.movable)), len(row.ids) - 1)
         chosen = rng.choice(row.movable, max(0, count), replace=False)
-        places, ids = TOKEN_CHALLENGES[name](row, chosen, self._pool, rng)
+        places, left = TOKEN_CHALLENGES[name](row, chosen, self._pool, rng)
+        ids = np.full_like(row.ids, self.padding or 0)
+        ids[self._kept(row, len(left))] = left
         if self._table:
-            ids = np.where(ids > self._largest[self._columns(row, len(ids))], row.ids[: len(ids)], ids)
+            ids = np.where(ids > self._largest[row.columns], row.ids, ids)
         return places, ids
 
-    def _columns(self, row: Row, count: int) -> Places:
-        """Where ``count`` tokens of a row stand."""
-        return row.columns[len(row.columns) - count :] if self._before else row.columns[:count]
+    def _kept(self, row: Row, count: int) -> slice:
+        """The tokens of a row whose columns ``count`` tokens take."""
+        return slice(len(row.ids) - count, None) if self._before else slice(count)
 
     def written(self, x: Any, first: int, made: Sequence[tuple[int, str, Places, Ids]]) -> Any:
         """A batch of altered inputs in the form of ``x``, whose first input has the number ``first``."""
@@ -165,11 +175,16 @@ class Corpus:
         for name in (IDS, MASK, SEGMENTS):
             if (values := _part(taken, name)) is None:
                 continue
-            for line, (number, _, places, ids) in zip(values.numpy(), made, strict=True):
+            # NumPy has no bfloat16, in which a mask may be.
+            lines = (values.double() if name == MASK else values).numpy()
+            for line, (number, _, places, ids) in zip(lines, made, strict=True):
                 row = self.rows[number]
-                kept = ids if name == IDS else line[row.columns][places]
-                line[row.columns] = self.padding or 0 if name == IDS else 0
-                line[self._columns(row, len(ids))] = kept
+                if name != IDS:
+                    beside = line[row.columns]
+                    ids = np.zeros_like(beside)
+                    ids[self._kept(row, len(places))] = beside[places]
+                line[row.columns] = ids
+            values.copy_(torch.from_numpy(lines))
         return taken
 
 
@@ -184,8 +199,13 @@ def _inputs(x: Any) -> Iterator[tuple[Ids, NDArray[Any] | None]]:
     """The ids of every input of a batch, and its attention mask, if there is one."""
     ids, mask = _part(x, IDS), _part(x, MASK)
     assert ids is not None  # asked for
-    for i, own in enumerate(ids.numpy().astype(np.int64)):
-        yield own, None if mask is None else mask[i].numpy()
+    seen = None if mask is None else mask.double().numpy()
+    if seen is not None and (seen < 0).any():
+        raise ValueError(
+            f"{MASK} must be 1 for tokens and 0 for padding, for challenges to be made from token ids; it held "
+            f"{seen.min()}. Make other masks in a module around the network, or give challenges=None"
+        )
+    yield from zip(ids.numpy().astype(np.int64), itertools.repeat(None) if seen is None else seen, strict=False)
 
 
 def _repeated(ids: Ids) -> Ids:

@@ -22,6 +22,7 @@ from fastgrad.blocks import BLOCKS, Block, Features
 from fastgrad.blocks.extraction import Extraction, Inputs, arguments
 from fastgrad.blocks.subject import Subject, watch
 from fastgrad.challenges import CHALLENGES, PixelRange, challenge_cost
+from fastgrad.challenges.tokens import iter_token_challenges
 from fastgrad.detector import collect, constants
 from fastgrad.detector.calibrate import Calibrated
 from fastgrad.detector.collect import Drawn, Sample
@@ -211,6 +212,13 @@ def _checked(
                 "challenges can be generated from images (B, C, H, W) or token ids (B, T) only; give challenges=None "
                 "to fit on clean data alone, or a loader of challenges. Images are tensors of a floating dtype, in no "
                 "mapping; token ids have an integer dtype, and are tensors or the input_ids of mappings"
+            )
+        fitting = np.flatnonzero(~held_out[:count]).tolist()
+        if not images and not any(iter_token_challenges(clean.batches, fitting, each=1, seed=two_stage.seed)):
+            raise ValueError(
+                "clean must give token ids that can be left out, moved or replaced, for challenges to be generated; "
+                "all were padding, alone in their input, or held by every input. Give challenges=None, or a loader "
+                "of challenges"
             )
         last = next((tuple(x.shape) for x in images if x.shape[3] in (1, 3, 4) and min(x.shape[1:3]) >= 8), None)
         if last is not None:
