@@ -138,6 +138,7 @@ class Corpus:
         real = [ids[own] for (ids, _), own in zip(inputs, columns, strict=True)]
         held = [Counter(ids.tolist()) for ids in real if len(ids)]
         marks = set[int]().union(*held[:1]).intersection(*held)
+        # Of a small alphabet, such as the letters of DNA, most inputs hold every id, and marks are held equally often.
         if 2 * sum(count[token] for count in held for token in marks) > sum(map(len, real)):
             marks = {token for token in marks if len({count[token] for count in held}) == 1}
         movable = [np.flatnonzero(~np.isin(ids, list(marks))) for ids in real]
@@ -171,7 +172,7 @@ class Corpus:
 
     def written(self, x: Any, first: int, made: Sequence[tuple[int, str, Places, Ids]]) -> Any:
         """A batch of altered inputs in the form of ``x``, whose first input has the number ``first``."""
-        taken = take(x, torch.tensor([number - first for number, *_ in made]), batch_size(x))
+        taken = take(x, torch.tensor([number - first for number, *_ in made], device="cpu"), batch_size(x))
         for name in (IDS, MASK, SEGMENTS):
             if (values := _part(taken, name)) is None:
                 continue
