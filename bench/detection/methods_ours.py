@@ -45,7 +45,6 @@ class AllNorms(Gradients):
     name = "all_norms"
 
     def signals(self, subject: Any) -> Any:
-        """The first of three."""
         return super().signals(subject)[:1]
 
 
@@ -86,14 +85,14 @@ def _read(subject: Subject, images: Tensor, names: Sequence[str]) -> dict[str, A
     known = watch(model, (images[:BATCH],), {})
     had = [block for block in (MADE[name]() for name in names) if block.refusal(known) is None]
     extraction = Extraction(model, had)
-    parts = [extraction(_given(subject, x))[1] for x in images.split(BATCH)]
+    # As a user gives a batch: texts with the mask by which blocks leave out padding.
+    given = (
+        {"input_ids": x, "attention_mask": (x != 0).long()} if subject.kind == TEXTS else x
+        for x in packed(images).split(BATCH)
+    )
+    parts = [extraction(x)[1] for x in given]
     model.requires_grad_(False)
     return {name: torch.cat([part[name] for part in parts]).float().numpy() for name in parts[0]}
-
-
-def _given(subject: Subject, x: Tensor) -> Tensor | dict[str, Tensor]:
-    """A batch as a user gives it: texts with the mask by which blocks leave out padding."""
-    return {"input_ids": x, "attention_mask": (x != 0).long()} if subject.kind == TEXTS else packed(x)
 
 
 def fitted(
@@ -172,35 +171,26 @@ class _Generated(Seen):
 
     @property
     def images(self) -> Tensor:
-        """``(n, C, H, W)``."""
         fitted(Fit(self.subject), ("logits",))
         kept = self.subject.kept("inputs/generated/fit", dict)
         made = torch.from_numpy(kept["inputs"][kept["kinds"] != ""])
         return packed(made.to(self.subject.parts["fit"][0].dtype))
 
 
+def logistic(columns: Callable[[Seen], Tensor], clean: Seen, other: Seen) -> Score:
+    """Return the score of a logistic regression, of standardised columns and both classes weighing the same."""
+    rows = torch.cat([columns(clean), columns(other)]).double().nan_to_num().numpy()
+    model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000))
+    model.fit(rows, np.arange(len(rows)) >= len(clean.images))
+    return lambda seen: torch.from_numpy(model.decision_function(columns(seen).double().nan_to_num().numpy()))
+
+
+@method("published scores, labelled", 2026, "control: logistic regression on them", Protocol.LABELLED)
 @method(
     "published scores, generated challenges", 2026, "control: logistic regression on the scores of one pass",
     Protocol.GENERATED,
 )  # fmt: skip
 def control(fit: Fit) -> Score:
-    return _regression(fit, _Generated(fit.subject, "generated", "fit"))
-
-
-@method("published scores, labelled", 2026, "control: logistic regression on them", Protocol.LABELLED)
-def labelled_control(fit: Fit) -> Score:
-    return _regression(fit, fit.challenges)
-
-
-def logistic(clean: Tensor, other: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the score of a logistic regression, of standardised columns and both classes weighing the same."""
-    rows = torch.cat([clean, other]).double().nan_to_num().numpy()
-    model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000))
-    model.fit(rows, np.repeat([0, 1], [len(clean), len(other)]))
-    return lambda values: torch.from_numpy(model.decision_function(values.double().nan_to_num().numpy()))
-
-
-def _regression(fit: Fit, challenges: Seen) -> Score:
     if len(fit.clean.h) > MOST:
         raise NotRun("needs the distances between all training images")
     names = SCORES if fit.subject.stages else [name for name in SCORES if name not in OF_MAPS]
@@ -209,5 +199,5 @@ def _regression(fit: Fit, challenges: Seen) -> Score:
     def columns(seen: Seen) -> Tensor:
         return torch.stack([score(seen).double() for score in scores], 1).detach()
 
-    score = logistic(columns(fit.clean), columns(challenges))
-    return lambda seen: score(columns(seen))
+    challenges = fit.challenges if fit.case else _Generated(fit.subject, "generated", "fit")
+    return logistic(columns, fit.clean, challenges)
