@@ -32,7 +32,6 @@ Scores = dict[str, NDArray[np.float64]]
 
 
 def network() -> nn.Module:
-    """Two convolutions and a linear layer."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 5, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU(),
         nn.Flatten(), nn.Linear(32 * 25, CLASSES),

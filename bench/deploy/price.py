@@ -33,7 +33,6 @@ ROUNDS = {1: 31, 8: 15, 32: 7}
 
 
 def images(count: int) -> Tensor:
-    """``(count, 3, 224, 224)``."""
     return torch.randn(count, 3, 224, 224)
 
 

@@ -55,18 +55,16 @@ def manifold(out: Path) -> None:
         loss.backward()
         optimizer.step()
     two_stage = TwoStageModel(model.eval()).fit([moons(1)[0]], None)
-
-    def softmax(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return 1 - model(x).softmax(1).amax(1)
-
-    def ours(x: Tensor) -> Tensor:
-        return two_stage(x).uncertainty.clamp(max=15)
-
     shown, classes = points[:300], labels[:300]
     above, below = Figure(figsize=(4.6, 7.4), layout="constrained").subplots(2, 1)
-    plots.manifold(softmax, shown, classes, title="1 - largest softmax probability", axes=above)
-    plots.manifold(ours, shown, classes, title="fastgrad, fitted on clean points alone", axes=below)
+    plots.manifold(
+        lambda x: 1 - model(x).softmax(1).amax(1).detach(), shown, classes, title="1 - largest softmax probability",
+        axes=above,
+    )  # fmt: skip
+    plots.manifold(
+        lambda x: two_stage(x).uncertainty.clamp(max=15), shown, classes, axes=below,
+        title="fastgrad, fitted on clean points alone",
+    )  # fmt: skip
     plots.save(below, out / "gallery-manifold.png", dpi=80)
 
 

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from bench.detection.architectures import Normalize
 from bench.detection.data import sets
 
-#: What the network takes: pixels in [0, 1] less the mean, over the deviation.
-MEAN, STD = 0.498, 0.502
 SIDE, CROP = 256, 224
 
 
@@ -35,7 +33,7 @@ def network(size: int = 0) -> nn.Module:
     net.load_state_dict(torch.load(file, weights_only=True))
     side = EfficientNet.get_image_size(name)
     enlarge = [] if side == CROP else [nn.Upsample((side, side), mode="bicubic")]
-    return nn.Sequential(*enlarge, Normalize([MEAN] * 3, [STD] * 3), net).eval()
+    return nn.Sequential(*enlarge, Normalize([0.498] * 3, [0.502] * 3), net).eval()
 
 
 def stages(model: Any) -> list[nn.Module]:
