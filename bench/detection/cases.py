@@ -35,7 +35,6 @@ PHOTOGRAPHED: Mapping[str, Mapping[str, Any]] = {
 BRIEF: Mapping[str, Mapping[str, Any]] = {"C&W": {"carlini": (1, 20, 0.03, 1.0)}, "DeepFool": {"deepfool": (4, 4)}}
 #: Of CIFAR-10, at a radius of 8/255.
 TESTED = {name: {"name": name} for name in ("FGSM", "BIM", "PGD", "IterLL", "Semantic")}
-FINE = ("C&W", "DeepFool")
 #: Kinds that `fastgrad.challenges` generates in a form of its own, and kinds that it has nothing like.
 FAMILIAR = ("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "brightness", "contrast",
             "jpeg_compression")  # fmt: skip
@@ -64,7 +63,8 @@ def attacked(name: str, how: Mapping[str, Any], jpeg: bool, subject: Subject, pa
             for x, y in zip(clean.split(BATCH), labels.split(BATCH), strict=True)
         ]
         change = (torch.cat(parts) - clean).contiguous()
-        return {"change": change.half().numpy()} if how["name"] in FINE else {"images": sets.to_bytes(clean + change)}
+        fine = how["name"] in ("C&W", "DeepFool")
+        return {"change": change.half().numpy()} if fine else {"images": sets.to_bytes(clean + change)}
 
     kept = subject.kept(f"images/{name}/{part}", make)
     if "images" in kept:

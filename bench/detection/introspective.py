@@ -35,8 +35,6 @@ from fastgrad.metrics import calibration_report
 
 #: Splits of the images that the network was not trained on, clean images of each, clean test images, copies of a kind.
 SIZES, QUICK = (3, 4000, 1000, 200), (1, 1000, 500, 60)
-#: Of those fitted, the share that makes probabilities calibrated.
-UNSEEN = 0.2
 NETWORK = "network"
 #: What H reads and on how many images was chosen on the first.
 DEFAULT_NETWORKS = ("resnet20", "resnet18", "resnet56", "densenet", "vit", recipes.NETWORK, "kinds", "news")
@@ -84,7 +82,8 @@ def answered(subject: Subject, tests: Mapping[str, Seen], seed: int) -> Answers:
     groups = torch.from_numpy(kept["groups"])
     labels = subject.parts["fit"][1][groups]
     rows = blocks_of(subject, "generated/fit", torch.from_numpy(kept["inputs"]), ("features", "logits"))
-    apart = torch.rand(len(subject.parts["fit"][1]), generator=torch.Generator().manual_seed(seed)) < UNSEEN
+    # A fifth makes probabilities calibrated.
+    apart = torch.rand(len(subject.parts["fit"][1]), generator=torch.Generator().manual_seed(seed)) < 0.2
     trained, calibrating = ((~apart)[groups]).nonzero()[:, 0], apart[groups].nonzero()[:, 0]
     second: dict[str, IntrospectiveClassifier] = {}
     for name, value in reads(rows, subject.layer).items():

@@ -27,10 +27,6 @@ from fastgrad.detector import collect
 from fastgrad.detector.price import DEFAULT_BLOCKS
 from fastgrad.prediction import Prediction
 
-#: Labelled challenges that every fold has one of.
-FEWEST = 16
-#: Clean images whose distances from each other fit into memory.
-MOST = 10_000
 #: What a logistic regression on published scores reads: those of one pass that need no classes.
 SCORES = (
     "softmax", "energy", "MaxLogit", "entropy", "GEN", "GradNorm", "KNN", "ViM", "DICE", "NCI", "fDBD", "NNGuide",
@@ -160,8 +156,8 @@ for _what, _block in {
 @method("fastgrad, labelled", 2026, "the default, challenges=the case", Protocol.LABELLED)
 def labelled(fit: Fit) -> Score:
     images = fit.challenges.images
-    if len(images) < FEWEST:
-        raise NotRun(f"needs {FEWEST} challenges; there are {len(images)}")
+    if len(images) < 16:  # with fewer, a fold may have none
+        raise NotRun(f"needs 16 challenges; there are {len(images)}")
     two_stage = fitted(fit, DEFAULT_BLOCKS, fit.loader(images))
     return lambda seen: answer(two_stage, seen).uncertainty
 
@@ -191,7 +187,7 @@ def logistic(columns: Callable[[Seen], Tensor], clean: Seen, other: Seen) -> Sco
     Protocol.GENERATED,
 )  # fmt: skip
 def control(fit: Fit) -> Score:
-    if len(fit.clean.h) > MOST:
+    if len(fit.clean.h) > 10_000:
         raise NotRun("needs the distances between all training images")
     names = SCORES if fit.subject.stages else [name for name in SCORES if name not in OF_MAPS]
     scores = [METHODS[name].fit(Fit(fit.subject)) for name in names]

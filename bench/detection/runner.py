@@ -67,7 +67,7 @@ def rows(table: Table, subject: Subject, method: Method, known: dict[str, Groups
     ``known`` holds the groups of the methods before; those of this one are added. A method named ``A + B`` has rows of
     what B adds to A, from the same resampled images.
     """
-    cases = table.cases(subject.kind)
+    cases = [name for name, case in CASES.items() if case.group in table.groups and subject.kind in case.kinds]
     slow = dict.fromkeys(("clean", *cases), "left out of quick mode: several passes an image")
     left_out = subject.options.quick and method.slow and subject.few
     scores, absent = ({}, slow) if left_out else measure(subject, method, cases)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bench.detection.cases import CHANGED_FILES, CHANGED_TEXTS
-from bench.detection.registry import CASES, Protocol
+from bench.detection.registry import Protocol
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,6 @@ class Table:
     networks: tuple[str, ...]
     groups: tuple[str, ...]
     protocols: tuple[Protocol, ...] = (Protocol.CLEAN, Protocol.GENERATED)
-
-    def cases(self, kind: str) -> list[str]:
-        """Return the names of the cases that there are of a kind of data."""
-        return [name for name, case in CASES.items() if case.group in self.groups and kind in case.kinds]
 
 
 LITE = ("lite0", "lite1", "lite2")

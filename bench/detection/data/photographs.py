@@ -1,8 +1,4 @@
-"""Photographs of ImageNet's classes at 224 x 224 pixels, and a network of published size that knows them.
-
-``imagenet-sample-256.npz`` and ``textures-256.npz`` hold JPEG files of 256 x 256 pixels, quality 90, full chroma. Every
-other set is enlarged to that size and passes once through the same compression; the network sees centre crops.
-"""
+"""Photographs of ImageNet's classes at 224 x 224 pixels, and a network of published size that knows them."""
 
 from __future__ import annotations
 
