@@ -32,7 +32,6 @@ SCORES = (
     "softmax", "energy", "MaxLogit", "entropy", "GEN", "GradNorm", "KNN", "ViM", "DICE", "NCI", "fDBD", "NNGuide",
     "ReAct", "ASH", "SCALE", "VRA", "KLMatching", "Mahalanobis", "Catalyst", "RAS",
 )  # fmt: skip
-OF_MAPS = ("Catalyst", "RAS")
 
 
 class AllNorms(Gradients):
@@ -189,7 +188,7 @@ def logistic(columns: Callable[[Seen], Tensor], clean: Seen, other: Seen) -> Sco
 def control(fit: Fit) -> Score:
     if len(fit.clean.h) > 10_000:
         raise NotRun("needs the distances between all training images")
-    names = SCORES if fit.subject.stages else [name for name in SCORES if name not in OF_MAPS]
+    names = SCORES if fit.subject.stages else [name for name in SCORES if name not in ("Catalyst", "RAS")]
     scores = [METHODS[name].fit(Fit(fit.subject)) for name in names]
 
     def columns(seen: Seen) -> Tensor:

@@ -137,9 +137,7 @@ def load(root: Path, name: str, part: str = "test", limit: int | None = None, st
     if name not in SETS:
         raise ValueError(f"name must be one of {', '.join(SETS)}; it was {name!r}")
     files, loader = SETS[name]
-    for path in (root / f"{file}.npz" for file in files):
-        if not path.exists():
-            continue
+    for path in filter(Path.exists, (root / f"{file}.npz" for file in files)):
         try:
             split = _from_npz(path, name, part, limit, start)
         except Exception as error:  # readers raise many kinds where a file was cut off or overwritten
