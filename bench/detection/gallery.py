@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -72,6 +71,6 @@ def draw(options: Options, out: Path) -> None:
     """Draw all figures; the network is always one of quick mode."""
     out.mkdir(parents=True, exist_ok=True)
     manifold(out)
-    subject = small("resnet20", replace(options, quick=True), 0)
+    subject = small("resnet20", options._replace(quick=True), 0)
     histograms(subject, out)
     layers(subject, out)

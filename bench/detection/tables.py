@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from bench.detection.cases import CHANGED_FILES, CHANGED_TEXTS
 from bench.detection.registry import Protocol
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """The AUROC of clean against other images, by network, group of cases and protocol; a control enters no mean."""
 
     title: str
