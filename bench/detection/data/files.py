@@ -176,8 +176,8 @@ class Files:
             value.copy_(torch.tensor(held[name]).reshape(value.shape))
         x = self.files("test", 32)[0]
         (expected,) = onnxruntime.InferenceSession(self.path).run(None, {"bytes": x.int().numpy()})
-        # The file's layer norm takes the variance from the mean of squares: it is .0007 off in float32, this one 4e-6.
-        if (error := float(np.abs(model(x).softmax(1).detach().numpy() - expected).max())) > 1e-3:
+        # The file's layer norm takes the variance from the mean of squares: in float32 it is .001 off for single files.
+        if (error := float(np.abs(model(x).softmax(1).detach().numpy() - expected).max(1).mean())) > 1e-4:
             raise ValueError(f"{self.path} must give the probabilities of this network; they differ by {error}")
         return model
 
