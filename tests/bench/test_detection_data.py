@@ -98,6 +98,9 @@ def test_the_network_of_files_answers_as_its_onnx_file(monkeypatch: pytest.Monke
     kept, places = source.case("UTF-16", "test", 30)
     assert len(kept) == len(places) <= 30
     assert not {content for content, _ in source._parts["fit"]} & {content for content, _ in source._parts["test"]}
+    source._parts["MATLAB data"].clear()
+    with pytest.raises(FileNotFoundError, match="files for the case 'MATLAB data'"):
+        source.case("MATLAB data", "test", 30)
 
 
 @pytest.mark.parametrize(("moved", "outcome"), [(1, does_not_raise()), (32, pytest.raises(ValueError, match="differ"))])

@@ -157,7 +157,9 @@ class Files:
             contents = [content for content, _ in self._parts[part][: count + 1]]
             changed = [change(*two, rng) for two in pairwise(contents)]
             made = [(tokens(content or b""), place if name in CHANGED else -1) for place, content in enumerate(changed)]
-        inputs, source = map(torch.tensor, zip(*(one for one in made if one[0] is not None), strict=True))
+        if not (found := [one for one in made if one[0] is not None]):
+            raise FileNotFoundError(f"this installation must hold files for the case {name!r}; it holds none")
+        inputs, source = map(torch.tensor, zip(*found, strict=True))
         kept = (source >= 0) | ~torch.isin(self.model(inputs).argmax(1), self.none)
         return inputs[kept], source[kept]
 
