@@ -31,17 +31,12 @@ IMAGES, SEEDS, EPOCHS = 5000, 5, (1, 4, 30)
 Scores = dict[str, NDArray[np.float64]]
 
 
-def network() -> nn.Module:
-    """Two convolutions and a linear layer."""
-    return nn.Sequential(
+def trained(images: Tensor, labels: Tensor) -> Iterator[tuple[int, nn.Module]]:
+    """Yield a network after each of `EPOCHS`."""
+    model = nn.Sequential(
         nn.Conv2d(1, 16, 5, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU(),
         nn.Flatten(), nn.Linear(32 * 25, CLASSES),
     )  # fmt: skip
-
-
-def trained(images: Tensor, labels: Tensor) -> Iterator[tuple[int, nn.Module]]:
-    """Yield a network after each of `EPOCHS`."""
-    model = network()
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     for epoch in range(1, EPOCHS[-1] + 1):
         for batch in torch.randperm(len(images)).split(50):

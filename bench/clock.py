@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from timeit import repeat
 from typing import Any
 
@@ -116,18 +117,14 @@ def floor(device: str) -> dict[str, Any]:
 
     The copy counts bytes read plus bytes written, the product floating-point operations.
     """
-
-    def fastest(call: Call) -> float:
-        return min(timed(call, device))
-
     source = torch.ones(1 << (26 if device == "cpu" else 29), device=device)
     target, one = torch.zeros_like(source), torch.zeros(1, device=device)
-    copied = 2 * source.nbytes / fastest(lambda: target.copy_(source))
+    copied = 2 * source.nbytes / min(timed(lambda: target.copy_(source), device))
     edge = 1024 if device == "cpu" else 8192
     rates = {}
     for name in ["float32"] if device == "cpu" else ["float32", "float16", "bfloat16"]:
         # Ones would need less power, and a GPU would clock higher.
         a = torch.randn(edge, edge, device=device).to(getattr(torch, name))
         out = a.clone()
-        rates[name] = 2 * edge**3 / fastest(lambda a=a, out=out: torch.mm(a, a, out=out))  # type: ignore[misc]
-    return {"copy_bytes_per_s": copied, "matrix_per_s": rates, "launch_s": fastest(lambda: one.add_(1))}
+        rates[name] = 2 * edge**3 / min(timed(partial(torch.mm, a, a, out=out), device))
+    return {"copy_bytes_per_s": copied, "matrix_per_s": rates, "launch_s": min(timed(lambda: one.add_(1), device))}

@@ -33,7 +33,6 @@ ROUNDS = {1: 31, 8: 15, 32: 7}
 
 
 def images(count: int) -> Tensor:
-    """``(count, 3, 224, 224)``."""
     return torch.randn(count, 3, 224, 224)
 
 
@@ -59,11 +58,6 @@ NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], Callable[[int], Inputs]]] 
 }
 
 
-def plain(net: nn.Module, x: Inputs) -> Tensor:
-    with torch.no_grad():
-        return logits_of(net(x) if isinstance(x, Tensor) else net(**x))
-
-
 def measure(name: str) -> Iterator[dict[str, Any]]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -75,9 +69,10 @@ def measure(name: str) -> Iterator[dict[str, Any]]:
         if not set(extra) & set(of_images):
             blocks = [block for block in (*DEFAULT_BLOCKS, *extra) if block not in of_images]
             models[form] = TwoStageModel(net, blocks=blocks).fit(clean, challenges)
+    plain = torch.no_grad()(lambda x: logits_of(net(x) if isinstance(x, Tensor) else net(**x)))
     for batch, rounds in ROUNDS.items():
         x = inputs(batch)
-        calls: list[Callable[[], Any]] = [partial(plain, net, x), *(partial(model, x) for model in models.values())]
+        calls: list[Callable[[], Any]] = [partial(plain, x), *(partial(model, x) for model in models.values())]
         for call in calls[1:]:
             # Logits of another value would mean that something else is timed.
             torch.testing.assert_close(call().logits, calls[0](), rtol=1e-3, atol=1e-3)

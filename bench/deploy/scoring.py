@@ -9,6 +9,7 @@ is there, starts it again, and reads the result: every file has one row, and cop
 from __future__ import annotations
 
 import itertools
+import resource
 import statistics
 import subprocess
 import sys
@@ -38,22 +39,15 @@ def lay_out(root: Path, folder: Path, count: int) -> None:
         (part / f"{photograph:04d}-{number:07d}.jpg").write_bytes(photographs[photograph])
 
 
-def resident(pid: int) -> float:
-    """MiB of a process in memory; 0 where it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0.0
-    return next((float(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS")), 0.0)
-
-
 def run(command: Sequence[str | Path], parts: Path, until: int | None) -> tuple[float, list[tuple[int, float]]]:
     """Run to the end, or until so many parts are there; return seconds, and pairs of finished parts and MiB."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     start, seen = time.perf_counter(), []
     while process.poll() is None:
         done = len(list(parts.glob("part-*.parquet")))
-        seen.append((done, resident(process.pid)))
+        # 0 where the process has just ended.
+        pages_held = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+        seen.append((done, pages_held * resource.getpagesize() / 2**20))
         if until is not None and done >= until:
             process.kill()
         time.sleep(0.5)

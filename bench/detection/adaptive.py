@@ -34,7 +34,6 @@ from fastgrad.engine.tracing import trace
 
 #: Steps of each objective.
 STEPS = 20
-FALSE_ALARMS = 0.05
 RADII = (2 / 255, 8 / 255)
 #: The blocks of the attacked detectors.
 FORMS: Mapping[str, Sequence[str]] = {"default": DEFAULT_BLOCKS, "second pass": EXTENDED_BLOCKS}
@@ -56,7 +55,7 @@ class WhiteBox(NamedTuple):
     threshold: float
 
 
-def white_box(model: TwoStageModel, example: Tensor, false_alarms: float) -> WhiteBox:
+def white_box(model: TwoStageModel, example: Tensor) -> WhiteBox:
     """A fitted model's, with everything cut out that stops a derivative."""
     extraction, detector = model.extraction_, model.detector_
 
@@ -72,7 +71,7 @@ def white_box(model: TwoStageModel, example: Tensor, false_alarms: float) -> Whi
             graph.graph.erase_node(node)
     graph.recompile()
     graph.requires_grad_(False)
-    return WhiteBox(graph, model, model.threshold(false_alarms))
+    return WhiteBox(graph, model, model.threshold(0.05))
 
 
 def unaware_of(model: nn.Module) -> WhiteBox:
@@ -137,7 +136,7 @@ def measure(subject: Subject) -> Iterator[dict[str, Any]]:
     # Hours, where the second pass is of photographs.
     forms = [form for form in FORMS if not (subject.few and form == "second pass")]
     x, labels = (value[subject.right["test"][:count]] for value in subject.parts["test"])
-    boxes = {form: white_box(fitted(fit, FORMS[form]), x[:3], FALSE_ALARMS) for form in forms}
+    boxes = {form: white_box(fitted(fit, FORMS[form]), x[:3]) for form in forms}
 
     def every(make: Callable[..., Tensor], seen: Any, *settings: Any) -> Tensor:
         parts = zip(x.split(batch), labels.split(batch), strict=True)

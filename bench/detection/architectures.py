@@ -22,7 +22,6 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, C, H, W)`` to the same shape."""
         return (x - self.mean) / self.std
 
 
@@ -70,7 +69,6 @@ class Classifier(nn.Module):
         self.pool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(B, N)``."""
         x = self.stem(self.normalize(x))
         for stage in self.stages:
             x = stage(x)
@@ -106,7 +104,6 @@ class DenseLayer(nn.Module):
         self.bn2, self.conv2 = nn.BatchNorm2d(4 * growth), conv(4 * growth, growth)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, C, H, W)`` to ``(B, C + growth, H, W)``."""
         out = self.conv1(F.relu(self.bn1(x)))
         return torch.cat([x, self.conv2(F.relu(self.bn2(out)))], 1)
 

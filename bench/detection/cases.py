@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from bench.detection.data import files, news, sets
 from bench.detection.data.attacks import attack
@@ -36,7 +35,6 @@ PHOTOGRAPHED: Mapping[str, Mapping[str, Any]] = {
 BRIEF: Mapping[str, Mapping[str, Any]] = {"C&W": {"carlini": (1, 20, 0.03, 1.0)}, "DeepFool": {"deepfool": (4, 4)}}
 #: Of CIFAR-10, at a radius of 8/255.
 TESTED = {name: {"name": name} for name in ("FGSM", "BIM", "PGD", "IterLL", "Semantic")}
-FINE = ("C&W", "DeepFool")
 #: Kinds that `fastgrad.challenges` generates in a form of its own, and kinds that it has nothing like.
 FAMILIAR = ("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "brightness", "contrast",
             "jpeg_compression")  # fmt: skip
@@ -65,7 +63,8 @@ def attacked(name: str, how: Mapping[str, Any], jpeg: bool, subject: Subject, pa
             for x, y in zip(clean.split(BATCH), labels.split(BATCH), strict=True)
         ]
         change = (torch.cat(parts) - clean).contiguous()
-        return {"change": change.half().numpy()} if how["name"] in FINE else {"images": sets.to_bytes(clean + change)}
+        fine = how["name"] in ("C&W", "DeepFool")
+        return {"change": change.half().numpy()} if fine else {"images": sets.to_bytes(clean + change)}
 
     kept = subject.kept(f"images/{name}/{part}", make)
     if "images" in kept:
@@ -73,14 +72,8 @@ def attacked(name: str, how: Mapping[str, Any], jpeg: bool, subject: Subject, pa
     else:
         images = (clean + torch.from_numpy(kept["change"]).float()).clamp(0, 1)
     images = sets.compress(images) if jpeg else images
-    misled = predicted(subject, images) != labels
+    misled = torch.cat([subject.model(x).argmax(1) for x in packed(images).split(BATCH)]) != labels
     return Shown(images[misled], places[misled])
-
-
-@torch.no_grad()
-def predicted(subject: Subject, images: Tensor) -> Tensor:
-    parts = packed(images).split(BATCH)
-    return torch.cat([subject.model(x).argmax(1) for x in parts])
 
 
 def corrupted(name: str, severity: int, subject: Subject, part: str, count: int) -> Shown:
@@ -118,26 +111,17 @@ for _group, _sets in (("near sets", NEAR), ("far sets", FAR)):
         case(_name, _group, (SMALL,))(partial(other, _name))
 
 
-def text(name: str, subject: Subject, part: str, count: int) -> Shown:
-    """Other texts than news, or news with their words changed, whose labels stay."""
+def from_source(name: str, subject: Subject, part: str, count: int) -> Shown:
+    """Other texts or files, or changed ones, whose labels stay."""
     return Shown(*subject.source.case(name, part, count))
 
 
 for _name in (*news.CASES, *news.CORRUPTED):
     _group = "other texts" if _name in news.CASES else CHANGED_TEXTS[_name not in FAMILIAR_TEXTS]
-    case(_name, _group, (TEXTS,))(partial(text, _name))
-
-
-def file(name: str, subject: Subject, part: str, count: int) -> Shown:
-    """Changed files, whose kind stays; of those of no kind the ones that the network does not call so."""
-    inputs, source = subject.source.case(name, part, count)
-    kept = (source >= 0) | ~torch.isin(predicted(subject, inputs), subject.source.none)
-    return Shown(inputs[kept], source[kept])
-
-
+    case(_name, _group, (TEXTS,))(partial(from_source, _name))
 for _name in (*files.CHANGED, *files.DISGUISED, *files.UNKNOWN):
     _group = CHANGED_FILES[_name not in FAMILIAR_FILES] if _name in files.CHANGED else "foreign files"
-    case(_name, _group, (FILES,))(partial(file, _name))
+    case(_name, _group, (FILES,))(partial(from_source, _name))
 
 
 @case("JPEG, not attacked", "control", IMAGES)

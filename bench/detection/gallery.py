@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -55,18 +54,16 @@ def manifold(out: Path) -> None:
         loss.backward()
         optimizer.step()
     two_stage = TwoStageModel(model.eval()).fit([moons(1)[0]], None)
-
-    def softmax(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return 1 - model(x).softmax(1).amax(1)
-
-    def ours(x: Tensor) -> Tensor:
-        return two_stage(x).uncertainty.clamp(max=15)
-
     shown, classes = points[:300], labels[:300]
     above, below = Figure(figsize=(4.6, 7.4), layout="constrained").subplots(2, 1)
-    plots.manifold(softmax, shown, classes, title="1 - largest softmax probability", axes=above)
-    plots.manifold(ours, shown, classes, title="fastgrad, fitted on clean points alone", axes=below)
+    plots.manifold(
+        lambda x: 1 - model(x).softmax(1).amax(1).detach(), shown, classes, title="1 - largest softmax probability",
+        axes=above,
+    )  # fmt: skip
+    plots.manifold(
+        lambda x: two_stage(x).uncertainty.clamp(max=15), shown, classes, axes=below,
+        title="fastgrad, fitted on clean points alone",
+    )  # fmt: skip
     plots.save(below, out / "gallery-manifold.png", dpi=80)
 
 
@@ -74,6 +71,6 @@ def draw(options: Options, out: Path) -> None:
     """Draw all figures; the network is always one of quick mode."""
     out.mkdir(parents=True, exist_ok=True)
     manifold(out)
-    subject = small("resnet20", replace(options, quick=True), 0)
+    subject = small("resnet20", options._replace(quick=True), 0)
     histograms(subject, out)
     layers(subject, out)

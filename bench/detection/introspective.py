@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,21 +29,21 @@ from bench.detection.runner import ABSENT
 from bench.detection.subject import BATCH, Fit, Seen, Subject
 from bench.detection.train import HELD_OUT, fit_layer
 from fastgrad import IntrospectiveClassifier, TwoStageModel, contrast_sqnorm
+from fastgrad.batches import take
 from fastgrad.detector.price import DEFAULT_BLOCKS
 from fastgrad.metrics import calibration_report
 
 #: Splits of the images that the network was not trained on, clean images of each, clean test images, copies of a kind.
 SIZES, QUICK = (3, 4000, 1000, 200), (1, 1000, 500, 60)
-#: Of those fitted, the share that makes probabilities calibrated.
-UNSEEN = 0.2
 NETWORK = "network"
 #: What H reads and on how many images was chosen on the first.
 DEFAULT_NETWORKS = ("resnet20", "resnet18", "resnet56", "densenet", "vit", recipes.NETWORK, "kinds", "news")
 Answers = dict[str, dict[str, Tensor]]
 
 
-def reads(h: Tensor, logits: Tensor, layer: nn.Linear) -> dict[str, Any]:
+def reads(values: Mapping[str, Tensor], layer: nn.Linear) -> dict[str, Any]:
     """Return by name what H may read; contrast rows are those of the published method."""
+    h, logits = values["features"], values["logits"]
     norms = contrast_sqnorm(h, logits, bias=layer.bias is not None, log=True)
     return {
         "h": h, "contrast rows": {"features": h, "logits": logits}, "contrast norms": norms,
@@ -51,19 +51,12 @@ def reads(h: Tensor, logits: Tensor, layer: nn.Linear) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def chosen(value: Any, places: Tensor | slice) -> Any:
-    if isinstance(value, dict):
-        return {name: part[places].numpy() for name, part in value.items()}
-    return value[places].numpy()
-
-
-def retrained(layer: nn.Linear, h: Tensor, labels: Tensor, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the probabilities of the last layer, trained further on h."""
+def retrained(layer: nn.Linear, h: Tensor, labels: Tensor, seed: int) -> nn.Linear:
+    """Return a copy of the last layer, trained further on h."""
     torch.manual_seed(seed)
     own = copy.deepcopy(layer).requires_grad_(True)
     fit_layer(own, h, labels, epochs=30, rate=1e-3, batch=128)
-    own.requires_grad_(False)
-    return lambda h, logits: own(h).softmax(1)
+    return own.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -89,30 +82,25 @@ def answered(subject: Subject, tests: Mapping[str, Seen], seed: int) -> Answers:
     groups = torch.from_numpy(kept["groups"])
     labels = subject.parts["fit"][1][groups]
     rows = blocks_of(subject, "generated/fit", torch.from_numpy(kept["inputs"]), ("features", "logits"))
-    apart = torch.rand(len(subject.parts["fit"][1]), generator=torch.Generator().manual_seed(seed)) < UNSEEN
+    # A fifth makes probabilities calibrated.
+    apart = torch.rand(len(subject.parts["fit"][1]), generator=torch.Generator().manual_seed(seed)) < 0.2
     trained, calibrating = ((~apart)[groups]).nonzero()[:, 0], apart[groups].nonzero()[:, 0]
-    read = reads(rows["features"], rows["logits"], subject.layer)
-    seconds: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
-    for name, value in read.items():
-        H = IntrospectiveClassifier(random_state=seed)
-        H.fit(chosen(value, trained), labels[trained].numpy(), groups=groups[trained])
-        H.calibrate(chosen(value, calibrating), labels[calibrating].numpy())
-
-        def second(h: Tensor, z: Tensor, name: str = name, H: Any = H) -> Tensor:
-            value = reads(h, z, subject.layer)[name]
-            return torch.from_numpy(H.predict_proba(chosen(value, slice(None)))).float()
-
-        seconds[f"H on {name}"] = second
+    second: dict[str, IntrospectiveClassifier] = {}
+    for name, value in reads(rows, subject.layer).items():
+        second[name] = H = IntrospectiveClassifier(random_state=seed)
+        H.fit(take(value, trained, len(groups)), labels[trained], groups=groups[trained])
+        H.calibrate(take(value, calibrating, len(groups)), labels[calibrating])
     again = retrained(subject.layer, rows["features"][trained], labels[trained], seed)
-    seconds["last layer, trained again"] = again
     found: Answers = {}
     for case, seen in tests.items():
         values = blocks_of(seen.subject, f"{case}/test", seen.images, (*DEFAULT_BLOCKS, "features"))
         first, gate = gated(two_stage, values)
         found.setdefault(NETWORK, {})[case] = first
-        for name, second_of in seconds.items():
-            p = second_of(values["features"], values["logits"])
-            shares = {", gated": gate, ", mean": torch.full_like(gate, 0.5), "": torch.ones_like(gate)}
+        read = reads(values, subject.layer)
+        answers = {f"H on {name}": torch.from_numpy(H.predict_proba(read[name])).float() for name, H in second.items()}
+        answers["last layer, trained again"] = again(values["features"]).softmax(1)
+        shares = {", gated": gate, ", mean": torch.full_like(gate, 0.5), "": torch.ones_like(gate)}
+        for name, p in answers.items():
             for how, share in shares.items():
                 found.setdefault(name + how, {})[case] = (1 - share) * first + share * p
     return found
@@ -138,7 +126,7 @@ def measure(options: Options, network: str, sizes: tuple[int, int, int, int]) ->
         clean = sets.load(options.data, "cifar10", "test", tested).labelled()
     # Splits are of different images.
     count = min(count, len(images) * 4 // 5)
-    base = replace(base, parts={"fit": (images[:count], labels[:count]), "test": clean}, count=copies, _seen={})
+    base = replace(base, parts={"fit": (images[:count], labels[:count]), "test": clean}, count=copies)
     groups = {
         "clean": ("clean",),
         "corruptions like generated ones": FAMILIAR_TEXTS if base.kind == TEXTS else FAMILIAR,
@@ -149,7 +137,7 @@ def measure(options: Options, network: str, sizes: tuple[int, int, int, int]) ->
     found: dict[str, list[dict[str, Tensor]]] = {}
     for seed in range(seeds):
         places = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
-        subject = replace(base, draw=seed, parts={"fit": (images[places], labels[places]), "test": clean}, _seen={})
+        subject = replace(base, draw=seed, parts={"fit": (images[places], labels[places]), "test": clean})
         for name, own in answered(subject, tests, seed).items():
             found.setdefault(name, []).append(own)
         print(f"{network}, split {seed}", file=sys.stderr, flush=True)

@@ -59,12 +59,7 @@ def several_stages(fit: Fit) -> Score:
 
 def labelled(name: str, year: int, paper: str, columns: Callable[[Fit], Callable[[Seen], Tensor]]) -> None:
     """Register a logistic regression on columns ``(n, k)``, trained with labelled images of the case."""
-
-    @method(name, year, paper, Protocol.LABELLED)
-    def fitted(fit: Fit) -> Score:
-        of = columns(fit)
-        score = logistic(of(fit.clean), of(fit.challenges))
-        return lambda seen: score(of(seen))
+    method(name, year, paper, Protocol.LABELLED)(lambda fit: logistic(columns(fit), fit.clean, fit.challenges))
 
 
 #: What a labelled method may read.

@@ -27,16 +27,11 @@ from fastgrad.detector import collect
 from fastgrad.detector.price import DEFAULT_BLOCKS
 from fastgrad.prediction import Prediction
 
-#: Labelled challenges that every fold has one of.
-FEWEST = 16
-#: Clean images whose distances from each other fit into memory.
-MOST = 10_000
 #: What a logistic regression on published scores reads: those of one pass that need no classes.
 SCORES = (
     "softmax", "energy", "MaxLogit", "entropy", "GEN", "GradNorm", "KNN", "ViM", "DICE", "NCI", "fDBD", "NNGuide",
     "ReAct", "ASH", "SCALE", "VRA", "KLMatching", "Mahalanobis", "Catalyst", "RAS",
 )  # fmt: skip
-OF_MAPS = ("Catalyst", "RAS")
 
 
 class AllNorms(Gradients):
@@ -45,7 +40,6 @@ class AllNorms(Gradients):
     name = "all_norms"
 
     def signals(self, subject: Any) -> Any:
-        """The first of three."""
         return super().signals(subject)[:1]
 
 
@@ -86,14 +80,14 @@ def _read(subject: Subject, images: Tensor, names: Sequence[str]) -> dict[str, A
     known = watch(model, (images[:BATCH],), {})
     had = [block for block in (MADE[name]() for name in names) if block.refusal(known) is None]
     extraction = Extraction(model, had)
-    parts = [extraction(_given(subject, x))[1] for x in images.split(BATCH)]
+    # As a user gives a batch: texts with the mask by which blocks leave out padding.
+    given = (
+        {"input_ids": x, "attention_mask": (x != 0).long()} if subject.kind == TEXTS else x
+        for x in packed(images).split(BATCH)
+    )
+    parts = [extraction(x)[1] for x in given]
     model.requires_grad_(False)
     return {name: torch.cat([part[name] for part in parts]).float().numpy() for name in parts[0]}
-
-
-def _given(subject: Subject, x: Tensor) -> Tensor | dict[str, Tensor]:
-    """A batch as a user gives it: texts with the mask by which blocks leave out padding."""
-    return {"input_ids": x, "attention_mask": (x != 0).long()} if subject.kind == TEXTS else packed(x)
 
 
 def fitted(
@@ -161,8 +155,8 @@ for _what, _block in {
 @method("fastgrad, labelled", 2026, "the default, challenges=the case", Protocol.LABELLED)
 def labelled(fit: Fit) -> Score:
     images = fit.challenges.images
-    if len(images) < FEWEST:
-        raise NotRun(f"needs {FEWEST} challenges; there are {len(images)}")
+    if len(images) < 16:  # with fewer, a fold may have none
+        raise NotRun(f"needs 16 challenges; there are {len(images)}")
     two_stage = fitted(fit, DEFAULT_BLOCKS, fit.loader(images))
     return lambda seen: answer(two_stage, seen).uncertainty
 
@@ -172,42 +166,33 @@ class _Generated(Seen):
 
     @property
     def images(self) -> Tensor:
-        """``(n, C, H, W)``."""
         fitted(Fit(self.subject), ("logits",))
         kept = self.subject.kept("inputs/generated/fit", dict)
         made = torch.from_numpy(kept["inputs"][kept["kinds"] != ""])
         return packed(made.to(self.subject.parts["fit"][0].dtype))
 
 
+def logistic(columns: Callable[[Seen], Tensor], clean: Seen, other: Seen) -> Score:
+    """Return the score of a logistic regression, of standardised columns and both classes weighing the same."""
+    rows = torch.cat([columns(clean), columns(other)]).double().nan_to_num().numpy()
+    model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000))
+    model.fit(rows, np.arange(len(rows)) >= len(clean.images))
+    return lambda seen: torch.from_numpy(model.decision_function(columns(seen).double().nan_to_num().numpy()))
+
+
+@method("published scores, labelled", 2026, "control: logistic regression on them", Protocol.LABELLED)
 @method(
     "published scores, generated challenges", 2026, "control: logistic regression on the scores of one pass",
     Protocol.GENERATED,
 )  # fmt: skip
 def control(fit: Fit) -> Score:
-    return _regression(fit, _Generated(fit.subject, "generated", "fit"))
-
-
-@method("published scores, labelled", 2026, "control: logistic regression on them", Protocol.LABELLED)
-def labelled_control(fit: Fit) -> Score:
-    return _regression(fit, fit.challenges)
-
-
-def logistic(clean: Tensor, other: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the score of a logistic regression, of standardised columns and both classes weighing the same."""
-    rows = torch.cat([clean, other]).double().nan_to_num().numpy()
-    model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000))
-    model.fit(rows, np.repeat([0, 1], [len(clean), len(other)]))
-    return lambda values: torch.from_numpy(model.decision_function(values.double().nan_to_num().numpy()))
-
-
-def _regression(fit: Fit, challenges: Seen) -> Score:
-    if len(fit.clean.h) > MOST:
+    if len(fit.clean.h) > 10_000:
         raise NotRun("needs the distances between all training images")
-    names = SCORES if fit.subject.stages else [name for name in SCORES if name not in OF_MAPS]
+    names = SCORES if fit.subject.stages else [name for name in SCORES if name not in ("Catalyst", "RAS")]
     scores = [METHODS[name].fit(Fit(fit.subject)) for name in names]
 
     def columns(seen: Seen) -> Tensor:
         return torch.stack([score(seen).double() for score in scores], 1).detach()
 
-    score = logistic(columns(fit.clean), columns(challenges))
-    return lambda seen: score(columns(seen))
+    challenges = fit.challenges if fit.case else _Generated(fit.subject, "generated", "fit")
+    return logistic(columns, fit.clean, challenges)

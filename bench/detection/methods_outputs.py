@@ -180,15 +180,11 @@ for _name, _year, _paper, _how in (
     method(_name, _year, _paper)(partial(_library, _name, **_how))
 
 
-#: Images that fill the bins of NAC.
-FILLED = 10_000
-
-
 @method("NAC", 2024, "Liu et al., ICLR: h")
 def nac(fit: Fit) -> Score:
     from pytorch_ood.detector import NACUE
 
-    if len(fit.clean.h) < FILLED:
+    if len(fit.clean.h) < 10_000:
         raise NotRun("its bins are set for tens of thousands of training images")
     neurons = nn.Identity()
     detector = NACUE(nn.Sequential(neurons, fit.layer), [neurons])

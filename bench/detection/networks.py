@@ -108,7 +108,7 @@ KINDS = (400, 350, 250)
 @network("kinds", "EfficientNet-Lite0 on eight kinds of photographs", tuned=True)
 def kinds(options: Options, draw: int) -> Subject:
     """A published network whose last layer is trained for few classes, each with many photographs."""
-    own = photographed(0, replace(options, quick=False), 0)
+    own = photographed(0, options, 0)
     split = photographs.photographs(options.data)
     names = list(dict.fromkeys(name for _, name in RANGES))
     ends = np.searchsorted([end for end, _ in RANGES], split.labels, side="right")
@@ -116,7 +116,7 @@ def kinds(options: Options, draw: int) -> Subject:
     order = np.random.default_rng(draw).permutation(len(split.images))
     layer, fit, test = (split.at(part).labelled() for part in np.split(order, np.cumsum(KINDS))[:3])
     own.model[-1]._fc = logistic_layer(torch.from_numpy(read(own, layer[0])["h"]), layer[1])
-    return replace(own, network="kinds", parts={"fit": fit, "test": test}, _seen={})
+    return replace(own, network="kinds", draw=draw, parts={"fit": fit, "test": test})
 
 
 @network("news", "all-MiniLM-L6-v2 on AG News")
@@ -170,4 +170,4 @@ def on_training_images(options: Options, draw: int) -> Subject:
     """As detectors were published: fitted on the images that the network was trained on."""
     own = small("resnet56", options, draw)
     parts = {**own.parts, "fit": sets.load(options.data, "cifar10", "train").labelled()}
-    return replace(own, network="resnet56-training", parts=parts, _seen={})
+    return replace(own, network="resnet56-training", parts=parts)

@@ -55,7 +55,6 @@ class Denoised(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(B, N)``."""
         windows = F.unfold(F.pad(x, (1,) * 4, mode="reflect"), 3).view(*x.shape[:2], 9, *x.shape[2:])
         return self.model(windows.median(2).values)
 
@@ -135,7 +134,6 @@ def kept(
 
 
 def centroids(options: Options) -> nn.Module:
-    """Return the network of DUQ."""
     training = partial(train.fit, loss_of=Centroids.loss, epochs=train.EPOCHS[NETWORK], seed=0, rate=0.05)
     return kept("DUQ", options, training, lambda: Centroids(train.NETWORKS[NETWORK]()))
 

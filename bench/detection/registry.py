@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -47,8 +46,7 @@ class Shown(NamedTuple):
     source: Tensor
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """A way to tell unusual inputs, with year and source; a slow one takes several passes and no part in quick mode."""
 
     name: str
@@ -59,8 +57,7 @@ class Method:
     slow: bool = False
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """A kind of unusual inputs: the group whose mean it enters, and the kinds of data that have it."""
 
     group: str
@@ -68,8 +65,7 @@ class Case:
     make: Callable[[Subject, str, int], Shown]
 
 
-@dataclass(frozen=True)
-class Network:
+class Network(NamedTuple):
     """A classifier with its data; ``tuned`` if choices of this package were compared on it."""
 
     title: str
@@ -77,8 +73,7 @@ class Network:
     make: Callable[[Options, int], Subject]
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What a command was asked for: folders of data and cache, small sets, samples of the data or seeds of networks."""
 
     data: Path

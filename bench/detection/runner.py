@@ -67,7 +67,7 @@ def rows(table: Table, subject: Subject, method: Method, known: dict[str, Groups
     ``known`` holds the groups of the methods before; those of this one are added. A method named ``A + B`` has rows of
     what B adds to A, from the same resampled images.
     """
-    cases = table.cases(subject.kind)
+    cases = [name for name, case in CASES.items() if case.group in table.groups and subject.kind in case.kinds]
     slow = dict.fromkeys(("clean", *cases), "left out of quick mode: several passes an image")
     left_out = subject.options.quick and method.slow and subject.few
     scores, absent = ({}, slow) if left_out else measure(subject, method, cases)
@@ -84,24 +84,23 @@ def rows(table: Table, subject: Subject, method: Method, known: dict[str, Groups
     beside = known.get(method.name.split(" + ")[0], {}) if " + " in method.name else {}
     for group in dict.fromkeys(CASES[case].group for case in cases if CASES[case].group != "control"):
         names = [case for case in cases if CASES[case].group == group]
+        present = [case for case in names if case in values]
         left = [row["not run"] for row in made[: len(cases)] if row["case"] in names and "not run" in row]
         # No image of an attack may mislead the network any more: that is a property of the case, not of a method.
         lacking = [why for why in left if "misleads" not in why]
-        present = [values[case] for case in names if case in values]
         wholes = [head | {"case": f"mean of {group}", "group": group}]
         if "attacks" in group and method.protocol is not Protocol.LABELLED:
             wholes.append(head | {"case": f"{WORST}, {group}", "group": f"{WORST}, {group}"})
         if lacking or not present:
             made += [whole | {"not run": "; ".join(dict.fromkeys(left))} for whole in wholes]
             continue
-        groups[group] = np.mean(present, 0)
+        groups[group] = np.mean([values[case] for case in present], 0)
         made.append(wholes[0] | {"cases": len(present)} | resampled.columns("auroc", groups[group]))
         if group in beside:
             gain = resampled.columns("gain", groups[group] - beside[group])
             made.append(head | {"case": f"gain in {group}"} | gain)
         for whole in wholes[1:]:
-            worst = _worst(subject, scores, [case for case in names if case in values])
-            made.append(whole | resampled.columns("auroc", worst))
+            made.append(whole | resampled.columns("auroc", _worst(subject, scores, present)))
     return made
 
 

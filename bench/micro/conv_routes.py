@@ -78,7 +78,7 @@ def measured(key: tuple[Any, ...], models: list[str]) -> dict[str, Any]:
 
 
 def measure() -> list[dict[str, Any]]:
-    """Return the rows, the worst pick first."""
+    # The worst pick first.
     return sorted(starmap(measured, convolutions().items()), key=lambda row: -row["ratio"])
 
 

@@ -36,7 +36,6 @@ class Block(nn.Module):
             self.shortcut.extend(convolved(inputs, outputs, 1, stride, norm)[:-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, C, H, W)`` in and out."""
         return self.relu(self.body(x) + self.shortcut(x))
 
 

@@ -45,7 +45,6 @@ class Task:
         return F.cross_entropy(logits, logits.detach().argmax(-1), reduction="sum")
 
     def double(self) -> Task:
-        """Return the same in float64."""
         one = copy.copy(self)
         one.model = copy.deepcopy(self.model).double()
         one.x = self.x.double() if self.x.is_floating_point() else self.x

@@ -18,7 +18,7 @@ def published(method: str) -> bool:
     return not ours(method) and not method.startswith("published")
 
 
-def networks(rows: Sequence[Row]) -> list[str]:
+def measured_networks(rows: Sequence[Row]) -> list[str]:
     """Return the networks with results, in order."""
     return list(dict.fromkeys(row["network"] for row in rows if "method" in row))
 
@@ -49,12 +49,11 @@ def block(rows: Sequence[Row], merit: str, network: str, protocol: str, methods:
     """Return a Markdown table of one protocol, best first, and what was not run with its reason."""
     found = means(rows, merit, network, protocol)
     groups = list(dict.fromkeys(group for own in found.values() for group in own))
-    better = 1 if merit == "auroc" else -1
+    sign = -1 if merit == "auroc" else 1
 
     def place(method: str) -> float:
         # A row that lacks a group comes last: its mean would be of other groups.
-        values = [found[method].get(group, {}).get(merit) for group in groups]
-        return float("inf") if None in values else -better * float(np.mean(values))
+        return float(np.mean([sign * found[method].get(group, {}).get(merit, sign * np.inf) for group in groups]))
 
     lines, left = [], []
     for method in sorted(found, key=place):
@@ -109,15 +108,13 @@ def strongest(rows: Sequence[Row], merit: str, network: str) -> str:
     return table(lines)
 
 
-def bars(rows: Sequence[Row], merit: str, about: Mapping[str, tuple[str, bool]]) -> Any:
-    """Return the figure: by group the strongest rivals beside fastgrad's, of the first network that is held out.
-
-    ``about`` gives each network's title, and whether choices of this package were compared on it.
-    """
-    if not networks(rows):
+def bars(document: Row) -> Any:
+    """Return the figure: by group the strongest rivals beside fastgrad's, of the first network that is held out."""
+    rows, merit = document["rows"], document["merit"]
+    if not measured_networks(rows):
         return None
-    network = min(networks(rows), key=lambda name: about[name][1])
-    title, tuned = about[network]
+    network = min(measured_networks(rows), key=lambda name: document["networks"][name][1])
+    title, tuned = document["networks"][network]
     found = {m: own for protocol in PROTOCOLS for m, own in means(rows, merit, network, protocol).items()}
     groups = [g for g in dict.fromkeys(g for own in found.values() for g in own) if "MEAD" not in g]
     shown = [m for m in found if ours(m) and " + " not in m]
@@ -129,38 +126,35 @@ def bars(rows: Sequence[Row], merit: str, about: Mapping[str, tuple[str, bool]])
     if not shown:
         return None
     blocks = {group: [(m, found[m][group][merit]) for m in shown] for group in groups}
-    made, panel = stacked(blocks, colours(shown), ".3f")
-    panel.set_xlabel("AUROC", fontsize=TEXT)
+    made = stacked(blocks, colours(shown), ".3f", "AUROC")
     # The form of the risk was chosen with every network in view.
     standing = "tuned on" if tuned else "held out but for the risk" if "fastgrad, risk" in shown else "held out"
-    panel.set_title(f"{title}, {standing}", fontsize=TEXT)
+    made.axes[0].set_title(f"{title}, {standing}", fontsize=TEXT)
     return made
 
 
-def second_answers(rows: Sequence[Row], networks: Mapping[str, Sequence[Any]]) -> Any:
+def second_answers(document: Row) -> Any:
     """Return accuracy on corruptions never generated: of each network, with H, and of what does best without H."""
     blocks = {}
-    for network, (title, _) in networks.items():
-        own = {row["method"]: row for row in rows if row["network"] == network and "unlike" in row.get("case", "")}
+    unlike = [row for row in document["rows"] if "unlike" in row.get("case", "")]
+    for network, (title, _) in document["networks"].items():
+        own = {row["method"]: row for row in unlike if row["network"] == network}
         if not own:
             continue
         rival = max((name for name in own if not name.startswith(("H ", "network"))), key=lambda n: own[n]["accuracy"])
         blocks[title] = [(name, 100 * own[name]["accuracy"]) for name in ("network", "H on h, gated", rival)]
     names = list(dict.fromkeys(name for bars in blocks.values() for name, _ in bars))
-    made, panel = stacked(blocks, {**colours(names), "H on h, gated": OURS[0]}, ".1f")
-    panel.set_xlabel("per cent right, corruptions unlike generated ones", fontsize=TEXT)
-    return made
+    colour = {**colours(names), "H on h, gated": OURS[0]}
+    return stacked(blocks, colour, ".1f", "per cent right, corruptions unlike generated ones")
 
 
-def found_attacks(rows: Sequence[Row], networks: Mapping[str, str]) -> Any:
+def found_attacks(document: Row) -> Any:
     """Return the share of misleading images that each detector finds: of AutoAttack, and of what knows the detector."""
     names = ("AutoAttack", "selective")
     blocks = {
-        f"{networks[row['network']]}, {row['case']}, {row['method']}": [
+        f"{document['networks'][row['network']]}, {row['case']}, {row['method']}": [
             (name, 100 * row[f"found, {name}"] / row[f"misled, {name}"]) for name in names if row.get(f"misled, {name}")
         ]
-        for row in rows
+        for row in document["rows"]
     }
-    made, panel = stacked(blocks, colours(names), ".0f")
-    panel.set_xlabel("per cent of misleading images found", fontsize=TEXT)
-    return made
+    return stacked(blocks, colours(names), ".0f", "per cent of misleading images found")

@@ -31,10 +31,10 @@ FORMS = ("fastgrad, default", "fastgrad, clean only", "fastgrad, second pass", "
 KNOWN = dict(zip((*SPEED, *DETECTION, *FORMS), (*OTHERS, *OTHERS, *OURS), strict=True))
 
 
-def draw(cases: Sequence[Row]) -> Any:
+def draw(document: Row) -> Any:
     """Return what the cases of a table allow: the scaling of the contrasts, bars elsewhere, or None."""
-    scaling = [row for row in cases if row["case"].startswith("contrasts B=")]
-    return _scaling(scaling) if scaling else _bars(cases)
+    scaling = [row for row in document["cases"] if row["case"].startswith("contrasts B=")]
+    return _scaling(scaling) if scaling else _bars(document["cases"])
 
 
 def figure(height: float, panels: int = 1) -> tuple[Any, Any]:
@@ -45,9 +45,10 @@ def figure(height: float, panels: int = 1) -> tuple[Any, Any]:
     return made, made.subplots(panels, 1, squeeze=False)[:, 0]
 
 
-def stacked(blocks: Mapping[str, Sequence[tuple[str, float]]], colour: Mapping[str, str], form: str) -> tuple[Any, Any]:
-    """Return a figure and its panel with a heading for each block, and its bars below: names and lengths."""
+def stacked(blocks: Mapping[str, Sequence[tuple[str, float]]], colour: Mapping[str, str], form: str, label: str) -> Any:
+    """Return a figure of one panel with a heading for each block, and its bars below: names and lengths."""
     made, (panel,) = figure(1.8 + sum(0.24 * len(bars) + 0.4 for bars in blocks.values()))
+    panel.set_xlabel(label, fontsize=TEXT)
     place, seen, at = 0.0, set(), panel.get_yaxis_transform()
     # No line runs through a word.
     clear = {"facecolor": "white", "edgecolor": "none", "pad": 1}
@@ -55,8 +56,7 @@ def stacked(blocks: Mapping[str, Sequence[tuple[str, float]]], colour: Mapping[s
         panel.text(0.01, place, head, transform=at, fontsize=TEXT, va="center", bbox=clear)
         for name, length in bars:
             place += 1
-            label = None if name in seen else name
-            panel.barh(place, length, color=colour[name], label=label, height=0.9)
+            panel.barh(place, length, color=colour[name], label=None if name in seen else name, height=0.9)
             offset = {"xytext": (5, 0), "textcoords": "offset points"}
             panel.annotate(f"{length:{form}}", (length, place), va="center", fontsize=TEXT - 1, bbox=clear, **offset)
             seen.add(name)
@@ -67,7 +67,7 @@ def stacked(blocks: Mapping[str, Sequence[tuple[str, float]]], colour: Mapping[s
     panel.grid(True, axis="x", alpha=0.3)
     if seen:
         made.legend(fontsize=TEXT - 1, loc="outside lower center", ncols=2)
-    return made, panel
+    return made
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:
@@ -80,10 +80,10 @@ def colours(names: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def over_epochs(rows: Sequence[Row], epochs: Sequence[int]) -> Any:
+def over_epochs(document: Row) -> Any:
     """Return the mean AUROC of each score over epochs, of samples that were trained on; every draw is a dot."""
     made, (panel,) = figure(4.2)
-    seen = [row for row in rows if row["samples"] == "seen"]
+    epochs, seen = document["epochs"], [row for row in document["rows"] if row["samples"] == "seen"]
     for name, colour in colours(list(dict.fromkeys(row["score"] for row in seen))).items():
         drawn = [[r["auroc"] for r in seen if (r["score"], r["epoch"]) == (name, epoch)] for epoch in epochs]
         panel.plot([statistics.fmean(values) for values in drawn], color=colour, label=name)
@@ -140,12 +140,12 @@ def _bars(cases: Sequence[Row]) -> Any:
         blocks[case] = [(r["implementation"], r["median_s"] / mine["median_s"]) for r in shown]
     if not blocks:
         return None
-    made, panel = stacked(blocks, colour, ".3g")
+    made = stacked(blocks, colour, ".3g", "time over fastgrad's: above 1, fastgrad is faster")
+    panel = made.axes[0]
     panel.set(xscale="log")
     least, most = panel.get_xlim()
     ticks = [t for t in (0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 5, 10, 20) if least <= t <= most]
     panel.set_xticks(ticks, [f"{t:g}" for t in ticks])
     panel.set_xticks([], minor=True)
-    panel.set_xlabel("time over fastgrad's: above 1, fastgrad is faster", fontsize=TEXT)
     panel.axvline(1.0, color="black", linewidth=0.8)
     return made

@@ -26,6 +26,11 @@ from bench.report.text import Row
 
 TEMPLATES = Path(__file__).parent / "pages"
 RESULTS = Path(__file__).parents[1] / "results"
+#: What draws the figure of a document, by what the document has.
+FIGURES: Mapping[str, Callable[[Row], Any]] = {
+    "cases": figures.draw, "merit": detection.bars, "epochs": figures.over_epochs,
+    "splits": detection.second_answers, "steps": detection.found_attacks,
+}  # fmt: skip
 
 
 def parser(doc: str | None, networks: Iterable[str] = ()) -> argparse.ArgumentParser:
@@ -86,9 +91,7 @@ def page(name: str, document: Mapping[str, Any], pictures: list[str]) -> str | N
         loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
-    # A document of detection has networks of its own.
-    named = {"detection_networks": detection.networks, "protocols": detection.PROTOCOLS}
-    environment.globals |= vars(text) | vars(speed) | vars(detection) | named
+    environment.globals |= vars(text) | vars(speed) | vars(detection)
     try:
         template = environment.select_template([f"{name}.md.j2", f"{kind}.md.j2"])
     except jinja2.TemplatesNotFound:
@@ -128,17 +131,8 @@ def command(
 def write(name: str, folder: Path = RESULTS) -> Path:
     """Write the page, if there is a template, and the figure of a JSON file; returns the page's path."""
     document = json.loads((folder / f"{name}.json").read_text())
-    drawn, path = None, folder / f"{name}.md"
-    if "cases" in document:
-        drawn = figures.draw(document["cases"])
-    elif "merit" in document:
-        drawn = detection.bars(document["rows"], document["merit"], document["networks"])
-    elif "epochs" in document:
-        drawn = figures.over_epochs(document["rows"], document["epochs"])
-    elif "splits" in document:
-        drawn = detection.second_answers(document["rows"], document["networks"])
-    elif "steps" in document:
-        drawn = detection.found_attacks(document["rows"], document["networks"])
+    path = folder / f"{name}.md"
+    drawn = next((draw(document) for key, draw in FIGURES.items() if key in document), None)
     if drawn is not None:
         drawn.savefig(folder / f"{name}.png", dpi=figures.DPI)
     if rendered := page(name, document, [f"{name}.png"] if drawn is not None else []):

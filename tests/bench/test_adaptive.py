@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.detection.adaptive import FALSE_ALARMS, FORMS, WAYS, attack, auto_attack, away_from, unaware_of, white_box
+from bench.detection.adaptive import FORMS, WAYS, attack, auto_attack, away_from, unaware_of, white_box
 from fastgrad import TwoStageModel
 
 
@@ -34,7 +34,7 @@ def model(request: pytest.FixtureRequest) -> TwoStageModel:
 
 def test_the_white_box_is_the_detector_with_derivatives(model: TwoStageModel) -> None:
     x = images(5, 7)
-    box = white_box(model, x[:3], FALSE_ALARMS)
+    box = white_box(model, x[:3])
     live = model(x)
     logits, score = box.differentiable(x)
     torch.testing.assert_close(logits, live.logits)
@@ -53,7 +53,7 @@ def test_the_white_box_is_the_detector_with_derivatives(model: TwoStageModel) ->
 
 def test_the_attack_misleads_within_its_radius_and_lowers_the_score(model: TwoStageModel) -> None:
     x, radius = images(4, 8), 0.2
-    box = white_box(model, x[:3], FALSE_ALARMS)
+    box = white_box(model, x[:3])
     labels = model(x).logits.argmax(1)
     found = {weight: attack(box, x, labels, radius, weight, 1, seed=0) for weight in (0.0, None)}
     scores = {}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from contextlib import nullcontext as does_not_raise
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +98,36 @@ def test_the_network_of_files_answers_as_its_onnx_file(monkeypatch: pytest.Monke
     kept, places = source.case("UTF-16", "test", 30)
     assert len(kept) == len(places) <= 30
     assert not {content for content, _ in source._parts["fit"]} & {content for content, _ in source._parts["test"]}
+    source._parts["MATLAB data"].clear()
+    with pytest.raises(FileNotFoundError, match="files for the case 'MATLAB data'"):
+        source.case("MATLAB data", "test", 30)
+
+
+@pytest.mark.parametrize(("moved", "outcome"), [(1, does_not_raise()), (32, pytest.raises(ValueError, match="differ"))])
+def test_files_whose_norm_rounds_do_not_refuse_the_network(
+    moved: int, outcome: AbstractContextManager[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    try:
+        source = files.Files(0)
+    except ModuleNotFoundError:
+        pytest.skip("magika is not installed")
+    texts = torch.randint(32, 127, (32, 2 * files.ENDS), generator=torch.Generator().manual_seed(0))
+    session = runtime.InferenceSession
+
+    class Rounding:
+        def __init__(self, path: Path) -> None:
+            self.session = session(path)
+
+        def run(self, names: None, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+            (found,) = self.session.run(names, inputs)
+            found[:moved] += 0.002
+            return [found]
+
+    monkeypatch.setattr(runtime, "InferenceSession", Rounding)
+    monkeypatch.setattr(source, "files", lambda part, count: (texts, None))
+    with outcome:
+        assert source.model.head.out_features == len(source.kinds)
 
 
 def _truncate(path: Path) -> None:

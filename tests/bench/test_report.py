@@ -82,9 +82,8 @@ def test_no_message_ends_its_cell() -> None:
 
 
 def test_no_line_runs_through_the_words_of_a_figure() -> None:
-    _, panel = figures.stacked(
-        {"head": [("fastgrad", 1.0), ("softmax", 0.9)]}, figures.colours(["fastgrad", "softmax"]), ".2f"
-    )
+    colours = figures.colours(["fastgrad", "softmax"])
+    (panel,) = figures.stacked({"head": [("fastgrad", 1.0), ("softmax", 0.9)]}, colours, ".2f", "AUROC").axes
     assert [label.get_text() for label in panel.texts] == ["head", "1.00", "0.90"]
     assert all(label.get_bbox_patch().get_facecolor()[:3] == (1, 1, 1) for label in panel.texts)
 
@@ -191,14 +190,14 @@ def test_tables_with_rows_of_their_own_have_a_figure(tmp_path: pathlib.Path, nam
 def test_the_figure_of_second_answers_shows_the_strongest_without_h() -> None:
     accuracies = {"network": 0.5, "H on h, gated": 0.6, "H on h": 0.9, "batch norm adapted": 0.7, "SimCLR": 0.4}
     rows = [{"network": "a", "method": name, "case": "unlike", "accuracy": p} for name, p in accuracies.items()]
-    made = detection.second_answers(
-        [*rows, {"network": "b", "not run": "no weights"}], {"a": ["A", True], "b": ["B", True]}
-    )
+    rows.append({"network": "b", "not run": "no weights"})
+    made = detection.second_answers({"rows": rows, "networks": {"a": ["A", True], "b": ["B", True]}})
     assert [bar.get_width() for bar in made.axes[0].patches] == pytest.approx([50, 60, 70])
 
 
 def test_the_figure_of_found_attacks_leaves_out_what_misleads_nothing() -> None:
     row = {"network": "a", "case": "2/255", "method": "default", "found, selective": 0, "misled, selective": 0}
-    made = detection.found_attacks([row | {"found, AutoAttack": 1, "misled, AutoAttack": 4}], {"a": "A"})
+    both = row | {"found, AutoAttack": 1, "misled, AutoAttack": 4}
+    made = detection.found_attacks({"rows": [both], "networks": {"a": "A"}})
     assert [bar.get_width() for bar in made.axes[0].patches] == [25]
-    assert not detection.found_attacks([row], {"a": "A"}).axes[0].patches
+    assert not detection.found_attacks({"rows": [row], "networks": {"a": "A"}}).axes[0].patches

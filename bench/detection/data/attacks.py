@@ -7,8 +7,6 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-_BOUNDED = ("FGSM", "BIM", "IterLL", "PGD")
-
 
 def attack(
     model: nn.Module, images: Tensor, labels: Tensor, name: str, *, seed: int, epsilon: float = 8 / 255,
@@ -42,5 +40,6 @@ def attack(
         "DeepFool": lambda: foolbox.attacks.L2DeepFoolAttack(steps=deepfool[0], candidates=deepfool[1]),
         "Semantic": lambda: foolbox.attacks.InversionAttack(),
     }[name]()
-    _, attacked, _ = method(wrapped, images, criterion, epsilons=epsilon if name in _BOUNDED else None)
+    bound = epsilon if name in ("FGSM", "BIM", "IterLL", "PGD") else None
+    _, attacked, _ = method(wrapped, images, criterion, epsilons=bound)
     return attacked.detach()

@@ -146,7 +146,10 @@ class Files:
         return torch.tensor([tokens(content) for content in contents]), torch.tensor(labels)
 
     def case(self, name: str, part: str, count: int) -> tuple[Tensor, Tensor]:
-        """Inputs of a case, and the places of the files of a part whose kind they have; -1 for those of none."""
+        """Inputs of a case, and the places of the files of a part whose kind they have.
+
+        The place is -1 where they have none; those that the network says are of none are left out.
+        """
         if name in UNKNOWN:
             made = [(tokens(content), -1) for content, _ in self._parts[name][:count]]
         else:
@@ -154,8 +157,11 @@ class Files:
             contents = [content for content, _ in self._parts[part][: count + 1]]
             changed = [change(*two, rng) for two in pairwise(contents)]
             made = [(tokens(content or b""), place if name in CHANGED else -1) for place, content in enumerate(changed)]
-        inputs, source = zip(*(one for one in made if one[0] is not None), strict=True)
-        return torch.tensor(inputs), torch.tensor(source)
+        if not (found := [one for one in made if one[0] is not None]):
+            raise FileNotFoundError(f"this installation must hold files for the case {name!r}; it holds none")
+        inputs, source = map(torch.tensor, zip(*found, strict=True))
+        kept = (source >= 0) | ~torch.isin(self.model(inputs).argmax(1), self.none)
+        return inputs[kept], source[kept]
 
     @cached_property
     def model(self) -> Network:
@@ -172,8 +178,8 @@ class Files:
             value.copy_(torch.tensor(held[name]).reshape(value.shape))
         x = self.files("test", 32)[0]
         (expected,) = onnxruntime.InferenceSession(self.path).run(None, {"bytes": x.int().numpy()})
-        # The file's layer norm takes the variance from the mean of squares: it is .0007 off in float32, this one 4e-6.
-        if (error := float(np.abs(model(x).softmax(1).detach().numpy() - expected).max())) > 1e-3:
+        # The file's layer norm takes the variance from the mean of squares: in float32 it is .001 off for single files.
+        if (error := float(np.abs(model(x).softmax(1).detach().numpy() - expected).max(1).mean())) > 1e-4:
             raise ValueError(f"{self.path} must give the probabilities of this network; they differ by {error}")
         return model
 

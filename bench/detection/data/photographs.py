@@ -1,8 +1,4 @@
-"""Photographs of ImageNet's classes at 224 x 224 pixels, and a network of published size that knows them.
-
-``imagenet-sample-256.npz`` and ``textures-256.npz`` hold JPEG files of 256 x 256 pixels, quality 90, full chroma. Every
-other set is enlarged to that size and passes once through the same compression; the network sees centre crops.
-"""
+"""Photographs of ImageNet's classes at 224 x 224 pixels, and a network of published size that knows them."""
 
 from __future__ import annotations
 
@@ -19,8 +15,6 @@ from torch import Tensor, nn
 from bench.detection.architectures import Normalize
 from bench.detection.data import sets
 
-#: What the network takes: pixels in [0, 1] less the mean, over the deviation.
-MEAN, STD = 0.498, 0.502
 SIDE, CROP = 256, 224
 
 
@@ -35,7 +29,7 @@ def network(size: int = 0) -> nn.Module:
     net.load_state_dict(torch.load(file, weights_only=True))
     side = EfficientNet.get_image_size(name)
     enlarge = [] if side == CROP else [nn.Upsample((side, side), mode="bicubic")]
-    return nn.Sequential(*enlarge, Normalize([MEAN] * 3, [STD] * 3), net).eval()
+    return nn.Sequential(*enlarge, Normalize([0.498] * 3, [0.502] * 3), net).eval()
 
 
 def stages(model: Any) -> list[nn.Module]:

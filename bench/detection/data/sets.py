@@ -1,9 +1,6 @@
 """Data sets from a folder that the user names: ``.npz`` files first, torchvision's own layout second.
 
-``<name>.npz`` holds ``uint8`` images ``(n, H, W)`` or ``(n, H, W, 3)`` as ``train_images``, ``train_labels``,
-``test_images``, ``test_labels``, or only ``images`` for a set used for testing alone. A compressed set
-holds JPEG files back to back instead: image i is ``test_jpeg[test_offsets[i]:test_offsets[i + 1]]``, likewise
-``train_``.
+``bench/detection/README.md`` says what the files hold.
 """
 
 from __future__ import annotations
@@ -140,9 +137,7 @@ def load(root: Path, name: str, part: str = "test", limit: int | None = None, st
     if name not in SETS:
         raise ValueError(f"name must be one of {', '.join(SETS)}; it was {name!r}")
     files, loader = SETS[name]
-    for path in (root / f"{file}.npz" for file in files):
-        if not path.exists():
-            continue
+    for path in filter(Path.exists, (root / f"{file}.npz" for file in files)):
         try:
             split = _from_npz(path, name, part, limit, start)
         except Exception as error:  # readers raise many kinds where a file was cut off or overwritten
