@@ -33,9 +33,6 @@ X86 = {"DEFAULT": "x86-64", "AVX2": "haswell", "AVX512": "skylake-avx512"}
 #: would be leaves and their tensors lost.
 pytree = _pytree
 
-#: Raises RuntimeError unless a condition holds. Without, an ``if`` on a symbolic size would fix the size.
-check: Callable[[bool, Callable[[], str]], None] = torch._check
-
 #: Raises an error on the device. Without, a check of a target's values would wait for it and break a compiled graph.
 check_later = torch._assert_async
 

@@ -121,9 +121,9 @@ class Shadow:
         # PyTorch's own walks the tree for each, which for all layers takes as long as the copying.
         return self._named[path] if path in self._named else self.root.get_submodule(path)
 
-    def stand_ins(self, *, apart: bool) -> dict[int, int]:
-        """The number of every parameter, by its id and its copy's; ``apart`` gives the two different numbers."""
-        numbers = {key: 2 * i + apart for i, key in enumerate(self._copies)}
+    def stand_ins(self) -> dict[int, int]:
+        """The number of every parameter, by its id and its copy's; another one each unless ``recorded``."""
+        numbers = {key: 2 * i + (not self.recorded) for i, key in enumerate(self._copies)}
         return numbers | {id(value): 2 * i for i, value in enumerate(self._copies.values())}
 
     def settings(self, module: nn.Module) -> Settings:

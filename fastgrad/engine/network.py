@@ -112,7 +112,7 @@ class Network:
                     self._keep(candidate)
                     return output, shadow
             except OffPlanError as left:
-                reason = left.reason
+                reason = str(left)
             except Exception as error:
                 if not candidate.replaces or is_traced() or lacks_memory(error):
                     raise
@@ -180,7 +180,7 @@ class Network:
             if plan is None or is_traced():
                 output = shadow.root(*inputs[0], **inputs[1])
             else:
-                with noting(Steps(shadow.stand_ins(apart=not self.recorded))) as run.steps:
+                with noting(Steps(shadow.stand_ins())) as run.steps:
                     output = shadow.root(*inputs[0], **inputs[1])
         run.closed = True
         for reading in readings:

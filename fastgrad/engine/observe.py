@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastgrad._torch import pytree
 from fastgrad.engine.copy import Shadow, attach, detach_plain
-from fastgrad.engine.fallback import dense_grads, floating
+from fastgrad.engine.fallback import agree, dense_grads, floating
 from fastgrad.engine.layout import Layout, find_layout
 from fastgrad.engine.probe import nodes_behind
 from fastgrad.engine.state import RandomState
@@ -50,17 +50,18 @@ class Rows:
     """
 
     def __init__(self, inputs: Any) -> None:
-        # Held, so that no other tensor gets the id of one.
-        self._held: list[Tensor] = []
-        self._computed: set[int] = set()
-        self._gathered: set[int] = set()
-        #: Whether rows were gathered or reordered at all.
-        self.gathers = False
-        self._add(self._computed, inputs)
+        # By id. They are held, so that no other tensor gets the id of one.
+        self._computed = _tensors_in(inputs)
+        self._gathered: dict[int, Tensor] = {}
+
+    @property
+    def gathers(self) -> bool:
+        """Whether rows were gathered or reordered at all."""
+        return bool(self._gathered)
 
     def gathered(self, tree: Any) -> bool:
         """Whether a tensor in ``tree`` holds gathered rows."""
-        return any(id(leaf) in self._gathered for leaf in pytree.tree_leaves(tree))
+        return not self._gathered.keys().isdisjoint(_tensors_in(tree))
 
     def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Take up a call of a function."""
@@ -70,10 +71,9 @@ class Rows:
         # What is written to in place comes from what is written.
         first = args[0] if args else None
         written = (result, first) if name == "setitem" or getattr(function, "__name__", "").endswith("_") else result
-        self._add(self._computed, written)
+        self._computed |= _tensors_in(written)
         if self.gathered(first if name in _SCATTERING else (args, kwargs)) or self._gathers(name, args, kwargs):
-            self._add(self._gathered, result)
-            self.gathers = True
+            self._gathered |= _tensors_in(result)
 
     def _gathers(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if name == "einsum" and isinstance(args[0], str):
@@ -101,13 +101,11 @@ class Rows:
         return False
 
     def _computed_in(self, tree: Any) -> bool:
-        return any(id(leaf) in self._computed for leaf in pytree.tree_leaves(tree))
+        return not self._computed.keys().isdisjoint(_tensors_in(tree))
 
-    def _add(self, known: set[int], tree: Any) -> None:
-        for leaf in pytree.tree_leaves(tree):
-            if isinstance(leaf, Tensor):
-                self._held.append(leaf)
-                known.add(id(leaf))
+
+def _tensors_in(tree: Any) -> dict[int, Tensor]:
+    return {id(leaf): leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)}
 
 
 @dataclass
@@ -121,46 +119,10 @@ class Call:
     ordinal: int  # how many calls of the module came before
     inputs: list[tuple[int, ...] | None]  # shape of every leaf of its inputs, None for what is no tensor
     gathered: bool  # whether rows of inputs or outputs were gathered, see `Rows`
-    outputs: list[tuple[int, ...]] = field(default_factory=list)  # shapes of its floating-point outputs
+    outputs: list[Tensor] = field(default_factory=list)  # floating-point ones, without their graph
     precision: float = 0.0  # the relative rounding error of the coarsest numbers that it computed
     # Of outputs, by their number, the gradient of the chosen sample, once that was sent back.
     gradients: dict[int, Tensor] = field(default_factory=dict)
-
-
-class _Uses(TorchFunctionMode):
-    """Notes in ``seen`` which calls hand a parameter to a differentiable function.
-
-    By id, ``tracked`` are the names of what stands in for parameters, ``originals`` those of the user's own.
-    """
-
-    def __init__(self, seen: Observation, tracked: dict[int, str], originals: dict[int, str]) -> None:
-        super().__init__()
-        self.seen, self.tracked, self.originals = seen, tracked, originals
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result, seen = func(*args, **(kwargs or {})), self.seen
-        leaves = pytree.tree_leaves((args, kwargs))
-        found = [self.tracked[id(leaf)] for leaf in leaves if id(leaf) in self.tracked]
-        tensors = [r for r in pytree.tree_leaves(result) if isinstance(r, Tensor)]
-        if tensors:
-            seen.functions.append(getattr(func, "__name__", ""))
-            # A mask of zeros is no computation. Models in float64 have parts in float32.
-            if floating(args):
-                eps = max((torch.finfo(t.dtype).eps for t in floating(tensors)), default=0.0)
-                seen.precision = max(seen.precision, eps)
-                for call in map(seen.calls.__getitem__, seen.stack[1:]):
-                    call.precision = max(call.precision, eps)
-            seen.untracked |= {self.originals[id(leaf)] for leaf in leaves if id(leaf) in self.originals}
-        gathered = bool(found) and seen.rows.gathered((args, kwargs))
-        seen.rows.note(func, args, kwargs or {}, result)
-        if found and tensors:
-            name = getattr(func, "__name__", "").strip("_")
-            broadcast = name in _BROADCASTING and result.shape[:1] == (seen.samples,) and not gathered
-            for name in found:
-                seen.ranks[name].add(result.dim() if broadcast else None)
-                if any(r.requires_grad for r in tensors):
-                    seen.uses[name].add(seen.stack[-1])
-        return result
 
 
 def _keep(passes: list[None], gradients: dict[int, Tensor], position: int, gradient: Tensor) -> None:
@@ -170,7 +132,7 @@ def _keep(passes: list[None], gradients: dict[int, Tensor], position: int, gradi
         gradients[position] = gradient if known is None else known + gradient
 
 
-class Observation:
+class Observation(TorchFunctionMode):
     """What a network's model does with a few samples; what differs from ``fewer``, with one less, is the batch.
 
     ``training`` as for `Shadow`. ``rounded`` changes every parameter by a last place or so.
@@ -200,6 +162,7 @@ class Observation:
         training: bool = False,
         rounded: bool = False,
     ) -> None:
+        super().__init__()
         model, self.samples = network.model, samples
         self.calls: list[Call] = []
         self.stack = [-1]
@@ -212,7 +175,9 @@ class Observation:
         self._passes: list[None] = []
         self._times: Counter[str] = Counter()
         self._fewer = {} if fewer is None else {(call.path, call.ordinal): call for call in fewer.calls}
-        names = {id(p): name for name, p in model.named_parameters()}
+        # Names by id: of the user's own parameters, and of what stands in for them.
+        self._originals = names = {id(p): name for name, p in model.named_parameters()}
+        self._tracked: dict[int, str] = {}
         self.uses: dict[str, set[int]] = {name: set() for name in names.values()}
         self.ranks: dict[str, set[int | None]] = {name: set() for name in names.values()}
 
@@ -223,20 +188,46 @@ class Observation:
                     signs = torch.arange(value.numel(), device=value.device).cos().sign().reshape(value.shape)
                     value = value * (1 + torch.finfo(value.dtype).eps * signs.to(value.dtype))
                 value.requires_grad_()
-            self.parameters[names[id(parameter)]] = value
+            name = names[id(parameter)]
+            self.parameters[name], self._tracked[id(value)] = value, name
             return value
 
         shadow = Shadow(model, leaf, training=training, recorded=network.recorded)
         for path, original in model.named_modules():
             self._watch(original, shadow.modules[id(original)], path)
-        tracked = {id(value): name for name, value in self.parameters.items()}
         before = RandomState(model.modules())
-        with torch.enable_grad(), _Uses(self, tracked, names):
+        with self:
             output = shadow.root(*inputs[0], **inputs[1])
         self.drew = not before.same()
         self.outputs = network.tensors(output)
         reached = (id(getattr(node, "variable", None)) for node in nodes_behind(floating(output)))
         self.untracked |= {names[key] for key in reached if key in names}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function, and note which calls hand a parameter to a differentiable one."""
+        result = func(*args, **(kwargs or {}))
+        leaves = pytree.tree_leaves((args, kwargs))
+        found = [self._tracked[id(leaf)] for leaf in leaves if id(leaf) in self._tracked]
+        tensors = [r for r in pytree.tree_leaves(result) if isinstance(r, Tensor)]
+        if tensors:
+            self.functions.append(getattr(func, "__name__", ""))
+            # A mask of zeros is no computation. Models in float64 have parts in float32.
+            if floating(args):
+                eps = max((torch.finfo(t.dtype).eps for t in floating(tensors)), default=0.0)
+                self.precision = max(self.precision, eps)
+                for call in map(self.calls.__getitem__, self.stack[1:]):
+                    call.precision = max(call.precision, eps)
+            self.untracked |= {self._originals[id(leaf)] for leaf in leaves if id(leaf) in self._originals}
+        gathered = bool(found) and self.rows.gathered((args, kwargs))
+        self.rows.note(func, args, kwargs or {}, result)
+        if found and tensors:
+            name = getattr(func, "__name__", "").strip("_")
+            broadcast = name in _BROADCASTING and result.shape[:1] == (self.samples,) and not gathered
+            for name in found:
+                self.ranks[name].add(result.dim() if broadcast else None)
+                if any(r.requires_grad for r in tensors):
+                    self.uses[name].add(self.stack[-1])
+        return result
 
     def _watch(self, original: nn.Module, copy: nn.Module, path: str) -> None:
         # Weakly: the calls hold the copy, and so its hooks.
@@ -256,7 +247,7 @@ class Observation:
                 pass
             call.gathered = call.gathered or own.rows.gathered(output)
             for position, tensor in enumerate(floating(output)):
-                call.outputs.append(tuple(tensor.shape))
+                call.outputs.append(tensor.detach())
                 own.bytes += tensor.numel() * tensor.element_size()
                 if tensor.requires_grad:
                     # The hook must not lead to the graph, which holds it: neither sees the other's garbage.
@@ -295,10 +286,16 @@ class Observation:
         other = self._fewer.get((call.path, call.ordinal))
         if other is None or len(other.outputs) != len(call.outputs):
             return [None]
-        return [
-            find_layout(shape, less, call.gradients.get(i), self.samples)
-            for i, (shape, less) in enumerate(zip(call.outputs, other.outputs, strict=True))
-        ]
+        layouts: list[Layout | None] = []
+        for i, (out, less) in enumerate(zip(call.outputs, other.outputs, strict=True)):
+            gradient = call.gradients.get(i)
+            layout = find_layout(tuple(out.shape), tuple(less.shape), gradient, self.samples)
+            if layout and layout.kind != "single" and not self.drew and (gradient is None or not gradient.any()):
+                # No gradient shows the order of the samples: it is that of the inputs where one less leaves the others.
+                rows, fewer = layout.batch_first(out, self.samples), layout.batch_first(less, self.samples - 1)
+                layout = layout if agree(fewer, rows[:-1], call.precision) else None
+            layouts.append(layout)
+        return layouts
 
     def batched_leaves(self, call: Call) -> tuple[bool, ...] | None:
         """Which input leaves of a call carry the batch in dimension 0; None where it lies elsewhere."""

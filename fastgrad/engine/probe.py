@@ -47,7 +47,7 @@ class _Tap(torch.autograd.Function):
             ctx.mark_dirty(*outputs)
         else:
             outputs = tuple(output.clone() for output in outputs)
-        return outputs[0] if count == 1 else outputs
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -58,10 +58,6 @@ class _Tap(torch.autograd.Function):
         if torch.is_grad_enabled():
             gradients = _Graphed.apply(ctx.probe, *gradients)
         return (None, None, None, *gradients, norms, *[None] * ctx.saved_count)
-
-
-class GraphedError(ValueError):
-    """Squared norms were asked for of outputs that are computed from gradients."""
 
 
 class _Graphed(torch.autograd.Function):
@@ -75,7 +71,7 @@ class _Graphed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         if id(ctx.probe) in _requested:
-            raise GraphedError(
+            raise ValueError(
                 "outputs must not be computed from gradients that passed the recorded model (create_graph=True, as for "
                 "a gradient penalty): its layers then have a part in them of which no gradient per sample is known. "
                 "Take these gradients in the forward of a module of your own, and record this"
@@ -96,8 +92,7 @@ def tap(
     saved = [t.detach() for t in saved]
     if in_place:
         outputs = [drop_view_base(t) for t in outputs]
-    passed = _Tap.apply(norms, len(outputs), in_place, *outputs, probe, *saved)
-    return [passed] if len(outputs) == 1 else list(passed)
+    return list(_Tap.apply(norms, len(outputs), in_place, *outputs, probe, *saved))
 
 
 def nodes_behind(outputs: Iterable[Any], stops: Container[int] = ()) -> Iterator[Any]:

@@ -30,11 +30,7 @@ Replay = Callable[[Any, Any, Sequence[Tensor]], Tensor]
 
 
 class OffPlanError(Exception):
-    """A forward pass uses ``parameters`` in a way that its plan does not know."""
-
-    def __init__(self, parameters: tuple[str, ...], reason: str) -> None:
-        super().__init__(reason)
-        self.parameters, self.reason = parameters, reason
+    """A forward pass uses parameters in a way that its plan does not know."""
 
 
 class Run:
@@ -89,17 +85,19 @@ class RuledSite(Site):
 
     local: Mapping[str, str]  # of all the module's parameters, the names that the rule gives them by those in the model
     layout: Layout  # where the batch lies in the layer's input and first output
+    rule: LayerRule | ReplayRule
 
     def require_layout(self, run: Run, output: Tensor) -> None:
         """Leave the plan if the batch is not where it was."""
         if not self.layout.holds(output, run.samples):
             # The model may catch it, but the pass remembers.
-            reason = f"gives {self.path!r} inputs with the batch in another place than before"
-            run.left = OffPlanError(self.parameters, reason)
+            run.left = OffPlanError(f"gives {self.path!r} inputs with the batch in another place than before")
             raise run.left
 
-    def columns(self, norms: Mapping[str, Tensor]) -> Tensor:
-        """A rule's answer as ``(B, m)``."""
+    def norms(self, run: Run, *given: Any) -> Tensor:
+        """The rule's answer as ``(B, m)``."""
+        with bind_contextvar(implementation, run.impl):
+            norms = self.rule.function(*given)
         return torch.stack([norms[self.local[name]] for name in self.parameters], 1)
 
 
@@ -123,8 +121,7 @@ class LayerSite(RuledSite):
         def norms(saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
             held.require()
             a, g = (self.layout.batch_first(x[0], run.samples) for x in (saved, gradients))
-            with bind_contextvar(implementation, run.impl):
-                return self.columns(self.rule.function(module, a, g))
+            return self.norms(run, module, a, g)
 
         in_place = self.rule.in_place and not single
         return tap([output], [value], run.probe(self, output), norms, in_place=in_place)[0]
@@ -212,13 +209,7 @@ class ReplaySite(RecomputedSite, RuledSite):
 
     def _replay(self, run: Run, shadow: Shadow, outputs: list[Tensor], settings: Settings) -> Replay:
         self.require_layout(run, outputs[0])
-        module = shadow.submodule(self.path)
-
-        def replay(args: Any, kwargs: Any, gradients: Sequence[Tensor]) -> Tensor:
-            with bind_contextvar(implementation, run.impl):
-                return self.columns(self.rule.function(module, args, kwargs, gradients))
-
-        return replay
+        return functools.partial(self.norms, run, shadow.submodule(self.path))
 
 
 @dataclass(frozen=True)

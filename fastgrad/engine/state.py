@@ -63,18 +63,24 @@ class RandomState:
         random.setstate(self._python)
 
 
-def apart(value: Any, tensor: Callable[[Tensor], Tensor], known: dict[int, Any] | None = None) -> Any:
+#: By the id of what was copied, it and its copy. It is held, so that nothing else gets its id.
+Copied = dict[int, tuple[Any, Any]]
+
+
+def apart(value: Any, tensor: Callable[[Tensor], Tensor], known: Copied | None = None) -> Any:
     """A copy of an object that a module is given and may write to, as a cache of keys and values, at all depths.
 
-    ``tensor`` gives what it holds in place of each tensor. Modules, functions and classes are shared.
+    ``tensor`` gives what it holds in place of each tensor. Modules, functions and classes are shared. What is one
+    object stays so, also in several calls with the same ``known``.
     """
-    if isinstance(value, Tensor):
-        return tensor(value)
-    if type(value) in PLAIN or isinstance(value, enum.Enum) or callable(value):
-        return value
     known = {} if known is None else known
     if id(value) in known:
-        return known[id(value)]
+        return known[id(value)][1]
+    if isinstance(value, Tensor):
+        known[id(value)] = value, tensor(value)
+        return known[id(value)][1]
+    if type(value) in PLAIN or isinstance(value, enum.Enum) or callable(value):
+        return value
     held = getattr(value, "__dict__", None)
     if type(value) not in (*CONTAINERS, defaultdict) and type(held) is not dict:
         return value
@@ -84,12 +90,17 @@ def apart(value: Any, tensor: Callable[[Tensor], Tensor], known: dict[int, Any] 
         # What cannot be copied is shared, as a handle of the system's.
         return value
     # Objects may lead back to themselves.
-    known[id(value)] = made
+    known[id(value)] = value, made
     if type(value) is tuple:
-        made = known[id(value)] = tuple(apart(item, tensor, known) for item in value)
+        made = tuple(apart(item, tensor, known) for item in value)
+        known[id(value)] = value, made
     else:
         _fill(made, value, lambda item: apart(item, tensor, known))
     return made
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _fill(target: Any, source: Any, each: Callable[[Any], Any]) -> None:
@@ -129,16 +140,10 @@ class Snapshot:
         self._copied = Versions(copied)
         self._values = {id(b): b.detach().clone() for b in copied if b is not None}
         self._kept = Versions(kept)
-        leaves = pytree.tree_leaves(inputs)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-        def hold(tensor: Tensor) -> Tensor:
-            tensors.append(tensor)
-            return tensor
-
-        copies = [(leaf, apart(leaf, hold)) for leaf in leaves if not isinstance(leaf, Tensor)]
+        known: Copied = {}
+        copies = [(leaf, apart(leaf, _itself, known)) for leaf in pytree.tree_leaves(inputs)]
         self._objects = [(leaf, kept) for leaf, kept in copies if kept is not leaf]
-        self._inputs = Versions(tensors)
+        self._inputs = Versions(value for value, _ in known.values() if isinstance(value, Tensor))
 
     def restore(self) -> None:
         """Put everything back; ValueError where a buffer was written that had not been copied, or a tensor given."""
@@ -147,9 +152,9 @@ class Snapshot:
             for buffer in self._copied.modified():
                 buffer.copy_(self._values[id(buffer)])
         # Objects may lead back to themselves.
-        known = {id(copy): leaf for leaf, copy in self._objects}
+        known: Copied = {id(copy): (copy, leaf) for leaf, copy in self._objects}
         for leaf, copy in self._objects:
-            _fill(leaf, copy, lambda item: apart(item, lambda tensor: tensor, known))
+            _fill(leaf, copy, lambda item: apart(item, _itself, known))
         for what, tensors in (("buffers", self._kept), ("inputs", self._inputs)):
             for tensor in tensors.modified():
                 raise ValueError(
@@ -165,14 +170,10 @@ class Copies:
     """
 
     def __init__(self, shared: Any = ()) -> None:
-        self._shared: set[int] = set()
+        known: Copied = {}
+        pytree.tree_map(lambda leaf: apart(leaf, _itself, known), shared)
+        self._shared = set(known)
         self._made: dict[int, tuple[Tensor, Versions]] = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            self._shared.add(id(tensor))
-            return tensor
-
-        pytree.tree_map(lambda leaf: apart(leaf, note), shared)
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """A copy out of any graph, of the same class."""
@@ -189,16 +190,9 @@ class Copies:
 def undone(model: nn.Module, inputs: Any = (), copies: Copies | None = None) -> Iterator[Any]:
     """Take back what passes do to random numbers and buffers; gives a copy of ``inputs``, which they may write to."""
     before = Snapshot(list(model.modules()), every=True)
-    copy, made = copies or Copies(), dict[int, Tensor]()
-
-    def copied(tensor: Tensor) -> Tensor:
-        # Two names of one tensor stay so.
-        if id(tensor) not in made:
-            made[id(tensor)] = copy(tensor)
-        return made[id(tensor)]
-
+    copy, known = copies or Copies(), Copied()
     try:
-        yield pytree.tree_map(lambda leaf: apart(leaf, copied), inputs)
+        yield pytree.tree_map(lambda leaf: apart(leaf, copy, known), inputs)
     finally:
         before.restore()
 

@@ -21,8 +21,7 @@ from fastgrad.engine.layout import CHOSEN, SAMPLES, find_layout, probe_cotangent
 from fastgrad.engine.memory import lacks_memory
 from fastgrad.engine.observe import Observation
 from fastgrad.engine.plan import Known, Plan, PlanConstraints, Planner
-from fastgrad.engine.probe import GraphedError
-from fastgrad.engine.run import OffPlanError, Run
+from fastgrad.engine.run import Run
 from fastgrad.engine.state import Copies, NotRepeatableError, undone
 
 if TYPE_CHECKING:
@@ -83,15 +82,12 @@ class Trial:
             try:
                 found = [self._disagreeing(plan, [check], self._inputs, self._count) for check in self._checks]
                 wrong = frozenset().union(*found)
-            except OffPlanError as error:
-                wrong = frozenset(error.parameters)
-            except GraphedError:
-                # The model itself takes gradients, as forces are those of an energy.
-                wrong = frozenset(plan.routes)
             except Exception as error:
                 if lacks_memory(error) or isinstance(error, NotRepeatableError):
                     raise
-                # Whatever a model raises that is given one copy of a parameter per sample, or mapped over samples.
+                # Whatever a model raises that is given one copy of a parameter per sample, or mapped over samples; and
+                # what sites raise where a layer gets the batch in another place, or the model itself takes gradients,
+                # as forces are those of an energy.
                 failure = error
             if failure is None and not wrong:
                 # Functions may not bear several gradients at once, or get them wrong.
@@ -161,7 +157,7 @@ class Trial:
             expected[check.sample] = torch.stack([truth.get(name, zero) for name in plan.routes])
             # A wrong route is wrong by a factor; this is no test of accuracy.
             precision = max(self._precision, precision_of(check.truth))
-            tolerance = min(0.5, 1e4 * precision) if precision > 1e-6 else 1e-2
+            tolerance = min(0.5, max(1e-2, 1e4 * precision))
             # What no function is seen to use has a gradient where one that was not seen uses it, as under a transform.
             used = features.new_tensor([route.route != "zero" for route in plan.routes.values()])
             right = ((features - expected).abs() <= tolerance * expected + rounding(check.truth) * used).all(0)

@@ -171,11 +171,11 @@ class GradientFeatures:
                 return self._empty(args, kwargs)
             plan = self._network.plan(args, kwargs, samples)
             chunk = self._chunk(plan, args, kwargs, samples)
-            if chunk is None:
+            if chunk >= samples:
                 return self._piece(plan, args, kwargs, target)
             parts = []
             for start in range(0, samples, chunk):
-                index = slice(start, min(start + chunk, samples))
+                index = slice(start, start + chunk)
                 part = take((args, kwargs), index, samples, plan.known.carriers)
                 parts.append(self._piece(plan, *part, None if target is None else target[index]))
             return torch.cat([logits for logits, _ in parts]), torch.cat([features for _, features in parts])
@@ -260,20 +260,19 @@ class GradientFeatures:
             deltas.append(losses.delta(z, value, loss=loss, reduction=self.reduction))
         return torch.stack(deltas)
 
-    def _chunk(self, plan: Plan, args: Any, kwargs: Any, samples: int) -> int | None:
-        chunk = self.chunk_size
-        if chunk is None:
-            tensors = input_tensors(args, kwargs)
-            elements = sum(t.numel() for t in tensors)
-            # Layer outputs stay for the backward pass, whose gradients and scratch take about as much again.
-            per_sample = max(1.0, 2 * plan.bytes_per_element * elements / samples)
-            if self.memory_budget is not None:
-                chunk = max(1, int(self.memory_budget / per_sample))
-            elif tensors[0].device.type == "cpu":
-                chunk = max(_CPU_SAMPLES, int(_CPU_WORKING_SET / per_sample))
-                # Pieces of equal size: a short last one would waste the most.
-                chunk = math.ceil(samples / math.ceil(samples / chunk))
-        return None if chunk is None or chunk >= samples else chunk
+    def _chunk(self, plan: Plan, args: Any, kwargs: Any, samples: int) -> int:
+        if self.chunk_size is not None:
+            return self.chunk_size
+        tensors = input_tensors(args, kwargs)
+        # Layer outputs stay for the backward pass, whose gradients and scratch take about as much again.
+        per_sample = max(1.0, 2 * plan.bytes_per_element * sum(t.numel() for t in tensors) / samples)
+        if self.memory_budget is not None:
+            return max(1, int(self.memory_budget / per_sample))
+        if tensors[0].device.type != "cpu":
+            return samples
+        chunk = max(_CPU_SAMPLES, int(_CPU_WORKING_SET / per_sample))
+        # Pieces of equal size: a short last one would waste the most.
+        return math.ceil(samples / math.ceil(samples / chunk))
 
     def _empty(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
         refuse_mixing(self.model, training=False)

@@ -46,8 +46,8 @@ def multihead_attention(
         inputs, grad = [x.transpose(0, 1) for x in inputs], grad.transpose(0, 1)
     samples, length = inputs[0].shape[:2]
     heads = module.num_heads
-    packed, bias = module.in_proj_weight is not None, module.in_proj_bias
-    weights = module.in_proj_weight.chunk(3) if packed else [getattr(module, name) for name in _SEPARATE]
+    packed, bias = module.in_proj_weight, module.in_proj_bias
+    weights = [getattr(module, name) for name in _SEPARATE] if packed is None else packed.chunk(3)
     biases = [None] * 3 if bias is None else bias.to(dtype).chunk(3)
     with torch.enable_grad():
         leaves = [leaf(F.linear(x.detach(), w.to(dtype), b)) for x, w, b in zip(inputs, weights, biases, strict=True)]
@@ -82,16 +82,15 @@ def multihead_attention(
             grads.append(gradients[1].to(dtype))
         found = torch.autograd.grad(outputs, [*leaves, *extra.values()], grads)
     per_projection = [weight_sqnorm(x, g) for x, g in zip(inputs, found[:3], strict=True)]
-    norms = {
+    # Of the weights' names the module has one or three.
+    return {
         "out_proj.weight": weight_sqnorm(context.detach(), grad),
         "out_proj.bias": bias_sqnorm(grad),
-        "in_proj_bias": sum((bias_sqnorm(g) for g in found[1:3]), bias_sqnorm(found[0])),
+        "in_proj_weight": torch.stack(per_projection).sum(0),
+        **dict(zip(_SEPARATE, per_projection, strict=True)),
+        "in_proj_bias": torch.stack([bias_sqnorm(g) for g in found[:3]]).sum(0),
+        **{name: bias_sqnorm(g) for name, g in zip(extra, found[3:], strict=True)},
     }
-    if packed:
-        norms["in_proj_weight"] = per_projection[0] + per_projection[1] + per_projection[2]
-    else:
-        norms |= dict(zip(_SEPARATE, per_projection, strict=True))
-    return norms | {name: bias_sqnorm(g) for name, g in zip(extra, found[3:], strict=True)}
 
 
 ATTENTION = ReplayRule("multi-head attention", multihead_attention, children=("out_proj.weight", "out_proj.bias"))

@@ -16,33 +16,28 @@ from fastgrad.losses import compute_dtype
 
 
 class _Direction:
-    """One direction of one layer, unrolled in time.
+    """One direction of one layer, unrolled in time: for ``x`` ``(B, T, C)`` and the initial state all hidden states.
 
-    The gradients of zeros added to every step's linear maps are the gradients at the outputs of these maps.
+    The gradients of zeros added to every step's linear maps are the gradients at the outputs of these maps. ``hidden``
+    and ``cell`` become the last state.
     """
 
-    def __init__(self, module: nn.RNNBase, suffix: str, dtype: torch.dtype) -> None:
-        self.module, self.suffix, self.dtype = module, suffix, dtype
-        self.inputs: dict[str, Tensor] = {}
-        self.added: dict[str, Tensor] = {}
+    def __init__(self, module: nn.RNNBase, suffix: str, x: Tensor, hidden: Tensor, cell: Tensor) -> None:
+        def parameter(name: str) -> Any:
+            value = getattr(module, f"{name}_{suffix}", None)
+            return None if value is None else value.to(x.dtype)
 
-    def _parameter(self, name: str) -> Any:
-        value = getattr(self.module, f"{name}_{self.suffix}", None)
-        return None if value is None else value.to(self.dtype)
-
-    def run(self, x: Tensor, hidden: Tensor, cell: Any, reverse: bool) -> Tensor:
-        """All hidden states for ``x`` ``(B, T, C)`` and the initial state; keep the last state in ``hidden, cell``."""
         samples, steps = x.shape[:2]
-        w_ih, w_hh, w_hr = (self._parameter(f"weight_{name}") for name in ("ih", "hh", "hr"))
-        self.added["ih"] = leaf(x.new_zeros(samples, steps, w_ih.shape[0]))
-        projected = F.linear(x, w_ih, self._parameter("bias_ih")) + self.added["ih"]
-        mode, b_hh = self.module.mode, self._parameter("bias_hh")
+        w_ih, w_hh, w_hr = (parameter(f"weight_{name}") for name in ("ih", "hh", "hr"))
+        self.added = {"ih": leaf(x.new_zeros(samples, steps, w_ih.shape[0]))}
+        projected = F.linear(x, w_ih, parameter("bias_ih")) + self.added["ih"]
+        mode, b_hh = module.mode, parameter("bias_hh")
         if mode == "GRU":
             self.added["hh"] = leaf(torch.zeros_like(self.added["ih"]))
         if w_hr is not None:
             self.added["hr"] = leaf(x.new_zeros(samples, steps, w_hr.shape[0]))
         before, unprojected, states = [hidden] * steps, [hidden] * steps, [hidden] * steps
-        for t in reversed(range(steps)) if reverse else range(steps):
+        for t in reversed(range(steps)) if suffix.endswith("reverse") else range(steps):
             before[t] = hidden
             recurrent = F.linear(hidden, w_hh, b_hh)
             if mode == "LSTM":
@@ -66,17 +61,7 @@ class _Direction:
         self.inputs = {"ih": x.detach(), "hh": torch.stack(before, 1).detach()}
         if w_hr is not None:
             self.inputs["hr"] = torch.stack(unprojected, 1).detach()
-        self.hidden, self.cell = hidden, cell
-        return torch.stack(states, 1)
-
-    def norms(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Squared norms from the gradients of what was added."""
-        gradients = {"hh": gradients["ih"], **gradients}
-        norms = {}
-        for name, a in self.inputs.items():
-            norms[f"weight_{name}_{self.suffix}"] = weight_sqnorm(a, gradients[name])
-            norms[f"bias_{name}_{self.suffix}"] = bias_sqnorm(gradients[name])
-        return norms
+        self.suffix, self.states, self.hidden, self.cell = suffix, torch.stack(states, 1), hidden, cell
 
 
 def recurrent(
@@ -93,27 +78,27 @@ def recurrent(
         widths = (module.proj_size or module.hidden_size, module.hidden_size)
         state = [x.new_zeros(both * module.num_layers, x.shape[0], width) for width in widths]
     elif module.mode != "LSTM":
-        state = [state]
-    hiddens = state[0].to(dtype).unbind(0)
-    cells = state[1].to(dtype).unbind(0) if module.mode == "LSTM" else None
+        state = [state, state]
+    hiddens, cells = (part.to(dtype).unbind(0) for part in state)
     directions: list[_Direction] = []
     with torch.enable_grad():
         for layer in range(module.num_layers):
-            parts = []
-            for reverse in range(both):
+            for suffix in (f"l{layer}", f"l{layer}_reverse")[:both]:
                 index = len(directions)
-                directions.append(_Direction(module, f"l{layer}" + ("_reverse" if reverse else ""), dtype))
-                cell = None if cells is None else cells[index]
-                parts.append(directions[index].run(x, hiddens[index], cell, bool(reverse)))
-            x = torch.cat(parts, -1) if both == 2 else parts[0]
+                directions.append(_Direction(module, suffix, x, hiddens[index], cells[index]))
+            x = torch.cat([each.states for each in directions[-both:]], -1)
         outputs = [x if module.batch_first else x.transpose(0, 1), torch.stack([each.hidden for each in directions])]
-        if cells is not None:
+        if module.mode == "LSTM":
             outputs.append(torch.stack([each.cell for each in directions]))
         leaves = [zeros for direction in directions for zeros in direction.added.values()]
         found = iter(torch.autograd.grad(outputs, leaves, [g.to(dtype) for g in gradients]))
     norms: dict[str, Tensor] = {}
     for direction in directions:
-        norms |= direction.norms({name: next(found) for name in direction.added})
+        at = {name: next(found) for name in direction.added}
+        at.setdefault("hh", at["ih"])
+        for name, a in direction.inputs.items():
+            norms[f"weight_{name}_{direction.suffix}"] = weight_sqnorm(a, at[name])
+            norms[f"bias_{name}_{direction.suffix}"] = bias_sqnorm(at[name])
     return norms
 
 

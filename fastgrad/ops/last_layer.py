@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from fastgrad import losses
-from fastgrad._torch import check, is_transformed
+from fastgrad._torch import is_transformed
 from fastgrad.losses import compute_dtype
 from fastgrad.ops.dispatch import operator
 
@@ -167,32 +167,15 @@ def _some_units(weight: Tensor, h: Tensor, d: Tensor) -> Tensor:
     return products.sum(-1)
 
 
-def _contrast_shape(features: Tensor, logits: Tensor, *options: Any) -> Tensor:
-    check(
-        features.dim() == logits.dim() == 2 and features.shape[0] == logits.shape[0],
-        lambda: (
-            "features and logits must be matrices with one row a sample; "
-            f"their shapes were {tuple(features.shape)} and {tuple(logits.shape)}"
-        ),
-    )
-    return logits.new_empty(logits.shape, dtype=compute_dtype(logits.dtype))
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    """Norms without values, of logits of this dtype."""
+    return like.new_empty(shape, dtype=compute_dtype(like.dtype))
 
 
-def _linear_shapes(features: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    check(
-        features.dim() == weight.dim() == 2 and features.shape[1] == weight.shape[1],
-        lambda: (
-            "features and weight must be matrices with one column a feature; "
-            f"their shapes were {tuple(features.shape)} and {tuple(weight.shape)}"
-        ),
-    )
-    logits = features.new_empty((features.shape[0], weight.shape[0]))
-    return logits, torch.empty_like(logits, dtype=compute_dtype(logits.dtype))
-
-
-contrast_sqnorm = operator("contrast_sqnorm", _contrasts, _contrast_shape)
-target_sqnorm = operator("target_sqnorm", _target, lambda h, z, *_: _contrast_shape(h, z).new_empty(z.shape[:1]))
-linear_contrast_sqnorm = operator("linear_contrast_sqnorm", _linear, _linear_shapes)
-linear_contrast_stats = operator(
-    "linear_contrast_stats", _linear_stats, lambda h, w, *_: _linear_shapes(h, w)[1].new_empty((h.shape[0], 5))
-)
+contrast_sqnorm = operator("contrast_sqnorm", _contrasts, lambda h, z, *_: _empty(z, *z.shape))
+target_sqnorm = operator("target_sqnorm", _target, lambda h, z, *_: _empty(z, z.shape[0]))
+linear_contrast_sqnorm = operator(
+    "linear_contrast_sqnorm", _linear,
+    lambda h, w, *_: (h.new_empty((h.shape[0], w.shape[0])), _empty(h, h.shape[0], w.shape[0])),
+)  # fmt: skip
+linear_contrast_stats = operator("linear_contrast_stats", _linear_stats, lambda h, w, *_: _empty(h, h.shape[0], 5))

@@ -30,21 +30,6 @@ KNOWN_ARCHITECTURES = {
 INTERPRETER = Architecture("cpu", 0, 1, 1 << 20)
 
 
-@dataclass(frozen=True)
-class ContrastConfig:
-    """How ``contrast_sqnorm`` runs.
-
-    ``rows``: whole rows on chip; ``stream``: one row a program, two sweeps; ``split``: ``splits`` programs a row.
-    """
-
-    kind: Literal["rows", "stream", "split"]
-    block_n: int
-    block_d: int
-    rows: int = 1
-    splits: int = 1
-    num_warps: int = 4
-
-
 # The longest row that stays in the registers of one program: 32 logits in each of 512 threads.
 LONGEST_ROW = 16384
 
@@ -69,12 +54,12 @@ def _block(size: int, largest: int) -> int:
     return min(max(power_of_two(size), 16), largest)
 
 
-def contrast(B: int, N: int, D: int, loss: str, arch: Architecture) -> ContrastConfig:
-    """Choose for features ``(B, D)`` and logits ``(B, N)``.
+def contrast(B: int, N: int, D: int, loss: str, arch: Architecture) -> tuple[Options, int]:
+    """Choose for features ``(B, D)`` and logits ``(B, N)``; also how many programs share a row.
 
     A row up to ``LONGEST_ROW`` stays on chip, with 8 to 32 logits a thread (one or more 16-byte accesses), and
-    several short rows share a program as long as the programs still fill the device. Longer rows are swept twice, by
-    one program where the batch fills the device and by several where it does not.
+    several short rows (``ROWS``, given for these alone) share a program as long as the programs still fill the device.
+    Longer rows are swept twice, by one program where the batch fills the device and by several where it does not.
     """
     # Brier keeps twice as many numbers per logit.
     longest = LONGEST_ROW // 2 if loss == "brier" else LONGEST_ROW
@@ -90,7 +75,7 @@ def contrast(B: int, N: int, D: int, loss: str, arch: Architecture) -> ContrastC
         if arch.backend == "hip":
             warps = max(1, warps // 2)  # 64 threads each
         block_d = _block(D, max(16, 2048 // rows))
-        return ContrastConfig("rows", block, block_d, rows=rows, num_warps=warps)
+        return {"ROWS": rows, "BLOCK_N": block, "BLOCK_D": block_d, "num_warps": warps}, 1
     # Rows that are no whole 16 bytes take registers for addresses. Sigmoids and squares of unbounded logits need a few
     # more than eight warps have before sm_90, and squares since sm_100.
     parted = N % 8 != 0
@@ -102,36 +87,11 @@ def contrast(B: int, N: int, D: int, loss: str, arch: Architecture) -> ContrastC
     warps = 16 if crowded and arch.backend == "cuda" else 8
     block_d = _block(D, 2048)
     wanted = cdiv(2 * arch.processors, max(B, 1))
-    splits = min(wanted, cdiv(N, block), 64)
-    if splits > 1:
-        return ContrastConfig("split", block, block_d, splits=splits, num_warps=warps)
-    return ContrastConfig("stream", block, block_d, num_warps=warps)
+    return {"BLOCK_N": block, "BLOCK_D": block_d, "num_warps": warps}, min(wanted, cdiv(N, block), 64)
 
 
-@dataclass(frozen=True)
-class LinearConfig:
-    """How a fused last layer runs: product tiles and what becomes of their moments."""
-
-    block_m: int  # samples of a tile
-    block_n: int  # classes
-    block_k: int  # features
-    precision: str  # matters for float32 alone
-    num_warps: int
-    num_stages: int
-    parts: int  # partial moments merged per step
-    # Of the head: row blocks whose tiles follow each other, so that they share the weight's tiles in the cache.
-    group_m: int = 1
-    # Ranges of columns in which a second launch turns logits into norms, a program for each range of a row; with 0 the
-    # last tile of a row block to arrive does it.
-    chunks: int = 0
-    block_f: int = 0  # columns per step of that
-    norm_in_loop: bool = False  # whether the product's loads give the features' norms
-    # Of the statistics: tiles that a program walks through.
-    tiles_per_split: int = 1
-
-
-def _product(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> tuple[int, int, int, int, int]:
-    """Tile, warps and stages of a product of ``(B, D)`` and ``(N, D)``."""
+def _product(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> Options:
+    """The tile of a product of ``(B, D)`` and ``(N, D)``: M of B samples, N of N classes, K of D features."""
     wide = dtype == torch.float32
     block_m = 16 if B <= 16 else 32 if B <= 32 else 64 if B <= 64 or wide else 128
     if block_m == 128:
@@ -148,7 +108,10 @@ def _product(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> 
     stage = (block_m + block_n) * block_k * dtype.itemsize
     # AMD's pipeline keeps the stage after next in registers, so two stages take the shared memory of one.
     stages = 2 if arch.backend == "hip" else max(1, min(4, (arch.shared_memory - 4096) // stage))
-    return block_m, block_n, block_k, warps, stages
+    return {
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "PRECISION": _precision(dtype, arch),
+        "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
 
 
 def _precision(dtype: torch.dtype, arch: Architecture) -> str:
@@ -161,13 +124,19 @@ def _parts(parts: int, block_m: int, warps: int) -> int:
     return max(2, min(power_of_two(parts), 128 * warps // block_m))
 
 
-def linear_contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> LinearConfig:
-    """Choose for features ``(B, D)`` and weight ``(N, D)``."""
-    block_m, block_n, block_k, warps, stages = _product(B, N, D, dtype, arch)
+def linear_contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> tuple[Options, int]:
+    """Choose for features ``(B, D)`` and weight ``(N, D)``; also how many programs share a row in a second launch.
+
+    That turns logits into norms; with 0 the last tile of a row block to arrive does it. Of ``GROUP_M`` row blocks the
+    tiles follow each other, so that they share the weight's tiles in the cache.
+    """
+    tile = _product(B, N, D, dtype, arch)
+    block_m, warps = tile["BLOCK_M"], tile["num_warps"]
     # Logits of rows that are no whole 16 bytes are stored in parts, each from an address of its own.
     parted = N * dtype.itemsize % 16 != 0
-    block_n = max(16, block_n // 2) if parted else block_n
-    tiles_m, tiles_n = cdiv(B, block_m), cdiv(N, block_n)
+    if parted:
+        tile["BLOCK_N"] = max(16, tile["BLOCK_N"] // 2)
+    tiles_m, tiles_n = cdiv(B, block_m), cdiv(N, tile["BLOCK_N"])
     # One program converts some 64 thousand logits in a few microseconds; more of them are shared out.
     shared = block_m * N > 1 << 16
     # Rows that are finished together, and columns a step such that neither the product's operands nor the step's
@@ -180,36 +149,40 @@ def linear_contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architectu
     if arch.backend == "cuda" and arch.version >= 100:
         # Two per thread, beside the product's addresses; one beside float32's three pairs of operands.
         parts = max(2, parts // (4 if dtype == torch.float32 else 2))
-    return LinearConfig(
-        block_m, block_n, block_k, _precision(dtype, arch), warps, stages, parts, group_m=min(8, tiles_m),
-        chunks=chunks, block_f=block_f, norm_in_loop=block_m <= 32 or tiles_n <= 4,
-    )  # fmt: skip
+    # Whether the product's loads give the features' norms.
+    in_loop = block_m <= 32 or tiles_n <= 4
+    tile |= {"PARTS": parts, "GROUP_M": min(8, tiles_m), "BLOCK_F": block_f, "NORM_IN_LOOP": in_loop}
+    return tile, chunks
 
 
 def linear_stats(
     B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture, loss: str = "cross_entropy"
-) -> LinearConfig:
-    """Choose for features ``(B, D)`` and weight ``(N, D)`` when only statistics over the contrasts are wanted."""
-    block_m, block_n, block_k, warps, stages = _product(B, N, D, dtype, arch)
+) -> tuple[Options, int]:
+    """Choose for features ``(B, D)`` and weight ``(N, D)`` when only statistics over the contrasts are wanted.
+
+    Also how many tiles a program walks through.
+    """
+    tile = _product(B, N, D, dtype, arch)
+    block_m = tile["BLOCK_M"]
     if arch.backend == "cuda":
         before, after = arch.version < 90, arch.version >= 100
         if block_m == 128:
             # Moments of wider tiles do not fit the registers: before sm_90 the product's operands take many, and since
             # sm_100 a thread holds whole rows, where brier has twice the moments. Triton before 3.9 lacks some for bce.
             if before or after or loss in ("mse", "bce"):
-                block_n = 32 if loss == "brier" and after else 64
+                tile["BLOCK_N"] = 32 if loss == "brier" and after else 64
         elif block_m == 64 and dtype == torch.float32:
             # Three products for each of float32 hold three pairs of operands, and brier twice the moments beside them.
-            block_n = block_n if before else min(block_n, 32)
-            warps = 8 if loss == "brier" and (before or after) else warps
+            if not before:
+                tile["BLOCK_N"] = min(tile["BLOCK_N"], 32)
+            if loss == "brier" and (before or after):
+                tile["num_warps"] = 8
         elif block_m == 16 and before and loss == "bce":
-            block_k = min(block_k, 64)
-    tiles_m, tiles_n = cdiv(B, block_m), cdiv(N, block_n)
+            tile["BLOCK_K"] = min(tile["BLOCK_K"], 64)
+    tiles_m, tiles_n = cdiv(B, block_m), cdiv(N, tile["BLOCK_N"])
     per_split = max(1, tiles_n * tiles_m // (4 * arch.processors))
-    parts = _parts(cdiv(tiles_n, per_split), block_m, warps)
-    return LinearConfig(
-        block_m, block_n, block_k, _precision(dtype, arch), warps, stages, parts, tiles_per_split=per_split
-    )
+    tile["PARTS"] = _parts(cdiv(tiles_n, per_split), block_m, tile["num_warps"])
+    return tile, per_split
 
 
 def target(B: int, N: int, D: int, arch: Architecture) -> Options:

@@ -23,8 +23,8 @@ def small(function: Callable[..., Any]) -> Net:
 
 
 def interacting(net: Any, x: Tensor) -> Tensor:
-    """Samples meet in a mean."""
-    h = net.first(x).tanh()
+    """Samples meet in a mean, of other numbers in training mode."""
+    h = net.first(2 * x if net.training else x).tanh()
     return net.head(h - h.mean(0))
 
 
@@ -377,10 +377,18 @@ def conditional(net: Any, x: Tensor) -> Tensor:
     return torch.cond(x.sum() > 0, lambda x: net.layer(x).sin(), net.layer, (x,))
 
 
+def several(net: Any, x: Tensor) -> Tensor:
+    """Takes no sample alone, where a parameter is not a layer's own."""
+    if len(x) < 2:
+        raise RuntimeError("two samples at least")
+    return x @ net.layer.weight.T
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("function", "message"),
     [
+        (several, r"bear to run again on single samples.* in a trial it raised RuntimeError: two samples at least"),
         (crops, r"take any number of samples.* given 4 of 9 samples in a trial it raised RuntimeError: unflatten"),
         (conditional, r"no torch\.cond.* given 3 of 9 samples in a trial it raised"),
     ],

@@ -132,7 +132,9 @@ def forces(net: Any, x: Tensor) -> Tensor:
 
 def test_a_model_that_takes_gradients() -> None:
     torch.manual_seed(0)
-    model, x = Net(forces, first=nn.Linear(4, 5), second=nn.Linear(5, 1)).double().eval(), torch.randn(5, 4).double()
+    bent = Net(lambda net, x: torch.tanh(x @ net.weight), weight=nn.Parameter(torch.randn(5, 5)))
+    first = nn.Sequential(nn.Linear(4, 5), bent)
+    model, x = Net(forces, first=first, second=nn.Linear(5, 1)).double().eval(), torch.randn(5, 4).double()
     check_losses(model, lambda x: model(x).square().sum(1), x)
 
 

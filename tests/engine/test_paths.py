@@ -387,15 +387,30 @@ def test_samples_in_reverse() -> None:
 
 
 def gated(net: Any, x: Tensor) -> Tensor:
-    """Two experts, of which every sample uses one, on samples in reverse."""
-    x = x.flip(0)
+    """Two experts, of which every sample uses one, on samples in another order."""
+    order = x[:, 1].argsort()
+    x = net.there(x, order)
     gate = (x[:, :1] > 0).to(x.dtype)
-    return (gate * net.experts[0](x) + (1 - gate) * net.experts[1](x)).flip(0)
+    return net.back(gate * net.experts[0](x) + (1 - gate) * net.experts[1](x), order)
 
 
-def test_an_expert_that_the_first_call_does_not_use_serves_samples_in_reverse() -> None:
-    model = Net(gated, experts=nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]))
-    check(model, [((inputs(1, 3),), {}), ((inputs(5, 3, seed=1),), {})])
+@pytest.mark.parametrize(
+    ("there", "back"),
+    [
+        (lambda x, _: x.flip(0), lambda x, _: x.flip(0)),
+        (lambda x, _: torch.flipud(x), lambda x, _: torch.flipud(x)),
+        (lambda x, _: x.roll(1, 0), lambda x, _: x.roll(-1, dims=0)),
+        (lambda x, order: x.index_select(0, order), lambda x, order: x.index_select(0, order.argsort())),
+        (lambda x, order: x[order], lambda x, order: x[order.argsort()]),
+        (lambda x, _: torch.stack(x.unbind()[::-1]), lambda x, _: torch.stack(x.unbind()[::-1])),
+        (lambda x, _: torch.cat([x[1:], x[:1]]), lambda x, _: torch.cat([x[-1:], x[:-1]])),
+        (lambda x, _: x.T.flip(1).T, lambda x, _: x.T.flip(1).T),
+    ],
+    ids=["flip", "flipud", "roll", "index_select", "index", "stack", "cat", "transposed"],
+)
+def test_an_expert_that_the_first_call_does_not_use_serves_samples_in_another_order(there: Any, back: Any) -> None:
+    model = Net(gated, experts=nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]), there=there, back=back)
+    check(model, [((inputs(5, 3).abs(),), {}), ((inputs(5, 3, seed=1),), {})])
 
 
 def counted(net: Any, x: Tensor) -> Tensor:
@@ -521,5 +536,10 @@ def test_a_parameter_out_of_reach_under_a_branch_is_refused() -> None:
     extractor = fastgrad.GradientFeatures(model)
     extractor(x)
     model.on = True
-    with pytest.raises(ValueError, match=r"'outer.weight'.*attribute of one of its modules"):
+    refused = pytest.raises(ValueError, match=r"'outer.weight'.*attribute of one of its modules")
+    with refused:
         extractor(x)
+    # Nor does it count that an earlier call has used it.
+    with fastgrad.record(model), refused:
+        outer(x)
+        model(x)

@@ -156,8 +156,9 @@ def test_one_bad_row_stays_one_bad_row() -> None:
 
 def test_many_rows_are_worked_on_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(last_layer, "_CACHED", 1 << 15)
+    monkeypatch.setattr(last_layer, "_FEW", 1 << 14)
     h, z = torch.randn(40, 3), torch.randn(40, 2000)
-    z[::2, -3] = 9  # the largest, in the last columns, which fill no block
+    z[::2, -3] = 15  # the largest, in the last columns, which fill no block
     exact = fastgrad.contrast_sqnorm(h.double(), z.double())
     torch.testing.assert_close(fastgrad.contrast_sqnorm(h, z).double(), exact, rtol=32 * EPS, atol=0)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gradient_oracle import loss_norms, relative_error, true_norms
-from small_nets import Net, recorded
+from small_nets import Net, assert_exact, recorded
 from torch import Tensor, nn
 
 import fastgrad
@@ -194,6 +194,21 @@ def test_dropout_keeps_the_users_mode() -> None:
     torch.manual_seed(5)
     hidden = model[1](model[0](torch.ones(3, 4)))
     assert torch.allclose(found[2], 2 * hidden.square().sum(1), rtol=1e-5)
+
+
+def test_a_list_of_the_users_grows_by_calls_alone() -> None:
+    model = Net(lambda net, x: (net.seen.append(len(x)), net.layer(x))[1], layer=nn.Linear(4, 3), seen=[])
+    with fastgrad.record(model):
+        model(torch.ones(5, 4))
+    assert model.seen == [5]
+
+
+def test_one_sample_of_a_model_that_takes_them_one_by_one_keeps_the_users_mode() -> None:
+    def each(net: Any, x: Tensor) -> Tensor:
+        return torch.stack([net.layer(row * (2 if net.training else 1)) for row in x])
+
+    model, x = Net(each, layer=nn.Linear(4, 3)).double(), torch.ones(1, 4).double()
+    assert_exact(recorded(model, lambda: model(x).sum()), torch.tensor([[3 * 16.0, 3.0]]).double())
 
 
 def test_what_is_refused(model: nn.Sequential) -> None:

@@ -17,7 +17,6 @@ from bench.gpu.compile_cases import configured  # noqa: E402
 from bench.gpu.sanitize.cases import CONTRAST as PATHS  # noqa: E402
 from fastgrad.losses import contrast_norms  # noqa: E402
 from fastgrad.ops.triton.last_layer import contrast_sqnorm  # noqa: E402
-from fastgrad.ops.tune import ContrastConfig  # noqa: E402
 
 LOSSES = ("cross_entropy", "bce", "mse", "brier")
 pytestmark = pytest.mark.usefixtures("poison")
@@ -135,13 +134,12 @@ def test_bias_and_mean(loss: str, device: torch.device) -> None:
         check_contrasts(scaled, features, logits, loss, log)
 
 
-@pytest.mark.parametrize("kind", ["stream", "split"])
-def test_a_vocabulary_of_262144(kind: str, device: torch.device) -> None:
+@pytest.mark.parametrize("splits", [1, 5])
+def test_a_vocabulary_of_262144(splits: int, device: torch.device) -> None:
     N = 262144
     logits = torch.randn(1, N, generator=torch.Generator().manual_seed(11))
     logits[0, 200000] = 20.0
-    config = ContrastConfig(kind, block_n=16384, block_d=16, splits=5, num_warps=16)
-    with configured(contrast=config):
+    with configured(contrast=({"BLOCK_N": 16384, "BLOCK_D": 16, "num_warps": 16}, splits)):
         out = contrast_sqnorm(torch.ones(1, 3).to(device), logits.to(device), "cross_entropy", True, False, False)
     # Float64 with the maximum left out; the rest needs no care at this margin.
     p = logits.double().softmax(-1)[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import oracles
@@ -15,8 +14,8 @@ from oracles import PROMISE, check_contrasts
 triton = pytest.importorskip("triton")
 
 from bench.gpu.compile_cases import configured  # noqa: E402
-from bench.gpu.sanitize.cases import HEAD as SMALL  # noqa: E402
 from bench.gpu.sanitize.cases import HEADS as PATHS  # noqa: E402
+from bench.gpu.sanitize.cases import TILE  # noqa: E402
 from fastgrad.ops.triton import devices  # noqa: E402
 from fastgrad.ops.triton.last_layer import (  # noqa: E402
     contrast_sqnorm,
@@ -80,7 +79,7 @@ def test_half_precision_norms_are_those_of_the_rounded_logits(dtype: torch.dtype
 def test_strides_without_bias_and_mean(device: torch.device) -> None:
     x, w, _ = (t.to(device) for t in head(20, 19, 24, seed=3))
     x, w = x.T.contiguous().T[::2, ::2], w[:, ::2]
-    with configured(linear_contrast=SMALL):
+    with configured(linear_contrast=PATHS["last"]):
         z, out = linear_contrast_sqnorm(x, w, None, "brier", False, True)
     check_logits(z, x, w, None)
     check_contrasts(out * 19.0**2, x, z, "brier", False, False, rows=[0, 9])
@@ -108,7 +107,7 @@ def test_empty_batch(device: torch.device) -> None:
 def test_nan_stays_in_its_row(path: str, device: torch.device) -> None:
     x, w, b = (t.to(device) for t in head(18, 20, 8, seed=6))
     x[4, 3], x[17, 0] = math.nan, math.inf
-    with configured(linear_contrast=PATHS[path], linear_stats=PATHS[path]):
+    with configured(linear_contrast=PATHS[path], linear_stats=(TILE, 2)):
         z, out = linear_contrast_sqnorm(x, w, b, "cross_entropy", False, False)
         stats = linear_contrast_stats(x, w, b, "cross_entropy", False)
     good = [i for i in range(18) if i not in (4, 17)]
@@ -160,7 +159,7 @@ def test_any_shape(B: int, N: int, D: int, ties: bool, path: str, loss: str, log
 def test_statistics(loss: str, device: torch.device) -> None:
     x, w, b = (t.to(device) for t in head(18, 70, 21, seed=8))
     w[3], b[3] = w[9], b[9]  # a tie
-    with configured(linear_stats=SMALL):
+    with configured(linear_stats=(TILE, 2)):
         got = linear_contrast_stats(x, w, b, loss, False).double().cpu()
     z = torch.nn.functional.linear(x, w, b)
     rows = [0, 7, 16, 17]
@@ -178,7 +177,7 @@ def test_statistics(loss: str, device: torch.device) -> None:
 def test_statistics_of_half_precision_match_the_written_matrix(device: torch.device) -> None:
     x, w, b = (t.to(device) for t in head(18, 40, 16, seed=9, dtype=torch.bfloat16))
     for loss in ("bce", "brier"):
-        with configured(linear_stats=SMALL, linear_contrast=SMALL):
+        with configured(linear_stats=(TILE, 2), linear_contrast=PATHS["last"]):
             got = linear_contrast_stats(x, w, b, loss, True)
             z, v = linear_contrast_sqnorm(x, w, b, loss, False, True)
         top = z.float().argmax(1, keepdim=True)
@@ -198,8 +197,7 @@ def test_statistics_never_allocate_the_matrix(monkeypatch: pytest.MonkeyPatch, d
 
     monkeypatch.setattr(devices, "empty", counted)
     x, w, b = (t.to(device) for t in head(16, 4096, 16, seed=10))
-    config = dataclasses.replace(SMALL, block_n=256, tiles_per_split=8)
-    with configured(linear_stats=config):
+    with configured(linear_stats=({**TILE, "BLOCK_N": 256}, 8)):
         linear_contrast_stats(x, w, b, "brier", False)
     assert sum(sizes) < 16 * 64 < 16 * 4096
 
@@ -211,7 +209,7 @@ def test_offsets_beyond_32_bits(device: torch.device) -> None:
     values_x, values_w, b = (t.to(device) for t in head(2, 2, 8, seed=11, dtype=torch.float16))
     x.copy_(values_x)
     w.copy_(values_w)
-    with configured(linear_contrast=PATHS["launch"], linear_stats=SMALL):
+    with configured(linear_contrast=PATHS["launch"], linear_stats=(TILE, 2)):
         z, out = linear_contrast_sqnorm(x, w, b, "bce", False, False)
         stats = linear_contrast_stats(x, w, b, "bce", False)
     check_logits(z, x, w, b)

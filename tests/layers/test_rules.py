@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from gradient_oracle import check_module, true_norms
+from gradient_oracle import check_module, doubled, true_norms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_nets import Net
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import fastgrad
-from fastgrad.layers import RULES, LayerRule, find_rule, register_rule
+from fastgrad.layers import RULES, LayerRule, ReplayRule, find_rule, register_rule
 from fastgrad.layers.norm import INSTANCE_NORM
 
 few = settings(max_examples=12, deadline=None, derandomize=True)
@@ -178,6 +179,15 @@ def test_norms_and_activations(module: nn.Module, shape: tuple[int, ...], dtype:
     check_module(_random_statistics(module.to(dtype)), torch.randn(shape, dtype=dtype) + 0.3)
 
 
+@pytest.mark.parametrize("name", [layer for layer in RULES if isinstance(layer, str) and "Norm" in layer])
+def test_norms_of_other_libraries(name: str) -> None:
+    module, _, cls = name.rpartition(".")
+    norm = getattr(pytest.importorskip(module), cls)(6)
+    assert find_rule(norm)[0] is RULES[name]
+    torch.manual_seed(1)
+    check_module(_random_statistics(norm), torch.randn((3, 6, 4, 5) if "2d" in name else (3, 5, 6)) + 0.3)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rms_norm_in_half_precision_adds_the_rounding_error_of_float32(dtype: torch.dtype) -> None:
     x = 1e-2 * torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0))
@@ -216,6 +226,36 @@ def test_rules_add_half_precision_up_in_float32(module: nn.Module, shape: tuple[
         torch.testing.assert_close(norms.double(), truth[name], rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("module", "count"),
+    [
+        (nn.MultiheadAttention(6, 2, add_bias_kv=True, batch_first=True), 3),
+        (nn.LSTM(6, 4, 2, proj_size=3), 2),
+        (nn.GRU(6, 4, bidirectional=True, batch_first=True), 2),
+        (nn.RNN(6, 4), 2),
+    ],
+    ids=repr,
+)
+def test_what_is_computed_again_from_half_precision_is_so_in_float32(module: nn.Module, count: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    rule, exact = find_rule(module)[0], copy.deepcopy(module.half()).double()
+    state = (2 if isinstance(module, nn.GRU) else 1, 3, 4)
+    shapes = [(3, 3, 6)] * 3 if count == 3 else [(3, 3, 6), state]
+    args: tuple[Any, ...] = tuple(torch.randn(shape, generator=generator).half() for shape in shapes)
+    if isinstance(module, nn.LSTM):
+        args = (args[0], tuple(torch.randn(2, 3, width, generator=generator).half() for width in (3, 4)))
+    outputs = [t for t in pytree.tree_leaves(exact(*doubled(args))) if isinstance(t, Tensor)]
+    gradients = [(30 * torch.randn(out.shape, generator=generator)).half() for out in outputs]
+    assert isinstance(rule, ReplayRule)
+    found, truth = (
+        rule.function(module, args, {}, gradients),
+        rule.function(exact, doubled(args), {}, doubled(gradients)),
+    )
+    for name, norms in found.items():
+        assert norms.dtype == torch.float32
+        torch.testing.assert_close(norms.double(), truth[name], rtol=1e-4, atol=1e-4)
+
+
 def test_instance_norm_in_training_mode_takes_the_statistics_of_the_instance() -> None:
     a, g = torch.randn(2, 3, 4, 5, 6)
     norms = (nn.InstanceNorm2d(4, affine=True, track_running_stats=tracked).train() for tracked in (True, False))
@@ -245,6 +285,9 @@ def attended(net: Any, x: Tensor) -> Tensor:
     options = dict(net.options)
     if options.pop("padding", False):
         options["key_padding_mask"] = x[..., 0] > 0.8
+    if options.pop("each", False):
+        # A mask for every sample and head.
+        options["attn_mask"] = x[:, None, :, 0].expand(-1, 7, -1).repeat_interleave(net.attention.num_heads, 0)
     mask = options.get("attn_mask")
     if isinstance(mask, Tensor) and mask.is_floating_point():
         options["attn_mask"] = mask.to(x.dtype)
@@ -266,6 +309,7 @@ def attended(net: Any, x: Tensor) -> Tensor:
         ({"kdim": 5, "vdim": 6, "batch_first": True}, {"need_weights": False}),
         ({"batch_first": True}, {"attn_mask": nn.Transformer.generate_square_subsequent_mask(7), "is_causal": True}),
         ({"batch_first": True}, {"attn_mask": torch.eye(7).bool(), "need_weights": False}),
+        ({"batch_first": True}, {"each": True, "need_weights": False}),
         # The first position attends to none, as padding on the left does before a causal mask.
         ({"batch_first": True}, {"attn_mask": torch.ones(7, 7).bool().triu(), "need_weights": False}),
     ],

@@ -5,7 +5,6 @@ To add a kernel, add its calls to `cases`, and to `huge` shapes of more than 2^3
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator
 from functools import partial
@@ -17,25 +16,17 @@ from torch import Tensor
 from bench.gpu.compile_cases import Call, Case, Make, configured, meta, prepared, tensors
 from fastgrad.losses import LOSSES
 from fastgrad.ops.triton import last_layer, layer_sqnorm
-from fastgrad.ops.tune import ContrastConfig, LinearConfig
 
 # Blocks shorter than a row, so that every loop and every merge runs. HEADS: who finishes a row (the last tile of its
 # block or a second launch), and where the features' norm comes from.
-HEAD = LinearConfig(
-    block_m=16, block_n=16, block_k=16, group_m=2, chunks=0, block_f=16, parts=2, tiles_per_split=2,
-    norm_in_loop=False, precision="ieee", num_warps=4, num_stages=2,
-)  # fmt: skip
-CONTRAST = {
-    "rows": ContrastConfig("rows", block_n=64, block_d=16, rows=4, num_warps=1),
-    "stream": ContrastConfig("stream", block_n=32, block_d=16, num_warps=1),
-    "split": ContrastConfig("split", block_n=32, block_d=16, splits=2, num_warps=1),
-}
-#: Statistics of a tile a program.
-SPLIT = dataclasses.replace(HEAD, tiles_per_split=1)
+TILE = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "PARTS": 2, "PRECISION": "ieee", "num_warps": 4, "num_stages": 2}
+HEAD = {**TILE, "GROUP_M": 2, "BLOCK_F": 16, "NORM_IN_LOOP": False}
+STREAM = {"BLOCK_N": 32, "BLOCK_D": 16, "num_warps": 1}
+CONTRAST = {"rows": ({**STREAM, "ROWS": 4, "BLOCK_N": 64}, 1), "stream": (STREAM, 1), "split": (STREAM, 2)}
 HEADS = {
-    "last": HEAD,
-    "last, norm in loop": dataclasses.replace(HEAD, norm_in_loop=True, group_m=1),
-    "launch": dataclasses.replace(HEAD, chunks=2),
+    "last": (HEAD, 0),
+    "last, norm in loop": ({**HEAD, "NORM_IN_LOOP": True, "GROUP_M": 1}, 0),
+    "launch": (HEAD, 2),
 }
 OF_LAYERS = {"BLOCK_T": 16, "PRECISION": "ieee", "num_warps": 4, "num_stages": 2}
 LAYERS = {
@@ -89,7 +80,7 @@ def cases(make: Make = made) -> Iterator[Case]:
             call = prepared(last_layer.linear_contrast_sqnorm, of, *sizes, loss, bias=path != "launch", mean=True)
             yield _case(f"head {path}", loss, sizes, call, last and loss == "cross_entropy", linear_contrast=config)
         call = prepared(last_layer.linear_contrast_stats, of, *sizes, loss)
-        yield _case("statistics", loss, sizes, call, last and loss == "brier", linear_stats=SPLIT)
+        yield _case("statistics", loss, sizes, call, last and loss == "brier", linear_stats=(TILE, 1))
 
     for name, (shape, outputs, *each) in CONVOLUTIONS.items():
         along = zip(shape[2:], *each[:4], strict=True)
@@ -116,10 +107,10 @@ def huge() -> Iterator[tuple[str, Call, int]]:
             yield f"{case.name}, strides beyond 2^31", case.call, 1
 
     of = partial(meta, dtype=torch.bfloat16)
-    split = ContrastConfig("split", block_n=1 << 17, block_d=2048, splits=8, num_warps=16)
+    split = {"BLOCK_N": 1 << 17, "BLOCK_D": 2048, "num_warps": 16}, 8
     # Few tiles a program, so that the partial moments alone have more than 2^31 elements.
-    tiles = dataclasses.replace(HEAD, block_m=128, block_n=128, block_k=64, parts=16, tiles_per_split=4)
-    narrow = dataclasses.replace(tiles, block_m=16, block_n=1 << 13, tiles_per_split=1)
+    tiles = {**TILE, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "PARTS": 16}
+    narrow = {**tiles, "BLOCK_M": 16, "BLOCK_N": 1 << 13}
     norms, head, statistics = (
         last_layer.contrast_sqnorm, last_layer.linear_contrast_sqnorm, last_layer.linear_contrast_stats,
     )  # fmt: skip
@@ -129,8 +120,8 @@ def huge() -> Iterator[tuple[str, Call, int]]:
         ("contrast split", norms, (3_000, 1_500_001, 64), {"contrast": split}),
         ("head", head, (200_000, 32_000, 64), {}),
         ("head", head, (9_000_000, 1000, 320), {}),
-        ("statistics", statistics, (1_500_000, 65_536, 64), {"linear_stats": tiles}),
-        ("statistics", statistics, (3, 9_000_000, 320), {"linear_stats": narrow}),
+        ("statistics", statistics, (1_500_000, 65_536, 64), {"linear_stats": (tiles, 4)}),
+        ("statistics", statistics, (3, 9_000_000, 320), {"linear_stats": (narrow, 1)}),
     ):
         case = _case(title, "brier", sizes, prepared(launcher, of, *sizes, "brier"), False, **configs)
         yield case.name, case.call, 1

@@ -15,7 +15,7 @@ import torch
 from triton.runtime.interpreter import interpreter_builder
 
 from bench.gpu.compile_cases import Case, as_if_on, configured, prepared, tensors
-from bench.gpu.sanitize.cases import SPLIT, cases, huge, made
+from bench.gpu.sanitize.cases import HEAD, TILE, cases, huge, made
 from bench.gpu.sanitize.watchers import Addresses, Memory, SanitizerError, watching
 from fastgrad.ops import tune
 from fastgrad.ops.triton import last_layer
@@ -69,14 +69,13 @@ def check_addresses(call: Callable[[], object], architecture: tune.Architecture,
 
 def arriving(programs: int, quick: bool = False) -> Iterator[Case]:
     """Yield the reductions that the last program to arrive finishes, with so many programs a row block."""
-    config = dataclasses.replace(SPLIT, group_m=1)
     for loss in ("cross_entropy",) if quick else ("cross_entropy", "bce", "brier"):
-        for name, launcher, choice in (
-            ("head", last_layer.linear_contrast_sqnorm, "linear_contrast"),
-            ("statistics", last_layer.linear_contrast_stats, "linear_stats"),
+        for name, launcher, config in (
+            ("head", last_layer.linear_contrast_sqnorm, {"linear_contrast": ({**HEAD, "GROUP_M": 1}, 0)}),
+            ("statistics", last_layer.linear_contrast_stats, {"linear_stats": (TILE, 1)}),
         ):
             call = prepared(launcher, made, 2, 16 * programs, 3, loss)
-            yield Case(f"{name}, {programs} programs, {loss}", tensors(call), configured(**{choice: config})(call))
+            yield Case(f"{name}, {programs} programs, {loss}", tensors(call), configured(**config)(call))
 
 
 def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], int]]]:

@@ -12,7 +12,7 @@ from fastgrad.kernels.losses import PLANES
 from fastgrad.kernels.target import target_sqnorm_kernel
 from fastgrad.ops import tune
 from fastgrad.ops.triton import devices
-from fastgrad.ops.tune import LinearConfig, cdiv, share
+from fastgrad.ops.tune import cdiv, share
 
 #: Those of labels.
 KINDS = ("ones", "uniform", "predicted", "indices", "soft")
@@ -24,31 +24,31 @@ def contrast_sqnorm(features: Tensor, logits: Tensor, loss: str, bias: bool, log
     out = devices.empty((B, N), torch.float32, logits)
     if B == 0 or N == 0:
         return out
-    config = tune.contrast(B, N, D, loss, devices.architecture(logits))
+    config, splits = tune.contrast(B, N, D, loss, devices.architecture(logits))
     strides_h, align_h = devices.strides(features)
     strides_z, align_z = devices.strides(logits)
     align_n = devices.alignment(N)
     shape = (N // align_n, D, *strides_h, *strides_z)
-    options: dict[str, Any] = {
-        "LOSS": loss, "LOG": log, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d, "ALIGN_H": align_h,
-        "ALIGN_Z": align_z, "ALIGN_N": align_n, "num_warps": config.num_warps, **devices.OPTIONS,
+    options: tune.Options = {
+        "LOSS": loss, "LOG": log, "ALIGN_H": align_h, "ALIGN_Z": align_z, "ALIGN_N": align_n, **config,
+        **devices.OPTIONS,
     }  # fmt: skip
-    if config.kind == "rows":
-        contrast.contrast_rows_kernel[(cdiv(B, config.rows),)](
-            features, logits, out, B, *shape, BIAS=bias, MEAN=mean, ROWS=config.rows, **options
+    if "ROWS" in config:
+        contrast.contrast_rows_kernel[(cdiv(B, config["ROWS"]),)](
+            features, logits, out, B, *shape, BIAS=bias, MEAN=mean, **options
         )
-    elif config.kind == "stream":
+    elif splits == 1:
         contrast.contrast_stream_kernel[(B,)](features, logits, out, *shape, BIAS=bias, MEAN=mean, **options)
     else:
-        chunk_n = share(N, config.splits, config.block_n)
+        chunk_n = share(N, splits, config["BLOCK_N"])
         splits = cdiv(N, chunk_n)
         work = devices.empty((PLANES, B, splits), torch.float32, logits)
         contrast.contrast_moments_kernel[(B * splits,)](
             features, logits, work, *shape, splits, chunk_n, share(D, splits, 16), **options
         )
         finish(
-            logits, work, out, splits, (splits, 1), splits, config.block_n,
-            LOSS=loss, BIAS=bias, LOG=log, MEAN=mean, PARTS=tune.power_of_two(splits), num_warps=config.num_warps,
+            logits, work, out, splits, (splits, 1), splits, config["BLOCK_N"],
+            LOSS=loss, BIAS=bias, LOG=log, MEAN=mean, PARTS=tune.power_of_two(splits), num_warps=config["num_warps"],
         )  # fmt: skip
     return out
 
@@ -114,21 +114,20 @@ def linear_contrast_sqnorm(
     out = devices.empty((B, N), torch.float32, features)
     if B == 0 or N == 0:
         return logits, out
-    config = tune.linear_contrast(B, N, D, features.dtype, devices.architecture(features))
+    config, chunks = tune.linear_contrast(B, N, D, features.dtype, devices.architecture(features))
     tensors, strides, options = _operands(features, weight, bias, config)
-    tiles_m, tiles_n = cdiv(B, config.block_m), cdiv(N, config.block_n)
+    tiles_m, tiles_n, group = cdiv(B, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"]), config["GROUP_M"]
     align_n = devices.alignment(N)
     work = devices.empty((PLANES, tiles_n, B), torch.float32, features)
-    sync = work if config.chunks else torch.zeros(tiles_m, dtype=torch.int32, device=features.device)
-    linear_contrast.linear_contrast_kernel[(cdiv(tiles_m, config.group_m) * config.group_m * tiles_n,)](
-        *tensors, logits, out, work, sync, B, N // align_n, D, *strides, share(D, tiles_n, config.block_k),
-        LOSS=loss, LOG=log, MEAN=mean, GROUP_M=config.group_m, BLOCK_F=config.block_f, LAST=config.chunks == 0,
-        NORM_IN_LOOP=config.norm_in_loop, ALIGN_N=align_n, **options,
+    sync = work if chunks else torch.zeros(tiles_m, dtype=torch.int32, device=features.device)
+    linear_contrast.linear_contrast_kernel[(cdiv(tiles_m, group) * group * tiles_n,)](
+        *tensors, logits, out, work, sync, B, N // align_n, D, *strides, share(D, tiles_n, config["BLOCK_K"]),
+        LOSS=loss, LOG=log, MEAN=mean, LAST=chunks == 0, ALIGN_N=align_n, **options,
     )  # fmt: skip
-    if config.chunks:
+    if chunks:
         finish(
-            logits, work, out, tiles_n, (1, B), config.chunks, config.block_f,
-            LOSS=loss, BIAS=bias is not None, LOG=log, MEAN=mean, PARTS=config.parts, num_warps=config.num_warps,
+            logits, work, out, tiles_n, (1, B), chunks, config["BLOCK_F"], LOSS=loss, BIAS=bias is not None, LOG=log,
+            MEAN=mean, PARTS=config["PARTS"], num_warps=config["num_warps"],
         )  # fmt: skip
     return logits, out
 
@@ -142,31 +141,29 @@ def linear_contrast_stats(features: Tensor, weight: Tensor, bias: Tensor | None,
     out = devices.empty((B, 5), torch.float32, features)
     if B == 0:
         return out
-    config = tune.linear_stats(B, N, D, features.dtype, devices.architecture(features), loss)
+    config, per_split = tune.linear_stats(B, N, D, features.dtype, devices.architecture(features), loss)
     tensors, strides, options = _operands(features, weight, bias, config)
-    tiles_m, splits = cdiv(B, config.block_m), cdiv(cdiv(N, config.block_n), config.tiles_per_split)
+    tiles_m, splits = cdiv(B, config["BLOCK_M"]), cdiv(cdiv(N, config["BLOCK_N"]), per_split)
     passes = (0, PLANES) if loss == "brier" else (0,)
     work = devices.empty((PLANES + 2, splits, B), torch.float32, features)
     sync = torch.zeros(len(passes), tiles_m, dtype=torch.int32, device=features.device)
     for arrivals, extremes in zip(sync, passes, strict=True):
         linear_contrast.linear_stats_kernel[(tiles_m * splits,)](
             *tensors, out, work, arrivals, B, N, D, *strides,
-            splits, config.tiles_per_split, share(D, splits, config.block_k),
+            splits, per_split, share(D, splits, config["BLOCK_K"]),
             LOSS=loss, MEAN=mean, EXTREMES=extremes, **options,
         )  # fmt: skip
     return out
 
 
 def _operands(
-    features: Tensor, weight: Tensor, bias: Tensor | None, config: LinearConfig
-) -> tuple[tuple[Tensor, ...], tuple[int, ...], dict[str, Any]]:
+    features: Tensor, weight: Tensor, bias: Tensor | None, config: tune.Options
+) -> tuple[tuple[Tensor, ...], tuple[int, ...], tune.Options]:
     """What both kernels take: tensors, strides, constants."""
     strides_x, align_x = devices.strides(features)
     strides_w, align_w = devices.strides(weight)
     options = {
-        "HAS_BIAS": bias is not None, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
-        "PARTS": config.parts, "EVEN_K": features.shape[1] % config.block_k == 0, "PRECISION": config.precision,
-        "UPCAST": devices.upcast(features), "ALIGN_X": align_x, "ALIGN_W": align_w,
-        "num_warps": config.num_warps, "num_stages": config.num_stages, **devices.OPTIONS,
+        "HAS_BIAS": bias is not None, "EVEN_K": features.shape[1] % config["BLOCK_K"] == 0,
+        "UPCAST": devices.upcast(features), "ALIGN_X": align_x, "ALIGN_W": align_w, **config, **devices.OPTIONS,
     }  # fmt: skip
     return (features, weight, weight if bias is None else bias.contiguous()), (*strides_x, *strides_w), options
