@@ -413,6 +413,26 @@ def test_an_expert_that_the_first_call_does_not_use_serves_samples_in_another_or
     check(model, [((inputs(5, 3).abs(),), {}), ((inputs(5, 3, seed=1),), {})])
 
 
+def beside(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What matters, and what is of all samples. No rule serves a layer that is used twice."""
+    h = torch.tanh(net.layer(x))
+    return net.layer(h), h - h.mean(0)
+
+
+def test_what_a_model_returns_of_all_samples_beside_its_logits_is_no_matter() -> None:
+    model, x = Net(beside, layer=nn.Linear(3, 3)).double().eval(), inputs(5, 3)
+    truth = loss_norms((row.square().sum() for row in model(x)[0]), model)
+    assert_close(features_of_squares(model)(x)[1], truth)
+
+
+def test_a_part_that_gives_what_is_of_all_samples_beside_what_is_used_is_run_again_alone() -> None:
+    model = Net(lambda net, x: net.head(net.part(x)[0]), part=Net(beside, layer=nn.Linear(3, 3)), head=nn.Linear(3, 2))
+    check(model, [((inputs(5, 3),), {})])
+    extractor = features_of_squares(model)
+    extractor(inputs(5, 3))
+    assert {route.module for route in extractor.report() if route.route == "fallback"} == {"part"}
+
+
 def counted(net: Any, x: Tensor) -> Tensor:
     """Scales its input by how often it was called, over the steps of a sequence."""
 
