@@ -433,6 +433,18 @@ def test_a_part_that_gives_what_is_of_all_samples_beside_what_is_used_is_run_aga
     assert {route.module for route in extractor.report() if route.route == "fallback"} == {"part"}
 
 
+def test_a_layer_on_positions_behind_another_leaves_the_rest_of_the_plan_as_it_is() -> None:
+    chain = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    model = one_layer(lambda net, x: net.head((net.layer(x) * net.scale + net.at(net.places)).mean(1)), at=chain)
+    model.places, model.scale = inputs(1, 2, 3), nn.Parameter(inputs(1, 1, 3))
+    check(model, [((inputs(5, 2, 3),), {})])
+    extractor = features_of_squares(model)
+    extractor(inputs(5, 2, 3))
+    routes = {route.parameter: route.route for route in extractor.report()}
+    assert {name for name, route in routes.items() if route == "fallback"} == {"at.1.weight", "at.1.bias"}
+    assert routes["scale"] == "broadcast"
+
+
 def counted(net: Any, x: Tensor) -> Tensor:
     """Scales its input by how often it was called, over the steps of a sequence."""
 
