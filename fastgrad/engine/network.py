@@ -112,7 +112,7 @@ class Network:
                     self._keep(candidate)
                     return output, shadow
             except OffPlanError as left:
-                reason = str(left)
+                reason = left.args[0]
             except Exception as error:
                 if not candidate.replaces or is_traced() or lacks_memory(error):
                     raise

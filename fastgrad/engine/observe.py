@@ -286,11 +286,11 @@ class Observation(TorchFunctionMode):
         other = self._fewer.get((call.path, call.ordinal))
         if other is None or len(other.outputs) != len(call.outputs):
             return [None]
+        seen = self.drew or any(bool(gradient.any()) for gradient in call.gradients.values())
         layouts: list[Layout | None] = []
         for i, (out, less) in enumerate(zip(call.outputs, other.outputs, strict=True)):
-            gradient = call.gradients.get(i)
-            layout = find_layout(tuple(out.shape), tuple(less.shape), gradient, self.samples)
-            if layout and layout.kind != "single" and not self.drew and (gradient is None or not gradient.any()):
+            layout = find_layout(tuple(out.shape), tuple(less.shape), call.gradients.get(i), self.samples)
+            if layout and layout.kind != "single" and not seen:
                 # No gradient shows the order of the samples: it is that of the inputs where one less leaves the others.
                 rows, fewer = layout.batch_first(out, self.samples), layout.batch_first(less, self.samples - 1)
                 layout = layout if agree(fewer, rows[:-1], call.precision) else None

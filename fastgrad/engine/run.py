@@ -30,7 +30,7 @@ Replay = Callable[[Any, Any, Sequence[Tensor]], Tensor]
 
 
 class OffPlanError(Exception):
-    """A forward pass uses parameters in a way that its plan does not know."""
+    """A forward pass uses parameters in a way that its plan does not know; given what it does, and these."""
 
 
 class Run:
@@ -91,7 +91,8 @@ class RuledSite(Site):
         """Leave the plan if the batch is not where it was."""
         if not self.layout.holds(output, run.samples):
             # The model may catch it, but the pass remembers.
-            run.left = OffPlanError(f"gives {self.path!r} inputs with the batch in another place than before")
+            reason = f"gives {self.path!r} inputs with the batch in another place than before"
+            run.left = OffPlanError(reason, self.parameters)
             raise run.left
 
     def norms(self, run: Run, *given: Any) -> Tensor:

@@ -21,7 +21,7 @@ from fastgrad.engine.layout import CHOSEN, SAMPLES, find_layout, probe_cotangent
 from fastgrad.engine.memory import lacks_memory
 from fastgrad.engine.observe import Observation
 from fastgrad.engine.plan import Known, Plan, PlanConstraints, Planner
-from fastgrad.engine.run import Run
+from fastgrad.engine.run import OffPlanError, Run
 from fastgrad.engine.state import Copies, NotRepeatableError, undone
 
 if TYPE_CHECKING:
@@ -82,12 +82,14 @@ class Trial:
             try:
                 found = [self._disagreeing(plan, [check], self._inputs, self._count) for check in self._checks]
                 wrong = frozenset().union(*found)
+            except OffPlanError as error:
+                # Behind a layer whose output of one row is given copies, as on embeddings of positions.
+                wrong = frozenset(error.args[1])
             except Exception as error:
                 if lacks_memory(error) or isinstance(error, NotRepeatableError):
                     raise
                 # Whatever a model raises that is given one copy of a parameter per sample, or mapped over samples; and
-                # what sites raise where a layer gets the batch in another place, or the model itself takes gradients,
-                # as forces are those of an energy.
+                # what sites raise where the model itself takes gradients, as forces are those of an energy.
                 failure = error
             if failure is None and not wrong:
                 # Functions may not bear several gradients at once, or get them wrong.

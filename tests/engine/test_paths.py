@@ -413,6 +413,38 @@ def test_an_expert_that_the_first_call_does_not_use_serves_samples_in_another_or
     check(model, [((inputs(5, 3).abs(),), {}), ((inputs(5, 3, seed=1),), {})])
 
 
+def beside(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What matters, and what is of all samples. No rule serves a layer that is used twice."""
+    h = torch.tanh(net.layer(x))
+    return net.layer(h), h - h.mean(0)
+
+
+def test_what_a_model_returns_of_all_samples_beside_its_logits_is_no_matter() -> None:
+    model, x = Net(beside, layer=nn.Linear(3, 3)).double().eval(), inputs(5, 3)
+    truth = loss_norms((row.square().sum() for row in model(x)[0]), model)
+    assert_close(features_of_squares(model)(x)[1], truth)
+
+
+def test_a_part_that_gives_what_is_of_all_samples_beside_what_is_used_is_run_again_alone() -> None:
+    model = Net(lambda net, x: net.head(net.part(x)[0]), part=Net(beside, layer=nn.Linear(3, 3)), head=nn.Linear(3, 2))
+    check(model, [((inputs(5, 3),), {})])
+    extractor = features_of_squares(model)
+    extractor(inputs(5, 3))
+    assert {route.module for route in extractor.report() if route.route == "fallback"} == {"part"}
+
+
+def test_a_layer_on_positions_behind_another_leaves_the_rest_of_the_plan_as_it_is() -> None:
+    chain = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    model = one_layer(lambda net, x: net.head((net.layer(x) * net.scale + net.at(net.places)).mean(1)), at=chain)
+    model.places, model.scale = inputs(1, 2, 3), nn.Parameter(inputs(1, 1, 3))
+    check(model, [((inputs(5, 2, 3),), {})])
+    extractor = features_of_squares(model)
+    extractor(inputs(5, 2, 3))
+    routes = {route.parameter: route.route for route in extractor.report()}
+    assert {name for name, route in routes.items() if route == "fallback"} == {"at.1.weight", "at.1.bias"}
+    assert routes["scale"] == "broadcast"
+
+
 def counted(net: Any, x: Tensor) -> Tensor:
     """Scales its input by how often it was called, over the steps of a sequence."""
 
