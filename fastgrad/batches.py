@@ -71,9 +71,15 @@ def one_for_none(tree: Tree) -> Tree:
 
 
 def to_device(tree: Tree, device: torch.device) -> Tree:
-    """A copy with every tensor on ``device``: a network may write to its inputs."""
-    moved: Tree = pytree.tree_map_only(Tensor, lambda t: t.to(device, copy=True), tree)
+    """The same with every tensor on ``device``."""
+    moved: Tree = pytree.tree_map_only(Tensor, lambda t: t.to(device), tree)
     return moved
+
+
+def copied(tree: Tree) -> Tree:
+    """A copy of every tensor: a network may write to its inputs."""
+    copy: Tree = pytree.tree_map_only(Tensor, Tensor.clone, tree)
+    return copy
 
 
 def split_batch(name: str, batch: Any) -> tuple[Tensor | dict[str, Any], Any]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastgrad import checks
 from fastgrad._torch import is_traced, original, outside_of_compilation, pytree
-from fastgrad.batches import as_call, batch_size, logits_of, one_for_none
+from fastgrad.batches import as_call, batch_size, copied, logits_of, one_for_none
 from fastgrad.blocks.block import Block
 from fastgrad.blocks.subject import Subject, watch
 from fastgrad.engine.backward import signal_sqnorms
@@ -43,7 +43,7 @@ class Pass:
         self.run = Run(samples)
         with torch.set_grad_enabled(plan is not None):
             readings = list(itertools.chain(*self._readings.values()))
-            output = self.network.forward(plan, self.run, args, kwargs, readings=readings)
+            output = self.network.forward(plan, self.run, *copied((args, kwargs)), readings=readings)
         self._output = logits_of(output)
         #: ``(B, N)``.
         self.logits = self._output.detach()
@@ -71,7 +71,7 @@ class Pass:
         args = tuple(image if i == place else value for i, value in enumerate(self.args))
         kwargs = {name: image if name == place else value for name, value in self.kwargs.items()}
         with torch.no_grad():
-            return logits_of(self.network.forward(None, Run(self.samples), args, kwargs)).detach()
+            return logits_of(self.network.forward(None, Run(self.samples), *copied((args, kwargs)))).detach()
 
 
 class Extraction:

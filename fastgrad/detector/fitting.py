@@ -77,7 +77,7 @@ def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
     if two_stage.classifier is not None and all(block.name != Features.name for block in reading):
         reading.append(Features())
     extraction = two_stage._extraction(reading, subject)
-    _require_own(extraction, x, device)
+    _require_own(extraction, x)
     generated = collect.generated_batches(sample, two_stage.model, device, two_stage.seed, verbose)
     features = collect.read(extraction, device, itertools.chain(collect.drawn_batches(sample, verbose), generated))
     # A challenge has the label of the clean input that it was made of; what is held out has no challenges.
@@ -251,11 +251,10 @@ def _blocks(two_stage: TwoStageModel, subject: Subject) -> list[Block]:
     return list(two_stage.blocks)
 
 
-def _require_own(extraction: Extraction, x: Inputs, device: torch.device) -> None:
+def _require_own(extraction: Extraction, x: Inputs) -> None:
     """Raise ValueError where a block of some inputs changes with others in their batch."""
     samples, before = batch_size(x), RandomState(extraction.model.modules())
-    given = (take(x, slice(*ends), samples) for ends in ((0, 8), (0, 2), (2, 8)))
-    whole, *parts = (extraction(to_device(part, device))[1] for part in given)
+    whole, *parts = (extraction(take(x, slice(*ends), samples))[1] for ends in ((0, 8), (0, 2), (2, 8)))
     # Random numbers come in another order.
     for name, values in whole.items() if before.same() else ():
         alone = torch.cat([part[name] for part in parts]).float()

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fastgrad.batches import as_call, batch_size, logits_of, take
+from fastgrad.batches import as_call, batch_size, copied, logits_of, take
 from fastgrad.blocks import Block
 from fastgrad.blocks.extraction import Inputs
 from fastgrad.blocks.subject import Subject
@@ -132,7 +132,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 def _plain(model: nn.Module, x: Inputs) -> float:
     """Seconds of the plain network."""
-    args, kwargs = as_call(x)
+    args, kwargs = as_call(copied(x))
     return _seconds(lambda: logits_of(model(*args, **kwargs)), model)
 
 

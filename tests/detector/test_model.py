@@ -225,10 +225,22 @@ def test_what_a_network_writes_to_its_inputs_changes_nothing_of_a_fit(write):
         network = nn.Sequential(nn.Identity(), small_network())
         network[0].forward = change
         with torch.no_grad():
-            fits.append(TwoStageModel(network, blocks=["logits"]).fit(loader(60), challenges_per_input=1))
+            model = TwoStageModel(network, blocks=["logits", "image", "view"])
+            fits.append(model.fit(loader(60), challenges_per_input=1))
     # Attacks are among them.
     assert fits[0].report().challenges == fits[1].report().challenges
     assert torch.equal(*(fit.calibration_scores for fit in fits))
+    x = images(5)
+    assert torch.equal(*(fit(x).uncertainty for fit in fits))
+    assert torch.equal(x, images(5))
+
+
+def test_a_price_is_measured_on_what_the_network_takes():
+    """Ids that begin at 1 become others in each pass."""
+    network = nn.Sequential(nn.Identity(), nn.Embedding(40, 4), nn.Flatten(), nn.Linear(20, CLASSES))
+    network[0].forward = lambda ids: ids.sub_(1)
+    ids = torch.randint(1, 41, (60, 5), generator=torch.Generator().manual_seed(0))
+    assert TwoStageModel(network.eval(), budget=math.inf).fit([ids]).report().price.measured > 1
 
 
 def test_a_network_that_bears_no_single_sample_is_not_fitted_without_attacks():
