@@ -17,7 +17,7 @@ from fastgrad.batches import bar, batch_size, bytes_of, carrying, split_batch, t
 from fastgrad.blocks.extraction import Extraction, Inputs
 from fastgrad.challenges import CHALLENGES, PixelRange, iter_challenges
 from fastgrad.challenges.attacks import reached
-from fastgrad.challenges.tokens import ids_of, iter_token_challenges
+from fastgrad.challenges.tokens import ids_of
 from fastgrad.detector.constants import CHALLENGED_TOGETHER
 
 
@@ -99,6 +99,7 @@ class Sample:
     fresh: NDArray[np.bool_]  # (n,): those that no introspective classifier is trained on; they calibrate it
     each: int  # challenges that are generated of each of those not held out; 0 for none
     pixels: PixelRange | None  # of images
+    tokens: Sequence[Batch] = ()  # challenges of token ids, which no network is needed for
 
 
 def _beside(name: str, value: Any, count: int) -> list[Any]:
@@ -182,10 +183,7 @@ def generated_batches(
     if not sample.each:
         return
     if sample.pixels is None:
-        clean = sample.clean[0]
-        chosen = np.flatnonzero(~sample.held_out[: len(clean)]).tolist()
-        made_of = iter_token_challenges(clean.batches, chosen, each=sample.each, seed=seed)
-        yield from bar(made_of, "challenges", verbose)
+        yield from bar(sample.tokens, "challenges", verbose)
         return
     first, pixels = 0, PixelRange(sample.pixels.low.to(device), sample.pixels.high.to(device))
     rows = [row for x in sample.clean[0].images() for row in x.split(1)]

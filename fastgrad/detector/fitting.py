@@ -197,7 +197,7 @@ def _checked(
             f"risk=True needs at least {constants.FEWEST_LABELLED} labelled inputs that the answer was not trained on; "
             f"there were {usual}"
         )
-    images, pixels, each = clean.images(), None, 0
+    images, pixels, each, tokens = clean.images(), None, 0, list[collect.Batch]()
     if images:
         if not all(bool(x.isfinite().all()) for x in images):
             raise ValueError("clean must give finite images; some held NaN or infinity")
@@ -213,13 +213,6 @@ def _checked(
                 "to fit on clean data alone, or a loader of challenges. Images are tensors of a floating dtype, in no "
                 "mapping; token ids have an integer dtype, and are tensors or the input_ids of mappings"
             )
-        fitting = np.flatnonzero(~held_out[:count]).tolist()
-        if not images and not any(iter_token_challenges(clean.batches, fitting, each=1, seed=two_stage.seed)):
-            raise ValueError(
-                "clean must give token ids that can be left out, moved or replaced, for challenges to be generated; "
-                "all were padding, alone in their input, or held by every input. Give challenges=None, or a loader "
-                "of challenges"
-            )
         last = next((tuple(x.shape) for x in images if x.shape[3] in (1, 3, 4) and min(x.shape[1:3]) >= 8), None)
         if last is not None:
             raise ValueError(
@@ -228,12 +221,21 @@ def _checked(
             )
         most = max(1, constants.MOST_CHALLENGES // int((~held_out).sum()))
         each = options.challenges_per_input or min(constants.EACH, most)
+        if not images:
+            fitting = np.flatnonzero(~held_out[:count]).tolist()
+            tokens = list(iter_token_challenges(clean.batches, fitting, each=each, seed=two_stage.seed))
+            if not tokens:
+                raise ValueError(
+                    "clean must give token ids that can be left out, moved or replaced, for challenges to be "
+                    "generated; all were padding, alone in their input, or held by every input. Give "
+                    "challenges=None, or a loader of challenges"
+                )
     different, least = len(np.setdiff1d(sources[:count], sources[count:])), constants.FEWEST_CLEAN
     if different < least:
         raise ValueError(
             f"clean must give at least {least} different inputs that calibration does not give; it gave {different}"
         )
-    return Sample(drawn, given, labels, sources, held_out, fresh, each, pixels)
+    return Sample(drawn, given, labels, sources, held_out, fresh, each, pixels, tokens)
 
 
 def _blocks(two_stage: TwoStageModel, subject: Subject) -> list[Block]:
