@@ -9,7 +9,7 @@ from deploy_models import TinyTwoStage
 from exported_models import X
 from torch import Tensor
 
-from fastgrad.deploy.file.export import compare, difference
+from fastgrad.deploy.file.comparison import compare, difference
 
 
 def check(file: Path, change: Callable[[Tensor, Tensor], Tensor], tolerance: float = 1e-4) -> None:

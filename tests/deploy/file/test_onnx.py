@@ -16,8 +16,9 @@ from onnx_needed import WARNINGS, skip_without_onnx
 from python_process import run_python
 from torch import nn
 
+from fastgrad.deploy.file.comparison import compare, difference
 from fastgrad.deploy.file.description import Description, description_text
-from fastgrad.deploy.file.export import compare, difference, export
+from fastgrad.deploy.file.export import export
 from fastgrad.deploy.file.onnx_export import convert
 from fastgrad.deploy.file.onnx_file import KEY
 from fastgrad.deploy.file.package import ModelPackage, PackageError, read_description

@@ -10,7 +10,7 @@ import torch
 from onnx_needed import WARNINGS, skip_without_onnx
 from torch import Tensor, nn
 
-from fastgrad.deploy.file import onnx_export, onnx_file, onnx_operators
+from fastgrad.deploy.file import onnx_export, onnx_file, onnx_operators, onnx_optimizer
 
 skip_without_onnx()
 pytestmark = WARNINGS
@@ -253,7 +253,7 @@ def test_operators_are_joined(tmp_path: Path) -> None:
         assert (found - model(rows)).abs().max() <= bound
 
 
-@pytest.mark.parametrize("name", onnx_export._RULES)
+@pytest.mark.parametrize("name", onnx_optimizer._RULES)
 def test_rules_look_at_the_nodes_before_one_node(name: str) -> None:
     """A pattern that ends in two nodes would be looked for among all pairs."""
     from onnxscript.rewriter.rules import common

@@ -1,0 +1,79 @@
+"""A new file's answers beside the live module's, before it appears under its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastgrad.deploy.file.package import ModelPackage, PackageError
+
+#: Of the dtype, by which an input moves in place of the rounding of all layers.
+_UNITS = 100
+#: What a convolution on a GPU rounds its operands to, by PyTorch's own settings.
+_TF32 = 2.0**-11
+
+
+@torch.no_grad()
+def compare(
+    path: Path, answers: Callable[[Tensor], tuple[Tensor, ...]], example_input: Tensor, tolerance: float, unit: float
+) -> None:
+    """Raise RuntimeError where the file's answers are not the live module's, which ``answers`` gives.
+
+    Asked are the inputs together, one alone, three, and one of NaN, which must not pass for reliable; which blocks say
+    so may differ, as a gradient passes a ReLU of NaN or becomes NaN there. A network that looks its input up in a
+    table, as of words, has no answer to NaN.
+
+    A difference above ``tolerance`` passes where the live module's own answer moves as far when each number of its
+    input moves by rounding: a detector of a network that was not trained magnifies it. ``unit`` is the relative
+    rounding of the network's coarsest dtype.
+    """
+    try:
+        package = ModelPackage(path)
+    except PackageError as error:
+        hint = "; export to .pt2" if path.suffix == ".onnx" else ""
+        raise RuntimeError(f"the file cannot be run: {error.__cause__ or error}{hint}") from error
+    example_input = example_input[: package.description.max_batch]
+    three = example_input[torch.arange(3, device="cpu") % len(example_input)]
+    unknown = torch.full_like(three[:1], torch.nan)
+    for x in (example_input, three[:1], three[: package.description.max_batch], unknown):
+        try:
+            expected = answers(x)
+        except IndexError:
+            if x is unknown:
+                continue
+            raise
+        given = package._outputs(x).items()
+        worst = {name: difference(ours, live) for (name, ours), live in zip(given, expected, strict=True)}
+        if x is unknown:
+            worst.pop("evidence", None)
+        if max(worst.values()) <= tolerance:
+            continue
+        moved = [answers(y) for y in _moved(x, unit)]
+        for i, (name, apart) in enumerate(worst.items()):
+            if apart <= max(tolerance, *(difference(other[i], expected[i]) for other in moved)):
+                continue
+            raise RuntimeError(
+                f"the file's {name} differ from the live module's by {apart:.2g}, relative, in a batch of {len(x)} "
+                f"like example_input, and more than rounding explains; at most {tolerance:g} is allowed (tolerance). "
+                "Give real inputs as example_input, or allow more"
+            )
+
+
+def _moved(x: Tensor, unit: float) -> Iterator[Tensor]:
+    """The inputs with rounding in each number, twice."""
+    step = _UNITS * max(unit, _TF32 if x.is_cuda else 0.0)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        yield x + x.abs() * step * (2 * torch.rand(x.shape, generator=generator, device="cpu") - 1).to(x)
+
+
+def difference(ours: Tensor, live: Tensor) -> float:
+    """Largest difference relative to the live value's size or 1; infinite where only one is finite, or NaN."""
+    ours, live = ours.double().cpu(), live.double().cpu()
+    relative = (ours - live).abs() / live.abs().clamp(min=1)
+    # Equal infinities and NaN in the same place are no difference.
+    same = (ours == live) | (ours.isnan() & live.isnan())
+    return float(torch.where(same, 0.0, relative.nan_to_num(nan=torch.inf)).max())
