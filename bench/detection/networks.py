@@ -119,7 +119,7 @@ def kinds(options: Options, draw: int) -> Subject:
     return replace(own, network="kinds", draw=draw, parts={"fit": fit, "test": test})
 
 
-@network("news", "all-MiniLM-L6-v2 on AG News")
+@network("news", "all-MiniLM-L6-v2 on AG News", tuned=True)
 def news(options: Options, draw: int) -> Subject:
     """A published sentence encoder with a linear layer; of draws other splits of the news."""
     source = data.News(options.data, options.cache, draw)
