@@ -41,7 +41,7 @@ FORMS: Mapping[str, Sequence[str]] = {"default": DEFAULT_BLOCKS, "second pass": 
 LAMBDAS: Mapping[str, float | None] = {"lambda 0.1": 0.1, "lambda 1": 1.0, "selective": None}
 DEFAULT_NETWORKS = ("lite0", "resnet20")
 #: By kind of data, photographs being slow: attacked images, random starts of each objective, images at a time.
-EFFORTS = {PHOTOGRAPHS: (100, 1, 8), SMALL: (100, 5, 25)}
+EFFORTS = {PHOTOGRAPHS: (100, 5, 8), SMALL: (100, 5, 25)}
 QUICK = {PHOTOGRAPHS: (8, 1, 8), SMALL: (25, 1, 25)}
 #: What happens to images between the attack and the network.
 WAYS: Mapping[str, Callable[[Tensor], Tensor]] = {"": lambda images: images, " after JPEG": sets.compress}
