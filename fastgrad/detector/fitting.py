@@ -189,7 +189,7 @@ def _checked(
     fresh = np.ones(len(labels), bool)
     if classifier is not None:
         unseen = np.random.default_rng(two_stage.seed).random(len(labels)) < constants.UNSEEN
-        fresh = labelled & (held_out | unseen[sources])
+        fresh = labelled & (np.isin(sources, sources[held_out]) | unseen[sources])
         if fresh.sum() < constants.FEWEST_LABELLED or len(np.unique(labels[labelled & ~fresh])) < classes:
             fresh[:] = False
     if options.risk and (usual := int((labelled & fresh).sum())) < constants.FEWEST_LABELLED:

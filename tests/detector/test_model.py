@@ -375,6 +375,27 @@ def test_what_the_classifier_was_not_trained_on_calibrates_it():
     assert not hasattr(classifier, "network_")
 
 
+@pytest.mark.parametrize("share", [None, 0.5])
+def test_what_calibrates_the_classifier_trains_it_under_no_other_number(share, monkeypatch):
+    """Inputs that come twice, once among those held out."""
+    seen = {}
+    for name in ("fit", "calibrate"):
+
+        def watched(self, rows, y, groups=None, plain=getattr(IntrospectiveClassifier, name), name=name):
+            seen[name] = {row.numpy().tobytes() for row in rows}
+            return plain(self, rows, y, **({} if groups is None else {"groups": groups}))
+
+        monkeypatch.setattr(IntrospectiveClassifier, name, watched)
+    x, labels = images(100, 1), torch.arange(100) % CLASSES
+    detector = UncertaintyDetector(log=False, calibration_fraction=share)
+    classifier = IntrospectiveClassifier(hidden=(8,), max_epochs=1)
+    model = TwoStageModel(small_network(), detector=detector, classifier=classifier, blocks=["logits"])
+    twice = [(x, labels), (x, labels)]
+    model.fit(twice if share else twice[:1], None, None if share else [(x[:40], labels[:40])])
+    assert min(map(len, seen.values())) >= 30
+    assert not seen["fit"] & seen["calibrate"]
+
+
 def test_the_report_says_what_the_classifier_costs(monkeypatch):
     """One that has seen few inputs answers worse than the network: errors of both stand side by side."""
     monkeypatch.setattr(constants, "UNSEEN", 0.0)
