@@ -204,15 +204,18 @@ def generated_batches(
 
 
 def read(extraction: Extraction, device: torch.device, batches: Iterable[Batch]) -> Features:
-    """Read the blocks of all batches; raise ValueError where the network gives NaN."""
+    """Read the blocks of all batches; raise ValueError where the network gives no answer."""
     parts: list[tuple[Tensor, dict[str, Tensor]]] = []
     kinds: list[str] = []
     groups: list[int] = []
     for x, own_kinds, sources in batches:
         logits, blocks = extraction(to_device(x, device))
         what = "challenges" if own_kinds[0] else "clean and calibration"
-        if failed := int(logits.isnan().any(1).sum()):
-            raise ValueError(f"{what} must give inputs that the network has an answer to; for {failed} it gave NaN")
+        # A class may be masked out, by minus infinity; not all of them.
+        if failed := int((~logits.float().logsumexp(1).isfinite()).sum()):
+            raise ValueError(
+                f"{what} must give inputs that the network has an answer to; for {failed} it gave NaN or infinity"
+            )
         if infinite := [name for name, value in blocks.items() if not value.float().isfinite().all()]:
             raise ValueError(f"{what} must give inputs whose blocks are finite; {infinite} were not")
         parts.append((logits.float().cpu(), {name: value.float().cpu() for name, value in blocks.items()}))
