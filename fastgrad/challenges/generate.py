@@ -25,6 +25,8 @@ STEPS, ATTACKED = 10, 0.3
 _GRADIENT = 2.4
 #: Numbers in a batch of images that is altered together, on a CPU; elsewhere eight times as many.
 _NUMBERS = 1 << 21
+#: A challenge in which no pixel changes by more than this share of the range, half a level of a byte, is none.
+_UNCHANGED = 1 / 510
 #: JPEG qualities that cameras and sites write; attacks survive them, most of their traces in pixels do not.
 _QUALITIES = (60, 95)
 
@@ -167,8 +169,8 @@ def iter_challenges(
 ) -> Iterator[Challenges]:
     """Yield ``each`` challenges of every clean input, in batches of mixed kinds.
 
-    Kinds take turns over the inputs, so that few inputs get to all of them. Everything is checked before the first
-    batch is made. The model is run in evaluation mode and left as it was.
+    Kinds take turns over the inputs, so that few inputs get to all of them. What would stay as it is, a flat image that
+    is blurred for example, is left out. Everything is checked before the first batch is made. The model is run in evaluation mode and left as it was.
 
     Args:
         model: classifier ``(B, C, H, W) -> (B, N)`` logits; None where no attack is asked for.
@@ -214,9 +216,15 @@ def iter_challenges(
             for start in range(0, len(group), size):
                 wanted = group[start : start + size]
                 place, name = wanted[0]
-                made.append(_altered(model, inputs, wanted, f"{seed}/{first + place}/{name}", pixels, size))
-                kinds += [name.partition("-")[0] for _, name in wanted]
-                sources += [first + place for place, _ in wanted]
+                images = _altered(model, inputs, wanted, f"{seed}/{first + place}/{name}", pixels, size)
+                clean = inputs[[place for place, _ in wanted]].clamp(pixels.low, pixels.high)
+                moved = (images - clean).abs() > _UNCHANGED * (pixels.high - pixels.low)
+                changed = moved.flatten(1).any(1)
+                made.append(images[changed])
+                for (place, name), new in zip(wanted, changed.tolist(), strict=True):
+                    if new:
+                        kinds.append(name.partition("-")[0])
+                        sources.append(first + place)
                 # Groups of few images wait for others: a network is slow on small batches.
                 if len(kinds) >= size:
                     yield Challenges(torch.cat(made), kinds, torch.tensor(sources, device="cpu"))
