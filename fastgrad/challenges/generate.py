@@ -170,7 +170,8 @@ def iter_challenges(
     """Yield ``each`` challenges of every clean input, in batches of mixed kinds.
 
     Kinds take turns over the inputs, so that few inputs get to all of them. What would stay as it is, a flat image that
-    is blurred for example, is left out. Everything is checked before the first batch is made. The model is run in evaluation mode and left as it was.
+    is blurred for example, is left out. Everything is checked before the first batch is made. The model is run in
+    evaluation mode and left as it was.
 
     Args:
         model: classifier ``(B, C, H, W) -> (B, N)`` logits; None where no attack is asked for.

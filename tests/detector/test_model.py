@@ -379,13 +379,16 @@ def test_what_the_classifier_was_not_trained_on_calibrates_it():
 def test_what_calibrates_the_classifier_trains_it_under_no_other_number(share, monkeypatch):
     """Inputs that come twice, once among those held out."""
     seen = {}
-    for name in ("fit", "calibrate"):
 
-        def watched(self, rows, y, groups=None, plain=getattr(IntrospectiveClassifier, name), name=name):
+    def watch(name, plain):
+        def watched(self, rows, *given, **named):
             seen[name] = {row.numpy().tobytes() for row in rows}
-            return plain(self, rows, y, **({} if groups is None else {"groups": groups}))
+            return plain(self, rows, *given, **named)
 
         monkeypatch.setattr(IntrospectiveClassifier, name, watched)
+
+    watch("fit", IntrospectiveClassifier.fit)
+    watch("calibrate", IntrospectiveClassifier.calibrate)
     x, labels = images(100, 1), torch.arange(100) % CLASSES
     detector = UncertaintyDetector(log=False, calibration_fraction=share)
     classifier = IntrospectiveClassifier(hidden=(8,), max_epochs=1)
