@@ -7,7 +7,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -29,6 +29,7 @@ _NUMBERS = 1 << 21
 _UNCHANGED = 1 / 510
 #: JPEG qualities that cameras and sites write; attacks survive them, most of their traces in pixels do not.
 _QUALITIES = (60, 95)
+_T = TypeVar("_T")
 
 
 class Kind(NamedTuple):
@@ -126,7 +127,7 @@ def challenge_cost(each: int = 3, *, names: Sequence[str] | None = None) -> floa
     passes = 0.0
     for turn in range(len(attacked)):
         made: dict[Any, float] = {}
-        for kind, strength in map(_row, _of_turn(attacked, turn, each)):
+        for kind, strength in map(_row, of_turn(attacked, turn, each)):
             # As `_altered` has it: JPEG takes what has just been attacked as strongly.
             if not kind.jpeg or made.get(kind.function) != strength:
                 passes += kind.passes
@@ -151,9 +152,9 @@ def _turns(full: Sequence[str]) -> tuple[list[str], list[str], float]:
     return attacked, others, ATTACKED if attacked and others else float(bool(attacked))
 
 
-def _of_turn(names: Sequence[str], turn: int, each: int) -> list[str]:
-    """The names that an input gets when it is its turn."""
-    return [names[place % len(names)] for place in range(turn * each, (turn + 1) * each)]
+def of_turn(kinds: Sequence[_T], turn: int, each: int) -> list[_T]:
+    """What an input gets of all kinds when it is its turn."""
+    return [kinds[place % len(kinds)] for place in range(turn * each, (turn + 1) * each)]
 
 
 def iter_challenges(
@@ -203,7 +204,7 @@ def iter_challenges(
     for number in range(first, first + len(inputs)):
         before = int(share * number)
         under_attack = int(share * (number + 1)) > before
-        turn = _of_turn(attacked, before, each) if under_attack else _of_turn(others, number - before, each)
+        turn = of_turn(attacked, before, each) if under_attack else of_turn(others, number - before, each)
         for name in turn:
             # All strengths of an attack are made together.
             groups[_row(name)[0].function if under_attack else name].append((number - first, name))

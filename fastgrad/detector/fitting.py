@@ -108,9 +108,8 @@ def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
         result.extraction_ = extraction.of([one for one in reading if one.name in (*names, Features.name)])
         result.detector_ = calibrated.module.to(device)
         result.classifier_, result.temperature_ = classifier, temperature
-        result.gate_ = None
-        if gated:
-            result.gate_ = NoisyOr.fit(None, calibrated.evidence, challenging, challenging).to(device)
+        gate = NoisyOr.fit(None, calibrated.evidence, challenging, challenging).to(device) if gated else None
+        result.gate_ = gate
         result.risk_, why = _risk(result, features, labels, sample.fresh, calibrated, options.risk)
         return result, calibrated, why
 
