@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad import IntrospectiveClassifier, TwoStageModel
-from fastgrad.challenges.tokens import FAR, SHARES, TOKEN_CHALLENGES, iter_token_challenges
+from fastgrad.challenges.tokens import FAR, SHARES, TOKEN_CHALLENGES, ids_of, iter_token_challenges
 
 PAD, BEGIN, END = 1, 2, 3
 
@@ -181,6 +181,14 @@ def test_what_no_challenges_are_made_of_is_refused(case: str) -> None:
     network = Spectrum() if case == "complex" else Reader()
     with pytest.raises(ValueError, match=message):
         TwoStageModel(network.eval(), blocks=["logits"]).fit([given])
+
+
+def test_token_ids_are_integers_of_two_dimensions() -> None:
+    whole = torch.ones(2, 3, dtype=torch.uint8)
+    assert ids_of(whole) is whole
+    assert ids_of({"input_ids": whole}) is whole
+    others = (whole.bool(), whole.half(), whole[0], whole[None], {"pixels": whole}, {"input_ids": whole.tolist()})
+    assert [ids_of(x) for x in others] == [None] * 6
 
 
 def test_what_stands_beside_a_token_goes_with_it() -> None:

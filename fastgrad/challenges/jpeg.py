@@ -48,9 +48,9 @@ def recompressed(levels: Tensor, quality: Tensor) -> Tensor:
 
 def _quantization(quality: Tensor, table: int) -> Tensor:
     """Return the divisors ``(B, 8, 8)`` of an image's blocks."""
-    quality = quality.double().round().clamp(1, 100)
+    quality = quality.double()
     scale = torch.where(quality < 50, (5000 / quality).floor(), 200 - 2 * quality)
-    base = torch.tensor(_TABLES[table], dtype=torch.float64, device=quality.device).view(8, 8)
+    base = torch.tensor(_TABLES[table], device=quality.device).view(8, 8)
     return ((base * scale.view(-1, 1, 1) + 50) / 100).floor().clamp(1, 255)
 
 

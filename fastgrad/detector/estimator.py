@@ -129,10 +129,9 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
     def decision_function(self, X: Features) -> Array:
         """Uncertainty ``(B,)``: -log of the p-value. Higher is less reliable; compare with `threshold`."""
         module, blocks = self.to_module(), self._blocks(X, reset=False)
-        count = len(next(iter(blocks.values())))
         # A few at a time, so that a large set needs little memory.
-        parts = [module(inputs.take(blocks, slice(start, start + 4096))) for start in range(0, count, 4096)]
-        result: Array = torch.cat(parts).numpy()
+        parts = zip(*(values.split(4096) for values in blocks.values()), strict=True)
+        result: Array = torch.cat([module(dict(zip(blocks, part, strict=True))) for part in parts]).numpy()
         return result
 
     def predict(self, X: Features) -> NDArray[Any]:
