@@ -191,6 +191,24 @@ def test_token_ids_are_integers_of_two_dimensions() -> None:
     assert [ids_of(x) for x in others] == [None] * 6
 
 
+def test_marks_stay_however_often_an_input_holds_them() -> None:
+    x = torch.tensor(texts())
+    x[::2, 5] = END
+    for made, _, numbers in iter_token_challenges([x], range(40), each=3, seed=0):
+        assert torch.equal((made == END).sum(1), (x[torch.tensor(numbers)] == END).sum(1))
+
+
+def test_a_mask_of_another_form_stays_as_it_is() -> None:
+    x = torch.tensor(texts())
+    mask = torch.rand(40, 1, 1, 24)
+    (expected, *_), (found, *_) = (
+        list(iter_token_challenges([given], range(40), each=1, seed=0))
+        for given in ({"input_ids": x}, {"input_ids": x, "attention_mask": mask})
+    )
+    assert torch.equal(found[0]["input_ids"], expected[0]["input_ids"])
+    assert torch.equal(found[0]["attention_mask"], mask[torch.tensor(found[2])])
+
+
 def test_what_stands_beside_a_token_goes_with_it() -> None:
     x = torch.tensor(texts())
     given = {

@@ -6,7 +6,6 @@ rest of a codec is lossless and changes no pixel.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -68,7 +67,6 @@ def _plane(plane: Tensor, tables: Tensor) -> Tensor:
     return pixels.transpose(3, 4).reshape(batch, -1, 8 * high, 8 * wide)[..., :height, :width]
 
 
-@functools.cache
 def _cosines() -> Tensor:
     """Return the transform of a block's 64 pixels, ``(64, 64)``; exact where coefficients are multiples of 1/8."""
     place = torch.arange(8, dtype=torch.float64, device="cpu")
