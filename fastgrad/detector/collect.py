@@ -17,7 +17,6 @@ from fastgrad.batches import bar, batch_size, bytes_of, carrying, split_batch, t
 from fastgrad.blocks.extraction import Extraction, Inputs
 from fastgrad.challenges import CHALLENGES, PixelRange, iter_challenges
 from fastgrad.challenges.attacks import reached
-from fastgrad.challenges.tokens import ids_of
 from fastgrad.detector.constants import CHALLENGED_TOGETHER
 
 
@@ -37,10 +36,6 @@ class Drawn:
         """The batches where they are images ``(B, C, H, W)``, floating; none where they are not."""
         images = [x for x in self.batches if isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point()]
         return images if len(images) == len(self.batches) else []
-
-    def has_tokens(self) -> bool:
-        """Whether the batches are token ids ``(B, T)``, or mappings that hold them."""
-        return all(ids_of(x) is not None for x in self.batches)
 
 
 def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bool | None = False) -> Drawn:

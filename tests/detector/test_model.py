@@ -557,6 +557,20 @@ def test_one_seed_decides_all(tmp_path):
     assert file("one") == file("two") != file("three", seed=1)
 
 
+def test_a_detectors_own_seed_decides_what_is_held_out(monkeypatch):
+    held_out, plain = [], fitting.collect.drawn_batches
+
+    def watched(sample, verbose):
+        held_out.append(sample.held_out.tolist())
+        return plain(sample, verbose)
+
+    monkeypatch.setattr(fitting.collect, "drawn_batches", watched)
+    for seed, own in ((0, 3), (1, 3), (0, 4), (0, np.random.RandomState(3))):
+        detector = UncertaintyDetector(log=False, calibration_fraction=0.5, random_state=own)
+        TwoStageModel(small_network(), detector=detector, blocks=["logits"], seed=seed).fit(loader(60), None)
+    assert held_out[0] == held_out[1] == held_out[3] != held_out[2]
+
+
 def test_what_the_user_passed_is_honoured_and_not_changed(tmp_path):
     detector = UncertaintyDetector(log=False, folds=3, calibration_fraction=0.5, false_alarm_rate=0.1)
     before = detector.get_params()
