@@ -198,6 +198,15 @@ def test_marks_stay_however_often_an_input_holds_them() -> None:
         assert torch.equal((made == END).sum(1), (x[torch.tensor(numbers)] == END).sum(1))
 
 
+def test_padding_may_look_like_the_end_of_a_text() -> None:
+    x = torch.tensor(texts())
+    given = {"input_ids": x.masked_fill(x == PAD, END), "attention_mask": (x != PAD).long()}
+    for made, _, _ in iter_token_challenges([given], range(40), each=3, seed=0):
+        mask = made["attention_mask"]
+        assert (mask.diff() <= 0).all()
+        assert (made["input_ids"].gather(1, mask.sum(1, keepdim=True) - 1) == END).all()
+
+
 def test_a_mask_of_another_form_stays_as_it_is() -> None:
     x = torch.tensor(texts())
     mask = torch.rand(40, 1, 1, 24)
