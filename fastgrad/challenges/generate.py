@@ -223,10 +223,9 @@ def iter_challenges(
                 moved = (images - clean).abs() > _UNCHANGED * (pixels.high - pixels.low)
                 changed = moved.flatten(1).any(1)
                 made.append(images[changed])
-                for (place, name), new in zip(wanted, changed.tolist(), strict=True):
-                    if new:
-                        kinds.append(name.partition("-")[0])
-                        sources.append(first + place)
+                kept = [pair for pair, new in zip(wanted, changed.tolist(), strict=True) if new]
+                kinds += [name.partition("-")[0] for _, name in kept]
+                sources += [first + place for place, _ in kept]
                 # Groups of few images wait for others: a network is slow on small batches.
                 if len(kinds) >= size:
                     yield Challenges(torch.cat(made), kinds, torch.tensor(sources, device="cpu"))
