@@ -287,6 +287,22 @@ def test_kinds_take_turns_over_all_inputs_in_whatever_parts_they_come(parts: int
         assert abs(counts[name] - turns * len(kind.strengths)) <= len(kind.strengths)
 
 
+def test_what_stays_as_it_is_is_no_challenge() -> None:
+    flat = photos(24)
+    flat[:20] = flat[:20, :, :1, :1]
+    whole = Net(lambda net, x: net.net((255 * x).round() / 255), net=small_net())  # whose gradient is 0
+    for model, images in ((small_net(), flat), (whole, photos(40))):
+        for pixels in (PixelRange.of(images), PixelRange.of(normalised(images), mean=MEAN, std=STD)):
+            clean = pixels.from_unit(images)
+            made = list(iter_challenges(model, clean, each=9, pixels=pixels))
+            for batch in made:
+                changed = pixels.to_unit(batch.inputs) - images[batch.sources]
+                assert float(changed.abs().amax((1, 2, 3)).min()) > 1 / 512
+            kinds = Counter(kind for batch in made for kind in batch.kinds)
+            assert ("fgsm" in kinds) == (model is not whole)
+            assert 0.5 * 9 * len(images) < kinds.total() < 9 * len(images)
+
+
 def test_no_image_is_mixed_with_itself() -> None:
     images = photos(4)
     for batch in iter_challenges(None, images, names=["mixture"], each=9):

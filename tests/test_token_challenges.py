@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad import IntrospectiveClassifier, TwoStageModel
-from fastgrad.challenges.tokens import FAR, SHARES, TOKEN_CHALLENGES, iter_token_challenges
+from fastgrad.challenges.tokens import FAR, SHARES, TOKEN_CHALLENGES, ids_of, iter_token_challenges
 
 PAD, BEGIN, END = 1, 2, 3
 
@@ -181,6 +181,41 @@ def test_what_no_challenges_are_made_of_is_refused(case: str) -> None:
     network = Spectrum() if case == "complex" else Reader()
     with pytest.raises(ValueError, match=message):
         TwoStageModel(network.eval(), blocks=["logits"]).fit([given])
+
+
+def test_token_ids_are_integers_of_two_dimensions() -> None:
+    whole = torch.ones(2, 3, dtype=torch.uint8)
+    assert ids_of(whole) is whole
+    assert ids_of({"input_ids": whole}) is whole
+    others = (whole.bool(), whole.half(), whole[0], whole[None], {"pixels": whole}, {"input_ids": whole.tolist()})
+    assert [ids_of(x) for x in others] == [None] * 6
+
+
+def test_marks_stay_however_often_an_input_holds_them() -> None:
+    x = torch.tensor(texts())
+    x[::2, 5] = END
+    for made, _, numbers in iter_token_challenges([x], range(40), each=3, seed=0):
+        assert torch.equal((made == END).sum(1), (x[torch.tensor(numbers)] == END).sum(1))
+
+
+def test_padding_may_look_like_the_end_of_a_text() -> None:
+    x = torch.tensor(texts())
+    given = {"input_ids": x.masked_fill(x == PAD, END), "attention_mask": (x != PAD).long()}
+    for made, _, _ in iter_token_challenges([given], range(40), each=3, seed=0):
+        mask = made["attention_mask"]
+        assert (mask.diff() <= 0).all()
+        assert (made["input_ids"].gather(1, mask.sum(1, keepdim=True) - 1) == END).all()
+
+
+def test_a_mask_of_another_form_stays_as_it_is() -> None:
+    x = torch.tensor(texts())
+    mask = torch.rand(40, 1, 1, 24)
+    (expected, *_), (found, *_) = (
+        list(iter_token_challenges([given], range(40), each=1, seed=0))
+        for given in ({"input_ids": x}, {"input_ids": x, "attention_mask": mask})
+    )
+    assert torch.equal(found[0]["input_ids"], expected[0]["input_ids"])
+    assert torch.equal(found[0]["attention_mask"], mask[torch.tensor(found[2])])
 
 
 def test_what_stands_beside_a_token_goes_with_it() -> None:

@@ -60,6 +60,7 @@ class Block:
     ranks: ClassVar[tuple[int, ...]] = (2,)
     shapes: ClassVar[str]
     squared_norms: ClassVar[bool] = False
+    _score: ClassVar[str] = ""  # "distance" or "mixture"
 
     def __init_subclass__(cls) -> None:
         """Refuse a name that no part of a detector can have."""
@@ -91,13 +92,14 @@ class Block:
         return ()
 
     def values(self, found: Pass) -> Tensor:
-        """The block ``(B, ...)`` from what a pass has found."""
-        raise NotImplementedError
+        """The block ``(B, ...)`` from what a pass has found; by default its first reading."""
+        return found.readings(self.name)[0]
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        """The one-class scores that clean ``blocks`` allow."""
-        yield from ()
+        """The one-class scores that clean ``blocks`` allow; by default the one that the block names, if any."""
+        if cls._score:
+            yield getattr(cls, cls._score)(blocks, settings)
 
     @classmethod
     def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:

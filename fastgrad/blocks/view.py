@@ -35,7 +35,7 @@ class View(Block):
     What misleads a network by design or sits between its classes rarely survives a small change of geometry.
 
     Args:
-        zoom: Share of height and width that the view keeps.
+        zoom: Share of height and width that the view keeps; it cuts off one pixel at least.
     """
 
     name = "view"
@@ -58,7 +58,7 @@ class View(Block):
     def of(self, images: Tensor) -> Tensor:
         """The view of ``images`` ``(B, C, H, W)``, of the same shape."""
         height, width = images.shape[-2:]
-        h, w = max(1, round(height * self.zoom)), max(1, round(width * self.zoom))
+        h, w = (max(1, min(round(length * self.zoom), length - 1)) for length in (height, width))
         top, left = (height - h) // 2, (width - w) // 2
         part = images[..., top : top + h, left : left + w]
         return F.interpolate(part, size=(height, width), mode="bilinear", align_corners=False)

@@ -7,7 +7,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -25,8 +25,11 @@ STEPS, ATTACKED = 10, 0.3
 _GRADIENT = 2.4
 #: Numbers in a batch of images that is altered together, on a CPU; elsewhere eight times as many.
 _NUMBERS = 1 << 21
+#: A challenge in which no pixel changes by more than this share of the range, half a level of a byte, is none.
+_UNCHANGED = 1 / 510
 #: JPEG qualities that cameras and sites write; attacks survive them, most of their traces in pixels do not.
 _QUALITIES = (60, 95)
+_T = TypeVar("_T")
 
 
 class Kind(NamedTuple):
@@ -124,7 +127,7 @@ def challenge_cost(each: int = 3, *, names: Sequence[str] | None = None) -> floa
     passes = 0.0
     for turn in range(len(attacked)):
         made: dict[Any, float] = {}
-        for kind, strength in map(_row, _of_turn(attacked, turn, each)):
+        for kind, strength in map(_row, of_turn(attacked, turn, each)):
             # As `_altered` has it: JPEG takes what has just been attacked as strongly.
             if not kind.jpeg or made.get(kind.function) != strength:
                 passes += kind.passes
@@ -149,9 +152,9 @@ def _turns(full: Sequence[str]) -> tuple[list[str], list[str], float]:
     return attacked, others, ATTACKED if attacked and others else float(bool(attacked))
 
 
-def _of_turn(names: Sequence[str], turn: int, each: int) -> list[str]:
-    """The names that an input gets when it is its turn."""
-    return [names[place % len(names)] for place in range(turn * each, (turn + 1) * each)]
+def of_turn(kinds: Sequence[_T], turn: int, each: int) -> list[_T]:
+    """What an input gets of all kinds when it is its turn."""
+    return [kinds[place % len(kinds)] for place in range(turn * each, (turn + 1) * each)]
 
 
 def iter_challenges(
@@ -167,8 +170,9 @@ def iter_challenges(
 ) -> Iterator[Challenges]:
     """Yield ``each`` challenges of every clean input, in batches of mixed kinds.
 
-    Kinds take turns over the inputs, so that few inputs get to all of them. Everything is checked before the first
-    batch is made. The model is run in evaluation mode and left as it was.
+    Kinds take turns over the inputs, so that few inputs get to all of them. What would stay as it is, a flat image that
+    is blurred for example, is left out. Everything is checked before the first batch is made. The model is run in
+    evaluation mode and left as it was.
 
     Args:
         model: classifier ``(B, C, H, W) -> (B, N)`` logits; None where no attack is asked for.
@@ -200,7 +204,7 @@ def iter_challenges(
     for number in range(first, first + len(inputs)):
         before = int(share * number)
         under_attack = int(share * (number + 1)) > before
-        turn = _of_turn(attacked, before, each) if under_attack else _of_turn(others, number - before, each)
+        turn = of_turn(attacked, before, each) if under_attack else of_turn(others, number - before, each)
         for name in turn:
             # All strengths of an attack are made together.
             groups[_row(name)[0].function if under_attack else name].append((number - first, name))
@@ -214,9 +218,14 @@ def iter_challenges(
             for start in range(0, len(group), size):
                 wanted = group[start : start + size]
                 place, name = wanted[0]
-                made.append(_altered(model, inputs, wanted, f"{seed}/{first + place}/{name}", pixels, size))
-                kinds += [name.partition("-")[0] for _, name in wanted]
-                sources += [first + place for place, _ in wanted]
+                images = _altered(model, inputs, wanted, f"{seed}/{first + place}/{name}", pixels, size)
+                clean = inputs[[place for place, _ in wanted]].clamp(pixels.low, pixels.high)
+                moved = (images - clean).abs() > _UNCHANGED * (pixels.high - pixels.low)
+                changed = moved.flatten(1).any(1)
+                made.append(images[changed])
+                kept = [pair for pair, new in zip(wanted, changed.tolist(), strict=True) if new]
+                kinds += [name.partition("-")[0] for _, name in kept]
+                sources += [first + place for place, _ in kept]
                 # Groups of few images wait for others: a network is slow on small batches.
                 if len(kinds) >= size:
                     yield Challenges(torch.cat(made), kinds, torch.tensor(sources, device="cpu"))

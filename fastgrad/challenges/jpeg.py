@@ -6,7 +6,6 @@ rest of a codec is lossless and changes no pixel.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -48,9 +47,9 @@ def recompressed(levels: Tensor, quality: Tensor) -> Tensor:
 
 def _quantization(quality: Tensor, table: int) -> Tensor:
     """Return the divisors ``(B, 8, 8)`` of an image's blocks."""
-    quality = quality.double().round().clamp(1, 100)
+    quality = quality.double()
     scale = torch.where(quality < 50, (5000 / quality).floor(), 200 - 2 * quality)
-    base = torch.tensor(_TABLES[table], dtype=torch.float64, device=quality.device).view(8, 8)
+    base = torch.tensor(_TABLES[table], device=quality.device).view(8, 8)
     return ((base * scale.view(-1, 1, 1) + 50) / 100).floor().clamp(1, 255)
 
 
@@ -68,7 +67,6 @@ def _plane(plane: Tensor, tables: Tensor) -> Tensor:
     return pixels.transpose(3, 4).reshape(batch, -1, 8 * high, 8 * wide)[..., :height, :width]
 
 
-@functools.cache
 def _cosines() -> Tensor:
     """Return the transform of a block's 64 pixels, ``(64, 64)``; exact where coefficients are multiples of 1/8."""
     place = torch.arange(8, dtype=torch.float64, device="cpu")

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastgrad.batches import batch_size, take
+from fastgrad.challenges.generate import of_turn
 
 IDS, MASK, SEGMENTS = "input_ids", "attention_mask", "token_type_ids"
 #: Shares of an input's tokens that are altered, mild to severe. As below, .05 to .3: .940, and the risk's AUROC of
@@ -75,9 +76,9 @@ TOKEN_CHALLENGES: Mapping[str, Alter] = {
 def ids_of(x: Any) -> Tensor | None:
     """Token ids ``(B, T)`` of a batch: itself or its ``input_ids``, of an integer dtype; None where it has none."""
     ids = x.get(IDS) if isinstance(x, Mapping) else x
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype == torch.bool:
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         return None
-    return None if ids.is_floating_point() or ids.is_complex() else ids
+    return ids if ids.dim() == 2 else None
 
 
 def iter_token_challenges(
@@ -102,15 +103,15 @@ def iter_token_challenges(
     names = [name for name in TOKEN_CHALLENGES if corpus.padding is not None or name != "omission"]
     turns = [(name, share) for name in names for share in SHARES]
     turns = [turns[place] for place in rng.permutation(len(turns))]
-    place_of = {number: place for place, number in enumerate(chosen)}
+    wanted = {number: of_turn(turns, place, each) for place, number in enumerate(chosen)}
     first = 0
     for x in batches:
         own = range(first, first + batch_size(x))
         for again in range(each):
             made: list[tuple[int, str, Places, Ids]] = []
             for number in own:
-                if number in place_of:
-                    name, share = turns[(place_of[number] * each + again) % len(turns)]
+                if number in wanted:
+                    name, share = wanted[number][again]
                     places, ids = corpus.altered(number, name, share, rng)
                     if not np.array_equal(ids, corpus.rows[number].ids):
                         made.append((number, name, places, ids))

@@ -190,7 +190,14 @@ def deal(table: Table, folds: int, random: np.random.RandomState) -> NDArray[np.
     fold = np.full(int(table.groups.max()) + 1, -1)
     for sources in (clean, others):
         fold[random.permutation(sources)] = np.arange(len(sources)) % count
-    return np.where(apart, -1, fold[table.groups])
+    dealt = np.where(apart, -1, fold[table.groups])
+    challenged = dealt[table.kinds > 0]
+    if len(challenged) and len(np.setdiff1d(challenged, [-1])) < 2:
+        raise ValueError(
+            "challenges must come from more sources, so that those of one fold leave some to fit on; "
+            f"the {len(challenged)} left none"
+        )
+    return dealt
 
 
 def with_p_values(scores: Mapping[str, Score], raw: Tensor, counted: NDArray[np.bool_]) -> DetectorModule:

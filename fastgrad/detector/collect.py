@@ -17,7 +17,6 @@ from fastgrad.batches import bar, batch_size, bytes_of, carrying, split_batch, t
 from fastgrad.blocks.extraction import Extraction, Inputs
 from fastgrad.challenges import CHALLENGES, PixelRange, iter_challenges
 from fastgrad.challenges.attacks import reached
-from fastgrad.challenges.tokens import ids_of
 from fastgrad.detector.constants import CHALLENGED_TOGETHER
 
 
@@ -37,10 +36,6 @@ class Drawn:
         """The batches where they are images ``(B, C, H, W)``, floating; none where they are not."""
         images = [x for x in self.batches if isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point()]
         return images if len(images) == len(self.batches) else []
-
-    def has_tokens(self) -> bool:
-        """Whether the batches are token ids ``(B, T)``, or mappings that hold them."""
-        return all(ids_of(x) is not None for x in self.batches)
 
 
 def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bool | None = False) -> Drawn:
@@ -204,15 +199,18 @@ def generated_batches(
 
 
 def read(extraction: Extraction, device: torch.device, batches: Iterable[Batch]) -> Features:
-    """Read the blocks of all batches; raise ValueError where the network gives NaN."""
+    """Read the blocks of all batches; raise ValueError where the network gives no answer."""
     parts: list[tuple[Tensor, dict[str, Tensor]]] = []
     kinds: list[str] = []
     groups: list[int] = []
     for x, own_kinds, sources in batches:
         logits, blocks = extraction(to_device(x, device))
         what = "challenges" if own_kinds[0] else "clean and calibration"
-        if failed := int(logits.isnan().any(1).sum()):
-            raise ValueError(f"{what} must give inputs that the network has an answer to; for {failed} it gave NaN")
+        # A class may be masked out, by minus infinity; not all of them.
+        if failed := int((~logits.float().logsumexp(1).isfinite()).sum()):
+            raise ValueError(
+                f"{what} must give inputs that the network has an answer to; for {failed} it gave NaN or infinity"
+            )
         if infinite := [name for name, value in blocks.items() if not value.float().isfinite().all()]:
             raise ValueError(f"{what} must give inputs whose blocks are finite; {infinite} were not")
         parts.append((logits.float().cpu(), {name: value.float().cpu() for name, value in blocks.items()}))

@@ -128,12 +128,10 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
 
     def decision_function(self, X: Features) -> Array:
         """Uncertainty ``(B,)``: -log of the p-value. Higher is less reliable; compare with `threshold`."""
-        check_is_fitted(self, "module_")
-        blocks = self._blocks(X, reset=False)
-        count = len(next(iter(blocks.values())))
+        module, blocks = self.to_module(), self._blocks(X, reset=False)
         # A few at a time, so that a large set needs little memory.
-        parts = [self.module_(inputs.take(blocks, slice(start, start + 4096))) for start in range(0, count, 4096)]
-        result: Array = torch.cat(parts).numpy()
+        parts = zip(*(values.split(4096) for values in blocks.values()), strict=True)
+        result: Array = torch.cat([module(dict(zip(blocks, part, strict=True))) for part in parts]).numpy()
         return result
 
     def predict(self, X: Features) -> NDArray[Any]:
@@ -150,8 +148,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
             false_alarm_rate: In (0, 1); the estimator's own when None. A rate below ``1 / (n + 1)`` for calibration
                 samples of n sources warns, as they cannot promise it.
         """
-        check_is_fitted(self, "module_")
-        return self.module_.threshold(self.false_alarm_rate if false_alarm_rate is None else false_alarm_rate)
+        return self.to_module().threshold(self.false_alarm_rate if false_alarm_rate is None else false_alarm_rate)
 
     def score(self, X: Features, y: ArrayLike) -> float:
         """AUROC of `decision_function` for labels ``y``: what model selection maximises."""
@@ -171,9 +168,9 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         It is the capped, weighted -log p of each of the block's scores, summed; `decision_function` rises with the sum
         of all evidence.
         """
-        check_is_fitted(self, "module_")
-        _, evidence, _ = self.module_.explain(self._blocks(X, reset=False))
-        return {name: values.numpy() for name, values in zip(self.module_.sources, evidence.T, strict=True)}
+        module = self.to_module()
+        _, evidence, _ = module.explain(self._blocks(X, reset=False))
+        return {name: values.numpy() for name, values in zip(module.sources, evidence.T, strict=True)}
 
     def to_module(self) -> DetectorModule:
         """The fitted detector as a traceable module: named blocks of tensors in, `decision_function` out."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.base import clone
+from sklearn.utils import check_random_state
 from torch import Tensor
 
 from fastgrad import checks
@@ -22,7 +23,7 @@ from fastgrad.blocks import BLOCKS, Block, Features
 from fastgrad.blocks.extraction import Extraction, Inputs, arguments
 from fastgrad.blocks.subject import Subject, watch
 from fastgrad.challenges import CHALLENGES, PixelRange, challenge_cost
-from fastgrad.challenges.tokens import iter_token_challenges
+from fastgrad.challenges.tokens import ids_of, iter_token_challenges
 from fastgrad.detector import collect, constants
 from fastgrad.detector.calibrate import Calibrated
 from fastgrad.detector.collect import Drawn, Sample
@@ -72,7 +73,7 @@ def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
     x = to_device(clean[0].batches[0], device)
     subject = watch(two_stage.model, *arguments(x))
     blocks = _blocks(two_stage, subject)
-    sample = _checked(clean, given, subject.classes, two_stage, options)
+    sample = _checked(clean, given, subject.classes, two_stage, clone(base), options)
     reading = [block for block in blocks if block.refusal(subject) is None]
     if two_stage.classifier is not None and all(block.name != Features.name for block in reading):
         reading.append(Features())
@@ -108,9 +109,8 @@ def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
         result.extraction_ = extraction.of([one for one in reading if one.name in (*names, Features.name)])
         result.detector_ = calibrated.module.to(device)
         result.classifier_, result.temperature_ = classifier, temperature
-        result.gate_ = None
-        if gated:
-            result.gate_ = NoisyOr.fit(None, calibrated.evidence, challenging, challenging).to(device)
+        gate = NoisyOr.fit(None, calibrated.evidence, challenging, challenging).to(device) if gated else None
+        result.gate_ = gate
         result.risk_, why = _risk(result, features, labels, sample.fresh, calibrated, options.risk)
         return result, calibrated, why
 
@@ -159,7 +159,12 @@ def _drawn(options: FitOptions, seed: int) -> tuple[list[Drawn], Drawn | None]:
 
 
 def _checked(
-    drawn: list[Drawn], given: Drawn | None, classes: int, two_stage: TwoStageModel, options: FitOptions
+    drawn: list[Drawn],
+    given: Drawn | None,
+    classes: int,
+    two_stage: TwoStageModel,
+    detector: UncertaintyDetector,
+    options: FitOptions,
 ) -> Sample:
     """Labels, images, the held-out part and the number of challenges, before any is made."""
     clean, *others = drawn
@@ -182,14 +187,13 @@ def _checked(
         labels = np.concatenate([labels, collect.labels_of("calibration", others[0], classes)])
         held_out = np.arange(len(labels)) >= count
     else:
-        share = None if two_stage.detector is None else two_stage.detector.calibration_fraction
-        random = np.random.RandomState(two_stage.seed)
-        held_out = held_out_of(None, np.zeros(count, bool), sources, share, random)
+        random = check_random_state(detector.random_state)
+        held_out = held_out_of(None, np.zeros(count, bool), sources, detector.calibration_fraction, random)
     labelled = labels >= 0
     fresh = np.ones(len(labels), bool)
     if classifier is not None:
         unseen = np.random.default_rng(two_stage.seed).random(len(labels)) < constants.UNSEEN
-        fresh = labelled & (held_out | unseen[sources])
+        fresh = labelled & (np.isin(sources, sources[held_out]) | unseen[sources])
         if fresh.sum() < constants.FEWEST_LABELLED or len(np.unique(labels[labelled & ~fresh])) < classes:
             fresh[:] = False
     if options.risk and (usual := int((labelled & fresh).sum())) < constants.FEWEST_LABELLED:
@@ -207,7 +211,7 @@ def _checked(
     elif any(value is not None for value in (options.clip, options.mean, options.std)):
         raise ValueError("clip, mean and std need images (B, C, H, W); clean gave other inputs")
     if isinstance(options.challenges, str):
-        if not images and not clean.has_tokens():
+        if not images and any(ids_of(x) is None for x in clean.batches):
             raise ValueError(
                 "challenges can be generated from images (B, C, H, W) or token ids (B, T) only; give challenges=None "
                 "to fit on clean data alone, or a loader of challenges. Images are tensors of a floating dtype, in no "

@@ -247,11 +247,8 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
             logits = network.class_logits(_folded(parameters, *there), moved, self.activation, self.loss)
             return cross_entropy(logits, targets[samples].to(device), reduction=reduction)
 
-        def snapshot() -> list[Tensor]:
-            return [value.detach().cpu().clone() for value in parameters]
-
-        best, best_loss, waited, size = snapshot(), float("inf"), 0, int(self.batch_size)
-        history: list[float] = []
+        best_loss, waited, size = float("inf"), 0, int(self.batch_size)
+        best, history = list[Tensor](), list[float]()
         for _ in bar(range(self.max_epochs), "introspective network", bool(self.verbose), unit="epoch"):
             total = 0.0
             order = torch.randperm(len(chosen), generator=generator, device="cpu")
@@ -267,7 +264,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
             loss = total / len(watched if len(watched) else chosen)
             history.append(loss)
             if loss < best_loss * (1 - 1e-4):
-                best, best_loss, waited = snapshot(), loss, 0
+                best, best_loss, waited = [value.detach().cpu().clone() for value in parameters], loss, 0
             else:
                 waited += 1
                 if waited >= self.patience:
@@ -279,11 +276,10 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
     @torch.no_grad()
     def _logits(self, R: ArrayLike | Pairs) -> Array:
         """Class logits ``(B, classes)``; a wide first layer runs in float32."""
-        check_is_fitted(self, "network_")
-        inputs = self._inputs(R, reset=False)
-        wide = self.network_.get_buffer("weight0").numel() > _DOUBLE_LIMIT
+        network_, inputs = self.to_module(), self._inputs(R, reset=False)
+        wide = network_.get_buffer("weight0").numel() > _DOUBLE_LIMIT
         parts = zip(*(torch.split(value.float() if wide else value, network.CHUNK) for value in inputs), strict=True)
-        result: Array = torch.cat([self.network_(*part).double() for part in parts]).numpy()
+        result: Array = torch.cat([network_(*part).double() for part in parts]).numpy()
         return result
 
 

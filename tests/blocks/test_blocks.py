@@ -141,6 +141,14 @@ def test_the_logarithms_are_finite_where_norms_underflow() -> None:
     assert all(torch.isfinite(value).all() for value in values.values())
 
 
+@pytest.mark.parametrize(("zoom", "size"), [(0.9, 3), (0.9, 4), (0.99, 32), (0.5, 3)])
+def test_a_view_of_small_images_is_another_image(zoom: float, size: int) -> None:
+    images = torch.rand(2, 3, size, size + 1, generator=torch.Generator().manual_seed(0))
+    view = View(zoom).of(images)
+    assert view.shape == images.shape
+    assert float((view - images).abs().amax((1, 2, 3)).min()) > 0.01
+
+
 def test_view_is_a_divergence_under_the_same_network() -> None:
     net, _ = residual()
     x = torch.randn(4, 3, 20, 30, dtype=torch.float64)

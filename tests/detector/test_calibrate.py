@@ -92,6 +92,16 @@ def test_bad_groups_are_named(groups: np.ndarray, message: str) -> None:
         UncertaintyDetector(log=False).fit(clean(np.random.default_rng(0), 60), groups=groups)
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_challenges_of_one_fold_alone_are_refused(count: int) -> None:
+    y = np.arange(64) >= 60
+    y[60 + count :] = False
+    with pytest.raises(ValueError, match=rf"challenges must come from more sources, .*; the {count} left none"):
+        UncertaintyDetector(log=False).fit(
+            clean(np.random.default_rng(0), 64), y.astype(int), groups=np.where(y, 99, -1)
+        )
+
+
 def test_sources_may_have_any_number() -> None:
     X, groups = clean(np.random.default_rng(0), 60), np.arange(60) // 2
     expected, found = (UncertaintyDetector(log=False).fit(X, groups=g) for g in (groups, 2**63 - 100 + groups))

@@ -168,9 +168,24 @@ def test_what_the_answer_needs_is_refused_before_any_challenge_is_made(monkeypat
     classifier = IntrospectiveClassifier(max_epochs=1)
     with pytest.raises(ValueError, match=r"risk=True needs .* that the answer was not trained on; there were 0"):
         TwoStageModel(network(), classifier=classifier, blocks=["logits"]).fit(pairs(CLEAN), risk=True)
-    masked = nn.Sequential(network(), nn.Threshold(-0.1, -math.inf))
+    masked = nn.Sequential(network(), nn.Threshold(-0.15, -math.inf))
     with pytest.raises(ValueError, match=r"clean and calibration must give .* blocks are finite; \['logits'\]"):
         TwoStageModel(masked, blocks=["logits"]).fit([CLEAN])
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_network_without_an_answer_is_not_calibrated(value: float) -> None:
+    class Overflowing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.network(x)
+            return logits.index_fill(1, torch.tensor(1), value).where(x[:, :1, 0, 0] > x[:, 1:2, 0, 0], logits)
+
+    with pytest.raises(ValueError, match=r"clean .* an answer to; for \d+ it gave NaN or infinity"):
+        TwoStageModel(Overflowing(), blocks=["image"]).fit(pairs(CLEAN), None)
 
 
 def test_labels_of_the_calibration_count_for_the_risk() -> None:

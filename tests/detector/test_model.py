@@ -375,6 +375,30 @@ def test_what_the_classifier_was_not_trained_on_calibrates_it():
     assert not hasattr(classifier, "network_")
 
 
+@pytest.mark.parametrize("share", [None, 0.5])
+def test_what_calibrates_the_classifier_trains_it_under_no_other_number(share, monkeypatch):
+    """Inputs that come twice, once among those held out."""
+    seen = {}
+
+    def watch(name, plain):
+        def watched(self, rows, *given, **named):
+            seen[name] = {row.numpy().tobytes() for row in rows}
+            return plain(self, rows, *given, **named)
+
+        monkeypatch.setattr(IntrospectiveClassifier, name, watched)
+
+    watch("fit", IntrospectiveClassifier.fit)
+    watch("calibrate", IntrospectiveClassifier.calibrate)
+    x, labels = images(100, 1), torch.arange(100) % CLASSES
+    detector = UncertaintyDetector(log=False, calibration_fraction=share)
+    classifier = IntrospectiveClassifier(hidden=(8,), max_epochs=1)
+    model = TwoStageModel(small_network(), detector=detector, classifier=classifier, blocks=["logits"])
+    twice = [(x, labels), (x, labels)]
+    model.fit(twice if share else twice[:1], None, None if share else [(x[:40], labels[:40])])
+    assert min(map(len, seen.values())) >= 30
+    assert not seen["fit"] & seen["calibrate"]
+
+
 def test_the_report_says_what_the_classifier_costs(monkeypatch):
     """One that has seen few inputs answers worse than the network: errors of both stand side by side."""
     monkeypatch.setattr(constants, "UNSEEN", 0.0)
@@ -531,6 +555,20 @@ def test_one_seed_decides_all(tmp_path):
         return two_stage.save(tmp_path / name).read_bytes()
 
     assert file("one") == file("two") != file("three", seed=1)
+
+
+def test_a_detectors_own_seed_decides_what_is_held_out(monkeypatch):
+    held_out, plain = [], fitting.collect.drawn_batches
+
+    def watched(sample, verbose):
+        held_out.append(sample.held_out.tolist())
+        return plain(sample, verbose)
+
+    monkeypatch.setattr(fitting.collect, "drawn_batches", watched)
+    for seed, own in ((0, 3), (1, 3), (0, 4), (0, np.random.RandomState(3))):
+        detector = UncertaintyDetector(log=False, calibration_fraction=0.5, random_state=own)
+        TwoStageModel(small_network(), detector=detector, blocks=["logits"], seed=seed).fit(loader(60), None)
+    assert held_out[0] == held_out[1] == held_out[3] != held_out[2]
 
 
 def test_what_the_user_passed_is_honoured_and_not_changed(tmp_path):

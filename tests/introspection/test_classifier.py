@@ -5,7 +5,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import fastgrad
 from fastgrad import IntrospectiveClassifier, metrics
-from fastgrad.introspection.network import mean_and_scale
+from fastgrad.introspection.network import GAINS, mean_and_scale, new_layers
 from fastgrad.losses import LOSSES
 
 
@@ -34,6 +34,13 @@ def test_pairs_and_rows_give_the_same_prediction(loss):
     np.testing.assert_allclose(classifier.predict_proba(rows), pairs, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(classifier.predict_proba(rows.reshape(300, -1)), pairs, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(pairs.sum(1), 1)
+
+
+@pytest.mark.parametrize("activation", GAINS)
+def test_layers_start_at_the_scale_of_their_activation(activation):
+    first, _, second, _ = new_layers([200, 300, 100], activation, 0)
+    for weight, gain in ((first, 1.0), (second, GAINS[activation])):
+        assert float(weight.abs().max()) == pytest.approx(gain * (6 / sum(weight.shape)) ** 0.5, rel=1e-3)
 
 
 def test_a_fit_depends_on_no_mode_of_pytorch():

@@ -84,7 +84,9 @@ def test_deterministic_and_stored():
     np.testing.assert_allclose(alone, score(new), rtol=1e-9)
 
 
-@pytest.mark.parametrize("rows", [np.ones((30, 4)), np.ones((5, 40)), np.eye(2, 7), np.zeros((1, 3))])
+@pytest.mark.parametrize(
+    "rows", [np.ones((30, 4)), np.ones((5, 40)), np.eye(2, 7), np.zeros((1, 3)), np.linspace(0, 0.5, 30)[:, None]]
+)
 def test_rows_that_hardly_vary_are_harmless(rows):
     score = Mahalanobis.fit(rows)
     scores = score(torch.tensor(np.concatenate([rows, rows + 1])))
