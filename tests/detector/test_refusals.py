@@ -109,6 +109,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "words": (lambda: classifying(["b", "a"] * 30), ValueError, r"class indices, .* they were \['a', 'b'\]"),
     "a gap": (lambda: classifying([0, 1, 3] * 20), ValueError, r"class indices, .* they were \[0, 1, 3\]"),
     "classes": (lambda: classifying([0, 1, 2] * 20)(IMAGES), ValueError, "every class of the network, 4; it has 3"),
+    "another network's": (lambda: TwoStageModel(NET, detector=fitted())(IMAGES), ValueError, "'gradients' must have"),
     "seed": (lambda: TwoStageModel(NET, seed=-1), ValueError, "seed must be an integer"),
     "no fit": (lambda: TwoStageModel(NET)(IMAGES), RuntimeError, "must be fitted first"),
     "no report": (lambda: TwoStageModel(NET).report(), RuntimeError, "a report needs a fit"),
