@@ -27,7 +27,8 @@ def batch_size(*trees: Any) -> int:
     for tensor in input_tensors(*trees):
         if tensor.dim():
             return tensor.shape[0]
-    raise ValueError("inputs must hold a tensor with the batch in dimension 0; there was none")
+    held = sorted({type(leaf).__name__ for leaf in pytree.tree_leaves(trees)})
+    raise ValueError(f"inputs must hold a tensor with the batch in dimension 0; they held {', '.join(held) or 'none'}")
 
 
 def take(tree: Tree, index: Tensor | slice, samples: int, carriers: Sequence[bool] | None = None) -> Tree:

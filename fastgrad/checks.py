@@ -41,7 +41,8 @@ def tensors(name: str, value: object) -> list[torch.Tensor]:
     """A tensor, or several, as a list; TypeError for anything else."""
     items = [value] if isinstance(value, torch.Tensor) else list(value) if isinstance(value, Iterable) else None
     if items is None or not all(isinstance(item, torch.Tensor) for item in items):
-        raise TypeError(f"{name} must be a tensor or a sequence of tensors; it was {value!r}")
+        held = "" if items is None else f" of {', '.join(sorted({type(item).__name__ for item in items})) or 'nothing'}"
+        raise TypeError(f"{name} must be a tensor or a sequence of tensors; it was {type(value).__name__}{held}")
     return items
 
 

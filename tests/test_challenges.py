@@ -473,6 +473,23 @@ def test_numbers_that_are_refused() -> None:
         challenge_cost(0)
     with pytest.raises(ValueError, match="steps must be an integer of at least 1; it was 0"):
         pgd(small_net(), photos(), 0.1, torch.Generator(), pixels=PixelRange.of(photos()), steps=0)
+    with pytest.raises(TypeError, match="generator must be a Generator; it was int"):
+        pgd(small_net(), photos(), 0.1, 0, pixels=PixelRange.of(photos()))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("attack", [fgsm, pgd])
+def test_attacks_run_in_evaluation_mode_and_with_gradients(attack: Any) -> None:
+    net, pixels = small_net(), PixelRange.of(photos(), clip=(0, 1))
+
+    def attacked(model: nn.Module) -> torch.Tensor:
+        made: torch.Tensor = attack(model, photos(), 0.1, torch.Generator().manual_seed(0), pixels=pixels)
+        return made
+
+    expected, before = attacked(copy.deepcopy(net).eval()), copy.deepcopy(net.state_dict())
+    with torch.inference_mode():
+        assert torch.equal(attacked(net), expected)
+    assert all(module.training for module in net.modules())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 @pytest.mark.parametrize("attack", [fgsm, pgd])

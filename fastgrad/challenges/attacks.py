@@ -80,6 +80,7 @@ def _prediction(logits: Tensor) -> Tensor:
     return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
 
 
+@torch.inference_mode(False)
 def _ascend(
     model: nn.Module,
     unit: Tensor,
@@ -97,7 +98,7 @@ def _ascend(
             predicted = _prediction(class_logits(model(pixels.from_unit(unit))))
     for _ in range(steps):
         with torch.enable_grad():
-            point = current.detach().requires_grad_()
+            point = current.detach().clone().requires_grad_()
             logits = class_logits(model(pixels.from_unit(point)))
             if predicted is None:
                 predicted = _prediction(logits.detach())
@@ -123,7 +124,7 @@ def fgsm(
     """Fast gradient sign method (Goodfellow et al. 2015): one step of ``epsilon`` per pixel.
 
     Args:
-        model: classifier in evaluation mode, taking images in their own range.
+        model: classifier, taking images in their own range; it runs in evaluation mode.
         unit: images ``(B, C, H, W)`` in the unit range.
         epsilon: step in the unit range (8/255 is the customary one), or one for each image ``(B, 1, 1, 1)``.
         generator: unused; FGSM draws nothing.
@@ -136,7 +137,8 @@ def fgsm(
         TypeError, ValueError: for anything else.
     """
     _check(model, unit, epsilon, pixels)
-    return _ascend(model, unit, unit, pixels, epsilon, epsilon, 1)
+    with evaluating(model):
+        return _ascend(model, unit, unit, pixels, epsilon, epsilon, 1)
 
 
 def pgd(
@@ -153,7 +155,9 @@ def pgd(
     Arguments and result as for :func:`fgsm`; ``generator`` draws the start.
     """
     checks.at_least(1, steps=steps)
+    checks.is_a(Generator, generator=generator)
     _check(model, unit, epsilon, pixels)
     offset = (2 * torch.rand(unit.shape, generator=generator, dtype=torch.float32, device="cpu") - 1).to(unit)
     start = (unit + epsilon * offset).clamp(0, 1)
-    return _ascend(model, unit, start, pixels, epsilon, 2.5 * epsilon / steps, steps)
+    with evaluating(model):
+        return _ascend(model, unit, start, pixels, epsilon, 2.5 * epsilon / steps, steps)

@@ -303,9 +303,8 @@ def _altered(
     else:
         assert model is not None  # checked before
         strengths = unit.new_tensor([strength for _, strength in chosen]).view(-1, 1, 1, 1)
-        with attacks.evaluating(model):
-            pairs = zip(unit.split(size), strengths.split(size), strict=True)
-            made = torch.cat([function(model, x, own, generator, pixels=pixels) for x, own in pairs])
+        pairs = zip(unit.split(size), strengths.split(size), strict=True)
+        made = torch.cat([function(model, x, own, generator, pixels=pixels) for x, own in pairs])
         made = made[begun.cumsum(0).to(made.device) - 1]
         low, high = _QUALITIES
         qualities = torch.randint(low, high + 1, (len(made),), generator=generator, device="cpu")

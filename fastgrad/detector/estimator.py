@@ -158,8 +158,12 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         values = np.asarray(y).ravel()
         if len(values) != len(scores):
             raise ValueError(f"y must have one label per row of X, {len(scores)}; it had {len(values)}")
-        if not np.isin(values, self.classes_).all():
-            raise ValueError(f"y must hold labels of fit, {self.classes_.tolist()}; it held {np.unique(values)[:5]}")
+        # In the order of the data a fold may have one: scikit-learn would score it NaN.
+        if not np.array_equal(np.unique(values), self.classes_):
+            raise ValueError(
+                f"y must hold labels of fit, {self.classes_.tolist()}; it held {np.unique(values)[:5]}. Both must be "
+                "there, in each fold as well: use a StratifiedKFold"
+            )
         return float(roc_auc_score(values == self.classes_[1], scores))
 
     def explain(self, X: Features) -> dict[str, Array]:

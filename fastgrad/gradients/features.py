@@ -187,8 +187,12 @@ class GradientFeatures:
         if self.contrast or self.joint:
             raise ValueError("target of a call must be left out where signals or contrasts name theirs; it was given")
         checks.is_tensor("target", target)
-        if target.dim() == 0 or target.shape[0] != samples:
-            raise ValueError(f"target must have shape ({samples},) or ({samples}, N); it was {tuple(target.shape)}")
+        # Floats in one dimension would pass for a soft target of all samples.
+        if target.dim() <= target.is_floating_point() or target.shape[0] != samples:
+            raise ValueError(
+                f"target must have shape ({samples},) or ({samples}, N), class indices or soft targets; it was "
+                f"{tuple(target.shape)} of {target.dtype}"
+            )
         return detach_plain(target)
 
     def report(self) -> list[Route]:
@@ -303,7 +307,7 @@ def _checked(target: Target, logits: Tensor) -> str | Tensor:
         value = torch.tensor(value, device="cpu")
     if isinstance(value, Tensor):
         value = value.to(logits.device)
-        if value.dim() == value.is_floating_point():
+        if value.dim() == value.is_floating_point() and not callable(target):
             value = value.expand(logits.shape[0], *value.shape)
     check_target(value, logits, wait=True)
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import torch
@@ -26,10 +27,14 @@ class GaussianMixture(Fitted):
     @classmethod
     def fit(cls, rows: NDArray[np.float64], components: int) -> GaussianMixture:
         """From ``rows`` ``(n, d)`` of unit variance; a hundredth of it is added to every variance."""
+        from sklearn.exceptions import ConvergenceWarning
         from sklearn.mixture import GaussianMixture as Mixture
 
         mixture = Mixture(components, reg_covar=1e-2, random_state=0, max_iter=200, tol=1e-3)
-        mixture.fit(rows)
+        with warnings.catch_warnings():
+            # Of equal rows, or more rounds to go: the density is one all the same.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            mixture.fit(rows)
         factors = as_buffer(mixture.precisions_cholesky_)
         log_determinant = torch.diagonal(factors, dim1=1, dim2=2).log().sum(1)
         constants = as_buffer(np.log(mixture.weights_)) + log_determinant - 0.5 * rows.shape[1] * math.log(2 * math.pi)

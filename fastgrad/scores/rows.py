@@ -95,6 +95,11 @@ class Rows(Fitted):
 
     def standardised(self, flat: Tensor) -> Tensor:
         """Rows of `flat` ``(B, d)`` in units of the clean ones."""
+        if flat.shape[1:] != self.mean.shape:
+            raise ValueError(
+                f"the block {self.options['block']!r} must have as many entries a sample as in the detector's fit, "
+                f"{len(self.mean)}; it had {flat.shape[1]}"
+            )
         rows = (flat - self.mean) / self.scale
         clip = self.options["clip"]
         return rows if clip is None else clipped(rows, clip)

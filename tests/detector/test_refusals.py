@@ -102,6 +102,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "not fitted": (lambda: UncertaintyDetector().decision_function(ROWS), NotFittedError, "not fitted yet"),
     "other blocks": (lambda: fitted().decision_function({"logits": ROWS}), ValueError, "blocks and shapes of fit"),
     "one block": (lambda: fitted(BLOCKS).decision_function({"logits": ROWS}), ValueError, "blocks and shapes of fit"),
+    "one label": (lambda: fitted().score(ROWS, np.zeros(60)), ValueError, r"\[0, 1\]; it held \[0\.\]. Both must be"),
     "label count": (lambda: fitted().score(ROWS, [0, 1]), ValueError, "y must have one label per row"),
     "model": (lambda: TwoStageModel("resnet18"), TypeError, r"model must be a torch\.nn\.Module"),  # type: ignore[arg-type]
     "detector": (lambda: TwoStageModel(NET, detector=NET), TypeError, "detector must be"),  # type: ignore[arg-type]
@@ -109,6 +110,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "words": (lambda: classifying(["b", "a"] * 30), ValueError, r"class indices, .* they were \['a', 'b'\]"),
     "a gap": (lambda: classifying([0, 1, 3] * 20), ValueError, r"class indices, .* they were \[0, 1, 3\]"),
     "classes": (lambda: classifying([0, 1, 2] * 20)(IMAGES), ValueError, "every class of the network, 4; it has 3"),
+    "another network's": (lambda: TwoStageModel(NET, detector=fitted())(IMAGES), ValueError, "'gradients' must have"),
     "seed": (lambda: TwoStageModel(NET, seed=-1), ValueError, "seed must be an integer"),
     "no fit": (lambda: TwoStageModel(NET)(IMAGES), RuntimeError, "must be fitted first"),
     "no report": (lambda: TwoStageModel(NET).report(), RuntimeError, "a report needs a fit"),

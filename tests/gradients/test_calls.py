@@ -49,6 +49,7 @@ def test_targets_of_a_call(model: nn.Sequential, chunk_size: int | None, target:
     ("target", "error", "message"),
     [
         (Y[:3], ValueError, r"target must have shape \(6,\) or \(6, N\).*it was \(3,\)"),
+        (torch.zeros(6), ValueError, r"shape \(6,\) or \(6, N\).*it was \(6,\) of torch.float32"),
         (Y + 1, ValueError, "target must hold class indices from 0 to 1; it held 2"),
         (Y - 1, ValueError, "target must hold class indices from 0 to 1; it held -1"),
         (Y.bool(), TypeError, "target must hold class indices"),
@@ -66,6 +67,7 @@ def test_targets_that_are_refused(model: nn.Sequential, target: Any, error: type
         (True, TypeError, "target must be a name, an index"),
         (7, ValueError, "target must hold class indices from 0 to 1; it held 7"),
         (lambda _: "zeros", ValueError, "target must be one of"),
+        (lambda z: z[:2].sum(1), ValueError, r"target must have shape \(6, 2\).*it was \(2,\)"),
         (Y, ValueError, r"target must be one for all samples.*extractor\(x, target=y\)"),
     ],
 )

@@ -20,7 +20,8 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no parameters": (lambda: GradientFeatures(nn.ReLU()), ValueError, "model must have parameters"),
     "no statistics": (lambda: GradientFeatures(WITHOUT_STATISTICS), ValueError, "'1' keeps no running stat"),
     "images": (lambda: GradientFeatures(nn.Conv2d(3, 4, 1))(torch.rand(5, 3, 2, 2)), ValueError, "logits of shape"),
-    "no input": (lambda: GradientFeatures(NET)(), ValueError, "inputs must hold a tensor"),
+    "no input": (lambda: GradientFeatures(NET)(), ValueError, "inputs must hold a tensor .* held none"),
+    "an array": (lambda: GradientFeatures(NET)(X.numpy()), ValueError, "inputs must hold a tensor .* held ndarray"),
     "loss": (lambda: GradientFeatures(NET, loss="hinge"), ValueError, "loss must be one of"),
     "target's name": (lambda: GradientFeatures(NET, target="zeros"), ValueError, "target must be one of"),
     "target": (lambda: GradientFeatures(NET, target=0.5), TypeError, "target must be .* 0.5"),
@@ -53,6 +54,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     **{f"{name} {value!r}": (lambda given=given: grad_sqnorm(**given), TypeError, f"{name} must be a tensor or a seq")
        for name, value in (("outputs", None), ("outputs", ["x"]), ("params", NET), ("grad_outputs", 5))
        for given in [{"outputs": X, "params": NET.weight, name: value}]},
+    "named": (lambda: grad_sqnorm(X, dict(NET.named_parameters())), TypeError, "params must .* it was dict of str$"),
     "a class": (lambda: find_rule(nn.Linear), TypeError, "module must be a Module; it was type"),
     "by frequency": (lambda: GradientFeatures(nn.Embedding(4, 5, scale_grad_by_freq=True)), ValueError,
                      "'Embedding' divides gradients by counts over the batch"),

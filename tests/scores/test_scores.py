@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,12 @@ def test_mixture_scores_as_scikit_learn_does():
     theirs = SklearnMixture(3, reg_covar=1e-2, random_state=0, max_iter=200).fit(rows)
     # The same sums in another order: some hundred float64 roundings.
     np.testing.assert_allclose(ours, -theirs.score_samples(new), rtol=1e-12, atol=1e-12)
+
+
+def test_a_mixture_of_equal_rows_does_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert GaussianMixture.fit(np.ones((30, 2)), 3)(torch.ones(2, 2)).isfinite().all()
 
 
 def test_energy():
