@@ -458,6 +458,7 @@ def test_command_line(folder: Path, tiny_package: Path, tmp_path: Path, capsys: 
         ([str(tiny_package), str(folder), "--out", str(tmp_path / "no" / "o")], "existing folder"),
         ([str(folder / "notes.txt"), str(folder), "--out", str(out)], "not a readable .pt2"),
         ([str(tiny_package), str(folder), "--out", str(out), "--part", "0"], "part must be an integer of at least 1"),
+        ([str(tiny_package), str(folder), "--out", str(out), "--workers", "2"], "--workers needs --ray"),
     ):
         assert cli.main(["score", *arguments]) == 2
         assert message in capsys.readouterr().err
