@@ -276,6 +276,21 @@ def test_of_two_jobs_with_one_folder_the_later_does_not_begin(folder: Path, tiny
     assert not list(tmp_path.glob("o.parts*"))
 
 
+def test_a_part_that_comes_while_the_folder_is_looked_at_is_no_other_jobs(
+    folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, plain = itertools.count(), job._schema
+
+    def begin() -> job.Job:
+        description = read_description(tiny_package)
+        return job.Job(tiny_package, description, folder, tmp_path / "o.parts", part=9, columns=COLUMNS, **OPTIONS)
+
+    first = begin()
+    job.write_part([], first.paths[0], first.schema, first.id)
+    monkeypatch.setattr(job, "_schema", lambda path: plain(path) if next(looks) >= len(first.paths) else pa.schema([]))
+    assert begin().missing == [0, 1, 2]
+
+
 def test_parts_of_another_job_are_not_joined(
     folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

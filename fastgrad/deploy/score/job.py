@@ -151,10 +151,11 @@ class Job:
         # The folder is that job's which came first, also before its first part is there.
         claim = folder / (UNFINISHED + self.id.decode())
         others = [path for path in folder.glob(UNFINISHED + "?" * len(self.id)) if path != claim]
-        if others or any(_job_of(_schema(path)) for path in folder.glob("part-*.parquet")):
+        # A part of this job may have come since, by another run of the same command.
+        if others or any(_job_of(_schema(path)) not in (None, self.id) for path in folder.glob("part-*.parquet")):
             other = "the parts of another job (other model, images or options)"
             raise ValueError(f"{folder} holds {other}; remove it or choose another --out")
-        if not all(path.name.startswith(UNFINISHED) for path in folder.iterdir()):
+        if not all(path.name.startswith(UNFINISHED) or _job_of(_schema(path)) == self.id for path in folder.iterdir()):
             raise ValueError(f"{folder} {_FOREIGN}")
         with contextlib.suppress(FileExistsError):
             claim.touch(exist_ok=False)  # never through a link that somebody has put there
@@ -164,8 +165,8 @@ class Job:
 
         While a batch is scored, the threads of ``pool`` decode the next.
         """
-        start, size = index * self.part, min(self.batch, model.description.max_batch)
-        stop = min(start + self.part, self.total)
+        start, stop = index * self.part, (index + 1) * self.part
+        size = min(self.batch, model.description.max_batch)
         if self.listed is not None:
             sources = iter(self.listed[start:stop])
         else:
