@@ -7,13 +7,14 @@ import os
 import shutil
 import sys
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from python_process import run_python
-from serve_client import image
+from serve_client import image, palette
 
 from fastgrad.commands import cli
 from fastgrad.deploy.file.images import decode_image
@@ -459,6 +460,39 @@ def test_images_are_decoded_while_the_network_runs(
     monkeypatch.setattr(job, "decode_pixels", watched)
     score(tiny_package, folder, tmp_path / "o", batch=2, decoders=1)
     assert beside.is_set()
+
+
+def test_what_the_caller_is_warned_of_comes_after_a_run_too(
+    tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
+    inside, over, numbers = threading.Event(), threading.Event(), itertools.count()
+    open_image, decode, before = Image.open, job.decode_pixels, list(warnings.filters)
+
+    def together(*args: Any, **options: Any) -> Any:
+        # The first image is opened before the second, and has been read before it.
+        if next(numbers) == 0:
+            assert inside.wait(20)
+        else:
+            inside.set()
+            assert over.wait(20)
+        return open_image(*args, **options)
+
+    def watched(*args: Any, **options: Any) -> Any:
+        try:
+            return decode(*args, **options)
+        finally:
+            over.set()
+
+    (tmp_path / "images").mkdir()
+    for name in ("1.png", "2.png"):
+        (tmp_path / "images" / name).write_bytes(palette())
+    monkeypatch.setattr(Image, "open", together)
+    monkeypatch.setattr(job, "decode_pixels", watched)
+    # Pillow warns of palettes, which is an error in these tests, and none of the images.
+    assert score(tiny_package, tmp_path / "images", tmp_path / "o", decoders=2)["unreadable"] == 0
+    assert warnings.filters == before
 
 
 def test_command_line(folder: Path, tiny_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

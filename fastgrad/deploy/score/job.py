@@ -8,6 +8,7 @@ import itertools
 import os
 import secrets
 import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -173,14 +174,17 @@ class Job:
             sources = read_parquet(self.images, *self.columns, start, stop, self.max_bytes)
         waiting: deque[tuple[str, Future[Array]]] = deque()
         rows: list[dict[str, Any]] = []
-        while True:
-            for source in itertools.islice(sources, 2 * size - len(waiting)):
-                waiting.append((source.name, pool.submit(self._decode, source)))
-            if not waiting:
-                break
-            batch = [waiting.popleft() for _ in range(min(size, len(waiting)))]
-            rows += self._score(model, batch)
-            told(len(batch))
+        # Of all threads: were each to turn Pillow's warnings off and on, the last would restore what another set.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            while True:
+                for source in itertools.islice(sources, 2 * size - len(waiting)):
+                    waiting.append((source.name, pool.submit(self._decode, source)))
+                if not waiting:
+                    break
+                batch = [waiting.popleft() for _ in range(min(size, len(waiting)))]
+                rows += self._score(model, batch)
+                told(len(batch))
         write_part(rows, self.paths[index], self.schema, self.id)
         return len(rows)
 
