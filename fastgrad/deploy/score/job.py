@@ -105,7 +105,7 @@ class Job:
         self.threshold = self.description.threshold_at(self.false_alarm_rate)
         self.schema = arrow_schema(self.description)
         self.images = self.images.resolve()
-        self.listed: list[Source] | None = None
+        self.listed: list[str] | None = None
         identity = (
             digest_of(self.model), str(self.images), self._look(), self.part, self.threshold, self.columns,
             self.max_pixels, self.max_bytes,
@@ -168,10 +168,11 @@ class Job:
         """
         start, stop = index * self.part, (index + 1) * self.part
         size = min(self.batch, model.description.max_batch)
-        if self.listed is not None:
-            sources = iter(self.listed[start:stop])
-        else:
+        if self.listed is None:
             sources = read_parquet(self.images, *self.columns, start, stop, self.max_bytes)
+        else:
+            names = ((os.fsencode(name), self.images / name) for name in self.listed[start:stop])
+            sources = (Source(name.decode("utf-8", "backslashreplace"), path) for name, path in names)
         waiting: deque[tuple[str, Future[Array]]] = deque()
         rows: list[dict[str, Any]] = []
         # Of all threads: were each to turn Pillow's warnings off and on, the last would restore what another set.
