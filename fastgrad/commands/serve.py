@@ -98,8 +98,6 @@ def run(args: argparse.Namespace) -> int:
         server.run()
     except KeyboardInterrupt:
         return 0
-    except SystemExit as stop:
-        return int(stop.code or 0)
     return 0 if server.started else 1
 
 

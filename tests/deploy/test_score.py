@@ -17,6 +17,7 @@ from python_process import run_python
 from serve_client import image, palette
 
 from fastgrad.commands import cli
+from fastgrad.commands import score as score_command
 from fastgrad.deploy.file.images import decode_image
 from fastgrad.deploy.file.package import ModelPackage, PackageError, read_description
 from fastgrad.deploy.score import job, sources
@@ -511,6 +512,17 @@ def test_command_line(folder: Path, tiny_package: Path, tmp_path: Path, capsys: 
     ):
         assert cli.main(["score", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_run_that_is_stopped_says_how_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(score_command, "score", stop)
+    assert cli.main(["score", "model.pt2", "images", "--out", "o.parquet"]) == 130
+    assert "stopped; the same command goes on from here" in capsys.readouterr().err
 
 
 def test_without_a_standard_error_there_is_no_bar(

@@ -52,10 +52,9 @@ def _schema(path: Path) -> Any:
         return pa.schema([])
 
 
-def _job_of(schema: Any) -> bytes | None:
+def _job_of(schema: Any) -> Any:
     """The id of the job that wrote a part of this schema; None for another program's file."""
-    job: bytes | None = (schema.metadata or {}).get(_JOB)
-    return job
+    return (schema.metadata or {}).get(_JOB)
 
 
 def check_out(path: Path, schema: Any) -> None:
