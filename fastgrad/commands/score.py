@@ -35,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Score, and say what there was; return the exit status."""
     options = {name: getattr(args, name) for name in _OPTIONS}
+    if args.workers != 1 and not args.ray:
+        raise ValueError(f"--workers needs --ray; without it one process scores, and it was {args.workers}")
     try:
         if args.ray:
             from fastgrad.deploy.score.ray import score_dataset

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     for name, value, most in (("--port", args.port, 65_535), ("--batch-wait-ms", args.batch_wait_ms, 60_000)):
         if not 0 <= value <= most:
             raise ValueError(f"{name} must be from 0 to {most}; it was {value:g}")
-    body = int(args.max_body_mb * 2**20)
+    body = math.ceil(args.max_body_mb * 2**20)
     limits = Limits(
         body=body, pixels=args.max_pixels, queue=args.max_queue, seconds=args.timeout,
         memory=max(Limits.memory, 3 * body), connections=args.max_connections,
@@ -98,8 +98,6 @@ def run(args: argparse.Namespace) -> int:
         server.run()
     except KeyboardInterrupt:
         return 0
-    except SystemExit as stop:
-        return int(stop.code or 0)
     return 0 if server.started else 1
 
 

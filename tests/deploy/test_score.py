@@ -7,15 +7,17 @@ import os
 import shutil
 import sys
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from python_process import run_python
-from serve_client import image
+from serve_client import image, palette
 
 from fastgrad.commands import cli
+from fastgrad.commands import score as score_command
 from fastgrad.deploy.file.images import decode_image
 from fastgrad.deploy.file.package import ModelPackage, PackageError, read_description
 from fastgrad.deploy.score import job, sources
@@ -276,6 +278,21 @@ def test_of_two_jobs_with_one_folder_the_later_does_not_begin(folder: Path, tiny
     assert not list(tmp_path.glob("o.parts*"))
 
 
+def test_a_part_that_comes_while_the_folder_is_looked_at_is_no_other_jobs(
+    folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, plain = itertools.count(), job._schema
+
+    def begin() -> job.Job:
+        description = read_description(tiny_package)
+        return job.Job(tiny_package, description, folder, tmp_path / "o.parts", part=9, columns=COLUMNS, **OPTIONS)
+
+    first = begin()
+    job.write_part([], first.paths[0], first.schema, first.id)
+    monkeypatch.setattr(job, "_schema", lambda path: plain(path) if next(looks) >= len(first.paths) else pa.schema([]))
+    assert begin().missing == [0, 1, 2]
+
+
 def test_parts_of_another_job_are_not_joined(
     folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -401,7 +418,7 @@ def test_names_have_slashes_on_every_system(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "0.png").write_bytes(image(0))
     found, _ = sources.list_folder(tmp_path)
-    assert [source.name for source in found] == ["a/b/0.png"]
+    assert found == ["a/b/0.png"]
 
 
 def test_large_cells_are_not_read(tiny_package: Path, tmp_path: Path) -> None:
@@ -446,6 +463,39 @@ def test_images_are_decoded_while_the_network_runs(
     assert beside.is_set()
 
 
+def test_what_the_caller_is_warned_of_comes_after_a_run_too(
+    tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
+    inside, over, numbers = threading.Event(), threading.Event(), itertools.count()
+    open_image, decode, before = Image.open, job.decode_pixels, list(warnings.filters)
+
+    def together(*args: Any, **options: Any) -> Any:
+        # The first image is opened before the second, and has been read before it.
+        if next(numbers) == 0:
+            assert inside.wait(20)
+        else:
+            inside.set()
+            assert over.wait(20)
+        return open_image(*args, **options)
+
+    def watched(*args: Any, **options: Any) -> Any:
+        try:
+            return decode(*args, **options)
+        finally:
+            over.set()
+
+    (tmp_path / "images").mkdir()
+    for name in ("1.png", "2.png"):
+        (tmp_path / "images" / name).write_bytes(palette())
+    monkeypatch.setattr(Image, "open", together)
+    monkeypatch.setattr(job, "decode_pixels", watched)
+    # Pillow warns of palettes, which is an error in these tests, and none of the images.
+    assert score(tiny_package, tmp_path / "images", tmp_path / "o", decoders=2)["unreadable"] == 0
+    assert warnings.filters == before
+
+
 def test_command_line(folder: Path, tiny_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "o.parquet"
     assert cli.main(["score", str(tiny_package), str(folder), "--out", str(out)]) == 0
@@ -458,9 +508,21 @@ def test_command_line(folder: Path, tiny_package: Path, tmp_path: Path, capsys: 
         ([str(tiny_package), str(folder), "--out", str(tmp_path / "no" / "o")], "existing folder"),
         ([str(folder / "notes.txt"), str(folder), "--out", str(out)], "not a readable .pt2"),
         ([str(tiny_package), str(folder), "--out", str(out), "--part", "0"], "part must be an integer of at least 1"),
+        ([str(tiny_package), str(folder), "--out", str(out), "--workers", "2"], "--workers needs --ray"),
     ):
         assert cli.main(["score", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_run_that_is_stopped_says_how_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(score_command, "score", stop)
+    assert cli.main(["score", "model.pt2", "images", "--out", "o.parquet"]) == 130
+    assert "stopped; the same command goes on from here" in capsys.readouterr().err
 
 
 def test_without_a_standard_error_there_is_no_bar(

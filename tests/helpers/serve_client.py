@@ -177,6 +177,15 @@ def image(seed: int = 0, size: tuple[int, int] = (8, 8), kind: str = "PNG") -> b
     return out.getvalue()
 
 
+def palette() -> bytes:
+    """A PNG with transparency a colour, of which Pillow warns when it becomes RGB."""
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.open(io.BytesIO(image())).quantize(16).save(out, "PNG", transparency=bytes(16))
+    return out.getvalue()
+
+
 def png(width: int, height: int, bits: int, colour: int, rows: bytes) -> bytes:
     """A PNG whose header says this, whatever the compressed ``rows`` hold."""
 

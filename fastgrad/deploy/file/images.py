@@ -6,7 +6,6 @@ Needs NumPy and Pillow alone, so that a process that only decodes stays small.
 from __future__ import annotations
 
 import io
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -81,20 +80,18 @@ def decode_pixels(content: bytes, shape: tuple[int, ...], *, max_pixels: int = M
     if not content:
         raise ImageError("the image is empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                if image.width * image.height > max_pixels:
-                    size = f"{image.width} x {image.height}"
-                    raise ImageTooLargeError(f"the image has {size} pixels; at most {max_pixels} are allowed")
-                # JPEG files are decoded at half, a quarter or an eighth where that is enough, upright or on its side.
-                least = 2 * max(width, height)
-                image.draft("RGB" if channels == 3 else "L", (least, least))
-                upright: Any = ImageOps.exif_transpose(image)
-                if upright.mode == "I;16":
-                    # As 255 / 65535, rounded; Pillow's convert would clip at 255.
-                    upright = Image.fromarray(((np.asarray(upright).astype(np.int32) + 128) // 257).astype(np.uint8))
-                upright = upright.convert("L" if channels == 1 else "RGB")
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                size = f"{image.width} x {image.height}"
+                raise ImageTooLargeError(f"the image has {size} pixels; at most {max_pixels} are allowed")
+            # JPEG files are decoded at half, a quarter or an eighth where that is enough, upright or on its side.
+            least = 2 * max(width, height)
+            image.draft("RGB" if channels == 3 else "L", (least, least))
+            upright: Any = ImageOps.exif_transpose(image)
+            if upright.mode == "I;16":
+                # As 255 / 65535, rounded; Pillow's convert would clip at 255.
+                upright = Image.fromarray(((np.asarray(upright).astype(np.int32) + 128) // 257).astype(np.uint8))
+            upright = upright.convert("L" if channels == 1 else "RGB")
         upright = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
     except ImageError:
         raise

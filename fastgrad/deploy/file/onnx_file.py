@@ -46,7 +46,7 @@ def load(path: str | os.PathLike[str]) -> Callable[[Tensor], list[Tensor]]:
         raise RuntimeError(f"ONNX Runtime cannot run it: {str(error).splitlines()[0]}") from error
 
     def run(x: Tensor) -> list[Tensor]:
-        return [torch.from_numpy(value) for value in session.run(None, {INPUT: x.cpu().numpy()})]
+        return [torch.from_numpy(value) for value in session.run(None, {INPUT: x.numpy(force=True)})]
 
     return run
 

@@ -8,6 +8,7 @@ import itertools
 import os
 import secrets
 import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -51,10 +52,9 @@ def _schema(path: Path) -> Any:
         return pa.schema([])
 
 
-def _job_of(schema: Any) -> bytes | None:
+def _job_of(schema: Any) -> Any:
     """The id of the job that wrote a part of this schema; None for another program's file."""
-    job: bytes | None = (schema.metadata or {}).get(_JOB)
-    return job
+    return (schema.metadata or {}).get(_JOB)
 
 
 def check_out(path: Path, schema: Any) -> None:
@@ -104,7 +104,7 @@ class Job:
         self.threshold = self.description.threshold_at(self.false_alarm_rate)
         self.schema = arrow_schema(self.description)
         self.images = self.images.resolve()
-        self.listed: list[Source] | None = None
+        self.listed: list[str] | None = None
         identity = (
             digest_of(self.model), str(self.images), self._look(), self.part, self.threshold, self.columns,
             self.max_pixels, self.max_bytes,
@@ -151,10 +151,11 @@ class Job:
         # The folder is that job's which came first, also before its first part is there.
         claim = folder / (UNFINISHED + self.id.decode())
         others = [path for path in folder.glob(UNFINISHED + "?" * len(self.id)) if path != claim]
-        if others or any(_job_of(_schema(path)) for path in folder.glob("part-*.parquet")):
+        # A part of this job may have come since, by another run of the same command.
+        if others or any(_job_of(_schema(path)) not in (None, self.id) for path in folder.glob("part-*.parquet")):
             other = "the parts of another job (other model, images or options)"
             raise ValueError(f"{folder} holds {other}; remove it or choose another --out")
-        if not all(path.name.startswith(UNFINISHED) for path in folder.iterdir()):
+        if not all(path.name.startswith(UNFINISHED) or _job_of(_schema(path)) == self.id for path in folder.iterdir()):
             raise ValueError(f"{folder} {_FOREIGN}")
         with contextlib.suppress(FileExistsError):
             claim.touch(exist_ok=False)  # never through a link that somebody has put there
@@ -164,22 +165,26 @@ class Job:
 
         While a batch is scored, the threads of ``pool`` decode the next.
         """
-        start, size = index * self.part, min(self.batch, model.description.max_batch)
-        stop = min(start + self.part, self.total)
-        if self.listed is not None:
-            sources = iter(self.listed[start:stop])
-        else:
+        start, stop = index * self.part, (index + 1) * self.part
+        size = min(self.batch, model.description.max_batch)
+        if self.listed is None:
             sources = read_parquet(self.images, *self.columns, start, stop, self.max_bytes)
+        else:
+            names = ((os.fsencode(name), self.images / name) for name in self.listed[start:stop])
+            sources = (Source(name.decode("utf-8", "backslashreplace"), path) for name, path in names)
         waiting: deque[tuple[str, Future[Array]]] = deque()
         rows: list[dict[str, Any]] = []
-        while True:
-            for source in itertools.islice(sources, 2 * size - len(waiting)):
-                waiting.append((source.name, pool.submit(self._decode, source)))
-            if not waiting:
-                break
-            batch = [waiting.popleft() for _ in range(min(size, len(waiting)))]
-            rows += self._score(model, batch)
-            told(len(batch))
+        # Of all threads: were each to turn Pillow's warnings off and on, the last would restore what another set.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            while True:
+                for source in itertools.islice(sources, 2 * size - len(waiting)):
+                    waiting.append((source.name, pool.submit(self._decode, source)))
+                if not waiting:
+                    break
+                batch = [waiting.popleft() for _ in range(min(size, len(waiting)))]
+                rows += self._score(model, batch)
+                told(len(batch))
         write_part(rows, self.paths[index], self.schema, self.id)
         return len(rows)
 

@@ -29,8 +29,8 @@ class Source(NamedTuple):
     content: bytes | Path
 
 
-def list_folder(folder: Path) -> tuple[list[Source], str]:
-    """All image files below a folder in the order of their names, and a digest of names, sizes and times.
+def list_folder(folder: Path) -> tuple[list[str], str]:
+    """The names of all image files below a folder, with slashes, in order, and a digest of names, sizes and times.
 
     Links to files count, also where there is no such file; links to folders are not followed. OSError where a folder
     cannot be read, whose images would be missing.
@@ -39,16 +39,19 @@ def list_folder(folder: Path) -> tuple[list[Source], str]:
     def refuse(error: OSError) -> NoReturn:
         raise error
 
-    paths = (Path(where, name) for where, _, names in os.walk(folder, onerror=refuse) for name in names)
-    sources, digest = [], hashlib.sha256()
-    for path in sorted(path for path in paths if path.suffix.lower() in SUFFIXES):
+    # Names alone: of a million images, their paths would take half a gigabyte.
+    names: list[str] = []
+    for where, _, files in os.walk(folder, onerror=refuse):
+        below = Path(where).relative_to(folder)
+        names += [(below / file).as_posix() for file in files if Path(file).suffix.lower() in SUFFIXES]
+    listed, digest = [], hashlib.sha256()
+    for name in sorted(names):
+        path = folder / name
         status = path.stat() if path.exists() else path.lstat()
-        if not (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)):
-            continue
-        name = os.fsencode(path.relative_to(folder).as_posix())
-        digest.update(b"%s\0%d %d\0" % (name, status.st_size, status.st_mtime_ns))
-        sources.append(Source(name.decode("utf-8", "backslashreplace"), path))
-    return sources, digest.hexdigest()
+        if stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode):
+            digest.update(b"%s\0%d %d\0" % (os.fsencode(name), status.st_size, status.st_mtime_ns))
+            listed.append(name)
+    return listed, digest.hexdigest()
 
 
 def read_parquet(

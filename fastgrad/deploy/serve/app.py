@@ -102,6 +102,7 @@ def create_app(
     at_least(1, workers=workers, max_batch=max_batch, **given)
     lies_in("[0, inf)", batch_wait=batch_wait)
     lies_in("(0, inf]", reload_every=reload_every)
+    lies_in("(0, 1)", drift_false_alarm_rate=drift_false_alarm_rate)
     guard = Guard(api_key, allowed_hosts)
     if pins is not None:
         is_path(pins=pins)

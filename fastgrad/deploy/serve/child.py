@@ -80,7 +80,7 @@ class Child:
 
     def __init__(self, module: str, arguments: Sequence[object], *, most: int) -> None:
         # Integers of NumPy too, where a limit is one.
-        self._start = json.dumps([sys.path, _PACKAGE, module, list(arguments)], default=int)
+        self._start = json.dumps([sys.path, _PACKAGE, module, arguments], default=int)
         self._most = most
         self.process: Process | None = None
         self.alive = False

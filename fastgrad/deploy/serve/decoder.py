@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -32,8 +33,9 @@ def start(max_pixels: int) -> Callable[[bytearray], bytes]:
 
     PIL.Image.preinit()
     _limit_memory()
-    # Forms and images are told of in the answer; each part of a form could write a line.
+    # Forms and images are told of in the answer; each part of a form, and each image, could write a line.
     logging.disable()
+    warnings.simplefilter("ignore")
 
     def answer(request: bytearray) -> bytes:
         try:

@@ -128,6 +128,12 @@ def test_pixels_are_normalized_before_they_are_rounded(dtype: str) -> None:
     torch.testing.assert_close(found, exact.to(DTYPES[dtype]), rtol=1e-6, atol=1e-6)
 
 
+def test_an_input_may_be_part_of_a_graph_or_negated_on_paper(model_file: Path) -> None:
+    package, x = ModelPackage(model_file), torch.randn(2, 3, 8, 8)
+    for same in (x.clone().requires_grad_(), torch.complex(x, -x).conj().imag):
+        assert torch.equal(package(same).logits, package(x).logits)
+
+
 def test_wrong_inputs_to_the_loaded_model(model_file: Path) -> None:
     package = ModelPackage(model_file)
     for x in (torch.zeros(0, 3, 8, 8), torch.zeros(2, 3, 8, 9), torch.zeros(65, 3, 8, 8), torch.zeros(8)):

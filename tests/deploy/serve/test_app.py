@@ -240,6 +240,7 @@ def test_threshold_at_another_rate(tiny_package: Path) -> None:
         ({"path": {3: "model.pt2"}}, "path must have names of letters"),
         ({"batch_wait": "1"}, "batch_wait must be a number; it was '1'"),
         ({"reload_every": None}, "reload_every must be a number; it was None"),
+        ({"drift_false_alarm_rate": 2}, r"drift_false_alarm_rate must lie in \(0, 1\); it was 2"),
         ({"false_alarm_rate": "5 %"}, "false_alarm_rate must be a number; it was '5 %'"),
         ({"pins": 3}, "pins must be a path; it was 3"),
         ({"limits": {}}, "limits must be a Limits; it was dict"),
@@ -337,6 +338,8 @@ def test_command_line_errors(tiny_package: Path, tmp_path: Path, capsys: pytest.
         (["--model", f"a={file}", "--model", f"a={file}"], "each name once"),
         (["--model", f"a/b={file}"], "one was 'a/b'"),
         ([file, "--false-alarm-rate", "0.5"], "false_alarm_rate must be one"),
+        # Less than a byte is one, which the limits allow.
+        ([file, "--max-body-mb", "1e-9", "--drift-false-alarm-rate", "0"], "drift_false_alarm_rate must lie in"),
         ([file, "--api-key-file", str(tmp_path / "key")], "No such file"),
         ([file, "--api-key-file", os.devnull], "api_key must not be empty"),
         # Of bytes that are no text.
