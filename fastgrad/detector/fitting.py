@@ -133,11 +133,13 @@ def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
 def _drawn(options: FitOptions, seed: int) -> tuple[list[Drawn], Drawn | None]:
     """All loaders, read once: `Sample.clean` and `Sample.challenges`."""
     checks.at_least(constants.FEWEST_CLEAN, max_samples=options.max_samples)
-    if options.challenges_per_input is not None:
-        checks.at_least(1, challenges_per_input=options.challenges_per_input)
-    challenges = options.challenges
+    challenges, each = options.challenges, options.challenges_per_input
     if isinstance(challenges, str) and challenges != "generate":
         raise ValueError(f"challenges must be 'generate', None or a loader; it was {challenges!r}")
+    if each is not None:
+        checks.at_least(1, challenges_per_input=each)
+        if not isinstance(challenges, str):
+            raise ValueError(f"challenges_per_input needs challenges='generate'; it was {each} beside others or none")
 
     def draw(name: str, loader: Iterable[Any], shift: int) -> Drawn:
         checks.is_loader(name, loader)

@@ -138,6 +138,10 @@ BAD: dict[str, tuple[Callable[[TwoStageModel], Any], str]] = {
     "empty challenges": (lambda m: m.fit([CLEAN], []), "challenges must hold at least one batch"),
     "max_samples": (lambda m: m.fit([CLEAN], max_samples=3), "max_samples must be an integer of at least 20; it was 3"),
     "each": (lambda m: m.fit([CLEAN], challenges_per_input=0), "challenges_per_input must be an integer of at least 1"),
+    "none generated": (
+        lambda m: m.fit([CLEAN], None, challenges_per_input=2),
+        "challenges_per_input needs challenges='generate'",
+    ),
     "half": (lambda m: m.fit([CLEAN], challenges_per_input=1.5), "an integer of at least 1; it was 1.5"),  # type: ignore[arg-type]
     "no number": (lambda m: m.fit([CLEAN], max_samples="all"), "an integer of at least 20; it was 'all'"),  # type: ignore[arg-type]
     "one label a batch": (lambda m: m.fit([(CLEAN, 1)]), "a batch had 60 inputs and 1"),

@@ -447,7 +447,7 @@ def test_the_classifier_learns_from_challenges_with_the_label_of_their_source(mo
     classifier = IntrospectiveClassifier(hidden=(8,), max_epochs=2)
     for challenges, factor in (("generate", 4), (None, 1)):
         model = TwoStageModel(small_network(), classifier=classifier, blocks=["logits"])
-        model.fit([(images(120, 1), labels)], challenges, challenges_per_input=3)
+        model.fit([(images(120, 1), labels)], challenges, challenges_per_input=3 if challenges else None)
         assert seen["rows"].shape[1] == model.model[-1].in_features  # h alone
         # Too few to keep some for calibration: all are trained on.
         assert np.bincount(seen["labels"]).tolist() == [factor * 120 // CLASSES] * CLASSES
