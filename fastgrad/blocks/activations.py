@@ -33,7 +33,7 @@ class Activations(Block):
     _score = "distance"
 
     def refusal(self, subject: Subject) -> str | None:
-        return None if subject.channels else "the network has no normalisation, convolutional or linear layer"
+        return None if subject.channels else "there is no normalisation, convolution or linear layer but the last"
 
     def readings(self, subject: Subject, mask: Tensor | None) -> tuple[Reading, ...]:
         """The columns of every place; of maps a sample of positions, squared after the forward pass."""

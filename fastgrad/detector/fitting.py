@@ -238,9 +238,8 @@ def _checked(
                 )
     different, least = len(np.setdiff1d(sources[:count], sources[count:])), constants.FEWEST_CLEAN
     if different < least:
-        raise ValueError(
-            f"clean must give at least {least} different inputs that calibration does not give; it gave {different}"
-        )
+        beside = " that calibration does not give" if others else ""
+        raise ValueError(f"clean must give at least {least} different inputs{beside}; it gave {different}")
     return Sample(drawn, given, labels, sources, held_out, fresh, each, pixels, tokens)
 
 

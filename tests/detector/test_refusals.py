@@ -77,6 +77,7 @@ def made_in_inference_mode() -> nn.Module:
 
 HEADLESS = r"the network can serve, .*'logits'.*; 'features': .*linear layer"
 ONE = nn.Sequential(NET, nn.Linear(4, 1))
+LINEAR = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
 HEAD = nn.Sequential(NET, nn.Softplus()).eval()
 LABELS = torch.arange(60) % 4
 FLAT = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval()
@@ -125,6 +126,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "headless": (lambda: TwoStageModel(NET[:4], blocks=["features"]).fit([IMAGES], None), ValueError, HEADLESS),
     **{f"budget {budget}": (lambda budget=budget: TwoStageModel(NET, budget=budget), ValueError, BUDGET)
        for budget in (0.9, math.nan, "1.2", True)},
+    "one layer": (lambda: TwoStageModel(LINEAR, blocks=["activations"]).fit([IMAGES], None), ValueError, "but the l"),
     "softmax": (lambda: TwoStageModel(nn.Sequential(NET, nn.Softmax(1))).fit([IMAGES], None), ValueError, SOFTMAX),
     "one output": (lambda: TwoStageModel(ONE).fit([(IMAGES, torch.ones(60))], None), ValueError, "with one output"),
     "last": (lambda: TwoStageModel(FLAT).fit([IMAGES.movedim(1, -1)]), ValueError, r"last, \(60, 8, 8, 3\). Move"),
