@@ -264,13 +264,16 @@ def test_of_two_runs_at_once_the_later_says_so(
     assert pq.read_table(out).num_rows == counts[0]["images"]
 
 
-def test_of_two_jobs_with_one_folder_the_later_does_not_begin(folder: Path, tiny_package: Path, tmp_path: Path) -> None:
-    def begin(part: int) -> job.Job:
+def test_of_two_jobs_with_one_folder_the_later_does_not_begin(
+    folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin(part: int, images: Path = folder) -> job.Job:
         description = read_description(tiny_package)
-        return job.Job(tiny_package, description, folder, tmp_path / "o.parts", part=part, columns=COLUMNS, **OPTIONS)
+        return job.Job(tiny_package, description, images, tmp_path / "o.parts", part=part, columns=COLUMNS, **OPTIONS)
 
     first = begin(4)
-    assert begin(4).id == first.id
+    monkeypatch.chdir(tmp_path)
+    assert begin(4, Path("images")).id == first.id
     # The first has no part yet.
     with pytest.raises(ValueError, match=r"o\.parts holds the parts of another job"):
         begin(5)
