@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastgrad._torch import disable_mha_fastpath, is_readable, pytree, vmap
+from fastgrad._torch import disable_mha_fastpath, is_readable, own_parametrizations, pytree, vmap
 from fastgrad.engine.copy import BACKWARD_HOOKS, Settings, Shadow, detach_plain
 from fastgrad.engine.run import RecomputedSite, Replay, Run
 from fastgrad.engine.state import apart
@@ -155,7 +155,8 @@ class _Again:
         # The inputs come from behind the user's own hooks on the module, and its outputs from before them.
         for table in ("_forward_hooks", "_forward_pre_hooks", *BACKWARD_HOOKS):
             shadow.root.__dict__[table] = OrderedDict()
-        return batch_first(floating(shadow.root(*args, **kwargs)), self.site.places)
+        with own_parametrizations():
+            return batch_first(floating(shadow.root(*args, **kwargs)), self.site.places)
 
     def _each(
         self, forward: Forward, inputs: list[Tensor], gradients: list[Tensor]

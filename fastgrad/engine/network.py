@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgrad._torch import disable_mha_fastpath, is_traced, pytree
+from fastgrad._torch import disable_mha_fastpath, is_traced, own_parametrizations, pytree
 from fastgrad.engine.carriers import find_carriers
 from fastgrad.engine.copy import BACKWARD_HOOKS, Shadow, detach_plain
 from fastgrad.engine.fallback import floating
@@ -169,7 +169,7 @@ class Network:
                 value.requires_grad_(parameter.requires_grad)
             return spread[id(parameter)].spread(run, value) if id(parameter) in spread else value
 
-        with torch.set_grad_enabled(plan is not None or torch.is_grad_enabled()):
+        with own_parametrizations(), torch.set_grad_enabled(plan is not None or torch.is_grad_enabled()):
             shadow = Shadow(self.model, stand_in, training=self.recorded, recorded=self.recorded, apart=not own)
             if not self.recorded:
                 for copy in shadow.modules.values():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastgrad._torch import pytree, saves_elsewhere
+from fastgrad._torch import own_parametrizations, pytree, saves_elsewhere
 from fastgrad.engine.copy import Settings, Shadow, attach, detach_plain
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.probe import tap
@@ -97,7 +97,7 @@ class RuledSite(Site):
 
     def norms(self, run: Run, *given: Any) -> Tensor:
         """The rule's answer as ``(B, m)``."""
-        with bind_contextvar(implementation, run.impl):
+        with bind_contextvar(implementation, run.impl), own_parametrizations():
             norms = self.rule.function(*given)
         return torch.stack([norms[self.local[name]] for name in self.parameters], 1)
 

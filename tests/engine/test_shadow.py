@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gradient_oracle import loss_norms, relative_error, true_norms
-from small_nets import Net, check_losses
+from small_nets import Net, assert_exact, check_losses, recorded
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -97,6 +97,24 @@ class Own(nn.TransformerEncoderLayer):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return F.dropout(self.linear2(self.linear1(x)), 0.5, self.training)
+
+
+@pytest.mark.parametrize("way", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal])
+def test_weights_that_are_kept_for_a_while_are_those_of_each_pass(way: Any) -> None:
+    """`parametrize.cached` keeps them by the user's module, whose copies come and go."""
+    torch.manual_seed(0)
+    model = nn.Sequential(way(nn.Conv1d(2, 4, 2)), nn.Flatten(), nn.Tanh(), way(nn.Linear(8, 3))).double()
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+    truth = loss_norms((model(row).square().sum() for row in x.split(1)), model)
+    zeros = torch.zeros(4, 3, dtype=torch.float64)
+    with nn.utils.parametrize.cached():
+        kept = model[3].weight
+        for _ in range(2):
+            assert_exact(recorded(model, lambda: model(x).square().sum()), truth)
+            assert_exact(fastgrad.GradientFeatures(model, loss="mse")(x, target=zeros)[1], truth)
+        assert model[3].weight is kept
+        model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_attention_with_a_forward_of_its_own_keeps_the_mode() -> None:
