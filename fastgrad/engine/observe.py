@@ -1,6 +1,7 @@
 """Watching a network: which module calls use which parameter, and where in their tensors the batch lies.
 
-It runs on some samples and on one less: what changes is the batch. The gradient of a chosen sample is sent back.
+It runs on some samples and on one less, in reverse order: what changes, and in what order, is the batch. The gradient
+of a chosen sample is sent back.
 """
 
 from __future__ import annotations
@@ -35,8 +36,6 @@ _SCATTERING = frozenset({
 })  # fmt: skip
 #: Those that gather along a dimension by an index.
 _GATHERING = frozenset({"index_select", "gather", "take_along_dim"})
-#: Those that reorder along dimensions, with the place of these among their arguments.
-_REORDERING = {"flip": 1, "flipud": 1, "roll": 2}
 #: Those that draw.
 _DRAWING = frozenset({"randperm", "randint", "rand", "randn", "multinomial", "bernoulli"})
 
@@ -91,9 +90,6 @@ class Rows:
             return self._computed_in(next((i for i in index if i is not None), ()))
         if name in ("matmul", "mm") and isinstance(args[1], Tensor):
             return args[1].dim() == 2 and self._computed_in(args[1])
-        if name in _REORDERING:
-            told = pytree.tree_leaves((args[_REORDERING[name] :], kwargs.get("dims")))
-            return name == "flipud" or any(dim in (0, -args[0].dim()) for dim in told)
         if name in _GATHERING:
             given = {"dim": args[1] if len(args) > 1 else None} | kwargs
             rest = [*args[1:], *kwargs.values()]
@@ -133,7 +129,7 @@ def _keep(passes: list[None], gradients: dict[int, Tensor], position: int, gradi
 
 
 class Observation(TorchFunctionMode):
-    """What a network's model does with a few samples; what differs from ``fewer``, with one less, is the batch.
+    """What a network's model does with a few samples; what differs from ``fewer``, with ``less`` of them, is the batch.
 
     ``training`` as for `Shadow`. ``rounded`` changes every parameter by a last place or so.
 
@@ -157,8 +153,9 @@ class Observation(TorchFunctionMode):
         network: Network,
         inputs: tuple[Any, Any],
         samples: int,
-        fewer: Observation | None = None,
         *,
+        fewer: Observation | None = None,
+        less: Sequence[int] = (),
         training: bool = False,
         rounded: bool = False,
     ) -> None:
@@ -175,6 +172,7 @@ class Observation(TorchFunctionMode):
         self._passes: list[None] = []
         self._times: Counter[str] = Counter()
         self._fewer = {} if fewer is None else {(call.path, call.ordinal): call for call in fewer.calls}
+        self._less = list(less)
         # Names by id: of the user's own parameters, and of what stands in for them.
         self._originals = names = {id(p): name for name, p in model.named_parameters()}
         self._tracked: dict[int, str] = {}
@@ -199,6 +197,8 @@ class Observation(TorchFunctionMode):
         with self:
             output = shadow.root(*inputs[0], **inputs[1])
         self.drew = not before.same()
+        # Values of other samples may choose another path. A loop over samples calls the same functions less often.
+        self._alike = fewer is not None and set(fewer.functions) == set(self.functions) and not self.drew
         self.outputs = network.tensors(output)
         reached = (id(getattr(node, "variable", None)) for node in nodes_behind(floating(output)))
         self.untracked |= {names[key] for key in reached if key in names}
@@ -286,14 +286,18 @@ class Observation(TorchFunctionMode):
         other = self._fewer.get((call.path, call.ordinal))
         if other is None or len(other.outputs) != len(call.outputs):
             return [None]
-        seen = self.drew or any(bool(gradient.any()) for gradient in call.gradients.values())
+        shown = self.drew or any(bool(gradient.any()) for gradient in call.gradients.values())
         layouts: list[Layout | None] = []
         for i, (out, less) in enumerate(zip(call.outputs, other.outputs, strict=True)):
-            layout = find_layout(tuple(out.shape), tuple(less.shape), call.gradients.get(i), self.samples)
-            if layout and layout.kind != "single" and not seen:
-                # No gradient shows the order of the samples: it is that of the inputs where one less leaves the others.
+            gradient = call.gradients.get(i)
+            layout = find_layout(tuple(out.shape), tuple(less.shape), gradient, self.samples)
+            decided = self._alike and call.path and gradient is not None
+            if layout and layout.kind != "single" and (decided or not shown):
+                # Gradients show no order that values decide. It is that of the inputs where others leave the same rows,
+                # of which one alone has no order.
                 rows, fewer = layout.batch_first(out, self.samples), layout.batch_first(less, self.samples - 1)
-                layout = layout if agree(fewer, rows[:-1], call.precision) else None
+                same = len(fewer) > 1 and agree(fewer, rows[self._less], self.precision)
+                layout = layout if same else None
             layouts.append(layout)
         return layouts
 
