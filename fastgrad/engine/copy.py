@@ -105,9 +105,9 @@ class Shadow:
             for name in ("_forward_hooks", *BACKWARD_HOOKS):
                 state[name] = OrderedDict()
             # Those that run before may make weights of parameters, as for weight norm, which the copy needs of its own.
-            hooks = state["_forward_pre_hooks"]
+            hooks, named = state["_forward_pre_hooks"], state["_forward_pre_hooks_with_kwargs"]
             state["_forward_pre_hooks"] = OrderedDict(
-                (key, functools.partial(_run, hook)) for key, hook in hooks.items()
+                (key, functools.partial(_run, hook, key in named)) for key, hook in hooks.items()
             )
         # Modules, parameters and methods which a plain attribute holds.
         for state, name, value in self._attributes:
@@ -115,6 +115,19 @@ class Shadow:
             if replaced is not value:
                 state[name] = replaced
                 self._followed.add((id(state), name))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the copy. Around that of a recorded call, all is at work already that its class or PyTorch adds."""
+        root = self.root
+        if not self.recorded:
+            return root(*args, **kwargs)
+        for hook in root._forward_pre_hooks.values():
+            args, kwargs = hook(root, args, kwargs) or (args, kwargs)
+        output = root.forward(*args, **kwargs)
+        for hook in root._forward_hooks.values():
+            answer = hook(root, args, kwargs, output)
+            output = output if answer is None else answer
+        return output
 
     def submodule(self, path: str) -> nn.Module:
         """The copy of a module by its name within the model."""
@@ -251,9 +264,9 @@ def _own(value: Any) -> Any:
     return type(value)(value) if type(value) in CONTAINERS else value
 
 
-def _run(hook: Callable[..., Any], *args: Any) -> None:
-    """Run a hook and leave its answer aside."""
-    hook(*args)
+def _run(hook: Callable[..., Any], named: bool, module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Run a hook, which takes inputs by keyword if it is ``named``, and leave its answer aside."""
+    hook(module, args, kwargs) if named else hook(module, args)
 
 
 def _lay_out_gradient(module: nn.Module, _: Any, __: Any, output: Any) -> None:

@@ -178,10 +178,10 @@ class Network:
             for place in (*sites, *readings):
                 place.attach(run, shadow)
             if plan is None or is_traced():
-                output = shadow.root(*inputs[0], **inputs[1])
+                output = shadow(*inputs[0], **inputs[1])
             else:
                 with noting(Steps(shadow.stand_ins())) as run.steps:
-                    output = shadow.root(*inputs[0], **inputs[1])
+                    output = shadow(*inputs[0], **inputs[1])
         run.closed = True
         for reading in readings:
             if reading not in run.readings and run.left is None:

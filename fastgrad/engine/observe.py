@@ -195,7 +195,7 @@ class Observation(TorchFunctionMode):
             self._watch(original, shadow.modules[id(original)], path)
         before = RandomState(model.modules())
         with self:
-            output = shadow.root(*inputs[0], **inputs[1])
+            output = shadow(*inputs[0], **inputs[1])
         self.drew = not before.same()
         # Values of other samples may choose another path. A loop over samples calls the same functions less often.
         self._alike = fewer is not None and set(fewer.functions) == set(self.functions) and not self.drew

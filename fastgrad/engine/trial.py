@@ -52,9 +52,8 @@ class Trial:
         index = torch.arange(count, device="cpu").clamp(max=samples - 1)
         self._copies = Copies(inputs)
         self._inputs = take(inputs, index, samples, known.carriers)
-        # Single ones by their place. One is not enough where it is among the others as well.
-        places = {0, count - 1} if samples < count else {count - 1}
-        self._singles = {i: take(inputs, index[i].expand(count), samples, known.carriers) for i in places}
+        # One is not enough where it is among the others as well.
+        self._singles = {0, count - 1} if samples < count else {count - 1}
         self._alone, self._whole = samples == 1, (inputs, samples)
         self._planners = []
         with torch.enable_grad():
@@ -186,7 +185,9 @@ class Trial:
     def _observe(self, *, training: bool) -> tuple[Observation, _Others]:
         """What the model does with the samples, and with some of them among others."""
 
-        def observe(inputs: Any, count: int, **options: Any) -> Observation:
+        def observe(samples: list[int], **options: Any) -> Observation:
+            index = torch.tensor(samples, device="cpu")
+            inputs, count = take(self._inputs, index, self._count, self._known.carriers), len(samples)
             try:
                 return self._observed(inputs, count, training=training, **options)
             except Exception as error:
@@ -202,16 +203,12 @@ class Trial:
 
         less = list(reversed(range(self._count - 1)))
         try:
-            fewer = observe(
-                take(self._inputs, torch.tensor(less, device="cpu"), self._count, self._known.carriers), len(less)
-            )
+            fewer = observe(less)
         except ValueError:
             # The order may matter, as that of lengths.
             less.reverse()
-            fewer = observe(
-                take(self._inputs, torch.tensor(less, device="cpu"), self._count, self._known.carriers), len(less)
-            )
-        seen = observe(self._inputs, self._count, fewer=fewer, less=less)
+            fewer = observe(less)
+        seen = observe(list(range(self._count)), fewer=fewer, less=less)
         if len(seen.outputs) != len(fewer.outputs):
             raise ValueError(
                 "model must return tensors that carry the batch; it returned more of them for more samples, as a list "
@@ -225,7 +222,7 @@ class Trial:
             return seen, []
         # One sample may decide for all, as the largest: it is not among both the first samples and the last alone.
         others = [(fewer, less)]
-        others += [(observe(inputs, self._count), [i] * self._count) for i, inputs in self._singles.items()]
+        others += [(observe(samples), samples) for i in self._singles for samples in [[i] * self._count]]
         # Values of a batch may choose another path; random numbers come in another order.
         others = [pair for pair in others if not seen.drew and seen.functions == pair[0].functions]
         self._require_own_outputs(seen, others)
