@@ -94,11 +94,14 @@ class Shadow:
         # Plain attributes that may hold parts of the tree; those in which something was replaced.
         self._attributes: list[tuple[dict[str, Any], str, Any]] = []
         self._followed: set[tuple[int, str]] = set()
+        self._hooks: list[dict[int, Any]] = []
         #: The copy of each module by the id of the original, in the order they were met.
         self.modules: dict[int, nn.Module] = {}
         self._pairs: list[tuple[nn.Module, nn.Module]] = []
         self._named: dict[str, nn.Module] = {}
         self.root: nn.Module = self._module(model, "")
+        for table in self._hooks:
+            table.update({key: self._hook(hook) for key, hook in table.items()})
         if recorded:
             # The work of these hooks on inputs, outputs and gradients is done around the copy.
             state = self.root.__dict__
@@ -200,6 +203,7 @@ class Shadow:
                 self._attributes.append((state, name, value))
             elif value and name in _HOOK_TABLES:
                 state[name] = OrderedDict() if name in BACKWARD_HOOKS and not self.recorded else value.copy()
+                self._hooks.append(state[name])
         state["_parameters"] = {
             name: None if value is None else self._tensor(value) for name, value in state["_parameters"].items()
         }
@@ -216,6 +220,18 @@ class Shadow:
             if _torch.is_traced():
                 attach(copy, _lay_out_input, before=True)
         return copy
+
+    def _hook(self, hook: Any) -> Any:
+        """``hook`` with copies for the modules that it holds: it may keep outputs in an attribute of one."""
+        if type(hook) is not types.FunctionType or not hook.__closure__:
+            return self._replace(hook)
+        held = [self.modules.get(id(_content(cell))) for cell in hook.__closure__]
+        cells = tuple(
+            cell if copy is None else types.CellType(copy) for cell, copy in zip(hook.__closure__, held, strict=True)
+        )
+        made = types.FunctionType(hook.__code__, hook.__globals__, hook.__name__, hook.__defaults__, cells)
+        made.__kwdefaults__ = hook.__kwdefaults__
+        return made
 
     def _tensor(self, parameter: nn.Parameter) -> Any:
         if id(parameter) not in self._copies:
@@ -250,6 +266,14 @@ class Shadow:
                 return value
             return functools.partial(function, *args, **keywords)
         return value
+
+
+def _content(cell: types.CellType) -> Any:
+    """What a closure's cell holds, if anything."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
 
 
 def _is_filled_plainly(value: Any) -> bool:

@@ -132,6 +132,39 @@ def keeping(net: Any, x: Tensor) -> Tensor:
     return x @ net.cache["weight"].T + net.layer.bias
 
 
+class Keeping(nn.Module):
+    """Reads what hooks on its layers keep in its own attributes."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(8, 2)
+        self.kept: Any = {}
+        for name in ("first", "second"):
+            hook: Any = functools.partial(self.keep, name)
+            if way == "closure":
+                hook = lambda module, _, output: self.kept.update({len(self.kept): output})  # noqa: E731
+            getattr(self, name).register_forward_hook(hook)
+
+    def keep(self, name: str, _: nn.Module, __: Any, output: Tensor) -> None:
+        self.kept = {**self.kept, name: output}
+
+    def forward(self, x: Tensor) -> Any:
+        self.kept.clear()
+        self.second(torch.tanh(self.first(x)))
+        return self.head(torch.cat([*self.kept.values()], 1).tanh())
+
+
+@pytest.mark.parametrize("way", ["closure", "method"])
+def test_what_hooks_keep_in_a_model_is_kept_in_the_copy(way: str) -> None:
+    torch.manual_seed(0)
+    model = Keeping(way).double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    for _ in range(2):
+        check_losses(model, lambda x: model(x).square().sum(1), x)
+        truth = loss_norms(((model(row) - 1).square().sum() for row in x.split(1)), model)
+        assert_exact(fastgrad.GradientFeatures(model, loss="mse")(x)[1], truth)
+
+
 def test_lists_and_dicts_of_the_model_are_its_own() -> None:
     model, x = Net(keeping, layer=nn.Linear(3, 2), seen=[], cache={}).double(), torch.randn(5, 3).double()
     rows = (model(x)[i].sum() for i in range(5) if model.cache.clear() is None)
