@@ -210,3 +210,18 @@ def norms_and_output(model: nn.Module) -> tuple[Tensor, Tensor]:
         output = model(X)
         sqnorms = fastgrad.grad_sqnorm(output.square().sum(), list(model.parameters()))
     return torch.stack(sqnorms, 1), output
+
+
+def test_what_a_list_of_the_users_holds_of_a_first_calls_trial_is_refused(model: nn.Sequential) -> None:
+    kept: list[Tensor] = []
+    model[0].register_forward_hook(lambda _, __, output: kept.append(output))
+    truth = true_norms(model[:1], (X,), lambda i, z: 2 * z)
+    kept.clear()
+    with fastgrad.record(model):
+        output = model(X)
+        with pytest.raises(ValueError, match="outputs must be computed from what the recorded call itself gave"):
+            fastgrad.grad_sqnorm(kept[0].square().sum() + output.sum(), list(model.parameters()))
+        kept.clear()
+        output = model(X)
+        sqnorms = fastgrad.grad_sqnorm(kept[0].square().sum(), list(model.parameters())[:2])
+    torch.testing.assert_close(torch.stack(sqnorms, 1), truth)
