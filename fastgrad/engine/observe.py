@@ -34,6 +34,8 @@ _SCATTERING = frozenset({
     "setitem", "index_add", "index_put", "index_copy", "index_reduce", "masked_scatter", "scatter", "scatter_add",
     "scatter_reduce",
 })  # fmt: skip
+#: Of these, those that write each row once.
+_WRITING = frozenset({"setitem", "index_put", "index_copy", "scatter"})
 #: Those that gather along a dimension by an index.
 _GATHERING = frozenset({"index_select", "gather", "take_along_dim"})
 #: Those that draw.
@@ -72,7 +74,7 @@ class Rows:
         written = (result, first) if name == "setitem" or getattr(function, "__name__", "").endswith("_") else result
         self._computed |= _tensors_in(written)
         if self.gathered(first if name in _SCATTERING else (args, kwargs)) or self._gathers(name, args, kwargs):
-            self._gathered |= _tensors_in(result)
+            self._gathered |= _tensors_in(written)
 
     def _gathers(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if name == "einsum" and isinstance(args[0], str):
@@ -81,13 +83,18 @@ class Rows:
             pairs = zip(terms.split(","), pytree.tree_leaves(args[1:]), strict=True)
             first = [term[0] for term, tensor in pairs if term and id(tensor) in self._computed]
             return any(first.count(letter) > 1 and letter not in kept for letter in first)
+        if name in _WRITING and len(args) > 2:
+            # What is written in another order, unless it goes back to its own. A mask keeps the order.
+            *dim, index, source = args
+            moved = [i for i in _tensors_in(_leading(index)).values() if i.dtype != torch.bool]
+            first = len(dim) < 2 or dim[1] in (0, -args[0].dim())
+            return first and self._computed_in(moved) and self._computed_in(source) and not self.gathered(source)
         if not args or id(args[0]) not in self._computed:
             return False
         if name == "masked_select":
             return True
         if name == "getitem":
-            index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            return self._computed_in(next((i for i in index if i is not None), ()))
+            return self._computed_in(_leading(args[1]))
         if name in ("matmul", "mm") and isinstance(args[1], Tensor):
             return args[1].dim() == 2 and self._computed_in(args[1])
         if name in _GATHERING:
@@ -98,6 +105,11 @@ class Rows:
 
     def _computed_in(self, tree: Any) -> bool:
         return not self._computed.keys().isdisjoint(_tensors_in(tree))
+
+
+def _leading(index: Any) -> Any:
+    """What of an index selects along the first dimension."""
+    return next((i for i in index if i is not None), ()) if isinstance(index, tuple) else index
 
 
 def _tensors_in(tree: Any) -> dict[int, Tensor]:

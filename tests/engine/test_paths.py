@@ -383,9 +383,15 @@ def test_samples_in_another_order(body: nn.Module) -> None:
     check(model, [((ordered,), {}), ((ordered.flip(0),), {}), ((inputs(5, 2, 3),), {})])
 
 
+def written(x: Tensor, there: Tensor) -> Tensor:
+    rows = torch.zeros_like(x)
+    rows[there] = x
+    return rows
+
+
 def sorted_by(way: str, net: Any, x: Tensor) -> Tensor:
     """Works through its samples in the order of their first values."""
-    order = x[:, 0].argsort()
+    order = x[:, 0].argsort(stable=True)
     there, index = order.argsort(), order.unsqueeze(1).expand_as(x)
     products = F.one_hot(order, len(x)).to(x)
     ways: dict[str, Callable[[], Tensor]] = {
@@ -394,6 +400,7 @@ def sorted_by(way: str, net: Any, x: Tensor) -> Tensor:
         "embedding": lambda: F.embedding(order, x),
         "index_copy": lambda: torch.zeros_like(x).index_copy(0, there, x),
         "index_put": lambda: torch.zeros_like(x).index_put((there,), x),
+        "setitem": lambda: written(x, there),
         "scatter": lambda: torch.zeros_like(x).scatter(0, index.argsort(0), x),
         "einsum": lambda: torch.einsum("ij,jd->id", products, x),
         "linear": lambda: F.linear(products, x.T),
@@ -412,6 +419,13 @@ def test_an_order_that_values_decide_is_seen_whatever_puts_samples_into_it(way: 
     ordered = x[x[:, 0].argsort()]
     model = one_layer(functools.partial(sorted_by, way))
     check(model, [((ordered,), {}), ((ordered.flip(0),), {}), ((x[:3],), {})])
+
+
+@pytest.mark.parametrize("way", ["setitem", "index_copy", "index_put", "scatter"])
+def test_an_order_that_does_not_show_in_the_first_call_is_seen_by_what_writes_it(way: str) -> None:
+    x = inputs(5, 3)
+    alike = torch.cat([torch.ones_like(x[:, :1]), x[:, 1:]], 1)
+    check(one_layer(functools.partial(sorted_by, way)), [((alike,), {}), ((x,), {})])
 
 
 def packed(net: Any, x: Tensor, lengths: Tensor) -> Tensor:
