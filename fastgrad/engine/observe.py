@@ -308,7 +308,7 @@ class Observation(TorchFunctionMode):
                 # Gradients show no order that values decide. It is that of the inputs where others leave the same rows,
                 # of which one alone has no order.
                 rows, fewer = layout.batch_first(out, self.samples), layout.batch_first(less, self.samples - 1)
-                same = len(fewer) > 1 and agree(fewer, rows[self._less], self.precision)
+                same = (len(fewer) > 1 or not decided) and agree(fewer, rows[self._less], self.precision)
                 layout = layout if same else None
             layouts.append(layout)
         return layouts
