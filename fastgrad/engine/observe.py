@@ -87,8 +87,8 @@ class Rows:
             # What is written in another order, unless it goes back to its own. A mask keeps the order.
             *dim, index, source = args
             moved = [i for i in _tensors_in(_leading(index)).values() if i.dtype != torch.bool]
-            first = len(dim) < 2 or dim[1] in (0, -args[0].dim())
-            return first and self._computed_in(moved) and self._computed_in(source) and not self.gathered(source)
+            of_rows = len(dim) < 2 or dim[1] in (0, -args[0].dim())
+            return of_rows and self._computed_in(moved) and self._computed_in(source) and not self.gathered(source)
         if not args or id(args[0]) not in self._computed:
             return False
         if name == "masked_select":
