@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._C import _functorch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules import batchnorm, conv, instancenorm
+from torch.nn.utils import parametrize
 from torch.utils import _python_dispatch, _pytree
 
 _Arguments = ParamSpec("_Arguments")
@@ -54,6 +55,19 @@ next_number: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
 #: Whether a tensor runs under ``torch.func.vmap``. Without, rules would take forms that it cannot follow.
 is_batched: Callable[[Tensor], bool] = _functorch.is_batchedtensor
+
+
+@contextlib.contextmanager
+def own_parametrizations() -> Iterator[None]:
+    """While it lasts, ``parametrize.cached`` keeps weights apart from those kept before.
+
+    It keeps them by the module that was parametrized. Without, one copy of a model would take the weights of another.
+    """
+    kept, parametrize._cache = parametrize._cache, {}
+    try:
+        yield
+    finally:
+        parametrize._cache = kept
 
 
 def padding_pairs(module: ConvNd) -> list[int]:

@@ -64,7 +64,7 @@ def outputs_of(network: Network, inputs: Any, *, training: bool = False) -> list
     """What the model returns; it and the inputs are left as they were. It may take gradients, as of an energy."""
     with torch.enable_grad(), undone(network.model, inputs) as (args, kwargs):
         shadow = Shadow(network.model, training=training, recorded=network.recorded)
-        return network.tensors(shadow.root(*args, **kwargs))
+        return network.tensors(shadow(*args, **kwargs))
 
 
 def _same_rows(some: Sequence[Tensor], batch: Sequence[Tensor], index: Tensor) -> bool:

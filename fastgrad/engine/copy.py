@@ -94,20 +94,23 @@ class Shadow:
         # Plain attributes that may hold parts of the tree; those in which something was replaced.
         self._attributes: list[tuple[dict[str, Any], str, Any]] = []
         self._followed: set[tuple[int, str]] = set()
+        self._hooks: list[dict[int, Any]] = []
         #: The copy of each module by the id of the original, in the order they were met.
         self.modules: dict[int, nn.Module] = {}
         self._pairs: list[tuple[nn.Module, nn.Module]] = []
         self._named: dict[str, nn.Module] = {}
         self.root: nn.Module = self._module(model, "")
+        for table in self._hooks:
+            table.update({key: self._hook(hook) for key, hook in table.items()})
         if recorded:
             # The work of these hooks on inputs, outputs and gradients is done around the copy.
             state = self.root.__dict__
             for name in ("_forward_hooks", *BACKWARD_HOOKS):
                 state[name] = OrderedDict()
             # Those that run before may make weights of parameters, as for weight norm, which the copy needs of its own.
-            hooks = state["_forward_pre_hooks"]
+            hooks, named = state["_forward_pre_hooks"], state["_forward_pre_hooks_with_kwargs"]
             state["_forward_pre_hooks"] = OrderedDict(
-                (key, functools.partial(_run, hook)) for key, hook in hooks.items()
+                (key, functools.partial(_run, hook, key in named)) for key, hook in hooks.items()
             )
         # Modules, parameters and methods which a plain attribute holds.
         for state, name, value in self._attributes:
@@ -115,6 +118,19 @@ class Shadow:
             if replaced is not value:
                 state[name] = replaced
                 self._followed.add((id(state), name))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the copy. Around that of a recorded call, all is at work already that its class or PyTorch adds."""
+        root = self.root
+        if not self.recorded:
+            return root(*args, **kwargs)
+        for hook in root._forward_pre_hooks.values():
+            args, kwargs = hook(root, args, kwargs) or (args, kwargs)
+        output = root.forward(*args, **kwargs)
+        for hook in root._forward_hooks.values():
+            answer = hook(root, args, kwargs, output)
+            output = output if answer is None else answer
+        return output
 
     def submodule(self, path: str) -> nn.Module:
         """The copy of a module by its name within the model."""
@@ -187,6 +203,7 @@ class Shadow:
                 self._attributes.append((state, name, value))
             elif value and name in _HOOK_TABLES:
                 state[name] = OrderedDict() if name in BACKWARD_HOOKS and not self.recorded else value.copy()
+                self._hooks.append(state[name])
         state["_parameters"] = {
             name: None if value is None else self._tensor(value) for name, value in state["_parameters"].items()
         }
@@ -203,6 +220,18 @@ class Shadow:
             if _torch.is_traced():
                 attach(copy, _lay_out_input, before=True)
         return copy
+
+    def _hook(self, hook: Any) -> Any:
+        """``hook`` with copies for the modules that it holds: it may keep outputs in an attribute of one."""
+        if type(hook) is not types.FunctionType or not hook.__closure__:
+            return self._replace(hook)
+        held = [self.modules.get(id(_content(cell))) for cell in hook.__closure__]
+        cells = tuple(
+            cell if copy is None else types.CellType(copy) for cell, copy in zip(hook.__closure__, held, strict=True)
+        )
+        made = types.FunctionType(hook.__code__, hook.__globals__, hook.__name__, hook.__defaults__, cells)
+        made.__kwdefaults__ = hook.__kwdefaults__
+        return made
 
     def _tensor(self, parameter: nn.Parameter) -> Any:
         if id(parameter) not in self._copies:
@@ -239,6 +268,14 @@ class Shadow:
         return value
 
 
+def _content(cell: types.CellType) -> Any:
+    """What a closure's cell holds, if anything."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
 def _is_filled_plainly(value: Any) -> bool:
     """Whether ``value`` is a list, dict or set with nothing of a module tree."""
     if type(value) in (dict, OrderedDict):
@@ -251,9 +288,9 @@ def _own(value: Any) -> Any:
     return type(value)(value) if type(value) in CONTAINERS else value
 
 
-def _run(hook: Callable[..., Any], *args: Any) -> None:
-    """Run a hook and leave its answer aside."""
-    hook(*args)
+def _run(hook: Callable[..., Any], named: bool, module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Run a hook, which takes inputs by keyword if it is ``named``, and leave its answer aside."""
+    hook(module, args, kwargs) if named else hook(module, args)
 
 
 def _lay_out_gradient(module: nn.Module, _: Any, __: Any, output: Any) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastgrad._torch import disable_mha_fastpath, is_readable, pytree, vmap
-from fastgrad.engine.copy import BACKWARD_HOOKS, Settings, Shadow, detach_plain
+from fastgrad._torch import disable_mha_fastpath, is_readable, own_parametrizations, pytree, vmap
+from fastgrad.engine.copy import Settings, Shadow, detach_plain
 from fastgrad.engine.run import RecomputedSite, Replay, Run
 from fastgrad.engine.state import apart
 from fastgrad.engine.tracing import is_fixed, is_symbolic
@@ -153,9 +152,8 @@ class _Again:
             else:
                 disable_mha_fastpath(copy)
         # The inputs come from behind the user's own hooks on the module, and its outputs from before them.
-        for table in ("_forward_hooks", "_forward_pre_hooks", *BACKWARD_HOOKS):
-            shadow.root.__dict__[table] = OrderedDict()
-        return batch_first(floating(shadow.root(*args, **kwargs)), self.site.places)
+        with own_parametrizations():
+            return batch_first(floating(shadow.root.forward(*args, **kwargs)), self.site.places)
 
     def _each(
         self, forward: Forward, inputs: list[Tensor], gradients: list[Tensor]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgrad._torch import disable_mha_fastpath, is_traced, pytree
+from fastgrad._torch import disable_mha_fastpath, is_traced, own_parametrizations, pytree
 from fastgrad.engine.carriers import find_carriers
 from fastgrad.engine.copy import BACKWARD_HOOKS, Shadow, detach_plain
 from fastgrad.engine.fallback import floating
@@ -169,7 +169,7 @@ class Network:
                 value.requires_grad_(parameter.requires_grad)
             return spread[id(parameter)].spread(run, value) if id(parameter) in spread else value
 
-        with torch.set_grad_enabled(plan is not None or torch.is_grad_enabled()):
+        with own_parametrizations(), torch.set_grad_enabled(plan is not None or torch.is_grad_enabled()):
             shadow = Shadow(self.model, stand_in, training=self.recorded, recorded=self.recorded, apart=not own)
             if not self.recorded:
                 for copy in shadow.modules.values():
@@ -178,10 +178,10 @@ class Network:
             for place in (*sites, *readings):
                 place.attach(run, shadow)
             if plan is None or is_traced():
-                output = shadow.root(*inputs[0], **inputs[1])
+                output = shadow(*inputs[0], **inputs[1])
             else:
                 with noting(Steps(shadow.stand_ins())) as run.steps:
-                    output = shadow.root(*inputs[0], **inputs[1])
+                    output = shadow(*inputs[0], **inputs[1])
         run.closed = True
         for reading in readings:
             if reading not in run.readings and run.left is None:

@@ -1,6 +1,7 @@
 """Watching a network: which module calls use which parameter, and where in their tensors the batch lies.
 
-It runs on some samples and on one less: what changes is the batch. The gradient of a chosen sample is sent back.
+It runs on some samples and on one less, in reverse order: what changes, and in what order, is the batch. The gradient
+of a chosen sample is sent back.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ _SCATTERING = frozenset({
     "setitem", "index_add", "index_put", "index_copy", "index_reduce", "masked_scatter", "scatter", "scatter_add",
     "scatter_reduce",
 })  # fmt: skip
+#: Of these, those that write each row once.
+_WRITING = frozenset({"setitem", "index_put", "index_copy", "scatter"})
 #: Those that gather along a dimension by an index.
 _GATHERING = frozenset({"index_select", "gather", "take_along_dim"})
-#: Those that reorder along dimensions, with the place of these among their arguments.
-_REORDERING = {"flip": 1, "flipud": 1, "roll": 2}
 #: Those that draw.
 _DRAWING = frozenset({"randperm", "randint", "rand", "randn", "multinomial", "bernoulli"})
 
@@ -73,7 +74,7 @@ class Rows:
         written = (result, first) if name == "setitem" or getattr(function, "__name__", "").endswith("_") else result
         self._computed |= _tensors_in(written)
         if self.gathered(first if name in _SCATTERING else (args, kwargs)) or self._gathers(name, args, kwargs):
-            self._gathered |= _tensors_in(result)
+            self._gathered |= _tensors_in(written)
 
     def _gathers(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if name == "einsum" and isinstance(args[0], str):
@@ -82,18 +83,20 @@ class Rows:
             pairs = zip(terms.split(","), pytree.tree_leaves(args[1:]), strict=True)
             first = [term[0] for term, tensor in pairs if term and id(tensor) in self._computed]
             return any(first.count(letter) > 1 and letter not in kept for letter in first)
+        if name in _WRITING and len(args) > 2:
+            # What is written in another order, unless it goes back to its own. A mask keeps the order.
+            *dim, index, source = args
+            moved = [i for i in _tensors_in(_leading(index)).values() if i.dtype != torch.bool]
+            of_rows = len(dim) < 2 or dim[1] in (0, -args[0].dim())
+            return of_rows and self._computed_in(moved) and self._computed_in(source) and not self.gathered(source)
         if not args or id(args[0]) not in self._computed:
             return False
         if name == "masked_select":
             return True
         if name == "getitem":
-            index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            return self._computed_in(next((i for i in index if i is not None), ()))
+            return self._computed_in(_leading(args[1]))
         if name in ("matmul", "mm") and isinstance(args[1], Tensor):
             return args[1].dim() == 2 and self._computed_in(args[1])
-        if name in _REORDERING:
-            told = pytree.tree_leaves((args[_REORDERING[name] :], kwargs.get("dims")))
-            return name == "flipud" or any(dim in (0, -args[0].dim()) for dim in told)
         if name in _GATHERING:
             given = {"dim": args[1] if len(args) > 1 else None} | kwargs
             rest = [*args[1:], *kwargs.values()]
@@ -102,6 +105,11 @@ class Rows:
 
     def _computed_in(self, tree: Any) -> bool:
         return not self._computed.keys().isdisjoint(_tensors_in(tree))
+
+
+def _leading(index: Any) -> Any:
+    """What of an index selects along the first dimension."""
+    return next((i for i in index if i is not None), ()) if isinstance(index, tuple) else index
 
 
 def _tensors_in(tree: Any) -> dict[int, Tensor]:
@@ -133,7 +141,7 @@ def _keep(passes: list[None], gradients: dict[int, Tensor], position: int, gradi
 
 
 class Observation(TorchFunctionMode):
-    """What a network's model does with a few samples; what differs from ``fewer``, with one less, is the batch.
+    """What a network's model does with a few samples; what differs from ``fewer``, with ``less`` of them, is the batch.
 
     ``training`` as for `Shadow`. ``rounded`` changes every parameter by a last place or so.
 
@@ -157,8 +165,9 @@ class Observation(TorchFunctionMode):
         network: Network,
         inputs: tuple[Any, Any],
         samples: int,
-        fewer: Observation | None = None,
         *,
+        fewer: Observation | None = None,
+        less: Sequence[int] = (),
         training: bool = False,
         rounded: bool = False,
     ) -> None:
@@ -175,6 +184,7 @@ class Observation(TorchFunctionMode):
         self._passes: list[None] = []
         self._times: Counter[str] = Counter()
         self._fewer = {} if fewer is None else {(call.path, call.ordinal): call for call in fewer.calls}
+        self._less = list(less)
         # Names by id: of the user's own parameters, and of what stands in for them.
         self._originals = names = {id(p): name for name, p in model.named_parameters()}
         self._tracked: dict[int, str] = {}
@@ -197,8 +207,10 @@ class Observation(TorchFunctionMode):
             self._watch(original, shadow.modules[id(original)], path)
         before = RandomState(model.modules())
         with self:
-            output = shadow.root(*inputs[0], **inputs[1])
+            output = shadow(*inputs[0], **inputs[1])
         self.drew = not before.same()
+        # Values of other samples may choose another path. A loop over samples calls the same functions less often.
+        self._alike = fewer is not None and set(fewer.functions) == set(self.functions) and not self.drew
         self.outputs = network.tensors(output)
         reached = (id(getattr(node, "variable", None)) for node in nodes_behind(floating(output)))
         self.untracked |= {names[key] for key in reached if key in names}
@@ -286,14 +298,18 @@ class Observation(TorchFunctionMode):
         other = self._fewer.get((call.path, call.ordinal))
         if other is None or len(other.outputs) != len(call.outputs):
             return [None]
-        seen = self.drew or any(bool(gradient.any()) for gradient in call.gradients.values())
+        shown = self.drew or any(bool(gradient.any()) for gradient in call.gradients.values())
         layouts: list[Layout | None] = []
         for i, (out, less) in enumerate(zip(call.outputs, other.outputs, strict=True)):
-            layout = find_layout(tuple(out.shape), tuple(less.shape), call.gradients.get(i), self.samples)
-            if layout and layout.kind != "single" and not seen:
-                # No gradient shows the order of the samples: it is that of the inputs where one less leaves the others.
+            gradient = call.gradients.get(i)
+            layout = find_layout(tuple(out.shape), tuple(less.shape), gradient, self.samples)
+            decided = self._alike and call.path and gradient is not None
+            if layout and layout.kind != "single" and (decided or not shown):
+                # Gradients show no order that values decide. It is that of the inputs where others leave the same rows,
+                # of which one alone has no order.
                 rows, fewer = layout.batch_first(out, self.samples), layout.batch_first(less, self.samples - 1)
-                layout = layout if agree(fewer, rows[:-1], call.precision) else None
+                same = (len(fewer) > 1 or not decided) and agree(fewer, rows[self._less], self.precision)
+                layout = layout if same else None
             layouts.append(layout)
         return layouts
 

@@ -27,8 +27,9 @@ def refuse_scripted(model: nn.Module) -> None:
 def refuse_devices(model: nn.Module) -> None:
     """Raise ValueError for a model whose parameters hold no values, or lie where nothing can be float64."""
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(f"model must hold values; its parameter {name!r} was on the meta device")
+        if parameter.is_meta or nn.parameter.is_lazy(parameter):
+            was = "on the meta device" if parameter.is_meta else "not initialized (call a lazy module once before)"
+            raise ValueError(f"model must hold values; its parameter {name!r} was {was}")
         checks.has_float64(f"parameter {name!r} of model", parameter)
 
 

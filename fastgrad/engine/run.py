@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastgrad._torch import pytree, saves_elsewhere
+from fastgrad._torch import next_number, own_parametrizations, pytree, saves_elsewhere
 from fastgrad.engine.copy import Settings, Shadow, attach, detach_plain
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.probe import tap
@@ -42,6 +42,8 @@ class Run:
 
     def begin(self, plan: Plan | None) -> None:
         """Begin a forward pass, or begin it again, by ``plan``."""
+        #: The number of its first operation in a graph.
+        self.first = next_number()
         #: Site and probe, in the order in which the forward pass reached them.
         self.probes: list[tuple[Site, Tensor]] = []
         self.readings: dict[Reading, Tensor] = {}
@@ -97,7 +99,7 @@ class RuledSite(Site):
 
     def norms(self, run: Run, *given: Any) -> Tensor:
         """The rule's answer as ``(B, m)``."""
-        with bind_contextvar(implementation, run.impl):
+        with bind_contextvar(implementation, run.impl), own_parametrizations():
             norms = self.rule.function(*given)
         return torch.stack([norms[self.local[name]] for name in self.parameters], 1)
 

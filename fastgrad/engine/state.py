@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastgrad._torch import pytree
+from fastgrad._torch import own_parametrizations, pytree
 from fastgrad.batches import same_class
 from fastgrad.engine.copy import CONTAINERS, PLAIN
 
@@ -192,7 +192,8 @@ def undone(model: nn.Module, inputs: Any = (), copies: Copies | None = None) -> 
     before = Snapshot(list(model.modules()), every=True)
     copy, known = copies or Copies(), Copied()
     try:
-        yield pytree.tree_map(lambda leaf: apart(leaf, copy, known), inputs)
+        with own_parametrizations():
+            yield pytree.tree_map(lambda leaf: apart(leaf, copy, known), inputs)
     finally:
         before.restore()
 

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from fastgrad.engine.network import Network
 
 
-#: Observations of some of the samples among others, and which of all samples these are.
-_Others = Sequence[tuple[Observation, range]]
+#: Observations of samples among others, and for each of these which of all samples it is.
+_Others = Sequence[tuple[Observation, list[int]]]
 
 
 class Check(NamedTuple):
@@ -41,19 +41,19 @@ class Check(NamedTuple):
 
 
 class Trial:
-    """What a model does with ``count`` samples of its inputs, the first ones again where there are fewer.
+    """What a model does with ``count`` samples of its inputs, the last one again where there are fewer.
 
     ValueError if other samples change what the model returns for one, or its gradients.
     """
 
     def __init__(self, network: Network, known: Known, inputs: Any, samples: int, count: int = SAMPLES) -> None:
         self._network, self._known, self._count = network, known, count
-        index = torch.arange(count, device="cpu") % samples
+        # In the order that they have, which may be that of their lengths.
+        index = torch.arange(count, device="cpu").clamp(max=samples - 1)
         self._copies = Copies(inputs)
-        self._inputs, self._less = (take(inputs, i, samples, known.carriers) for i in (index, index[:-1]))
-        # Single ones by their place. One is not enough where it is among the others as well.
-        places = range(count - 1 - (samples < count), count)
-        self._singles = {i: take(inputs, index[i].expand(count), samples, known.carriers) for i in places}
+        self._inputs = take(inputs, index, samples, known.carriers)
+        # One is not enough where it is among the others as well.
+        self._singles = {0, count - 1} if samples < count else {count - 1}
         self._alone, self._whole = samples == 1, (inputs, samples)
         self._planners = []
         with torch.enable_grad():
@@ -166,10 +166,10 @@ class Trial:
             wrong |= {name for name, good in zip(plan.routes, right.tolist(), strict=True) if not good}
         return frozenset(wrong)
 
-    def _observed(self, inputs: Any, count: int, fewer: Observation | None = None, **options: bool) -> Observation:
+    def _observed(self, inputs: Any, count: int, **options: Any) -> Observation:
         """What the model does with ``inputs``; ``options`` as for `Observation`. It is left as it was."""
         with undone(self._network.model, inputs, self._copies) as inputs:
-            return Observation(self._network, inputs, count, fewer, **options)
+            return Observation(self._network, inputs, count, **options)
 
     def _backward(self, seen: Observation, cotangents: Sequence[Tensor]) -> dict[str, Tensor]:
         """The gradients by name of what was observed. The model is left as it was: a checkpoint runs a part again."""
@@ -185,9 +185,11 @@ class Trial:
     def _observe(self, *, training: bool) -> tuple[Observation, _Others]:
         """What the model does with the samples, and with some of them among others."""
 
-        def observe(inputs: Any, count: int, fewer: Observation | None = None) -> Observation:
+        def observe(samples: list[int], **options: Any) -> Observation:
+            index = torch.tensor(samples, device="cpu")
+            inputs, count = take(self._inputs, index, self._count, self._known.carriers), len(samples)
             try:
-                return self._observed(inputs, count, fewer, training=training)
+                return self._observed(inputs, count, training=training, **options)
             except Exception as error:
                 if lacks_memory(error):
                     raise
@@ -199,8 +201,14 @@ class Trial:
                     f"{self._whole[1]} samples in a trial it raised {type(error).__name__}: {error}"
                 ) from error
 
-        fewer = observe(self._less, self._count - 1)
-        seen = observe(self._inputs, self._count, fewer)
+        less = list(reversed(range(self._count - 1)))
+        try:
+            fewer = observe(less)
+        except ValueError:
+            # The order may matter, as that of lengths.
+            less.reverse()
+            fewer = observe(less)
+        seen = observe(list(range(self._count)), fewer=fewer, less=less)
         if len(seen.outputs) != len(fewer.outputs):
             raise ValueError(
                 "model must return tensors that carry the batch; it returned more of them for more samples, as a list "
@@ -213,8 +221,8 @@ class Trial:
         if self._alone:
             return seen, []
         # One sample may decide for all, as the largest: it is not among both the first samples and the last alone.
-        others = [(fewer, range(self._count - 1))]
-        others += [(observe(inputs, self._count), range(i, i + 1)) for i, inputs in self._singles.items()]
+        others = [(fewer, less)]
+        others += [(observe(samples), samples) for i in self._singles for samples in [[i] * self._count]]
         # Values of a batch may choose another path; random numbers come in another order.
         others = [pair for pair in others if not seen.drew and seen.functions == pair[0].functions]
         self._require_own_outputs(seen, others)
@@ -224,12 +232,11 @@ class Trial:
         """Raise ValueError unless samples have the same outputs among others: gradients show no detached statistics."""
         precision = max(seen.precision, torch.finfo(torch.float32).eps)
         for other, samples in others:
-            rows = slice(samples.start, samples.stop)
             for out, one, layout in zip(seen.outputs, other.outputs, self._layouts, strict=True):
                 if layout is None or layout.kind == "single":
                     continue
-                expected = layout.batch_first(out.detach(), seen.samples)[rows]
-                if not agree(layout.batch_first(one.detach(), other.samples)[rows], expected, precision):
+                expected = layout.batch_first(out.detach(), seen.samples)[samples]
+                if not agree(layout.batch_first(one.detach(), other.samples), expected, precision):
                     raise ValueError(
                         "model must treat the samples of a batch independently; what it returns for a sample changes "
                         "with the other samples of the batch, or each time, as with a generator of its own. A sample "
@@ -240,17 +247,20 @@ class Trial:
         """Raise ValueError unless a sample has the same gradients among other samples, and among fewer."""
         for other, samples in others:
             check = next((check for check in self._checks if check.sample in samples), None)
-            if check and (changed := _changed(check.truth, self._again(other, check))):
+            if check and (changed := _changed(check.truth, self._again(other, samples, check))):
                 # Gradients that vanish in exact arithmetic, as those of a saturated softmax, are rounding alone.
                 rounded = self._observed(self._inputs, self._count, training=training, rounded=True)
-                _refuse(changed - _changed(check.truth, self._again(rounded, check)))
+                _refuse(changed - _changed(check.truth, self._again(rounded, range(self._count), check)))
 
-    def _again(self, seen: Observation, check: Check) -> dict[str, Tensor]:
-        """The gradients of a check's sample among others, as many or fewer."""
-        cotangents = [
-            torch.zeros_like(out) if layout is None else rows.narrow(layout.dim, 0, out.shape[layout.dim])
-            for out, rows, layout in zip(seen.outputs, check.cotangents, self._layouts, strict=True)
-        ]
+    def _again(self, seen: Observation, samples: Sequence[int], check: Check) -> dict[str, Tensor]:
+        """The gradients of a check's sample among others, as many or fewer: ``samples``."""
+        cotangents = [torch.zeros_like(out) for out in seen.outputs]
+        for rows, whole, layout in zip(cotangents, check.cotangents, self._layouts, strict=True):
+            if layout is not None:
+                size = rows.shape[layout.dim] // len(samples)
+                place = max(i for i, sample in enumerate(samples) if sample == check.sample)
+                own = whole.narrow(layout.dim, check.sample * size, size)
+                rows.narrow(layout.dim, place * size, size).copy_(own)
         return self._backward(seen, cotangents)
 
     def _gradients(self, seen: Observation) -> tuple[list[Check], bool]:

@@ -46,6 +46,7 @@ class _Call(NamedTuple):
     outputs: tuple[Layout | None, ...]  # where the batch lies in them
     samples: int
     numbers: range  # of the operations in its graph; none of an empty batch
+    tried: range  # of those in graphs of passes that came before, to plan it
 
 
 _Recording = TypeVar("_Recording", bound="record")
@@ -158,8 +159,8 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
             refuse_untracked([name for name in run.plan.untracked if keys[name] not in seen])
         self.calls = [call for call in self.calls if call.run() is not None]
         outputs = () if run.plan is None else run.plan.outputs
-        numbers = range(first, next_number() if samples else first)
-        self.calls.append(_Call(keys, weakref.ref(run), outputs, samples, numbers))
+        numbers = range(run.first, next_number() if samples else run.first)
+        self.calls.append(_Call(keys, weakref.ref(run), outputs, samples, numbers, range(first, run.first)))
         return output
 
 
@@ -326,6 +327,11 @@ def _uses(nodes: Iterable[Any], calls: Sequence[_Call]) -> tuple[set[int], set[i
     inside: set[int] = set()
     beside: set[int] = set()
     for node in nodes:
+        if any(number_of(node) in call.tried for call in calls):
+            raise ValueError(
+                "outputs must be computed from what the recorded call itself gave; they reach an earlier pass, which a "
+                "first call makes to be planned, as through a list that a hook adds to. Keep the latest alone"
+            )
         called = {call.samples for call in calls if number_of(node) in call.numbers}
         sizes |= called
         used = inside if called else beside

@@ -182,6 +182,7 @@ def test_parameters_that_are_not_seen_whole(entry: Any) -> None:
     for part, error, message in (
         (nn.Linear(4, 3, dtype=torch.complex64), TypeError, "real parameters; 'weight' was torch.complex64"),
         (nn.Sequential(nn.Linear(4, 3, device="meta")), ValueError, "'0.weight' was on the meta device"),
+        (nn.Sequential(nn.LazyLinear(3)), ValueError, r"'0.weight' was not initialized \(call a lazy module once"),
         (nn.Sequential(torch.jit.trace(nn.Linear(4, 3), torch.rand(2, 4))), TypeError, "ordinary modules; '0' was a"),
         (torch.jit.trace(nn.Linear(4, 3), torch.rand(2, 4)), TypeError, "ordinary modules; 'model' was a"),
     ):

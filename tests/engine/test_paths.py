@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from gradient_oracle import loss_norms
 from small_nets import Net, recorded
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -380,6 +381,62 @@ def test_samples_in_another_order(body: nn.Module) -> None:
     ordered = inputs(5, 2, 3)
     ordered = ordered[ordered[..., 0].sum(1).argsort()]
     check(model, [((ordered,), {}), ((ordered.flip(0),), {}), ((inputs(5, 2, 3),), {})])
+
+
+def written(x: Tensor, there: Tensor) -> Tensor:
+    rows = torch.zeros_like(x)
+    rows[there] = x
+    return rows
+
+
+def sorted_by(way: str, net: Any, x: Tensor) -> Tensor:
+    """Works through its samples in the order of their first values."""
+    order = x[:, 0].argsort(stable=True)
+    there, index = order.argsort(), order.unsqueeze(1).expand_as(x)
+    products = F.one_hot(order, len(x)).to(x)
+    ways: dict[str, Callable[[], Tensor]] = {
+        "rows": lambda: torch.stack([x[i] for i in order.tolist()]),
+        "take": lambda: torch.take(x, index * x.shape[1] + torch.arange(x.shape[1])),
+        "embedding": lambda: F.embedding(order, x),
+        "index_copy": lambda: torch.zeros_like(x).index_copy(0, there, x),
+        "index_put": lambda: torch.zeros_like(x).index_put((there,), x),
+        "setitem": lambda: written(x, there),
+        "scatter": lambda: torch.zeros_like(x).scatter(0, index.argsort(0), x),
+        "einsum": lambda: torch.einsum("ij,jd->id", products, x),
+        "linear": lambda: F.linear(products, x.T),
+        "bmm": lambda: torch.bmm(products.unsqueeze(0), x.unsqueeze(0))[0],
+        "sum": lambda: (products.unsqueeze(2) * x).sum(1),
+    }
+    return net.head(torch.tanh(net.layer(ways[way]()))[there])
+
+
+@pytest.mark.parametrize(
+    "way", ["rows", "take", "embedding", "index_copy", "index_put", "scatter", "einsum", "linear", "bmm", "sum"]
+)
+def test_an_order_that_values_decide_is_seen_whatever_puts_samples_into_it(way: str) -> None:
+    """In the first call they have it already, so that no gradient shows it."""
+    x = inputs(5, 3)
+    ordered = x[x[:, 0].argsort()]
+    model = one_layer(functools.partial(sorted_by, way))
+    check(model, [((ordered,), {}), ((ordered.flip(0),), {}), ((x[:3],), {})])
+
+
+@pytest.mark.parametrize("way", ["setitem", "index_copy", "index_put", "scatter"])
+def test_an_order_that_does_not_show_in_the_first_call_is_seen_by_what_writes_it(way: str) -> None:
+    x = inputs(5, 3)
+    alike = torch.cat([torch.ones_like(x[:, :1]), x[:, 1:]], 1)
+    check(one_layer(functools.partial(sorted_by, way)), [((alike,), {}), ((x,), {})])
+
+
+def packed(net: Any, x: Tensor, lengths: Tensor) -> Tensor:
+    sequences = pack_padded_sequence(x, lengths, batch_first=True)
+    return net.head(net.body(sequences)[1][0])
+
+
+@pytest.mark.parametrize("samples", [2, 3, 5])
+def test_sequences_that_must_come_longest_first(samples: int) -> None:
+    model = Net(packed, body=nn.GRU(3, 3, batch_first=True), head=nn.Linear(3, 2))
+    check(model, [((inputs(samples, 6, 3), torch.arange(6, 6 - samples, -1)), {})])
 
 
 def test_samples_in_reverse() -> None:

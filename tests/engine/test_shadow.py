@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gradient_oracle import loss_norms, relative_error, true_norms
-from small_nets import Net, check_losses
+from small_nets import Net, assert_exact, check_losses, recorded
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -99,6 +99,24 @@ class Own(nn.TransformerEncoderLayer):
         return F.dropout(self.linear2(self.linear1(x)), 0.5, self.training)
 
 
+@pytest.mark.parametrize("way", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal])
+def test_weights_that_are_kept_for_a_while_are_those_of_each_pass(way: Any) -> None:
+    """`parametrize.cached` keeps them by the user's module, whose copies come and go."""
+    torch.manual_seed(0)
+    model = nn.Sequential(way(nn.Conv1d(2, 4, 2)), nn.Flatten(), nn.Tanh(), way(nn.Linear(8, 3))).double()
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+    truth = loss_norms((model(row).square().sum() for row in x.split(1)), model)
+    zeros = torch.zeros(4, 3, dtype=torch.float64)
+    with nn.utils.parametrize.cached():
+        kept = model[3].weight
+        for _ in range(2):
+            assert_exact(recorded(model, lambda: model(x).square().sum()), truth)
+            assert_exact(fastgrad.GradientFeatures(model, loss="mse")(x, target=zeros)[1], truth)
+        assert model[3].weight is kept
+        model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_attention_with_a_forward_of_its_own_keeps_the_mode() -> None:
     torch.manual_seed(0)
     model, x = Own(8, 2, 16).eval(), torch.randn(3, 8)
@@ -112,6 +130,39 @@ def keeping(net: Any, x: Tensor) -> Tensor:
         net.cache["weight"] = net.layer.weight * 2
     net.seen.append(x)
     return x @ net.cache["weight"].T + net.layer.bias
+
+
+class Keeping(nn.Module):
+    """Reads what hooks on its layers keep in its own attributes."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(8, 2)
+        self.kept: Any = {}
+        for name in ("first", "second"):
+            hook: Any = functools.partial(self.keep, name)
+            if way == "closure":
+                hook = lambda module, _, output: self.kept.update({len(self.kept): output})  # noqa: E731
+            getattr(self, name).register_forward_hook(hook)
+
+    def keep(self, name: str, _: nn.Module, __: Any, output: Tensor) -> None:
+        self.kept = {**self.kept, name: output}
+
+    def forward(self, x: Tensor) -> Any:
+        self.kept.clear()
+        self.second(torch.tanh(self.first(x)))
+        return self.head(torch.cat([*self.kept.values()], 1).tanh())
+
+
+@pytest.mark.parametrize("way", ["closure", "method"])
+def test_what_hooks_keep_in_a_model_is_kept_in_the_copy(way: str) -> None:
+    torch.manual_seed(0)
+    model = Keeping(way).double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    for _ in range(2):
+        check_losses(model, lambda x: model(x).square().sum(1), x)
+        truth = loss_norms(((model(row) - 1).square().sum() for row in x.split(1)), model)
+        assert_exact(fastgrad.GradientFeatures(model, loss="mse")(x)[1], truth)
 
 
 def test_lists_and_dicts_of_the_model_are_its_own() -> None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from gradient_oracle import true_norms
 from small_nets import Net
 from torch import Tensor, nn
+from torch.nn.modules import module
 
 import fastgrad
 from fastgrad import losses
@@ -157,3 +158,72 @@ def test_copies_and_pickles(model: nn.Sequential, copied: Callable[[Any], Any]) 
             if isinstance(other, fastgrad.clip_gradients):
                 joined = torch.stack(norms, 1).unflatten(1, (2, 2)).sum(2).sqrt()
                 torch.testing.assert_close(other.backward(loss), joined)
+
+
+class Scaled(nn.Module):
+    """Changes what it is given, and what it gives, around its ``forward``; ``square`` uses a parameter directly."""
+
+    def __init__(self, *, square: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.weight = nn.Parameter(torch.eye(2)) if square else None
+
+    def __call__(self, x: Tensor) -> Any:
+        return super().__call__(1.5 * x) * 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x).tanh()
+        return h if self.weight is None else h @ self.weight
+
+
+@pytest.mark.parametrize("square", [False, True])
+def test_what_a_class_does_around_its_forward_is_done_once(square: bool) -> None:
+    torch.manual_seed(0)
+    model = Scaled(square=square).double()
+    truth = true_norms(model, (X,), lambda i, z: 2 * z)
+    found, output = norms_and_output(model)
+    torch.testing.assert_close(output, model(X))
+    torch.testing.assert_close(found, truth)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook")
+@pytest.mark.parametrize(
+    ("register", "hook"),
+    [
+        (module.register_module_forward_hook, lambda _, __, output: 1.5 * output),
+        (module.register_module_forward_pre_hook, lambda _, args: (1.5 * args[0],)),
+        (module.register_module_full_backward_pre_hook, lambda _, grads: tuple(2 * g for g in grads)),
+    ],
+)
+def test_hooks_of_all_modules_run_once(model: nn.Sequential, register: Any, hook: Any) -> None:
+    handle = register(hook)
+    try:
+        truth = true_norms(model, (X,), lambda i, z: 2 * z)
+        found, output = norms_and_output(model)
+        torch.testing.assert_close(output, model(X))
+    finally:
+        handle.remove()
+    torch.testing.assert_close(found, truth)
+
+
+def norms_and_output(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Norms ``(B, P)`` of a sum of squares in ``record``, and what the model returned there."""
+    with fastgrad.record(model):
+        output = model(X)
+        sqnorms = fastgrad.grad_sqnorm(output.square().sum(), list(model.parameters()))
+    return torch.stack(sqnorms, 1), output
+
+
+def test_what_a_list_of_the_users_holds_of_a_first_calls_trial_is_refused(model: nn.Sequential) -> None:
+    kept: list[Tensor] = []
+    model[0].register_forward_hook(lambda _, __, output: kept.append(output))
+    truth = true_norms(model[:1], (X,), lambda i, z: 2 * z)
+    kept.clear()
+    with fastgrad.record(model):
+        output = model(X)
+        with pytest.raises(ValueError, match="outputs must be computed from what the recorded call itself gave"):
+            fastgrad.grad_sqnorm(kept[0].square().sum() + output.sum(), list(model.parameters()))
+        kept.clear()
+        output = model(X)
+        sqnorms = fastgrad.grad_sqnorm(kept[0].square().sum(), list(model.parameters())[:2])
+    torch.testing.assert_close(torch.stack(sqnorms, 1), truth)
