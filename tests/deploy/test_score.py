@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from python_process import run_python
-from serve_client import image, palette
+from serve_client import image, warned_of
 
 from fastgrad.commands import cli
 from fastgrad.commands import score as score_command
@@ -488,10 +488,10 @@ def test_what_the_caller_is_warned_of_comes_after_a_run_too(
 
     (tmp_path / "images").mkdir()
     for name in ("1.png", "2.png"):
-        (tmp_path / "images" / name).write_bytes(palette())
+        (tmp_path / "images" / name).write_bytes(warned_of())
     monkeypatch.setattr(Image, "open", together)
     monkeypatch.setattr(job, "decode_pixels", watched)
-    # Pillow warns of palettes, which is an error in these tests, and none of the images.
+    # Pillow warns of both, which is an error in these tests, and none of the images.
     assert score(tiny_package, tmp_path / "images", tmp_path / "o", decoders=2)["unreadable"] == 0
     assert warnings.filters == before
 
