@@ -407,6 +407,14 @@ def test_no_image_is_left_out_without_a_word(
         score(tiny_package, base, tmp_path / "again")
 
 
+def test_images_come_in_the_order_of_their_paths(tmp_path: Path) -> None:
+    for name in ("a/1.png", "a-b/1.png", "a.png", "b/c/2.png", "b/c.png", "b/c-d/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found, _ = sources.list_folder(tmp_path)
+    assert [tmp_path / name for name in found] == sorted(tmp_path.rglob("*.png"))
+
+
 def test_names_have_slashes_on_every_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table of Windows is that of Linux."""
 
