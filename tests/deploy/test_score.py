@@ -592,6 +592,24 @@ def test_what_another_program_wrote_is_not_replaced(name: str, tiny_package: Pat
         assert score(model, source, tmp_path / "out")["images"] == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+@pytest.mark.parametrize("name", ["pipe", "caf\udce9.txt", "part-caf\udce9.parquet"])
+def test_a_file_that_pyarrow_cannot_open_is_another_programs(
+    name: str, folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "o.parts").mkdir()
+    for path in (tmp_path / "o.parts" / name, tmp_path / name):
+        if name == "pipe":
+            os.mkfifo(path)
+            # It would wait for who writes.
+            monkeypatch.setattr(job.pq, "read_schema", None)
+        else:
+            path.touch()
+    for out in (tmp_path / "o", tmp_path / name):
+        with pytest.raises(ValueError, match="was not made by fastgrad score"):
+            score(tiny_package, folder, out)
+
+
 RAY = """
 import json, os, signal, sys, threading, time, warnings
 import ray

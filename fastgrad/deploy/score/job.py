@@ -45,11 +45,12 @@ def write_part(rows: list[dict[str, Any]], path: Path, schema: Any, job: bytes) 
 
 
 def _schema(path: Path) -> Any:
-    """Of a Parquet file; an empty one where there is no such file."""
-    try:
-        return pq.read_schema(path)
-    except (OSError, pa.ArrowInvalid):
-        return pa.schema([])
+    """Of a Parquet file; an empty one where there is none, nor a name that pyarrow opens."""
+    # Opening a pipe would wait for who writes to it.
+    with contextlib.suppress(OSError, UnicodeError, pa.ArrowInvalid):
+        if path.is_file():
+            return pq.read_schema(path)
+    return pa.schema([])
 
 
 def _job_of(schema: Any) -> Any:
