@@ -18,6 +18,7 @@ from serve_client import image, warned_of
 
 from fastgrad.commands import cli
 from fastgrad.commands import score as score_command
+from fastgrad.deploy.file import package
 from fastgrad.deploy.file.images import decode_image
 from fastgrad.deploy.file.package import ModelPackage, PackageError, read_description
 from fastgrad.deploy.score import job, sources
@@ -264,13 +265,16 @@ def test_of_two_runs_at_once_the_later_says_so(
     assert pq.read_table(out).num_rows == counts[0]["images"]
 
 
-def test_of_two_jobs_with_one_folder_the_later_does_not_begin(folder: Path, tiny_package: Path, tmp_path: Path) -> None:
-    def begin(part: int) -> job.Job:
+def test_of_two_jobs_with_one_folder_the_later_does_not_begin(
+    folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin(part: int, images: Path = folder) -> job.Job:
         description = read_description(tiny_package)
-        return job.Job(tiny_package, description, folder, tmp_path / "o.parts", part=part, columns=COLUMNS, **OPTIONS)
+        return job.Job(tiny_package, description, images, tmp_path / "o.parts", part=part, columns=COLUMNS, **OPTIONS)
 
     first = begin(4)
-    assert begin(4).id == first.id
+    monkeypatch.chdir(tmp_path)
+    assert begin(4, Path("images")).id == first.id
     # The first has no part yet.
     with pytest.raises(ValueError, match=r"o\.parts holds the parts of another job"):
         begin(5)
@@ -442,6 +446,15 @@ def test_large_cells_are_not_read(tiny_package: Path, tmp_path: Path) -> None:
     (tmp_path / "images" / "1.png").write_bytes(image(1))
     for images in (source, tmp_path / "images"):
         assert score(tiny_package, images, out, max_bytes=2**63)["images"] == len(pq.read_table(out))
+
+
+def test_limits_of_the_file_and_of_the_caller_hold(
+    folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = dataclasses.replace(read_description(tiny_package), max_batch=3)
+    monkeypatch.setattr(package, "read_description", lambda path: small)
+    assert score(tiny_package, folder, tmp_path / "o")["unreadable"] == 3
+    assert score(tiny_package, folder, tmp_path / "o", max_pixels=71)["unreadable"] == 23
 
 
 def test_images_are_decoded_while_the_network_runs(

@@ -44,6 +44,8 @@ def test_a_description_is_read_back(tmp_path: Path) -> None:
     assert read_description(write_archive(tmp_path / "m.pt2", GOOD)) == GOOD
     plain = Description((5,), "float64", 2, 1, "cpu")
     assert read_description(write_archive(tmp_path / "p.pt2", plain)) == plain
+    with pytest.raises(ValueError, match=r"mean must be None or a finite number a channel of images \(5,\)"):
+        dataclasses.replace(plain, mean=[0.5] * 5)
 
 
 BAD = [
@@ -64,7 +66,10 @@ BAD = [
     ("histogram", {"edges": [0, 1], "counts": [-1]}), ("histogram", []), ("histogram", {}),
     ("reference", {"edges": [1, 1], "counts": [1, 1, 1]}), ("reference", {"edges": [1]}), ("reference", 3),
     ("versions", {"a": 1}), ("versions", None), ("evidence", {}), ("evidence", {"a": None}), ("evidence", ["a"]),
-    ("risk", 1), ("risk", None), ("colour", "red"),
+    ("risk", 1), ("risk", None), ("colour", "red"), ("threshold", True), ("evidence", {"caf\udce9": "words"}),
+    ("histogram", {"edges": [0, 1], "counts": [1], "more": 1}), ("histogram", {"edges": [0, 1e999], "counts": [1]}),
+    ("reference", {"edges": {}, "counts": [1]}), ("reference", {"edges": "", "counts": [1]}),
+    ("reference", {"edges": [*range(65_537)], "counts": [1] * 65_538}),
 ]  # fmt: skip
 
 

@@ -209,6 +209,7 @@ def test_not_ready_before_the_start_and_while_draining(tiny_package: Path) -> No
     app = create_app(str(tiny_package))
     assert post(app)[0] == 503
     app = make(tiny_package)
+    assert "connection" not in post(app)[1]
     app.state.draining = True
     assert call(app, "GET", "/ready", {}, [])[0] == 503
     assert call(app, "GET", "/health", {}, [])[0] == 200
