@@ -278,6 +278,13 @@ def test_of_two_jobs_with_one_folder_the_later_does_not_begin(
     # The first has no part yet.
     with pytest.raises(ValueError, match=r"o\.parts holds the parts of another job"):
         begin(5)
+    # Nor a claim, where parts were copied by their names.
+    (claim,) = first.folder.iterdir()
+    claim.unlink()
+    job.write_part([], first.paths[0], first.schema, first.id)
+    with pytest.raises(ValueError, match=r"o\.parts holds the parts of another job"):
+        begin(5)
+    first.paths[0].unlink()
     assert score(tiny_package, folder, tmp_path / "o", part=4, **OPTIONS)["images"] == 23
     assert not list(tmp_path.glob("o.parts*"))
 

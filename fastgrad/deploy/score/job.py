@@ -151,10 +151,11 @@ class Job:
             return
         # The folder is that job's which came first, also before its first part is there.
         claim = folder / (UNFINISHED + self.id.decode())
-        if any(path != claim for path in folder.glob(UNFINISHED + "?" * len(self.id))):
+        others = [path for path in folder.glob(UNFINISHED + "?" * len(self.id)) if path != claim]
+        # Parts may have been copied without the claim; one of this job may have come since, by the same command.
+        if others or any(_job_of(_schema(path)) not in (None, self.id) for path in folder.glob("part-*.parquet")):
             other = "the parts of another job (other model, images or options)"
             raise ValueError(f"{folder} holds {other}; remove it or choose another --out")
-        # A part of this job may have come since, by another run of the same command.
         if not all(path.name.startswith(UNFINISHED) or _job_of(_schema(path)) == self.id for path in folder.iterdir()):
             raise ValueError(f"{folder} {_FOREIGN}")
         with contextlib.suppress(FileExistsError):
