@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from python_process import run_python
-from serve_client import image, palette
+from serve_client import image, warned_of
 
 from fastgrad.commands import cli
 from fastgrad.commands import score as score_command
@@ -278,6 +278,13 @@ def test_of_two_jobs_with_one_folder_the_later_does_not_begin(
     # The first has no part yet.
     with pytest.raises(ValueError, match=r"o\.parts holds the parts of another job"):
         begin(5)
+    # Nor a claim, where parts were copied by their names.
+    (claim,) = first.folder.iterdir()
+    claim.unlink()
+    job.write_part([], first.paths[0], first.schema, first.id)
+    with pytest.raises(ValueError, match=r"o\.parts holds the parts of another job"):
+        begin(5)
+    first.paths[0].unlink()
     assert score(tiny_package, folder, tmp_path / "o", part=4, **OPTIONS)["images"] == 23
     assert not list(tmp_path.glob("o.parts*"))
 
@@ -411,6 +418,14 @@ def test_no_image_is_left_out_without_a_word(
         score(tiny_package, base, tmp_path / "again")
 
 
+def test_images_come_in_the_order_of_their_paths(tmp_path: Path) -> None:
+    for name in ("a/1.png", "a-b/1.png", "a.png", "b/c/2.png", "b/c.png", "b/c-d/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found, _ = sources.list_folder(tmp_path)
+    assert [tmp_path / name for name in found] == sorted(tmp_path.rglob("*.png"))
+
+
 def test_names_have_slashes_on_every_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table of Windows is that of Linux."""
 
@@ -501,10 +516,10 @@ def test_what_the_caller_is_warned_of_comes_after_a_run_too(
 
     (tmp_path / "images").mkdir()
     for name in ("1.png", "2.png"):
-        (tmp_path / "images" / name).write_bytes(palette())
+        (tmp_path / "images" / name).write_bytes(warned_of())
     monkeypatch.setattr(Image, "open", together)
     monkeypatch.setattr(job, "decode_pixels", watched)
-    # Pillow warns of palettes, which is an error in these tests, and none of the images.
+    # Pillow warns of both, which is an error in these tests, and none of the images.
     assert score(tiny_package, tmp_path / "images", tmp_path / "o", decoders=2)["unreadable"] == 0
     assert warnings.filters == before
 
@@ -595,6 +610,24 @@ def test_what_another_program_wrote_is_not_replaced(name: str, tiny_package: Pat
     # A result of its own is.
     for _ in range(2):
         assert score(model, source, tmp_path / "out")["images"] == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+@pytest.mark.parametrize("name", ["pipe", "caf\udce9.txt", "part-caf\udce9.parquet"])
+def test_a_file_that_pyarrow_cannot_open_is_another_programs(
+    name: str, folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "o.parts").mkdir()
+    for path in (tmp_path / "o.parts" / name, tmp_path / name):
+        if name == "pipe":
+            os.mkfifo(path)
+            # It would wait for who writes.
+            monkeypatch.setattr(job.pq, "read_schema", None)
+        else:
+            path.touch()
+    for out in (tmp_path / "o", tmp_path / name):
+        with pytest.raises(ValueError, match="was not made by fastgrad score"):
+            score(tiny_package, folder, out)
 
 
 RAY = """

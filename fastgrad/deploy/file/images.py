@@ -88,6 +88,8 @@ def decode_pixels(content: bytes, shape: tuple[int, ...], *, max_pixels: int = M
             least = 2 * max(width, height)
             image.draft("RGB" if channels == 3 else "L", (least, least))
             upright: Any = ImageOps.exif_transpose(image)
+            # It is left out either way; Pillow would warn of palettes with it, which some callers make an error.
+            upright.info.pop("transparency", None)
             if upright.mode == "I;16":
                 # As 255 / 65535, rounded; Pillow's convert would clip at 255.
                 upright = Image.fromarray(((np.asarray(upright).astype(np.int32) + 128) // 257).astype(np.uint8))

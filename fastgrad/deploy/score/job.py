@@ -45,11 +45,12 @@ def write_part(rows: list[dict[str, Any]], path: Path, schema: Any, job: bytes) 
 
 
 def _schema(path: Path) -> Any:
-    """Of a Parquet file; an empty one where there is no such file."""
-    try:
-        return pq.read_schema(path)
-    except (OSError, pa.ArrowInvalid):
-        return pa.schema([])
+    """Of a Parquet file; an empty one where there is none, nor a name that pyarrow opens."""
+    # Opening a pipe would wait for who writes to it.
+    with contextlib.suppress(OSError, UnicodeError, pa.ArrowInvalid):
+        if path.is_file():
+            return pq.read_schema(path)
+    return pa.schema([])
 
 
 def _job_of(schema: Any) -> Any:
@@ -150,10 +151,11 @@ class Job:
             return
         # The folder is that job's which came first, also before its first part is there.
         claim = folder / (UNFINISHED + self.id.decode())
-        if any(path != claim for path in folder.glob(UNFINISHED + "?" * len(self.id))):
+        others = [path for path in folder.glob(UNFINISHED + "?" * len(self.id)) if path != claim]
+        # Parts may have been copied without the claim; one of this job may have come since, by the same command.
+        if others or any(_job_of(_schema(path)) not in (None, self.id) for path in folder.glob("part-*.parquet")):
             other = "the parts of another job (other model, images or options)"
             raise ValueError(f"{folder} holds {other}; remove it or choose another --out")
-        # A part of this job may have come since, by another run of the same command.
         if not all(path.name.startswith(UNFINISHED) or _job_of(_schema(path)) == self.id for path in folder.iterdir()):
             raise ValueError(f"{folder} {_FOREIGN}")
         with contextlib.suppress(FileExistsError):

@@ -45,7 +45,8 @@ def list_folder(folder: Path) -> tuple[list[str], str]:
         below = Path(where).relative_to(folder)
         names += [(below / file).as_posix() for file in files if Path(file).suffix.lower() in SUFFIXES]
     listed, digest = [], hashlib.sha256()
-    for name in sorted(names):
+    # In the order of paths, folder by folder.
+    for name in sorted(names, key=lambda name: name.replace("/", "\0")):
         path = folder / name
         status = path.stat() if path.exists() else path.lstat()
         if stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from serve_client import png
+from serve_client import image, png
 
 from fastgrad.deploy.file.images import ImageError, ImageTooLargeError, decode_image, decode_pixels
 from fastgrad.deploy.file.package import Description
@@ -65,3 +65,15 @@ def test_sixteen_bits_are_a_part_of_white_however_dark_the_image(most: int) -> N
     Image.fromarray(values).save(out, "PNG", exif=turned)
     expected = np.floor(values[::-1, ::-1] * (255 / 65535) + 0.5)
     assert (decode_pixels(out.getvalue(), (3, 8, 8)) == expected).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8)])
+def test_transparent_colours_are_read_without_a_warning(shape: tuple[int, ...]) -> None:
+    """A warning, which is an error in these tests, would make it an image that cannot be read."""
+    palette = Image.open(io.BytesIO(image())).quantize(16)
+    files = []
+    for options in ({}, {"transparency": bytes(16)}):
+        files.append(io.BytesIO())
+        palette.save(files[-1], "PNG", **options)
+    opaque, transparent = (decode_pixels(file.getvalue(), shape) for file in files)
+    assert (opaque == transparent).all()

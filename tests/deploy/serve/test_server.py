@@ -18,7 +18,7 @@ pytest.importorskip("python_multipart")
 pytest.importorskip("prometheus_client")
 pytest.importorskip("PIL")
 
-from serve_client import form, image, palette, png
+from serve_client import form, image, png, warned_of
 
 import fastgrad
 from fastgrad.deploy.file.images import decode_image
@@ -144,7 +144,7 @@ def test_no_request_fills_the_log(served: Any) -> None:
     before = served.server.log
     assert served.predict(part * 100 + b"--f--\r\n", "multipart/form-data; boundary=f")[0] == 422
     assert served.server.request("GET", "/health", headers={"Connection": "Upgrade", "Upgrade": "websocket"})[0] == 200
-    assert served.predict(palette(), "image/png")[0] == 200
+    assert served.predict(warned_of(), "image/png")[0] == 200
     assert served.server.log == before
 
 
