@@ -27,7 +27,7 @@ def batch_size(*trees: Any) -> int:
     for tensor in input_tensors(*trees):
         if tensor.dim():
             return tensor.shape[0]
-    held = sorted({type(leaf).__name__ for leaf in pytree.tree_leaves(trees)})
+    held = sorted({type(leaf).__name__ for leaf in pytree.tree_leaves(trees) if not isinstance(leaf, Tensor)})
     raise ValueError(f"inputs must hold a tensor with the batch in dimension 0; they held {', '.join(held) or 'none'}")
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -22,6 +24,7 @@ FLOAT_DTYPES = (*KERNEL_DTYPES, torch.float64)
 _NARROW_DEVICES = ("mps",)
 
 Array = NDArray[np.float64]
+_filters_lock = threading.RLock()
 
 
 def one_of(name: str, value: object, choices: Iterable[object]) -> None:
@@ -207,6 +210,14 @@ def groups_of(groups: ArrayLike | None, count: int) -> NDArray[np.intp]:
 
 class MissingExtraError(ModuleNotFoundError):
     """An optional package is not installed; the message names the extra that brings it."""
+
+
+@contextlib.contextmanager
+def without_warnings(category: type[Warning] = Warning) -> Iterator[None]:
+    """Warnings of the category are not shown inside. One thread at a time: their filters are those of the process."""
+    with _filters_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore", category)
+        yield
 
 
 @contextlib.contextmanager

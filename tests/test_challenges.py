@@ -477,6 +477,15 @@ def test_numbers_that_are_refused() -> None:
         pgd(small_net(), photos(), 0.1, 0, pixels=PixelRange.of(photos()))  # type: ignore[arg-type]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_a_frozen_script_has_no_mode_and_is_attacked() -> None:
+    net, pixels = small_net().eval(), PixelRange.of(photos(), clip=(0, 1))
+    frozen: nn.Module = torch.jit.freeze(torch.jit.trace(net, photos()))
+    expected, made = (pgd(one, photos(), 0.1, torch.Generator().manual_seed(0), pixels=pixels) for one in (net, frozen))
+    assert ((made - expected).abs() > 0.01).float().mean() < 0.01
+    assert list(iter_challenges(frozen, photos(), names=["fgsm"]))
+
+
 @pytest.mark.parametrize("attack", [fgsm, pgd])
 def test_attacks_run_in_evaluation_mode_and_with_gradients(attack: Any) -> None:
     net, pixels = small_net(), PixelRange.of(photos(), clip=(0, 1))

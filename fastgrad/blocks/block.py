@@ -93,7 +93,10 @@ class Block:
 
     def values(self, found: Pass) -> Tensor:
         """The block ``(B, ...)`` from what a pass has found; by default its first reading."""
-        return found.readings(self.name)[0]
+        readings = found.readings(self.name)
+        if not readings:
+            raise NotImplementedError(f"the block {self.name!r} must define values, or a reading that is its value")
+        return readings[0]
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:

@@ -7,7 +7,6 @@ but it does not vanish for confident predictions, where float32 cross-entropy ha
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,7 +22,8 @@ from fastgrad.ops.dispatch import full_precision
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; every module's own mode again afterwards, also after an error."""
-    modes = [(module, module.training) for module in model.modules()]
+    # One that TorchScript has frozen has no mode.
+    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
     # Not by eval(): in a module's own train() it may change weights, as that of loralib merges them.
     for module, _ in modes:
         module.training = False
@@ -38,8 +38,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def reached(model: nn.Module, images: Tensor) -> bool:
     """Whether gradients of the logits reach the images: not through ``torch.no_grad`` inside the model, or integers."""
     point = images.detach().clone().requires_grad_()
-    with evaluating(model), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that an operation on integers passes none is what is asked
+    # That an operation on integers passes none is what is asked.
+    with evaluating(model), checks.without_warnings():
         try:
             logits = class_logits(model(point.clone()))  # which a network may write to
             return logits.requires_grad and torch.autograd.grad(logits.sum(), point, allow_unused=True)[0] is not None

@@ -307,7 +307,8 @@ def _checked(target: Target, logits: Tensor) -> str | Tensor:
         value = torch.tensor(value, device="cpu")
     if isinstance(value, Tensor):
         value = value.to(logits.device)
-        if value.dim() == value.is_floating_point() and not callable(target):
+        # A function's floats in one dimension could be meant for the samples.
+        if value.dim() == value.is_floating_point() and not (callable(target) and value.dim()):
             value = value.expand(logits.shape[0], *value.shape)
     check_target(value, logits, wait=True)
     return value

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastgrad import checks
 from fastgrad.scores.fitted import Fitted, as_buffer
 
 
@@ -31,9 +31,8 @@ class GaussianMixture(Fitted):
         from sklearn.mixture import GaussianMixture as Mixture
 
         mixture = Mixture(components, reg_covar=1e-2, random_state=0, max_iter=200, tol=1e-3)
-        with warnings.catch_warnings():
-            # Of equal rows, or more rounds to go: the density is one all the same.
-            warnings.simplefilter("ignore", ConvergenceWarning)
+        # Of equal rows, or more rounds to go: the density is one all the same.
+        with checks.without_warnings(ConvergenceWarning):
             mixture.fit(rows)
         factors = as_buffer(mixture.precisions_cholesky_)
         log_determinant = torch.diagonal(factors, dim1=1, dim2=2).log().sum(1)

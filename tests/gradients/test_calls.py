@@ -46,6 +46,12 @@ def test_targets_of_a_call(model: nn.Sequential, chunk_size: int | None, target:
     torch.testing.assert_close(extractor(X, target=target)[1], truth)
 
 
+@pytest.mark.parametrize("index", [1, torch.tensor(1)])
+def test_a_function_may_give_one_index_for_all(model: nn.Sequential, index: int | Tensor) -> None:
+    (_, expected), (_, found) = (fastgrad.GradientFeatures(model, target=t)(X) for t in (index, lambda _: index))
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize(
     ("target", "error", "message"),
     [

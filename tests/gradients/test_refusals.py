@@ -21,6 +21,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no statistics": (lambda: GradientFeatures(WITHOUT_STATISTICS), ValueError, "'1' keeps no running stat"),
     "images": (lambda: GradientFeatures(nn.Conv2d(3, 4, 1))(torch.rand(5, 3, 2, 2)), ValueError, "logits of shape"),
     "no input": (lambda: GradientFeatures(NET)(), ValueError, "inputs must hold a tensor .* held none"),
+    "a number": (lambda: GradientFeatures(NET)(X[0, 0]), ValueError, "inputs must hold a tensor .* held none"),
     "an array": (lambda: GradientFeatures(NET)(X.numpy()), ValueError, "inputs must hold a tensor .* held ndarray"),
     "loss": (lambda: GradientFeatures(NET, loss="hinge"), ValueError, "loss must be one of"),
     "target's name": (lambda: GradientFeatures(NET, target="zeros"), ValueError, "target must be one of"),

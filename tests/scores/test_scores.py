@@ -1,12 +1,17 @@
+import itertools
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from sklearn.mixture import GaussianMixture as SklearnMixture
+from small_nets import Net
 from torch import nn
 
 from fastgrad.blocks.logits import Energy
+from fastgrad.challenges.attacks import reached
 from fastgrad.scores.fitted import Fitted
 from fastgrad.scores.gaussian_mixture import GaussianMixture
 from fastgrad.scores.mahalanobis import Mahalanobis
@@ -27,6 +32,33 @@ def test_a_mixture_of_equal_rows_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert GaussianMixture.fit(np.ones((30, 2)), 3)(torch.ones(2, 2)).isfinite().all()
+
+
+@pytest.mark.parametrize("what", ["mixture", "attacked"])
+def test_threads_that_fit_leave_the_filters_of_warnings(what, monkeypatch):
+    numbers, inside, over, fit = itertools.count(), threading.Event(), threading.Event(), SklearnMixture.fit
+
+    def together(function, *given):
+        # The first begins before the second, and ends before it.
+        if next(numbers) == 0:
+            inside.wait(1)
+        else:
+            inside.set()
+            over.wait(1)
+        return function(*given)
+
+    def run(_):
+        if what == "mixture":
+            GaussianMixture.fit(RNG.normal(size=(30, 2)), 2)
+        else:
+            assert reached(Net(lambda net, x: together(net.layer, x.flatten(1)), layer=nn.Linear(3, 2)), image)
+        over.set()
+
+    monkeypatch.setattr(SklearnMixture, "fit", lambda self, rows: together(fit, self, rows))
+    before, image = list(warnings.filters), torch.rand(1, 3, 1, 1)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, range(2)))
+    assert warnings.filters == before
 
 
 def test_energy():
