@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -264,8 +263,7 @@ def compile_function(
     program = trace(function, example_input, max_batch=max_batch, one_by_one=one_by_one)
     loop = any("while_loop" in str(node.target) for node in program.graph.nodes)
     kernels = _torch.keeping(*OWN_KERNELS) if example_input.device.type == "cpu" else contextlib.nullcontext()
-    with warnings.catch_warnings(), kernels:
-        warnings.simplefilter("ignore")
+    with checks.without_warnings(), kernels:
         # Channels-last convolutions suit a forward pass. The products of a gradient's norms read channels one
         # by one: each would begin with a copy.
         _torch.compile_package(program, Path(path), keep_layout=loop)

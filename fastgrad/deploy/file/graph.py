@@ -9,7 +9,6 @@ caches by themselves and need no grouped form. ResNet-18 at 224 x 224 takes half
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad._torch import storage_key, while_loop
+from fastgrad.checks import without_warnings
 from fastgrad.engine import tracing
 
 #: Bytes that one input's operations write from which on the loop is faster.
@@ -35,8 +35,7 @@ def trace(
     """
     one = example_input.detach()[:1].contiguous()
     batch = one.expand(3, *one.shape[1:]).contiguous()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with without_warnings():
         if one_by_one or (one_by_one is None and one.device.type == "cpu"):
             # A loop's body may not write in place.
             single = _share_constants(tracing.trace(function, (one,), None, functional=True))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastgrad.checks import extra
+from fastgrad.checks import extra, without_warnings
 from fastgrad.deploy.file.description import Description, description_text, outputs_of
 from fastgrad.deploy.file.graph import trace
 from fastgrad.deploy.file.onnx_file import INPUT, KEY, sum_entry
@@ -46,8 +45,7 @@ def convert(
         import onnxscript  # noqa: F401 - torch.onnx writes with it
 
     known = ("aten.", "prims.", "<built-in")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with without_warnings():
         # A fused attention's backward pass is one operation, which nothing translates, and so is oneDNN's LSTM.
         with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
             program = trace(function, example_input, max_batch=max_batch, one_by_one=False)
