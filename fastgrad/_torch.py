@@ -57,17 +57,40 @@ next_number: Callable[[], int] = torch._C._autograd._get_sequence_nr
 is_batched: Callable[[Tensor], bool] = _functorch.is_batchedtensor
 
 
+class _Kept(dict[Any, Any]):
+    """What ``parametrize.cached`` keeps; that of a pass under way in this thread is in a dict of its own."""
+
+    def get(self, key: Any, default: Any = None, /) -> Any:
+        return super().get(key, default) if _pass.kept is None else _pass.kept.get(key, default)
+
+    def __setitem__(self, key: Any, value: Any, /) -> None:
+        if _pass.kept is None:
+            super().__setitem__(key, value)
+        else:
+            _pass.kept[key] = value
+
+
+class _Pass(threading.local):
+    kept: dict[Any, Any] | None = None
+
+
+_pass = _Pass()
+
+
 @contextlib.contextmanager
 def own_parametrizations() -> Iterator[None]:
-    """While it lasts, ``parametrize.cached`` keeps weights apart from those kept before.
+    """While it lasts, ``parametrize.cached`` keeps weights of this thread apart from those kept before.
 
     It keeps them by the module that was parametrized. Without, one copy of a model would take the weights of another.
     """
-    kept, parametrize._cache = parametrize._cache, {}
+    # Other threads keep theirs meanwhile, and may end their time.
+    if type(parametrize._cache) is not _Kept:
+        parametrize._cache = _Kept(parametrize._cache)
+    before, _pass.kept = _pass.kept, {}
     try:
         yield
     finally:
-        parametrize._cache = kept
+        _pass.kept = before
 
 
 def padding_pairs(module: ConvNd) -> list[int]:

@@ -94,14 +94,14 @@ class Shadow:
         # Plain attributes that may hold parts of the tree; those in which something was replaced.
         self._attributes: list[tuple[dict[str, Any], str, Any]] = []
         self._followed: set[tuple[int, str]] = set()
-        self._hooks: list[dict[int, Any]] = []
+        self._hooks: list[tuple[dict[str, Any], str]] = []
         #: The copy of each module by the id of the original, in the order they were met.
         self.modules: dict[int, nn.Module] = {}
         self._pairs: list[tuple[nn.Module, nn.Module]] = []
         self._named: dict[str, nn.Module] = {}
         self.root: nn.Module = self._module(model, "")
-        for table in self._hooks:
-            table.update({key: self._hook(hook) for key, hook in table.items()})
+        for state, name in self._hooks:
+            state[name].update({key: self._hook(hook) for key, hook in state[name].items()})
         if recorded:
             # The work of these hooks on inputs, outputs and gradients is done around the copy.
             state = self.root.__dict__
@@ -203,7 +203,7 @@ class Shadow:
                 self._attributes.append((state, name, value))
             elif value and name in _HOOK_TABLES:
                 state[name] = OrderedDict() if name in BACKWARD_HOOKS and not self.recorded else value.copy()
-                self._hooks.append(state[name])
+                self._hooks.append((state, name))
         state["_parameters"] = {
             name: None if value is None else self._tensor(value) for name, value in state["_parameters"].items()
         }

@@ -66,12 +66,15 @@ class Rows:
 
     def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Take up a call of a function."""
-        name = getattr(function, "__name__", "").strip("_")
-        if name not in _DRAWING and not self._computed_in((args, kwargs)):
+        full = getattr(function, "__name__", "")
+        name = full.strip("_")
+        # Of a tensor given for its shape, no value is used.
+        if name not in _DRAWING and not self._computed_in(args[:1] if name == "expand_as" else (args, kwargs)):
             return
         # What is written to in place comes from what is written.
         first = args[0] if args else None
-        written = (result, first) if name == "setitem" or getattr(function, "__name__", "").endswith("_") else result
+        in_place = name == "setitem" or full.startswith("__i") or (full.endswith("_") and not full.endswith("__"))
+        written = (result, first) if in_place else result
         self._computed |= _tensors_in(written)
         if self.gathered(first if name in _SCATTERING else (args, kwargs)) or self._gathers(name, args, kwargs):
             self._gathered |= _tensors_in(written)

@@ -327,7 +327,9 @@ def _uses(nodes: Iterable[Any], calls: Sequence[_Call]) -> tuple[set[int], set[i
     inside: set[int] = set()
     beside: set[int] = set()
     for node in nodes:
-        if any(number_of(node) in call.tried for call in calls):
+        leaves = {id(getattr(following, "variable", None)) for following, _ in node.next_functions} - {id(None)}
+        # Other threads, as of a loss, give the same numbers; what they add seldom uses a parameter.
+        if leaves and any(number_of(node) in call.tried for call in calls):
             raise ValueError(
                 "outputs must be computed from what the recorded call itself gave; they reach an earlier pass, which a "
                 "first call makes to be planned, as through a list that a hook adds to. Keep the latest alone"
@@ -335,5 +337,5 @@ def _uses(nodes: Iterable[Any], calls: Sequence[_Call]) -> tuple[set[int], set[i
         called = {call.samples for call in calls if number_of(node) in call.numbers}
         sizes |= called
         used = inside if called else beside
-        used |= {id(getattr(following, "variable", None)) for following, _ in node.next_functions}
+        used |= leaves
     return sizes, inside, beside

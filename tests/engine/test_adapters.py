@@ -170,6 +170,34 @@ def test_experts_of_gathered_tokens_are_exact_or_refused_by_name() -> None:
         assert "1.experts" in str(refusal)  # noqa: PT017 - either is right
 
 
+def summed_experts(net: Any, x: Tensor) -> Tensor:
+    """Each layer adds to the tokens that chose it, in one tensor of all."""
+    gates = net.route(x).softmax(-1)
+    out, (_, chosen) = torch.zeros_like(x), gates.topk(2)
+    for i, expert in enumerate(net.experts):
+        here = (chosen == i).any(-1)
+        out[here] = out[here] + expert(x[here]) * gates[here][:, i : i + 1]
+    return out
+
+
+def permuted_nodes(net: Any, x: Tensor) -> Tensor:
+    """Each node gets what its follower holds, in one dimension of all nodes."""
+    nodes = x.flatten(0, 1)
+    index = torch.arange(len(nodes)).unflatten(0, x.shape[:2]).roll(1, 1).flatten()
+    return torch.zeros_like(nodes).scatter(0, index.unsqueeze(1).expand_as(nodes), nodes).view_as(x)
+
+
+@pytest.mark.parametrize("way", [summed_experts, permuted_nodes])
+def test_layers_behind_tokens_that_are_back_in_their_places_keep_their_rule(way: Any) -> None:
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+    model = nn.Sequential(Net(way, route=nn.Linear(6, 3), experts=layers), nn.Linear(6, 3), nn.Flatten()).double()
+    extractor = fastgrad.GradientFeatures(model, loss="mse")
+    extractor(HIDDEN)
+    assert [route.route for route in extractor.report()[-2:]] == ["linear", "linear"]
+    assert_exact(model, HIDDEN)
+
+
 def _sharded(rank: int, file: str, out: str) -> None:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module

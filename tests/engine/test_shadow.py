@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import itertools
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -117,6 +120,28 @@ def test_weights_that_are_kept_for_a_while_are_those_of_each_pass(way: Any) -> N
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_weights_that_another_thread_keeps_are_left_to_it() -> None:
+    """They may be read, and their time end, while a pass of another model is under way."""
+    other = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    kept: list[Tensor] = []
+
+    def meanwhile(*_: Any) -> None:
+        if len(kept) == 1:
+            with ThreadPoolExecutor(1) as pool:
+                kept.append(pool.submit(lambda: other.weight).result())
+                pool.submit(time.close).result()
+
+    model = nn.Sequential(nn.Linear(3, 2))
+    model[0].register_forward_hook(meanwhile)
+    with contextlib.ExitStack() as time:
+        time.enter_context(nn.utils.parametrize.cached())
+        kept.append(other.weight)
+        fastgrad.GradientFeatures(model)(torch.randn(4, 3))
+    assert kept[1] is kept[0]
+    with nn.utils.parametrize.cached():
+        assert other.weight is not kept[0]
+
+
 def test_attention_with_a_forward_of_its_own_keeps_the_mode() -> None:
     torch.manual_seed(0)
     model, x = Own(8, 2, 16).eval(), torch.randn(3, 8)
@@ -135,9 +160,9 @@ def keeping(net: Any, x: Tensor) -> Tensor:
 class Keeping(nn.Module):
     """Reads what hooks on its layers keep in its own attributes."""
 
-    def __init__(self, way: str) -> None:
+    def __init__(self, way: str, second: nn.Module) -> None:
         super().__init__()
-        self.first, self.second, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(8, 2)
+        self.first, self.second, self.head = nn.Linear(3, 4), second, nn.Linear(8, 2)
         self.kept: Any = {}
         for name in ("first", "second"):
             hook: Any = functools.partial(self.keep, name)
@@ -154,10 +179,11 @@ class Keeping(nn.Module):
         return self.head(torch.cat([*self.kept.values()], 1).tanh())
 
 
+@pytest.mark.parametrize("second", [nn.Linear(4, 4), nn.BatchNorm1d(4)])
 @pytest.mark.parametrize("way", ["closure", "method"])
-def test_what_hooks_keep_in_a_model_is_kept_in_the_copy(way: str) -> None:
+def test_what_hooks_keep_in_a_model_is_kept_in_the_copy(way: str, second: nn.Module) -> None:
     torch.manual_seed(0)
-    model = Keeping(way).double()
+    model = Keeping(way, copy.deepcopy(second)).double().eval()
     x = torch.randn(4, 3, dtype=torch.float64)
     for _ in range(2):
         check_losses(model, lambda x: model(x).square().sum(1), x)

@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -233,3 +234,17 @@ def test_what_a_list_of_the_users_holds_of_a_first_calls_trial_is_refused(model:
         output = model(X)
         sqnorms = fastgrad.grad_sqnorm(kept[0].square().sum(), list(model.parameters())[:2])
     torch.testing.assert_close(torch.stack(sqnorms, 1), truth)
+
+
+def test_a_loss_may_be_computed_in_another_thread(model: nn.Sequential) -> None:
+    """Operations there have the numbers of those of a first call's trial."""
+    truth = true_norms(model, (X,), lambda i, z: 2 * z)
+
+    def found() -> Tensor:
+        with ThreadPoolExecutor(1) as pool, fastgrad.record(model):
+            output = model(X)
+            loss = pool.submit(lambda: output.square().sum()).result()
+            return torch.stack(fastgrad.grad_sqnorm(loss, list(model.parameters())), 1)
+
+    with ThreadPoolExecutor(1) as pool:
+        torch.testing.assert_close(pool.submit(found).result(), truth)
