@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgrad.blocks.block import CLIP, JOINT_DIMENSIONS, Array, Block, Settings
+from fastgrad.blocks.block import CLIP, JOINT_DIMENSIONS, Array, Block, Part, Settings
 from fastgrad.blocks.channels import Channels, output_of, sampled
 from fastgrad.blocks.extraction import Pass
 from fastgrad.blocks.subject import Subject
@@ -30,7 +30,6 @@ class Activations(Block):
     name = "activations"
     alarm = "inner activations unlike those of known inputs"
     shapes = "(B, D)"
-    _score = "distance"
 
     def refusal(self, subject: Subject) -> str | None:
         return None if subject.channels else "there is no normalisation, convolution or linear layer but the last"
@@ -45,6 +44,10 @@ class Activations(Block):
         """The columns side by side, in the order of the forward pass."""
         seen = zip(found.subject.channels, found.readings(self.name), strict=True)
         return torch.cat([_columns(value, place.dim) if place.grid else value for place, value in seen], 1)
+
+    @classmethod
+    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
+        yield cls.distance(blocks, settings)
 
     @classmethod
     def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:

@@ -60,7 +60,6 @@ class Block:
     ranks: ClassVar[tuple[int, ...]] = (2,)
     shapes: ClassVar[str]
     squared_norms: ClassVar[bool] = False
-    _score: ClassVar[str] = ""  # "distance" or "mixture"
 
     def __init_subclass__(cls) -> None:
         """Refuse a name that no part of a detector can have."""
@@ -92,17 +91,13 @@ class Block:
         return ()
 
     def values(self, found: Pass) -> Tensor:
-        """The block ``(B, ...)`` from what a pass has found; by default its first reading."""
-        readings = found.readings(self.name)
-        if not readings:
-            raise NotImplementedError(f"the block {self.name!r} must define values, or a reading that is its value")
-        return readings[0]
+        """The block ``(B, ...)`` from what a pass has found."""
+        raise NotImplementedError(f"the block {self.name!r} must define values")
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        """The one-class scores that clean ``blocks`` allow; by default the one that the block names, if any."""
-        if cls._score:
-            yield getattr(cls, cls._score)(blocks, settings)
+        """The one-class scores that clean ``blocks`` allow."""
+        yield from ()
 
     @classmethod
     def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from fastgrad.blocks.block import JOINT_DIMENSIONS, Array, Block, Settings
+from fastgrad.blocks.block import JOINT_DIMENSIONS, Array, Block, Part, Settings
+from fastgrad.blocks.extraction import Pass
 from fastgrad.blocks.subject import Subject
 from fastgrad.engine.run import Reading
 from fastgrad.scores.rows import Rows
@@ -18,7 +19,6 @@ class Features(Block):
     name = "features"
     alarm = "last features unlike those of known inputs"
     shapes = "(B, D)"
-    _score = "distance"
 
     def refusal(self, subject: Subject) -> str | None:
         return None if subject.head is not None else "the network does not end in a linear layer"
@@ -26,6 +26,13 @@ class Features(Block):
     def readings(self, subject: Subject, mask: Tensor | None) -> tuple[Reading, ...]:
         return () if subject.head is None else (Reading(subject.head, lambda inputs, _: inputs[0]),)
 
+    def values(self, found: Pass) -> Tensor:
+        return found.readings(self.name)[0]
+
     @classmethod
     def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
         return cls.rows(blocks, settings, dimensions=JOINT_DIMENSIONS)
+
+    @classmethod
+    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
+        yield cls.distance(blocks, settings)

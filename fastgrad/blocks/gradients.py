@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 from torch import Tensor
 
 from fastgrad import losses
-from fastgrad.blocks.block import Block
+from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.extraction import Pass, Signal
 from fastgrad.blocks.subject import Subject
 
@@ -28,7 +29,6 @@ class Gradients(Block):
     alarm = "an unusual pattern of what the network would have to learn from it"
     ranks = (2, 3)
     shapes = "(B, P) or (B, S, P)"
-    _score = "mixture"
     squared_norms = True
 
     def price(self, subject: Subject) -> float:
@@ -40,3 +40,7 @@ class Gradients(Block):
 
     def values(self, found: Pass) -> Tensor:
         return found.squared_norms(self.name)
+
+    @classmethod
+    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
+        yield cls.mixture(blocks, settings)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import torch
 from torch import Tensor
 
-from fastgrad.blocks.block import Block
+from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.extraction import Pass
 from fastgrad.blocks.local_contrast import differences, mean_extremes
 from fastgrad.blocks.subject import Subject, is_image
@@ -21,13 +23,16 @@ class Image(Block):
     name = "image"
     alarm = "brightness, sharpness or noise unlike those of known images"
     shapes = "(B, K)"
-    _score = "mixture"
 
     def refusal(self, subject: Subject) -> str | None:
         return None if subject.image is not None else "the input is not one image (B, C, H, W)"
 
     def values(self, found: Pass) -> Tensor:
         return image_statistics(found.image())
+
+    @classmethod
+    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
+        yield cls.mixture(blocks, settings)
 
 
 def image_statistics(images: Tensor) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgrad.blocks.block import Block
+from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.channels import output_of
+from fastgrad.blocks.extraction import Pass
 from fastgrad.blocks.local_contrast import differences, mean_extremes
 from fastgrad.blocks.subject import Subject
 from fastgrad.engine.run import Reading
@@ -34,13 +36,19 @@ class Roughness(Block):
     name = "roughness"
     alarm = "fine grain, as the first layer sees it, unlike that of known inputs"
     shapes = "(B, D)"
-    _score = "mixture"
 
     def refusal(self, subject: Subject) -> str | None:
         return None if subject.first is not None else "the network's first layers put out no maps (B, C, H, W)"
 
     def readings(self, subject: Subject, mask: Tensor | None) -> tuple[Reading, ...]:
         return () if subject.first is None else (Reading(subject.first, _of_output, copied=False),)
+
+    def values(self, found: Pass) -> Tensor:
+        return found.readings(self.name)[0]
+
+    @classmethod
+    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
+        yield cls.mixture(blocks, settings)
 
 
 def roughness(maps: Tensor) -> Tensor:

@@ -225,7 +225,7 @@ def test_a_block_of_ones_own_is_known_by_its_name() -> None:
             type("Named", (Block,), {"name": name})
     array = type("Other", (Block,), {"name": "array", "values": lambda self, found: found.image().numpy()})()
     without = type("Without", (Block,), {"name": "without"})()
-    with pytest.raises(NotImplementedError, match="the block 'without' must define values, or a reading"):
+    with pytest.raises(NotImplementedError, match="the block 'without' must define values"):
         Extraction(net, [without])(x)
     with pytest.raises(TypeError, match=r"values of the block 'array' must be a torch\.Tensor; it was ndarray"):
         Extraction(net, [array])(x)
