@@ -137,23 +137,32 @@ def _number(value: Any) -> bool:
 
 
 def _numbers(values: Any, length: int | None = None) -> bool:
-    """Not too many finite numbers."""
+    """A list of finite numbers."""
     return (
-        len(values) <= 65_536 and (length is None or len(values) == length) and all(_number(value) for value in values)
+        isinstance(values, list)
+        and len(values) <= 65_536
+        and (length is None or len(values) == length)
+        and all(_number(value) for value in values)
     )
 
 
-def _words(values: Any) -> bool:
-    """Texts that UTF-8 can hold."""
-    return all(isinstance(value, str) and len(value) <= 1000 and fits_utf8(value) for value in values)
+def _words(values: Any, most: int) -> bool:
+    """At most so many texts that UTF-8 can hold."""
+    return len(values) <= most and all(
+        isinstance(value, str) and len(value) <= 1000 and fits_utf8(value) for value in values
+    )
 
 
 def _mapping(value: Any) -> bool:
-    return _words(value) and _words(value.values())
+    return isinstance(value, dict) and _words(value, 1000) and _words(value.values(), 1000)
 
 
 def _channels(description: Description, values: Any) -> bool:
     return len(description.input_shape) == 3 and _numbers(values, description.input_shape[0])
+
+
+def _rate(value: Any) -> bool:
+    return _number(value) and 0 < value < 1
 
 
 def _bins(value: Any, more: int) -> bool:
@@ -177,14 +186,14 @@ _FIELDS: dict[str, tuple[Callable[[Description, Any], bool], str]] = {
     "classes": (lambda _, v: _count(v, 2**20), "an integer from 1 to 2**20"),
     "max_batch": (lambda _, v: _count(v, 2**20), "an integer from 1 to 2**20"),
     "device": (lambda _, v: v in ("cpu", "cuda"), "cpu or cuda"),
-    "labels": (lambda d, v: isinstance(v, list) and len(v) == d.classes and _words(v),
+    "labels": (lambda d, v: isinstance(v, list) and len(v) == d.classes and _words(v, 2**20),
                "{classes} names, one a class, in UTF-8"),
     "mean": (_channels, "a finite number a channel of images {shape}"),
     "std": (lambda d, v: _channels(d, v) and min(v) > 0, "a positive number a channel of images {shape}"),
-    "false_alarm_rate": (lambda _, v: 0 < v < 1, "a number between 0 and 1"),
+    "false_alarm_rate": (lambda _, v: _rate(v), "a number between 0 and 1"),
     "threshold": (lambda _, v: _number(v), "a finite number"),
     "thresholds": (lambda _, v: isinstance(v, list) and len(v) <= 1000
-                   and all(0 < rate < 1 and _number(value) for rate, value in v),
+                   and all(_rate(rate) and _number(value) for rate, value in v),
                    "pairs of a rate between 0 and 1 and a finite number"),
     "histogram": (lambda _, v: _bins(v, -1), "increasing edges and a count between each two"),
     "reference": (lambda d, v: _bins(v, 1) and d.score_reference() is not None, "increasing edges and one count more"),
