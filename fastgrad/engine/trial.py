@@ -53,7 +53,7 @@ class Trial:
         self._copies = Copies(inputs)
         self._inputs = take(inputs, index, samples, known.carriers)
         # One is not enough where it is among the others as well.
-        self._singles = {0, count - 1} if samples < count else {count - 1}
+        self._singles = [[i] * count for i in ((0, count - 1) if samples < count else (count - 1,))]
         self._alone, self._whole = samples == 1, (inputs, samples)
         self._planners = []
         with torch.enable_grad():
@@ -222,7 +222,7 @@ class Trial:
             return seen, []
         # One sample may decide for all, as the largest: it is not among both the first samples and the last alone.
         others = [(fewer, less)]
-        others += [(observe(samples), samples) for i in self._singles for samples in [[i] * self._count]]
+        others += [(observe(samples), samples) for samples in self._singles]
         # Values of a batch may choose another path; random numbers come in another order.
         others = [pair for pair in others if not seen.drew and seen.functions == pair[0].functions]
         self._require_own_outputs(seen, others)
