@@ -64,6 +64,14 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.3f} ± {half:.3f}"
 
 
+def share(value: float, count: int) -> str:
+    """Return a share of ``count`` with its 95 % interval (Wilson, 1927)."""
+    from scipy.stats import binomtest  # here, so that a GPU run needs no more than PyTorch
+
+    low, high = binomtest(round(value * count), count).proportion_ci(method="wilson")
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return ""

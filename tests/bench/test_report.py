@@ -77,6 +77,15 @@ def test_numbers_below_ten_thousand_have_no_power_of_ten(form: Any, value: float
     assert form(value) == shown
 
 
+def test_a_share_has_the_interval_of_wilson() -> None:
+    count, z = 100, 1.959964
+    for found in (0, 41, 100):
+        p = found / count
+        centre, half = p + z**2 / (2 * count), z * (p * (1 - p) / count + z**2 / (4 * count**2)) ** 0.5
+        low, high = ((centre + sign * half) / (1 + z**2 / count) for sign in (-1, 1))
+        assert text.share(p, count) == f"{p:.2f} [{abs(low):.2f}, {high:.2f}]"
+
+
 def test_no_message_ends_its_cell() -> None:
     assert text.table([{"note": "expected a | b\ngot c"}]) == "| note |\n| --- |\n| expected a \\| b got c |"
 
