@@ -113,10 +113,10 @@ def _layers() -> str:
 
 def _challenges() -> str:
     """Return the kinds of challenges of images as a table."""
-    rows = [
-        f"| `{name}` | {kind.family} | {', '.join(f'{strength:.3g}' for strength in kind.strengths)} | {'yes' if kind.jpeg else ''} |"
-        for name, kind in CHALLENGES.items()
-    ]
+    rows = []
+    for name, kind in CHALLENGES.items():
+        strengths = ", ".join(f"{strength:.3g}" for strength in kind.strengths)
+        rows.append(f"| `{name}` | {kind.family} | {strengths} | {'yes' if kind.jpeg else ''} |")
     return "\n".join(["| Kind | Family | Strengths | JPEG after |", "| --- | --- | --- | --- |", *rows])
 
 
