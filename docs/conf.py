@@ -15,6 +15,7 @@ DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))
 
 import fastgrad  # noqa: E402
+from fastgrad.challenges import CHALLENGES  # noqa: E402
 from fastgrad.commands.cli import COMMANDS  # noqa: E402
 from fastgrad.layers import RULES, ReplayRule  # noqa: E402
 
@@ -91,7 +92,7 @@ def _read(app: Any, name: str, source: list[str]) -> None:
     text = re.sub(r"\]\((?:\.\./)+bench/results/", f"]({here}/", source[0])
     # A block that is a file is shown under its name.
     text = re.sub(r'^```(\w+) title="([^"]*)"$', r"`\2`\n\n```\1", text, flags=re.MULTILINE)
-    text = text.replace("<!-- layers -->", _layers())
+    text = text.replace("<!-- layers -->", _layers()).replace("<!-- challenges -->", _challenges())
     source[0] = re.sub(r"<!-- command: (\w+) -->", lambda match: f"```text\n{_help(match[1])}```", text)
 
 
@@ -108,6 +109,15 @@ def _layers() -> str:
             f"| `{short.lstrip('_')}` | `{package.partition('.')[0]}` | {rule.name.partition(' (')[0]} | {mode} |"
         )
     return "\n".join(["| Layer | Package | Rule | |", "| --- | --- | --- | --- |", *rows.values()])
+
+
+def _challenges() -> str:
+    """Return the kinds of challenges of images as a table."""
+    rows = []
+    for name, kind in CHALLENGES.items():
+        strengths = ", ".join(f"{strength:.3g}" for strength in kind.strengths)
+        rows.append(f"| `{name}` | {kind.family} | {strengths} | {'yes' if kind.jpeg else ''} |")
+    return "\n".join(["| Kind | Family | Strengths | JPEG after |", "| --- | --- | --- | --- |", *rows])
 
 
 def _help(name: str) -> str:

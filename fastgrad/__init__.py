@@ -1,4 +1,4 @@
-"""Gradient-based uncertainty at the speed of inference.
+"""Squared gradient norms of every sample, and a detector that says how far to trust a classifier's answer.
 
 The public names are listed in ``__all__``. Importing the package imports torch and numpy only; Triton, scikit-learn
 and everything else is imported where it is first used.

@@ -27,7 +27,7 @@ def as_pytorch_ood(two_stage: TwoStageModel, **fit_options: Any) -> Any:
 
     Raises:
         MissingExtraError: pytorch-ood is not installed.
-        TypeError: ``two_stage`` is none.
+        TypeError: ``two_stage`` is no `TwoStageModel`.
     """
     with extra("interop"):
         from pytorch_ood.api import Detector

@@ -6,8 +6,11 @@
     ResNet-18 takes <!-- value: network | ResNet-18 32x32 B=64 bce ones | fastgrad | ratio | .2f -->0.81<!-- end -->
 
 - A table is that of the JSON file of the same name. Words after the name of a speed table keep the cases that contain
-  them. After the name of a detection table they are the network: its strongest published detector for each group,
-  beside fastgrad's. ``<!-- table: environment network -->`` is the line of machine, versions, revision and floors.
+  them. ``environment network`` is the line of machine, versions, revision and floors.
+- After the name of a detection table stand its networks: for each group the strongest published detector, beside
+  fastgrad's. For several networks the groups follow: ``attacks resnet18, vit | attacks | attacks after JPEG``.
+- ``NAME by network | CASE | FIELD | FORMAT | METHOD | METHOD ...`` is one field of one case: a row for each network, a
+  column for each method. ``NAME by case | NETWORK | ...`` has a row for each case; of speed, without a network.
 - A value is ``FILE | CASE or NETWORK: CASE | IMPLEMENTATION or METHOD | FIELD | FORMAT``, over draws the mean. In a row
   of a table ``;`` stands in place of ``|``, which would end the cell.
 """
@@ -43,9 +46,28 @@ def table(words: str, folder: Path = RESULTS) -> str:
     if name == "environment":
         return environment(load(rest, folder))
     document = load(name, folder)
+    if rest.startswith("by "):
+        return grid(document, *(part.strip() for part in rest.removeprefix("by ").split("|")))
     if "merit" in document:
-        return detection.strongest(document["rows"], document["merit"], rest)
+        networks, *groups = (part.strip() for part in rest.split("|"))
+        if groups:
+            return detection.overview(document, networks.split(", "), groups)
+        return detection.strongest(document["rows"], document["merit"], networks)
     return speed.tables(document["cases"], rest) if "cases" in document else markdown(document["rows"])
+
+
+def grid(document: dict[str, Any], index: str, fixed: str, key: str, form: str, *methods: str) -> str:
+    """Return the Markdown of one field: a row for each network or case, a column for each method."""
+    other = {"network": "case", "case": "network"}[index]
+    rows = [row for row in document.get("cases", document.get("rows")) if row.get(other, "") == fixed]
+    lines = []
+    for each in dict.fromkeys(row[index] for row in rows if key in row):
+        network, case = (each, fixed) if index == "network" else (fixed, each)
+        title = detection.titled(document, each) if index == "network" else each
+        lines.append({"": title} | {m: _figure(rows, network, case, m, key, form) for m in methods})
+    if absent := [m for m in methods if not any(line[m] for line in lines)]:
+        raise ValueError(f"a table by {index} must name methods with {key!r} of {fixed!r}; they were {absent}")
+    return markdown(lines)
 
 
 def value(words: str, folder: Path = RESULTS) -> str:
@@ -53,18 +75,25 @@ def value(words: str, folder: Path = RESULTS) -> str:
     parts = [part.strip() for part in re.split("[|;]", words)]
     if len(parts) != 5:
         raise ValueError(f"a value must be FILE | CASE | IMPLEMENTATION | FIELD | FORMAT; it was {words!r}")
-    name, case, implementation, key, form = parts
-    document = load(name, folder)
+    name, case, method, key, form = parts
     network, _, case = case.rpartition(": ")
-    rows = [
-        row for row in document.get("cases", document.get("rows"))
-        if row.get("case") == case and network in ("", row.get("network"))
-        and implementation in (row.get("implementation"), row.get("method"))
-    ]  # fmt: skip
-    if not rows:
+    document = load(name, folder)
+    found = _figure(document.get("cases", document.get("rows")), network, case, method, key, form)
+    if found is None:
         raise ValueError(f"a value must name a case and an implementation of {name}; it was {words!r}")
-    drawn = "draw" in rows[0] and len(rows) > 1
-    return format(statistics.fmean(row[key] for row in rows) if drawn else rows[0][key], form)
+    return found
+
+
+def _figure(rows: list[dict[str, Any]], network: str, case: str, method: str, key: str, form: str) -> str | None:
+    found = [
+        row for row in rows
+        if row.get("case") == case and network in ("", row.get("network"))
+        and method in (row.get("implementation"), row.get("method"))
+    ]  # fmt: skip
+    if not found:
+        return None
+    drawn = "draw" in found[0] and len(found) > 1
+    return format(statistics.fmean(row[key] for row in found) if drawn else found[0][key], form)
 
 
 def fill(text: str, folder: Path = RESULTS) -> str:

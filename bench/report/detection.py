@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,20 +92,41 @@ def gains(rows: Sequence[Row], network: str) -> str:
 
 def strongest(rows: Sequence[Row], merit: str, network: str) -> str:
     """Return for every group the best published detector from clean data, beside fastgrad's and the control."""
+    return table(_strongest(rows, merit, network))
+
+
+def _strongest(rows: Sequence[Row], merit: str, network: str) -> Iterator[dict[str, str]]:
     clean = means(rows, merit, network, PROTOCOLS[0])
     generated = means(rows, merit, network, PROTOCOLS[1])
-    lines = []
     for group in dict.fromkeys(group for own in clean.values() for group in own):
         values = {m: own[group] for m, own in (clean | generated).items() if merit in own.get(group, {})}
         rivals = {m: cell[merit] for m, cell in values.items() if published(m)}
         if rivals:
             best = max(rivals, key=rivals.__getitem__)
             beside = [m for m in values if (ours(m) and " + " not in m) or m.startswith("published")]
-            lines.append(
+            yield (
                 {"group": group, "strongest published": f"{best} {_cell(values[best], merit)}"}
                 | {m: _cell(values[m], merit) for m in sorted(beside, key=lambda m: not ours(m))}
             )
-    return table(lines)
+
+
+def overview(document: Row, networks: Sequence[str], groups: Sequence[str]) -> str:
+    """Return the rows of `strongest` for several networks and groups, by group."""
+    lines = [
+        {"group": line["group"], "network": titled(document, network)} | line
+        for network in networks for line in _strongest(document["rows"], document["merit"], network)
+    ]  # fmt: skip
+    if absent := [group for group in groups if all(line["group"] != group for line in lines)]:
+        raise ValueError(f"a table must name groups of {', '.join(networks)}; they were {absent}")
+    return table(line for group in groups for line in lines if line["group"] == group)
+
+
+def titled(document: Row, network: str) -> str:
+    """Return a network's title, and whether it was tuned on."""
+    title, tuned = document["networks"][network]
+    # The form of the risk was chosen with every network in view.
+    risk = any(row.get("method") == "fastgrad, risk" for row in document["rows"])
+    return f"{title}, {'tuned on' if tuned else 'held out but for the risk' if risk else 'held out'}"
 
 
 def bars(document: Row) -> Any:
@@ -114,7 +135,6 @@ def bars(document: Row) -> Any:
     if not measured_networks(rows):
         return None
     network = min(measured_networks(rows), key=lambda name: document["networks"][name][1])
-    title, tuned = document["networks"][network]
     found = {m: own for protocol in PROTOCOLS for m, own in means(rows, merit, network, protocol).items()}
     groups = [g for g in dict.fromkeys(g for own in found.values() for g in own) if "MEAD" not in g]
     shown = [m for m in found if ours(m) and " + " not in m]
@@ -127,9 +147,7 @@ def bars(document: Row) -> Any:
         return None
     blocks = {group: [(m, found[m][group][merit]) for m in shown] for group in groups}
     made = stacked(blocks, colours(shown), ".3f", "AUROC")
-    # The form of the risk was chosen with every network in view.
-    standing = "tuned on" if tuned else "held out but for the risk" if "fastgrad, risk" in shown else "held out"
-    made.axes[0].set_title(f"{title}, {standing}", fontsize=TEXT)
+    made.axes[0].set_title(titled(document, network), fontsize=TEXT)
     return made
 
 

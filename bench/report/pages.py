@@ -96,7 +96,9 @@ def page(name: str, document: Mapping[str, Any], pictures: list[str]) -> str | N
         template = environment.select_template([f"{name}.md.j2", f"{kind}.md.j2"])
     except jinja2.TemplatesNotFound:
         return None
-    return template.render(**document, name=name, pictures=pictures, environment=text.environment(document))
+    # Figures that others published have no machine.
+    measured = text.environment(document) if "versions" in document else ""
+    return template.render(**document, name=name, pictures=pictures, environment=measured)
 
 
 def save(

@@ -31,7 +31,7 @@ BLOCKS: dict[str, type[Block]] = {}
 
 
 def register_block(block: type[Block]) -> type[Block]:
-    """Make a block known by its name: to detectors, and to the files that they are stored in; a decorator.
+    """Register a block by its name, for detectors and for the files that they are stored in; a decorator.
 
     Args:
         block: A subclass of `Block` that can be made without arguments.

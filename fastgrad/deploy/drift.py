@@ -115,7 +115,7 @@ class DriftMonitor:
         evidence: the capital ``e`` now: how much a bet of 1 against "nothing has changed" has become; for
             ``form="average"`` a bet of 1 on each image.
         alarm_at: number of the score (from 1) at which the alarm was raised, or None. An alarm stays until `reset`.
-        acknowledged: the reason for which somebody has taken note of the alarm, or None.
+        acknowledged: the reason given when the alarm was acknowledged, or None.
         history: the last 100 acknowledgements and resets, a dictionary each: ``action``, ``reason``, and ``count``,
             ``alarm_at`` and ``evidence`` at that time.
 
@@ -143,7 +143,7 @@ class DriftMonitor:
         self._start()
 
     def acknowledge(self, reason: str) -> None:
-        """Take note of an alarm, which stays; keep why.
+        """Acknowledge the alarm, which stays, and keep the reason.
 
         Raises:
             ValueError: there is no alarm, or no reason.
@@ -154,7 +154,7 @@ class DriftMonitor:
         self.acknowledged = reason
 
     def reset(self, reason: str) -> None:
-        """Forget the stream and its alarm, keep the reference, and why.
+        """Forget the stream and its alarm; keep the reference and the reason.
 
         Each start has an error rate of its own: after k resets the probability that any of them raised a false alarm
         is at most k + 1 times `false_alarm_rate`.

@@ -60,15 +60,16 @@ class TwoStageModel(nn.Module):
     Args:
         model: The trained network, from a batch or a mapping of keyword arguments to logits ``(B, N)``: a tensor,
             ``.logits``, or the first item of a tuple.
-        detector: An `UncertaintyDetector` whose parameters are used; it is not changed. One that is fitted on named
-            blocks serves without `fit`. None for the default one.
+        detector: An `UncertaintyDetector` whose parameters are used; it is not changed. One that is already fitted on
+            named blocks needs no `fit`. None for the default one.
         classifier: An `IntrospectiveClassifier` that answers unusual inputs; it is not changed. `fit` trains it on
-            h, the last layer's input, of clean inputs and challenges, with the clean input's label. One that is fitted,
-            on h or on pairs of h and logits, serves without `fit`, and then answers all inputs. None for the softmax.
+            h, the last layer's input, of clean inputs and challenges, with the clean input's label. One that is
+            already fitted, on h or on pairs of h and logits, needs no `fit` and answers all inputs. None for the
+            softmax.
         budget: Cost limit of an answer, in forward passes of this network as measured by `fit`. The forward pass that
             gives the logits is the first. ``math.inf`` for no limit.
         blocks: Names or instances of the blocks, without a cost limit; None for the preset of the budget.
-        seed: Of all random numbers; a detector or classifier that is given keeps its own ``random_state``.
+        seed: Seed of all random numbers; a given detector or classifier keeps its own ``random_state``.
 
     Attributes:
         detector_: The fitted `DetectorModule`.
@@ -228,21 +229,21 @@ class TwoStageModel(nn.Module):
             clean: Batches of clean inputs, ``x`` or ``(x, labels)``, or mappings with the key ``"labels"``; read once.
                 Prefer data that the network was not trained on: it is more certain of its training data. Equal inputs
                 are one source: all are fitted on, or none.
-            challenges: ``"generate"`` makes them from the clean inputs (`fastgrad.challenges`). These are images, which
-                are not attacked where no gradient of the logits reaches them (``torch.no_grad`` or integers inside),
-                or token ids ``(B, T)`` of an integer dtype, alone or as ``input_ids``. None fits on clean
-                data alone, where unusual inputs do not raise the risk. Else batches of challenging inputs, ``x`` or
-                ``(x, kinds)``. These have no labels, so they do not raise the risk either.
+            challenges: ``"generate"`` makes them from the clean inputs (`fastgrad.challenges`): images
+                ``(B, C, H, W)``, or token ids ``(B, T)`` of an integer dtype, alone or as ``input_ids``. Images get no
+                attacks where no gradient of the logits reaches them (``torch.no_grad`` or integers inside). None fits
+                on clean data alone. Else batches of your own challenging inputs, ``x`` or ``(x, kinds)``. Only
+                generated challenges, which have labels, let unusual inputs raise the risk.
             calibration: Clean batches on which nothing is fitted: false-alarm rates are then exact. None holds out a
                 fifth of ``clean`` from 1,000 inputs on; below, it cross-validates (`fastgrad.detector.calibrate`).
-            max_samples: Clean inputs used of each loader, drawn uniformly; as many challenges of the user's.
+            max_samples: Largest number of inputs used from each loader, drawn uniformly.
             challenges_per_input: How many challenges are generated from one clean input; None: three, or fewer where
                 there are many inputs.
             risk: True refuses data without labels, False fits no risk; None fits it where at least 30 labels allow it.
             clip: Values of black and white of the images, before ``mean`` and ``std``. None: 0 and 1 with ``mean``,
                 else read from all drawn images.
-            mean: Of the normalisation of the images, one a channel.
-            std: Of the same.
+            mean: Per-channel mean that normalised the images.
+            std: Per-channel standard deviation that normalised the images.
             verbose: Whether to show progress bars; None: in a terminal.
 
         Returns:
@@ -282,7 +283,7 @@ class TwoStageModel(nn.Module):
     def threshold(self, false_alarm_rate: float | None = None) -> float:
         """The uncertainty that a share ``false_alarm_rate`` of clean inputs exceeds; by default the detector's rate.
 
-        A rate below ``1 / (n + 1)`` for n calibration inputs warns, as they cannot promise it.
+        Warns of a rate below ``1 / (n + 1)`` for n calibration inputs, which cannot promise it.
         """
         return self._fitted()[0].threshold(false_alarm_rate)
 

@@ -59,8 +59,8 @@ class GradientFeatures:
         memory_budget: Bytes a call may add, from which the chunk size is estimated if ``chunk_size`` is None.
         impl: ``"auto"``, ``"triton"`` or ``"eager"``, for the layers that have kernels.
         compile: Have ``torch.compile`` compile the pass at the first call on inputs of each size, which takes seconds
-            to minutes. Worth it for many calls on networks of many small layers. A function as target, and what
-            modules hold beside tensors, are as they were then.
+            to minutes. Worth it for many calls on networks of many small layers. A target function, and what modules
+            hold beside tensors, stay what they were at that call.
 
     Raises:
         TypeError, ValueError: For an argument that is not one of the above, a model that mixes samples, or one that

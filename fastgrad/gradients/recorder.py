@@ -69,7 +69,7 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         TypeError: If ``model`` is not an ordinary ``torch.nn.Module``, or holds scripted modules, complex parameters or
             parts of parameters.
         ValueError: If it has batch norm in training mode, was compiled in place, is replicated on several devices, or
-            lies where nothing is held (the meta device) or float64 (mps). A call raises it for a module that is
+            lies on a device without values (meta) or without float64 (mps). A call raises it for a module that is
             recomputed in the backward pass and draws random numbers, such as attention with dropout.
 
     Example::

@@ -187,6 +187,31 @@ def test_the_strongest_published_detector_ran_on_all_draws_and_is_no_control(det
     assert "| KNN |  | no weights |" in detection.block(rows, "auroc", "a", "clean data only", {})
 
 
+def test_several_networks_stand_in_one_table_by_group(detection_folder: pathlib.Path) -> None:
+    path = detection_folder / "attacks.json"
+    networks = {"a": ["A", True], "b": ["B", False]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"networks": networks}))
+    lines = blocks.table("attacks a, b | attacks", detection_folder).splitlines()
+    assert lines[0].startswith("| group | network | strongest published |")
+    assert lines[2].startswith("| attacks | A, tuned on | energy 0.700 ± 0.141 | 0.950 ± 0.071 |")
+    assert lines[3].startswith("| attacks | B, held out | energy 0.500 [0.400, 1.000] |")
+    with pytest.raises(ValueError, match=r"must name groups of a, b; they were \['corruptions'\]"):
+        blocks.table("attacks a, b | attacks | corruptions", detection_folder)
+
+
+def test_one_field_by_network_or_by_case(detection_folder: pathlib.Path, folder: pathlib.Path) -> None:
+    path = detection_folder / "attacks.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"networks": {"a": ["A", True], "b": ["B", False]}}))
+    words = "attacks by network | mean of attacks | auroc | .2f | energy | fastgrad, budget 1.2"
+    assert blocks.table(words, detection_folder).splitlines()[2:] == [
+        "| A, tuned on | 0.70 | 0.95 |", "| B, held out | 0.50 |  |"
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"they were \['softmax'\]"):
+        blocks.table(words + " | softmax", detection_folder)
+    found = blocks.table("network by case | | ratio | .1f | fastgrad | vmap(grad)", folder).splitlines()
+    assert found == ["|  | fastgrad | vmap(grad) |", "| --- | --- | --- |", "| net B=8 | 0.5 | 4.0 |"]
+
+
 @pytest.mark.parametrize("name", ["adaptive", "introspective"])
 def test_tables_with_rows_of_their_own_have_a_figure(tmp_path: pathlib.Path, name: str) -> None:
     (tmp_path / f"{name}.json").write_text((pages.RESULTS / f"{name}.json").read_text())

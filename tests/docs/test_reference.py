@@ -21,6 +21,13 @@ def test_every_public_name_has_an_entry() -> None:
             assert module in everything or f"{module}.{name}" in entries | named, f"{module}.{name}"
 
 
+def test_no_entry_shows_a_python_object() -> None:
+    pages = "\n".join(page.read_text() for page in sorted((DOCS / "reference").glob("*.md")))
+    entries = re.findall(r"^\.\. autodata:: (\S+)\n(.*)$", pages, re.MULTILINE)
+    assert entries
+    assert not [name for name, options in entries if options.strip() != ":no-value:"]
+
+
 def test_every_command_has_its_help() -> None:
     from fastgrad.commands.cli import COMMANDS
 

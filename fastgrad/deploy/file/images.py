@@ -30,7 +30,7 @@ class ImageTooLargeError(ImageError):
 
 
 def decode_image(content: bytes, description: Description, *, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Decode, crop to the network's shape of frame, scale, normalize.
+    """Decode an image, crop it to the network's aspect ratio, scale and normalize it.
 
     The largest centered rectangle of the network's aspect ratio is scaled to its input size (bilinear, antialiased).
     An image of this size is not scaled. The orientation that a camera noted is applied.
@@ -41,7 +41,7 @@ def decode_image(content: bytes, description: Description, *, max_pixels: int = 
         max_pixels: refuse larger images by their header, before any pixel is decoded.
 
     Returns:
-        ``input_shape``, of the model's dtype.
+        A tensor of ``input_shape`` in the model's dtype: pixels from 0 to 1, normalized as the description says.
 
     Raises:
         TypeError, ValueError: an argument of another kind.
