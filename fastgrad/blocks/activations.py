@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrad.blocks.block import CLIP, JOINT_DIMENSIONS, Array, Block, Part, Settings
+from fastgrad.blocks.block import CLIP, JOINT, Array, Block, Part, Settings
 from fastgrad.blocks.channels import Channels, output_of, sampled
 from fastgrad.blocks.extraction import Pass
 from fastgrad.blocks.subject import Subject
@@ -51,7 +51,7 @@ class Activations(Block):
 
     @classmethod
     def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
-        return cls.rows(blocks, settings, clip=CLIP, dimensions=JOINT_DIMENSIONS)
+        return cls.rows(blocks, settings, clip=CLIP, **JOINT)
 
 
 def _columns(value: Tensor, dim: int, mask: Tensor | None = None) -> Tensor:

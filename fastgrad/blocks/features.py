@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from fastgrad.blocks.block import JOINT_DIMENSIONS, Array, Block, Part, Settings
+from fastgrad.blocks.block import JOINT, Array, Block, Part, Settings
 from fastgrad.blocks.extraction import Pass
 from fastgrad.blocks.subject import Subject
 from fastgrad.engine.run import Reading
@@ -31,7 +31,7 @@ class Features(Block):
 
     @classmethod
     def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
-        return cls.rows(blocks, settings, dimensions=JOINT_DIMENSIONS)
+        return cls.rows(blocks, settings, **JOINT)
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -30,7 +31,8 @@ class Rows(Fitted):
     Options: ``block``, the block's name; ``rank``, whether to order its class axis by logit rank, and ``by_logits``,
     whether by the block of logits or else by the norms of the last parameter; ``log``, whether to take logarithms;
     ``top``, how many of the largest entries to keep, in falling order (0 for all, as they come); ``clip``, where
-    standardised values are cut, None for nowhere.
+    standardised values are cut, None for nowhere; ``beside``, how many of the columns, evenly spaced, stand at most
+    beside their projection, with a weight that gives all of them together the variance of the projection.
     """
 
     mean: Tensor  # (d,), of the clean rows after the logarithm
@@ -51,9 +53,10 @@ class Rows(Fitted):
         standardise: bool = True,
         clip: float | None = None,
         dimensions: int | None = None,
+        beside: int = 0,
     ) -> Rows:
         """From clean ``blocks``; ``norms``: of squared norms; ``dimensions``: so many whitened principal components."""
-        rows = cls(block=block, rank=rank, log=log, top=top, by_logits="logits" in blocks, clip=clip)
+        rows = cls(block=block, rank=rank, log=log, top=top, by_logits="logits" in blocks, clip=clip, beside=beside)
         flat = rows.flat({name: as_tensor(array) for name, array in blocks.items()})
         mean, scale = torch.zeros_like(flat[0]), torch.ones_like(flat[0])
         # Squared norms are logarithms by now: a relative error became an absolute one, stored once more.
@@ -110,12 +113,16 @@ class Rows(Fitted):
         return result
 
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
-        """Rows ``(B, d)`` or ``(B, e)``, float64."""
+        """Rows ``(B, d)``, ``(B, e)``, or ``(B, e + c)`` with c columns beside the projection, float64."""
         rows = self.standardised(self.flat(blocks))
         if "projection" not in self._buffers:
             return rows
         with full_precision(rows.device):
-            return (rows.to(self.projection.dtype) @ self.projection).double() - self.shift
+            components = (rows.to(self.projection.dtype) @ self.projection).double() - self.shift
+        if not self.options["beside"]:
+            return components
+        columns = rows[:, :: -(-len(self.mean) // self.options["beside"])]
+        return torch.cat([components, columns * math.sqrt(components.shape[1] / columns.shape[1])], 1)
 
 
 def as_tensor(array: Array) -> Tensor:

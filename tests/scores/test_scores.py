@@ -114,6 +114,19 @@ def test_projection_of_a_wide_block_is_white_and_held_in_float32():
     np.testing.assert_allclose(np.cov(found.T), np.eye(10), atol=1e-4)
 
 
+def test_columns_beside_a_projection_are_evenly_spaced_and_weigh_as_much_together():
+    values = RNG.normal(size=(400, 30))
+    blocks = {"features": torch.tensor(values)}
+    columns = Rows.fit({"features": values}, "features")(blocks)
+    components = Rows.fit({"features": values}, "features", dimensions=6)(blocks)
+    found = Rows.fit({"features": values}, "features", dimensions=6, beside=12)(blocks)
+    assert found[:, :6].equal(components)
+    np.testing.assert_allclose(found[:, 6:], columns[:, ::3] * np.sqrt(6 / 10), rtol=1e-12)
+    np.testing.assert_allclose(found[:, 6:].square().sum(), 400 * 6, rtol=1e-12)
+    # Where there is nothing to project, there is nothing beside it.
+    assert Rows.fit({"features": values}, "features", dimensions=30, beside=12)(blocks).equal(columns)
+
+
 def test_clipped_rows_stop_at_the_limit_and_infinity_is_no_value():
     values = RNG.normal(size=(50, 3))
     rows = Rows.fit({"features": values}, "features", clip=3.0)
