@@ -176,7 +176,7 @@ class GradientFeatures:
             parts = []
             for start in range(0, samples, chunk):
                 index = slice(start, start + chunk)
-                part = take((args, kwargs), index, samples, plan.known.carriers)
+                part = take((args, kwargs), index, samples, plan.carriers)
                 parts.append(self._piece(plan, *part, None if target is None else target[index]))
             return torch.cat([logits for logits, _ in parts]), torch.cat([features for _, features in parts])
 
