@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fastgrad.batches import take
 from fastgrad.engine.backward import backward_signals
-from fastgrad.engine.copy import Shadow
 from fastgrad.engine.fallback import agree
 from fastgrad.engine.layout import CHOSEN, SAMPLES, find_layout, probe_cotangent
 from fastgrad.engine.memory import lacks_memory
@@ -198,7 +197,8 @@ class Trial:
                 if lacks_memory(error):
                     raise
                 # Raises what the model raises for all samples, if it does.
-                self._run_whole(training=training)
+                with undone(self._network.model, self._whole[0]) as whole:
+                    self._network.once(None, Run(self._whole[1]), whole, trial=True)
                 raise ValueError(
                     "model must take any number of samples, rows of dimension 0 of its first tensor, and be followed "
                     f"on its way (no torch.cond, no nested tensors but jagged ones); given {count} of "
@@ -231,11 +231,6 @@ class Trial:
         others = [pair for pair in others if not seen.drew and seen.functions == pair[0].functions]
         self._require_own_outputs(seen, others)
         return seen, others
-
-    def _run_whole(self, *, training: bool) -> None:
-        """Run the model on all of its inputs, as it is; it may take gradients, as of an energy."""
-        with undone(self._network.model, self._whole[0]) as (args, kwargs):
-            Shadow(self._network.model, training=training, recorded=self._network.recorded)(*args, **kwargs)
 
     def _require_own_outputs(self, seen: Observation, others: _Others) -> None:
         """Raise ValueError unless samples have the same outputs among others: gradients show no detached statistics."""
