@@ -12,7 +12,7 @@ import platform
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -216,16 +216,16 @@ def disable_mha_fastpath(module: nn.Module) -> None:
 
 
 def flat_graph(
-    function: Callable[..., Any], tensors: Sequence[Tensor], carries: Sequence[bool], *, functional: bool = False
+    function: Callable[..., Any], inputs: Any, batch: int | None, *, functional: bool = False
 ) -> torch.fx.GraphModule:
-    """Record every operation of ``function(*tensors)``, backward passes among them, as one flat graph.
+    """Record every operation of ``function(*inputs)``, backward passes among them, as one flat graph of their tensors.
 
     Without, there is no exported file and no compiled extraction: ``torch.export`` and ``torch.compile`` do not follow
     a backward pass inside of ``forward``.
 
-    The function runs once, on fake tensors; ValueError if what it runs depends on values. ``carries`` says for each
-    input whether its dimension 0 is the batch, 2 at least, whose size becomes a symbol. ``functional`` replaces
-    operations that write in place, which a loop's body must not.
+    The function runs once, on fake tensors; ValueError if what it runs depends on values. Tensors whose dimension 0 is
+    ``batch``, 2 at least, carry the batch, whose size becomes a symbol; None records constant sizes. ``functional``
+    replaces operations that write in place, which a loop's body must not. The graph takes the tensors positionally.
     """
     from torch._dispatch.python import enable_python_dispatcher
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -233,20 +233,26 @@ def flat_graph(
 
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
-    def fake(tensor: Tensor, batch: bool) -> Tensor:
-        sizes = [DimDynamic.DYNAMIC if batch and axis == 0 else DimDynamic.STATIC for axis in range(tensor.dim())]
+    def fake(tensor: Tensor) -> Tensor:
+        sizes = [DimDynamic.STATIC] * tensor.dim()
+        if tensor.shape[:1] == (batch,):
+            sizes[0] = DimDynamic.DYNAMIC
         context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
         return mode.from_tensor(tensor, symbolic_context=context)
 
-    inputs = [fake(tensor, batch) for tensor, batch in zip(tensors, carries, strict=True)]
+    def flat(*tensors: Tensor) -> Any:
+        given = iter(tensors)
+        return function(*pytree.tree_map_only(Tensor, lambda _: next(given), inputs))
+
+    tensors = [fake(leaf) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     # Some operators compute shapes in C++, where a symbolic size would become a number; the dispatcher takes the
     # Python form. "real" here means: take the tensors as they are, which are fake ones already.
     try:
         with mode, enable_python_dispatcher():
-            graph = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
+            graph = make_fx(flat, tracing_mode="real", _allow_non_fake_inputs=True)(*tensors)
             if functional:
                 pure = torch.func.functionalize(graph)
-                graph = make_fx(pure, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
+                graph = make_fx(pure, tracing_mode="real", _allow_non_fake_inputs=True)(*tensors)
     except RuntimeError as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if str(frame.f_globals.get("__name__")).startswith("fastgrad."):

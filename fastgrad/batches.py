@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -15,6 +15,8 @@ from fastgrad._torch import pytree
 from fastgrad.checks import extra, holds_values
 
 Tree = TypeVar("Tree")
+#: Inputs in doubt up to which every choice is tried.
+_DOUBTS = 4
 
 
 def input_tensors(*trees: Any) -> list[Tensor]:
@@ -56,6 +58,19 @@ def same_class(made: Tensor, tensor: Tensor) -> Tensor:
 def carrying(leaves: Sequence[object], samples: int) -> tuple[bool, ...]:
     """For each leaf of inputs, whether it has ``samples`` rows."""
     return tuple(isinstance(t, Tensor) and t.dim() > 0 and bool(t.shape[0] == samples) for t in leaves)
+
+
+def choices(leaves: Sequence[object], samples: int) -> Iterator[tuple[bool, ...]]:
+    """Which leaves of inputs may carry the batch, where the number of rows does not tell: a mask of B by B positions.
+
+    The first tensor with B rows does. Others may not, where B is also another size; of many all do.
+    """
+    every = carrying(leaves, samples)
+    _, *doubts = itertools.compress(range(len(leaves)), every)
+    sizes = [size for leaf in leaves if isinstance(leaf, Tensor) for size in leaf.shape[1:]]
+    for count in range(len(doubts) + 1 if len(doubts) <= _DOUBTS and samples in sizes else 1):
+        for left_out in itertools.combinations(doubts, count):
+            yield tuple(carries and i not in left_out for i, carries in enumerate(every))
 
 
 def bytes_of(tensor: Tensor) -> bytes:

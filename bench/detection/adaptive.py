@@ -28,9 +28,9 @@ from bench.detection.registry import NETWORKS, PHOTOGRAPHS, SMALL, Options
 from bench.detection.subject import Fit, Subject
 from bench.report.pages import printed
 from fastgrad import TwoStageModel
+from fastgrad._torch import flat_graph
 from fastgrad.detector.calibrate import values_of
 from fastgrad.detector.price import DEFAULT_BLOCKS, EXTENDED_BLOCKS
-from fastgrad.engine.tracing import trace
 
 #: Steps of each objective.
 STEPS = 20
@@ -63,7 +63,7 @@ def white_box(model: TwoStageModel, example: Tensor) -> WhiteBox:
         logits, blocks = extraction(x)
         return logits, detector.evidence(values_of(detector.scores, blocks)[0], cap=math.inf).sum(-1)
 
-    graph = trace(scores, (example,), len(example), functional=True)
+    graph = flat_graph(scores, (example,), len(example), functional=True)
     aten = torch.ops.aten
     for node in list(graph.graph.nodes):
         if node.target in (aten.detach.default, aten.lift_fresh_copy.default, aten.alias.default):

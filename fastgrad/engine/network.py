@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad._torch import disable_mha_fastpath, is_traced, own_parametrizations, pytree
-from fastgrad.engine.carriers import find_carriers
+from fastgrad.batches import choices
 from fastgrad.engine.copy import BACKWARD_HOOKS, Shadow, detach_plain
 from fastgrad.engine.fallback import floating
 from fastgrad.engine.layout import SAMPLES
@@ -69,7 +69,7 @@ class Network:
             if known.plans and not known.plans[0].outdated(self.model):
                 return known.plans[0]
             known.plans.clear()
-        plan = Trial(self, known, (args, kwargs), samples).plan()
+        plan = self._first_plan(known, (args, kwargs), samples)
         # At once: compiled passes, which have a graph already, do not come to `forward`.
         self._keep(plan)
         return plan
@@ -134,6 +134,18 @@ class Network:
             f"on its own {run.samples} samples {reason}"
         )
 
+    def _first_plan(self, known: Known, inputs: Any, samples: int) -> Plan:
+        """A new plan. Of inputs in doubt those carry the batch with which the model treats its samples alike."""
+        refusals = []
+        for carriers in choices(pytree.tree_leaves(inputs), samples):
+            try:
+                return Trial(self, known, inputs, samples, carriers).plan()
+            except ValueError as error:
+                # Its traceback would hold this list, and what the trial made.
+                refusals.append(error.with_traceback(None))
+        # Of those that the model bears, if there are any.
+        raise min(refusals, key=lambda error: error.__cause__ is not None)
+
     def _candidates(self, plan: Plan, tried: Sequence[Plan], inputs: Any, samples: int) -> Iterator[Plan]:
         """``plan``, others that are known, and at last new ones, none of them twice on the paths that it has."""
         yield plan
@@ -141,7 +153,7 @@ class Network:
             yield others[0]
         # The few samples that a plan is tried on may take another path than the batch.
         for count in (SAMPLES, samples + 1, max(2, samples)):
-            trial = Trial(self, plan.known, inputs, samples, count)
+            trial = Trial(self, plan.known, inputs, samples, plan.carriers, count)
             made = trial.plan(older=plan)
             same = next((other for other in tried if other == made), None)
             if same is None:
@@ -212,12 +224,7 @@ class Network:
                     return known
         # They may have become parts since the model was given.
         refuse_parts(self.model)
-        known = Known(
-            any(modes),
-            names,
-            list(map(weakref.ref, modules)),
-            find_carriers(self, inputs, samples, training=any(modes)),
-        )
+        known = Known(any(modes), names, list(map(weakref.ref, modules)))
         with self._lock:
             self._known[keys[-1]] = known
             while len(self._known) > _STRUCTURES_KEPT:

@@ -38,7 +38,6 @@ class Known:
     # The model's. As long as they live, their ids are theirs. Parameters are known by name: a weak reference would keep
     # torch.utils.swap_tensors from them.
     modules: list[weakref.ref[nn.Module]]
-    carriers: tuple[bool, ...]  # for each leaf of the inputs, whether it carries the batch
     plans: list[Plan] = field(default_factory=list)  # most recently used first
 
 
@@ -54,6 +53,7 @@ class Plan:
         outputs: Where the batch lies in each tensor of the output whose gradient matters; None where it is not found.
         paths: Those on which it agreed with autograd, see `fastgrad.engine.steps`.
         zeros: Names of parameters that were zero in the trial, if others that were used had no gradient there.
+        carriers: For each leaf of the inputs, whether it carries the batch.
         linear: Whether gradients are in proportion to those of the outputs.
         looped: Whether several gradients must go back one after the other.
     """
@@ -66,6 +66,7 @@ class Plan:
     outputs: tuple[Layout | None, ...] = ()
     paths: set[int] = field(default_factory=set, compare=False, repr=False)
     zeros: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    carriers: tuple[bool, ...] = ()
     linear: bool = True
     looped: bool = False
 

@@ -1,4 +1,4 @@
-"""Recording a function, backward pass included, as one flat graph of operations; passes compiled from such graphs."""
+"""Passes compiled from flat graphs, and the sizes of a batch while such a graph is recorded."""
 
 from __future__ import annotations
 
@@ -29,25 +29,6 @@ def is_symbolic(size: object) -> bool:
 def is_fixed(size: object) -> bool:
     """Whether a symbolic size has become a number: an operation had no form for every size."""
     return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is not None
-
-
-def trace(
-    function: Callable[..., Any], inputs: Any, batch: int | None, *, functional: bool = False
-) -> torch.fx.GraphModule:
-    """Run ``function(*inputs)`` once on tensors without data and record every operation, also of backward passes.
-
-    Tensors whose dimension 0 is ``batch``, 2 at least, carry the batch, whose size becomes a symbol; None records
-    constant sizes. ``functional`` replaces operations that write in place. The result takes the inputs' tensors
-    positionally.
-    """
-
-    def flat(*tensors: Tensor) -> Any:
-        given = iter(tensors)
-        return function(*pytree.tree_map_only(Tensor, lambda _: next(given), inputs))
-
-    tensors = input_tensors(inputs)
-    carries = [tensor.dim() > 0 and tensor.shape[0] == batch for tensor in tensors]
-    return flat_graph(flat, tensors, carries, functional=functional)
 
 
 class CompiledPasses:
@@ -91,7 +72,7 @@ class CompiledPasses:
                     require_cpp_compiler("compile=True")
                 function = make()
                 with bind_contextvar(opaque_ops, True):
-                    graph = trace(function, inputs, None)
+                    graph = flat_graph(function, inputs, None)
                 # Norms of convolutions gather from channels first.
                 options: dict[str, Any] = {"layout_optimization": False}
                 self._graphs[key] = structure, torch.compile(graph, dynamic=False, options=options)

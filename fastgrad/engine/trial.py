@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fastgrad.batches import take
 from fastgrad.engine.backward import backward_signals
-from fastgrad.engine.carriers import outputs_of
 from fastgrad.engine.fallback import agree
 from fastgrad.engine.layout import CHOSEN, SAMPLES, find_layout, probe_cotangent
 from fastgrad.engine.memory import lacks_memory
@@ -43,15 +42,19 @@ class Check(NamedTuple):
 class Trial:
     """What a model does with ``count`` samples of its inputs, the last one again where there are fewer.
 
+    ``carriers`` says for each leaf of the inputs whether it carries the batch.
+
     ValueError if other samples change what the model returns for one, or its gradients.
     """
 
-    def __init__(self, network: Network, known: Known, inputs: Any, samples: int, count: int = SAMPLES) -> None:
-        self._network, self._known, self._count = network, known, count
+    def __init__(
+        self, network: Network, known: Known, inputs: Any, samples: int, carriers: Sequence[bool], count: int = SAMPLES
+    ) -> None:
+        self._network, self._known, self._carriers, self._count = network, known, tuple(carriers), count
         # In the order that they have, which may be that of their lengths.
         index = torch.arange(count, device="cpu").clamp(max=samples - 1)
         self._copies = Copies(inputs)
-        self._inputs = take(inputs, index, samples, known.carriers)
+        self._inputs = take(inputs, index, samples, carriers)
         # One is not enough where it is among the others as well.
         self._singles = [[i] * count for i in ((0, count - 1) if samples < count else (count - 1,))]
         self._alone, self._whole = samples == 1, (inputs, samples)
@@ -116,7 +119,7 @@ class Trial:
 
     def serves_one(self, plan: Plan) -> bool:
         """Whether ``plan`` agrees with autograd on one sample alone as well; that path then is one of the plan's."""
-        one = take(self._inputs, slice(0, 1), self._count, self._known.carriers)
+        one = take(self._inputs, slice(0, 1), self._count, self._carriers)
         with torch.enable_grad():
             check = self._check(self._observed(one, 1, training=self._known.training), 0)
         return self._agrees(plan, [check], one, 1)
@@ -135,7 +138,7 @@ class Trial:
         plan = first.plan(constraints)
         for planner in others:
             plan = plan.joined(planner.plan(constraints, plan.unused()))
-        plan = replace(plan, outputs=self._layouts, zeros=self._zeros, linear=self._linear)
+        plan = replace(plan, outputs=self._layouts, zeros=self._zeros, linear=self._linear, carriers=self._carriers)
         return plan if older is None else plan.joined(older)
 
     def _disagreeing(self, plan: Plan, checks: Sequence[Check], inputs: Any, count: int) -> frozenset[str]:
@@ -187,14 +190,15 @@ class Trial:
 
         def observe(samples: list[int], **options: Any) -> Observation:
             index = torch.tensor(samples, device="cpu")
-            inputs, count = take(self._inputs, index, self._count, self._known.carriers), len(samples)
+            inputs, count = take(self._inputs, index, self._count, self._carriers), len(samples)
             try:
                 return self._observed(inputs, count, training=training, **options)
             except Exception as error:
                 if lacks_memory(error):
                     raise
                 # Raises what the model raises for all samples, if it does.
-                outputs_of(self._network, self._whole[0], training=training)
+                with undone(self._network.model, self._whole[0]) as whole:
+                    self._network.once(None, Run(self._whole[1]), whole, trial=True)
                 raise ValueError(
                     "model must take any number of samples, rows of dimension 0 of its first tensor, and be followed "
                     f"on its way (no torch.cond, no nested tensors but jagged ones); given {count} of "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad import checks, losses
-from fastgrad._torch import original, outside_of_compilation, pytree
+from fastgrad._torch import flat_graph, original, outside_of_compilation, pytree
 from fastgrad.batches import batch_size, class_logits, input_tensors, logits_of, one_for_none, take
 from fastgrad.engine.backward import signal_sqnorms
 from fastgrad.engine.copy import detach_plain
@@ -20,7 +20,7 @@ from fastgrad.engine.network import Network
 from fastgrad.engine.plan import Plan, Route
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.run import Run
-from fastgrad.engine.tracing import CompiledPasses, trace
+from fastgrad.engine.tracing import CompiledPasses
 from fastgrad.gradients.contrasts import check_target
 from fastgrad.ops.dispatch import IMPLEMENTATIONS, choose
 
@@ -176,7 +176,7 @@ class GradientFeatures:
             parts = []
             for start in range(0, samples, chunk):
                 index = slice(start, start + chunk)
-                part = take((args, kwargs), index, samples, plan.known.carriers)
+                part = take((args, kwargs), index, samples, plan.carriers)
                 parts.append(self._piece(plan, *part, None if target is None else target[index]))
             return torch.cat([logits for logits, _ in parts]), torch.cat([features for _, features in parts])
 
@@ -223,7 +223,7 @@ class GradientFeatures:
             if samples < 2:
                 raise ValueError(f"inputs must hold at least two samples to be traced; they held {samples}")
             plan = self._settled(args, kwargs, samples)
-            return trace(functools.partial(self._pass, plan, target=None), (args, kwargs), samples)
+            return flat_graph(functools.partial(self._pass, plan, target=None), (args, kwargs), samples)
 
     def _settled(self, args: Any, kwargs: Any, samples: int) -> Plan:
         """The plan of the path that the model takes now, for a graph, which cannot go over to another."""

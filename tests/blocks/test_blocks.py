@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgrad import losses
+from fastgrad._torch import flat_graph
 from fastgrad.blocks import BLOCKS, Activations, Block, Contrasts, Gradients, View, channels, register_block
 from fastgrad.blocks.extraction import Extraction, Pass, arguments
 from fastgrad.blocks.gradients import JOINED
 from fastgrad.blocks.subject import Subject, watch
-from fastgrad.engine import tracing
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -403,4 +403,4 @@ def test_a_traced_map_is_read_before_the_network_overwrites_it(size: int) -> Non
         return extraction(x)[1]["activations"]
 
     expected = read(x)
-    torch.testing.assert_close(tracing.trace(read, (x[:2],), 2)(x), expected)
+    torch.testing.assert_close(flat_graph(read, (x[:2],), 2)(x), expected)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from gradient_oracle import loss_norms, relative_error, true_norms
 from small_nets import Net, assert_exact, recorded
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fastgrad
 
@@ -72,6 +73,28 @@ def test_batched_output_gradients(model: nn.Sequential) -> None:
     for s in range(6):
         truth = true_norms(model, (X,), lambda i, _: gradients[s, i : i + 1])  # noqa: B023
         assert_close(torch.stack([b[s] for b in batched], 1), truth)
+
+
+def test_batched_gradients_behind_a_checkpoint_around_the_model(model: nn.Sequential) -> None:
+    """Planned outside of it, where gradients go back together; a checkpoint calls the model again on the way back."""
+    parameters, gradients = list(model.parameters()), torch.randn(2, 4, 3)
+    with fastgrad.record(model):
+        found = [
+            fastgrad.grad_sqnorm(out, parameters, grad_outputs=gradients, is_grads_batched=True)
+            for out in (model(X), checkpoint(model, X, use_reentrant=False))
+        ]
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_a_branch_on_what_is_trained() -> None:
+    def trained(net: Any, x: Tensor) -> Tensor:
+        return net.layer(x) + x @ net.scale if net.scale.requires_grad else net.layer(x)
+
+    torch.manual_seed(0)
+    model = Net(trained, layer=nn.Linear(4, 3), scale=nn.Parameter(torch.randn(4, 3))).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    found = recorded(model, lambda: model(x).square().sum())
+    assert_exact(found, loss_norms((model(one).square().sum() for one in x.split(1)), model))
 
 
 def test_several_outputs_and_parts_called_alone(model: nn.Sequential) -> None:

@@ -1,7 +1,7 @@
 """A module's computation, backward pass included, as one flat graph for any batch size.
 
-The function is recorded once (`fastgrad.engine.tracing`). The batch may be a symbol, so that every operation works on
-the whole batch. Or the graph is recorded for one input, and a loop in the exported program takes the inputs one after
+The function is recorded once (`flat_graph`). The batch may be a symbol, so that every operation works on the whole
+batch. Or the graph is recorded for one input, and a loop in the exported program takes the inputs one after
 another. On a CPU the loop is faster for whole-network gradients of large inputs: the gradients of one input fill the
 caches by themselves and need no grouped form. ResNet-18 at 224 x 224 takes half the time.
 """
@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgrad._torch import storage_key, while_loop
+from fastgrad._torch import flat_graph, storage_key, while_loop
 from fastgrad.checks import without_warnings
-from fastgrad.engine import tracing
 
 #: Bytes that one input's operations write from which on the loop is faster.
 LOOP_BYTES = 32 << 20
@@ -38,12 +37,12 @@ def trace(
     with without_warnings():
         if one_by_one or (one_by_one is None and one.device.type == "cpu"):
             # A loop's body may not write in place.
-            single = _share_constants(tracing.trace(function, (one,), None, functional=True))
+            single = _share_constants(flat_graph(function, (one,), None, functional=True))
             backward = any("backward" in str(node.target) for node in single.graph.nodes)
             if one_by_one or (backward and written(single) > LOOP_BYTES):
                 return _export(_Loop(single, one), batch, max_batch)
         try:
-            return _export(tracing.trace(function, (batch,), 3), batch, max_batch)
+            return _export(flat_graph(function, (batch,), 3), batch, max_batch)
         except Exception as error:
             if re.search("constraint|speciali|concrete integer", str(error), re.IGNORECASE):
                 raise RuntimeError(
