@@ -91,7 +91,7 @@ class _Again:
         # The user's module rather than its copy, whose hooks belong to this forward pass.
         self.module = shadow.model.get_submodule(site.path)
         self.parameters = [shadow.model.get_parameter(name) for name in site.parameters]
-        self.recorded = shadow.recorded
+        self.recorded, self.next_hook = shadow.recorded, shadow.next_hook
 
     def sqnorms(self, args: Any, kwargs: Any, gradients: list[Tensor], samples: int, verify: bool) -> Tensor:
         """Squared norms ``(B, P)``; ValueError if a sample alone has other gradients than in its batch."""
@@ -144,7 +144,7 @@ class _Again:
             self.module, lambda p: value_of.get(id(p), detach_plain(p)),
             training=self.recorded, recorded=self.recorded,
         )  # fmt: skip
-        shadow.restore(self.settings)
+        shadow.restore(self.settings, self.next_hook)
         for copy in shadow.modules.values():
             if copy.training:
                 # A sample alone may take a branch that writes to buffers, which the batch did not take.
