@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from fastgrad._torch import disable_mha_fastpath, is_readable, own_parametrizations, pytree, vmap
 from fastgrad.engine.copy import Settings, Shadow, detach_plain
 from fastgrad.engine.run import RecomputedSite, Replay, Run
-from fastgrad.engine.state import apart
+from fastgrad.engine.state import ReadOnly, apart
 from fastgrad.engine.tracing import is_fixed, is_symbolic
 from fastgrad.layers.reduce import leaf, sqnorm, upcast
 
@@ -92,6 +92,7 @@ class _Again:
         self.module = shadow.model.get_submodule(site.path)
         self.parameters = [shadow.model.get_parameter(name) for name in site.parameters]
         self.recorded, self.next_hook = shadow.recorded, shadow.next_hook
+        self.read_only = ReadOnly(self.module)
 
     def sqnorms(self, args: Any, kwargs: Any, gradients: list[Tensor], samples: int, verify: bool) -> Tensor:
         """Squared norms ``(B, P)``; ValueError if a sample alone has other gradients than in its batch."""
@@ -152,7 +153,7 @@ class _Again:
             else:
                 disable_mha_fastpath(copy)
         # The inputs come from behind the user's own hooks on the module, and its outputs from before them.
-        with own_parametrizations():
+        with own_parametrizations(), self.read_only:
             return batch_first(floating(shadow.root.forward(*args, **kwargs)), self.site.places)
 
     def _each(

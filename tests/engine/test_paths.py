@@ -555,6 +555,39 @@ def test_a_model_that_writes_to_its_input_does_so_once_a_call() -> None:
             assert_close(given, x - 0.5)
 
 
+WRITES: dict[str, Callable[[Any], Any]] = {
+    "moving average": lambda net: net.slow.weight.mul_(0.9).add_(net.layer.weight, alpha=0.1),
+    "of all": lambda net: torch._foreach_lerp_([net.slow.weight.data], [net.layer.weight.data], 0.1),
+    "item": lambda net: net.slow.weight[:1].__setitem__(0, 1.0),
+    "scale": lambda net: net.layer.weight.div_(2),
+}
+
+
+def writing(net: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        WRITES[net.way](net)
+    return net.layer(x) - net.slow(x).detach()
+
+
+@pytest.mark.parametrize("way", WRITES)
+def test_a_model_that_writes_to_its_parameters_is_refused_before_it_does(way: str) -> None:
+    model, x = Net(writing, way=way, layer=nn.Linear(3, 3), slow=nn.Linear(3, 3)).double(), inputs(4, 3)
+    before = copy.deepcopy(model.state_dict())
+    for call in (functools.partial(norms_of, model), features_of_squares(model)):
+        with pytest.raises(ValueError, match=r"must not write to its parameters .* wrote to '(slow|layer)"):
+            call(x)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_a_table_whose_rows_have_a_largest_norm_is_written_to() -> None:
+    parts = {"table": nn.Embedding(5, 3, max_norm=0.5), "layer": nn.Linear(3, 3)}
+    model, x = Net(lambda net, x: net.layer(net.table(x) * net.table(x)), **parts).double(), torch.arange(4)
+    truth = loop(model, (x,), {})
+    assert_close(norms_of(model, x), truth)
+    assert_close(features_of_squares(model)(x)[1], truth)
+
+
 class Compared(Tensor):
     """A class that compares, and so has no hash."""
 
