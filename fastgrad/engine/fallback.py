@@ -112,7 +112,7 @@ class _Again:
         rows, same = [], True
         weighted = [torch.zeros_like(p) for p in self.parameters] if verify else []
         split_inputs, split_gradients, split_outputs = (
-            [t.reshape(samples, -1, *t.shape[1:]) for t in tensors] for tensors in (inputs, gradients, self.outputs)
+            [t.unflatten(0, (samples, -1)) for t in tensors] for tensors in (inputs, gradients, self.outputs)
         )
         chunk = max(1, CHUNK_BYTES // max(1, sum(p.numel() * p.element_size() for p in self.parameters)))
         chunk = chunk if self.site.vectorize else 1

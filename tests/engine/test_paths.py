@@ -146,6 +146,45 @@ def test_a_length_chooses(cell: nn.Module, lengths: tuple[int, ...]) -> None:
     check(Net(unrolled, cell=cell, head=nn.Linear(3, 2)), [((inputs(5, length, 3),), {}) for length in lengths])
 
 
+SUMMED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "rule": lambda net, x: net.layer(x),
+    "rows": lambda net, x: net.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2]),
+    "weight": lambda net, x: torch.tanh(x @ net.layer.weight),
+    "twice": lambda net, x: net.layer(torch.tanh(net.layer(x))),
+    "attention": lambda net, x: net.attention(x, x, x, need_weights=False)[0],
+    "encoder": lambda net, x: net.encoder(x),
+}
+
+
+@pytest.mark.parametrize("lengths", [(3, 0, 2), (0, 3, 0)])
+@pytest.mark.parametrize("way", SUMMED)
+def test_sequences_without_a_position(way: str, lengths: tuple[int, ...]) -> None:
+    parts: dict[str, nn.Module] = {
+        "layer": nn.Linear(4, 4),
+        "attention": nn.MultiheadAttention(4, 2, batch_first=True),
+        "encoder": nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True),
+    }
+    model = Net(lambda net, x: net.head(SUMMED[way](net, x).sum(1)), head=nn.Linear(4, 2), **parts)
+    check(model, [((inputs(5, length, 4),), {}) for length in lengths])
+
+
+def neighbours(net: Any, x: Tensor, edges: Tensor) -> Tensor:
+    """Nodes to which their neighbours are added."""
+    h = torch.tanh(net.layer(x))
+    return net.head(h.index_add(0, edges[1], h[edges[0]]))
+
+
+def test_nodes_meet_once_a_graph_has_edges() -> None:
+    model, x = Net(neighbours, layer=nn.Linear(3, 3), head=nn.Linear(3, 2)).double(), inputs(4, 3)
+    none, some = torch.zeros(2, 0, dtype=torch.long), torch.tensor([[0, 1], [1, 2]])
+    extractor = features_of_squares(model)
+    for call in (functools.partial(norms_of, model), lambda *args: extractor(*args)[1]):
+        for _ in range(2):
+            assert_close(call(x, none), loop(model, (x, none), {}))
+            with pytest.raises(ValueError, match="must treat the samples of a batch independently"):
+                call(x, some)
+
+
 def exits(net: Any, x: Tensor) -> Tensor:
     """Layers of which a call takes the first few, with an optional auxiliary head on the way."""
     extra: Tensor | float = 0.0
