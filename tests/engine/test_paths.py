@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import fastgrad
+from fastgrad.blocks.subject import watch
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -612,7 +613,7 @@ def writing(net: Any, x: Tensor) -> Tensor:
 def test_a_model_that_writes_to_its_parameters_is_refused_before_it_does(way: str) -> None:
     model, x = Net(writing, way=way, layer=nn.Linear(3, 3), slow=nn.Linear(3, 3)).double(), inputs(4, 3)
     before = copy.deepcopy(model.state_dict())
-    for call in (functools.partial(norms_of, model), features_of_squares(model)):
+    for call in (functools.partial(norms_of, model), features_of_squares(model), lambda x: watch(model, (x,), {})):
         with pytest.raises(ValueError, match=r"must not write to its parameters .* wrote to '(slow|layer)"):
             call(x)
     for name, value in model.state_dict().items():
