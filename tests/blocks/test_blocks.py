@@ -298,7 +298,7 @@ class Siamese(nn.Module):
 
 
 def test_a_network_whose_layers_are_called_twice_is_refused_for_that() -> None:
-    with pytest.raises(ValueError, match="'activations': the network calls no .* layer but the last exactly once"):
+    with pytest.raises(ValueError, match=r"'activations': the network calls no .* layer but the last exactly once"):
         Extraction(Siamese().eval(), [Activations()])(torch.randn(4, 6))
 
 
