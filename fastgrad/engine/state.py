@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastgrad._torch import is_batched, own_parametrizations, pytree
+from fastgrad._torch import is_wrapped, own_parametrizations, pytree
 from fastgrad.batches import same_class
 from fastgrad.engine.copy import CONTAINERS, PLAIN
 from fastgrad.engine.steps import in_place
@@ -193,8 +193,8 @@ class ReadOnly(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        plain = ((name, p) for name, p in model.named_parameters() if type(p) is nn.Parameter and p.numel())
-        self._names = {p.untyped_storage().data_ptr(): name for name, p in plain}
+        pointers = ((_pointer(p), name) for name, p in model.named_parameters())
+        self._names = {pointer: name for pointer, name in pointers if pointer}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Make the call; ValueError before one that writes to a parameter."""
@@ -202,14 +202,19 @@ class ReadOnly(TorchFunctionMode):
         # Of a table whose rows have a largest norm, those that are looked up come to be the same each time.
         if in_place(name) and name not in ("embedding_renorm_", "requires_grad_"):
             for tensor in pytree.tree_leaves(args[:1]):
-                own = type(tensor) in (Tensor, nn.Parameter) and not is_batched(tensor)
-                if own and (written := self._names.get(tensor.untyped_storage().data_ptr())):
+                if isinstance(tensor, Tensor) and (written := self._names.get(_pointer(tensor))):
                     raise ValueError(
                         "model must not write to its parameters in forward, parts of which run several times; "
                         f"{name!r} wrote to {written!r}. Write outside of forward, or where a first call alone does "
                         "so, make it before"
                     )
         return func(*args, **named)
+
+
+def _pointer(tensor: Tensor) -> int:
+    """Where the numbers of a plain tensor lie; 0 for one of another class or layout, or under a transform."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    return tensor.untyped_storage().data_ptr() if plain and not is_wrapped(tensor) else 0
 
 
 @contextlib.contextmanager

@@ -620,6 +620,18 @@ def test_a_model_that_writes_to_its_parameters_is_refused_before_it_does(way: st
         assert torch.equal(value, before[name])
 
 
+def test_a_model_may_write_to_what_it_made_itself() -> None:
+    def function(net: Any, x: Tensor) -> Tensor:
+        sparse = torch.eye(3, dtype=x.dtype).to_sparse().mul_(2)
+        slopes = torch.func.grad(lambda rows: (rows * 1).add_(1).pow_(3).sum())(x)
+        return net.layer(torch.sparse.mm(sparse, x.mT).mT) * slopes
+
+    model, x = Net(function, layer=nn.Linear(3, 3)).double(), inputs(4, 3)
+    truth = loop(model, (x,), {})
+    assert_close(norms_of(model, x), truth)
+    assert_close(features_of_squares(model)(x)[1], truth)
+
+
 def test_a_table_whose_rows_have_a_largest_norm_is_written_to() -> None:
     parts = {"table": nn.Embedding(5, 3, max_norm=0.5), "layer": nn.Linear(3, 3)}
     model, x = Net(lambda net, x: net.layer(net.table(x) * net.table(x)), **parts).double(), torch.arange(4)
