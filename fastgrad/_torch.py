@@ -56,6 +56,9 @@ next_number: Callable[[], int] = torch._C._autograd._get_sequence_nr
 #: Whether a tensor runs under ``torch.func.vmap``. Without, rules would take forms that it cannot follow.
 is_batched: Callable[[Tensor], bool] = _functorch.is_batchedtensor
 
+#: Whether one of torch.func's transforms wraps a tensor. Without, asking where its numbers lie would raise.
+is_wrapped: Callable[[Tensor], bool] = _functorch.is_functorch_wrapped_tensor
+
 
 class _Kept(dict[Any, Any]):
     """What ``parametrize.cached`` keeps; that of a pass under way in this thread is in a dict of its own."""
@@ -146,7 +149,7 @@ def is_transformed() -> bool:
 
 def unwrapped(tensor: Tensor) -> Tensor:
     """What ``torch.func`` has wrapped, of all samples together. Without, a look at values would fail under vmap."""
-    while not torch.compiler.is_compiling() and _functorch.is_functorch_wrapped_tensor(tensor):
+    while not torch.compiler.is_compiling() and is_wrapped(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor
 
@@ -186,7 +189,7 @@ def is_traced() -> bool:
 
 def is_readable(*tensors: Tensor) -> bool:
     """Whether Python may look at values. Without, a choice by values would fail in a trace, or be fixed in a graph."""
-    return not (is_traced() or any(is_fake(t) or _functorch.is_functorch_wrapped_tensor(t) for t in tensors))
+    return not (is_traced() or any(is_fake(t) or is_wrapped(t) for t in tensors))
 
 
 def outside_of_compilation(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:

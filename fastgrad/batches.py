@@ -25,9 +25,10 @@ def input_tensors(*trees: Any) -> list[Tensor]:
 
 
 def batch_size(*trees: Any) -> int:
-    """Dimension 0 of the first tensor among the inputs that has one; ValueError if there is none."""
+    """Dimension 0 of the first tensor among the inputs that has one; ValueError if there is none, or it is nested."""
     for tensor in input_tensors(*trees):
         if tensor.dim():
+            holds_values("inputs with a row for each sample", tensor)
             return tensor.shape[0]
     held = sorted({type(leaf).__name__ for leaf in pytree.tree_leaves(trees) if not isinstance(leaf, Tensor)})
     raise ValueError(f"inputs must hold a tensor with the batch in dimension 0; they held {', '.join(held) or 'none'}")

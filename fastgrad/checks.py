@@ -79,9 +79,10 @@ def is_bool(**values: object) -> None:
 
 
 def holds_values(name: str, value: torch.Tensor) -> None:
-    """Raise ValueError for a sparse tensor, or one on the meta device."""
-    if value.is_meta or value.layout not in (torch.strided, torch.jagged):
-        what = "a tensor on the meta device" if value.is_meta else f"of layout {value.layout}"
+    """Raise ValueError for a sparse or nested tensor, or one on the meta device."""
+    if value.is_meta or value.is_nested or value.layout != torch.strided:
+        what = "nested" if value.is_nested else f"of layout {value.layout}"
+        what = "a tensor on the meta device" if value.is_meta else what
         raise ValueError(f"{name} must be dense and hold values; it was {what}")
 
 

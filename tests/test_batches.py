@@ -15,6 +15,7 @@ from fastgrad import batches
 X = torch.arange(12.0).reshape(4, 3)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 def test_only_what_carries_the_batch_is_taken() -> None:
     shared = torch.zeros(2, 3)
     tree = {"x": X, "more": [X + 1, torch.tensor(4.0)], "shared": shared, "flag": True}
@@ -32,6 +33,9 @@ def test_only_what_carries_the_batch_is_taken() -> None:
         batches.batch_size({"x": torch.tensor(1.0)})
     with pytest.raises(ValueError, match=r"inputs with a row for each sample must be dense .* torch\.sparse_coo"):
         batches.take(X.to_sparse(), slice(1, 3), 4)
+    for layout in (torch.jagged, torch.strided):
+        with pytest.raises(ValueError, match=r"inputs with a row for each sample must be dense .* nested"):
+            batches.batch_size(torch.nested.as_nested_tensor([X, X[1:]], layout=layout))
     shared = shared.to_sparse()
     assert batches.take({"x": X, "shared": shared}, slice(1, 3), 4)["shared"] is shared
 

@@ -32,7 +32,8 @@ class Activations(Block):
     shapes = "(B, D)"
 
     def refusal(self, subject: Subject) -> str | None:
-        return None if subject.channels else "there is no normalisation, convolution or linear layer but the last"
+        layers = "normalisation, convolution, linear, recurrent or attention layer but the last"
+        return None if subject.channels else f"the network calls no {layers} exactly once, with a row for each sample"
 
     def readings(self, subject: Subject, mask: Tensor | None) -> tuple[Reading, ...]:
         """The columns of every place; of maps a sample of positions, squared after the forward pass."""

@@ -38,7 +38,8 @@ class Roughness(Block):
     shapes = "(B, D)"
 
     def refusal(self, subject: Subject) -> str | None:
-        return None if subject.first is not None else "the network's first layers put out no maps (B, C, H, W)"
+        maps = "no convolution or normalisation that is called once puts out maps (B, C, H, W), at least 3 x 3"
+        return None if subject.first is not None else maps
 
     def readings(self, subject: Subject, mask: Tensor | None) -> tuple[Reading, ...]:
         return () if subject.first is None else (Reading(subject.first, _of_output, copied=False),)

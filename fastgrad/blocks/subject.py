@@ -17,7 +17,7 @@ from fastgrad.blocks import channels
 from fastgrad.blocks.channels import Channels
 from fastgrad.engine.copy import Shadow, attach
 from fastgrad.engine.fallback import agree
-from fastgrad.engine.state import RandomState
+from fastgrad.engine.state import RandomState, undone
 
 #: Writing one number costs about as much as this many of a product's operations.
 _WRITE = 16
@@ -90,13 +90,15 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Su
     probabilities in their place, or mixes samples.
     """
     model, samples = original(model), batch_size(args, kwargs)
-    before = RandomState(model.modules())
     places = torch.arange(3, device="cpu") % samples
-    three, two = (_Watch(model, *take((args, kwargs), places[:count], samples)) for count in (3, 2))
+    with undone(model, (args, kwargs)) as inputs:
+        before = RandomState(model.modules())
+        three, two = (_Watch(model, *take(inputs, places[:count], samples)) for count in (3, 2))
+        drew = not before.same()
     logits = three.logits
     refuse_probabilities(logits)
     # Random numbers come in another order.
-    if before.same() and not agree(two.logits, logits[:2], three.precision):
+    if not drew and not agree(two.logits, logits[:2], three.precision):
         raise ValueError(
             "model must treat the samples of a batch independently; its logits of a sample change with other samples"
         )

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fastgrad import _torch
 from fastgrad.engine.steps import unnoted
@@ -95,6 +96,8 @@ class Shadow:
         self._attributes: list[tuple[dict[str, Any], str, Any]] = []
         self._followed: set[tuple[int, str]] = set()
         self._hooks: list[tuple[dict[str, Any], str]] = []
+        #: Hooks with keys from this one on were added after the copy was made.
+        self.next_hook: int = RemovableHandle.next_id
         #: The copy of each module by the id of the original, in the order they were met.
         self.modules: dict[int, nn.Module] = {}
         self._pairs: list[tuple[nn.Module, nn.Module]] = []
@@ -127,8 +130,9 @@ class Shadow:
         for hook in root._forward_pre_hooks.values():
             args, kwargs = hook(root, args, kwargs) or (args, kwargs)
         output = root.forward(*args, **kwargs)
-        for hook in root._forward_hooks.values():
-            answer = hook(root, args, kwargs, output)
+        for key, hook in root._forward_hooks.items():
+            # Those that the pass added run in the user's own call, once they are written back.
+            answer = hook(root, args, kwargs, output) if key < 0 else None
             output = output if answer is None else answer
         return output
 
@@ -154,15 +158,21 @@ class Shadow:
             for part in module.modules()
         }
 
-    def restore(self, settings: Settings) -> None:
-        """Give the copies what `settings` of another copy held."""
+    def restore(self, settings: Settings, next_hook: int) -> None:
+        """Give the copies what `settings` of another copy held, and leave out hooks that were added after it."""
         for key, values in settings.items():
-            self.modules[key].__dict__.update({name: _own(value) for name, value in values.items()})
+            state = self.modules[key].__dict__
+            state.update({name: _own(value) for name, value in values.items()})
+            for table in map(state.__getitem__, _HOOK_TABLES):
+                for late in [hook for hook in table if hook >= next_hook]:
+                    del table[late]
 
     def write_back(self) -> None:
-        """Give the user's modules the attributes and buffers that the forward pass set on their copies."""
+        """Give the user's modules the attributes, buffers and hooks that the forward pass set on their copies."""
         for original, copy in self._pairs:
             state, before = copy.__dict__, original.__dict__
+            for table in _HOOK_TABLES:
+                before[table].update({key: hook for key, hook in state[table].items() if key >= self.next_hook})
             for name, value in state.items():
                 followed = name in _TABLES or name == "forward" or (id(state), name) in self._followed
                 if not followed and not isinstance(value, nn.Module) and not (name in before and value is before[name]):
@@ -201,9 +211,11 @@ class Shadow:
                 continue
             if name not in _TABLES:
                 self._attributes.append((state, name, value))
-            elif value and name in _HOOK_TABLES:
+            elif name in _HOOK_TABLES:
+                # Empty ones, too: a forward pass may add hooks.
                 state[name] = OrderedDict() if name in BACKWARD_HOOKS and not self.recorded else value.copy()
-                self._hooks.append((state, name))
+                if value:
+                    self._hooks.append((state, name))
         state["_parameters"] = {
             name: None if value is None else self._tensor(value) for name, value in state["_parameters"].items()
         }
@@ -319,12 +331,13 @@ def _lay_out_input(_: nn.Module, args: Any, kwargs: Any) -> Any:
 def attach(module: nn.Module, hook: Callable[..., Any], *, before: bool = False) -> None:
     """Put a forward hook (with keyword arguments) first on a shadow's module, ahead of the user's own.
 
-    With ``before=True`` the hook runs last among the forward pre-hooks, so that it sees what ``forward`` gets.
+    With ``before=True`` the hook runs last among the forward pre-hooks, so that it sees what ``forward`` gets. Its key
+    is below those that PyTorch gives.
     """
     kind = "_forward_pre_hooks" if before else "_forward_hooks"
     state, hook = module.__dict__, unnoted(hook)
     hooks, flags = OrderedDict(state[kind]), OrderedDict(state[kind + "_with_kwargs"])
-    hooks[id(hook)], flags[id(hook)] = hook, True
+    hooks[-id(hook)], flags[-id(hook)] = hook, True
     if not before:
-        hooks.move_to_end(id(hook), last=False)
+        hooks.move_to_end(-id(hook), last=False)
     state[kind], state[kind + "_with_kwargs"] = hooks, flags

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from fastgrad._torch import disable_mha_fastpath, is_readable, own_parametrizations, pytree, vmap
 from fastgrad.engine.copy import Settings, Shadow, detach_plain
 from fastgrad.engine.run import RecomputedSite, Replay, Run
-from fastgrad.engine.state import apart
+from fastgrad.engine.state import ReadOnly, apart
 from fastgrad.engine.tracing import is_fixed, is_symbolic
 from fastgrad.layers.reduce import leaf, sqnorm, upcast
 
@@ -91,7 +91,8 @@ class _Again:
         # The user's module rather than its copy, whose hooks belong to this forward pass.
         self.module = shadow.model.get_submodule(site.path)
         self.parameters = [shadow.model.get_parameter(name) for name in site.parameters]
-        self.recorded = shadow.recorded
+        self.recorded, self.next_hook = shadow.recorded, shadow.next_hook
+        self.read_only = ReadOnly(self.module)
 
     def sqnorms(self, args: Any, kwargs: Any, gradients: list[Tensor], samples: int, verify: bool) -> Tensor:
         """Squared norms ``(B, P)``; ValueError if a sample alone has other gradients than in its batch."""
@@ -111,7 +112,7 @@ class _Again:
         rows, same = [], True
         weighted = [torch.zeros_like(p) for p in self.parameters] if verify else []
         split_inputs, split_gradients, split_outputs = (
-            [t.reshape(samples, -1, *t.shape[1:]) for t in tensors] for tensors in (inputs, gradients, self.outputs)
+            [t.unflatten(0, (samples, -1)) for t in tensors] for tensors in (inputs, gradients, self.outputs)
         )
         chunk = max(1, CHUNK_BYTES // max(1, sum(p.numel() * p.element_size() for p in self.parameters)))
         chunk = chunk if self.site.vectorize else 1
@@ -144,7 +145,7 @@ class _Again:
             self.module, lambda p: value_of.get(id(p), detach_plain(p)),
             training=self.recorded, recorded=self.recorded,
         )  # fmt: skip
-        shadow.restore(self.settings)
+        shadow.restore(self.settings, self.next_hook)
         for copy in shadow.modules.values():
             if copy.training:
                 # A sample alone may take a branch that writes to buffers, which the batch did not take.
@@ -152,7 +153,7 @@ class _Again:
             else:
                 disable_mha_fastpath(copy)
         # The inputs come from behind the user's own hooks on the module, and its outputs from before them.
-        with own_parametrizations():
+        with own_parametrizations(), self.read_only:
             return batch_first(floating(shadow.root.forward(*args, **kwargs)), self.site.places)
 
     def _each(

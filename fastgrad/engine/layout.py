@@ -38,7 +38,7 @@ class Layout:
     def batch_first(self, x: Tensor, samples: int) -> Tensor:
         """``x`` as a tensor with the batch in dimension 0, further rows of a sample in dimension 1."""
         if self.kind == "folded":
-            return x.reshape(samples, -1, *x.shape[1:])
+            return torch.unflatten(x, 0, (samples, -1))
         if self.kind == "moved":
             return x.movedim(self.dim, 0)
         if self.kind == "single":

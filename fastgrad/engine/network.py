@@ -240,10 +240,13 @@ class Network:
 
 
 def _kind(inputs: Any, samples: int) -> Any:
-    """What a plan depends on: the structure of the inputs, not their sizes; switches, not numbers."""
+    """What a plan depends on: the structure of the inputs, not their sizes, other than none; switches, not numbers.
+
+    Where a graph has no edges, its nodes do not meet.
+    """
     leaves, spec = pytree.tree_flatten(inputs)
     kinds = tuple(
-        (leaf.dim(), leaf.dtype, leaf.device, leaf.dim() > 0 and bool(leaf.shape[0] == samples))
+        (leaf.dim(), leaf.dtype, leaf.device, leaf.numel() > 0, leaf.dim() > 0 and bool(leaf.shape[0] == samples))
         if isinstance(leaf, Tensor)
         else leaf
         if isinstance(leaf, (bool, str, enum.Enum, type(None)))

@@ -23,6 +23,7 @@ from fastgrad.engine.fallback import agree, dense_grads, floating
 from fastgrad.engine.layout import Layout, find_layout
 from fastgrad.engine.probe import nodes_behind
 from fastgrad.engine.state import RandomState
+from fastgrad.engine.steps import in_place
 
 if TYPE_CHECKING:
     from fastgrad.engine.network import Network
@@ -73,8 +74,7 @@ class Rows:
             return
         # What is written to in place comes from what is written.
         first = args[0] if args else None
-        in_place = name == "setitem" or full.startswith("__i") or (full.endswith("_") and not full.endswith("__"))
-        written = (result, first) if in_place else result
+        written = (result, first) if in_place(full) else result
         self._computed |= _tensors_in(written)
         if self.gathered(first if name in _SCATTERING else (args, kwargs)) or self._gathers(name, args, kwargs):
             self._gathered |= _tensors_in(written)

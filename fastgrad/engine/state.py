@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from fastgrad._torch import own_parametrizations, pytree
+from fastgrad._torch import is_wrapped, own_parametrizations, pytree
 from fastgrad.batches import same_class
 from fastgrad.engine.copy import CONTAINERS, PLAIN
+from fastgrad.engine.steps import in_place
 
 
 class Versions:
@@ -186,13 +188,45 @@ class Copies:
         return same_class(made.detach(), tensor)
 
 
+class ReadOnly(TorchFunctionMode):
+    """Refuses what writes to the parameters of ``model``: a pass that is run again would do so each time."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        pointers = ((_pointer(p), name) for name, p in model.named_parameters())
+        self._names = {pointer: name for pointer, name in pointers if pointer}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Make the call; ValueError before one that writes to a parameter."""
+        name, named = getattr(func, "__name__", ""), kwargs or {}
+        # Of a table whose rows have a largest norm, those that are looked up come to be the same each time.
+        if in_place(name) and name not in ("embedding_renorm_", "requires_grad_"):
+            for tensor in pytree.tree_leaves(args[:1]):
+                if isinstance(tensor, Tensor) and (written := self._names.get(_pointer(tensor))):
+                    raise ValueError(
+                        "model must not write to its parameters in forward, parts of which run several times; "
+                        f"{name!r} wrote to {written!r}. Write outside of forward, or where a first call alone does "
+                        "so, make it before"
+                    )
+        return func(*args, **named)
+
+
+def _pointer(tensor: Tensor) -> int:
+    """Where the numbers of a plain tensor lie; 0 for one of another class or layout, or under a transform."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    return tensor.untyped_storage().data_ptr() if plain and not is_wrapped(tensor) else 0
+
+
 @contextlib.contextmanager
 def undone(model: nn.Module, inputs: Any = (), copies: Copies | None = None) -> Iterator[Any]:
-    """Take back what passes do to random numbers and buffers; gives a copy of ``inputs``, which they may write to."""
+    """Take back what passes do to random numbers and buffers; gives a copy of ``inputs``, which they may write to.
+
+    ValueError before one writes to a parameter.
+    """
     before = Snapshot(list(model.modules()), every=True)
     copy, known = copies or Copies(), Copied()
     try:
-        with own_parametrizations():
+        with own_parametrizations(), ReadOnly(model):
             yield pytree.tree_map(lambda leaf: apart(leaf, copy, known), inputs)
     finally:
         before.restore()

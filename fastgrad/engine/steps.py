@@ -108,6 +108,12 @@ def unnoted(hook: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def in_place(name: str) -> bool:
+    """Whether functions of this name write to the first of their arguments."""
+    augmented = name.startswith("__i") and name not in ("__int__", "__index__", "__invert__")
+    return name == "__setitem__" or augmented or (name.endswith("_") and not name.endswith("__"))
+
+
 def _whole_numbers(values: Any) -> Hashable:
     """The whole numbers among arguments."""
     return tuple(

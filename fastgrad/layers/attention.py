@@ -44,7 +44,7 @@ def multihead_attention(
     grad = gradients[0].to(dtype)
     if not module.batch_first:
         inputs, grad = [x.transpose(0, 1) for x in inputs], grad.transpose(0, 1)
-    samples, length = inputs[0].shape[:2]
+    samples = inputs[0].shape[0]
     heads = module.num_heads
     packed, bias = module.in_proj_weight, module.in_proj_bias
     weights = [getattr(module, name) for name in _SEPARATE] if packed is None else packed.chunk(3)
@@ -73,7 +73,7 @@ def multihead_attention(
             # Where all keys are masked, PyTorch attends to none. Where it returns the weights, it gives NaN.
             none = scores.isneginf().all(-1, keepdim=True)
             attended = scores.masked_fill(none, 0).softmax(-1).masked_fill(none, 0)
-        context = (attended @ value).transpose(1, 2).reshape(samples, length, -1)
+        context = (attended @ value).transpose(1, 2).flatten(2)
         out = F.linear(context, module.out_proj.weight.to(dtype), None)
         outputs, grads = [out], [grad]
         if len(gradients) > 1:

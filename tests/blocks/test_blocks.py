@@ -286,6 +286,22 @@ def test_a_network_with_layer_norms_is_read_at_its_layers() -> None:
     assert [place.path for place in subject.channels] == ["hidden", "back.0"]
 
 
+class Siamese(nn.Module):
+    """One layer for both halves of an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x[:, :3]) * self.layer(x[:, 3:]))
+
+
+def test_a_network_whose_layers_are_called_twice_is_refused_for_that() -> None:
+    with pytest.raises(ValueError, match=r"'activations': the network calls no .* layer but the last exactly once"):
+        Extraction(Siamese().eval(), [Activations()])(torch.randn(4, 6))
+
+
 def test_layer_norms_are_read_where_there_is_nothing_else() -> None:
     net = Positions().eval()
     net.hidden = nn.Sequential(nn.Identity())

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import fastgrad
+from fastgrad.blocks.subject import watch
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -144,6 +145,45 @@ def unrolled(net: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("lengths", [(1, 4, 2), (1, 3), (3, 1, 5)])
 def test_a_length_chooses(cell: nn.Module, lengths: tuple[int, ...]) -> None:
     check(Net(unrolled, cell=cell, head=nn.Linear(3, 2)), [((inputs(5, length, 3),), {}) for length in lengths])
+
+
+SUMMED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "rule": lambda net, x: net.layer(x),
+    "rows": lambda net, x: net.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2]),
+    "weight": lambda net, x: torch.tanh(x @ net.layer.weight),
+    "twice": lambda net, x: net.layer(torch.tanh(net.layer(x))),
+    "attention": lambda net, x: net.attention(x, x, x, need_weights=False)[0],
+    "encoder": lambda net, x: net.encoder(x),
+}
+
+
+@pytest.mark.parametrize("lengths", [(3, 0, 2), (0, 3, 0)])
+@pytest.mark.parametrize("way", SUMMED)
+def test_sequences_without_a_position(way: str, lengths: tuple[int, ...]) -> None:
+    parts: dict[str, nn.Module] = {
+        "layer": nn.Linear(4, 4),
+        "attention": nn.MultiheadAttention(4, 2, batch_first=True),
+        "encoder": nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True),
+    }
+    model = Net(lambda net, x: net.head(SUMMED[way](net, x).sum(1)), head=nn.Linear(4, 2), **parts)
+    check(model, [((inputs(5, length, 4),), {}) for length in lengths])
+
+
+def neighbours(net: Any, x: Tensor, edges: Tensor) -> Tensor:
+    """Nodes to which their neighbours are added."""
+    h = torch.tanh(net.layer(x))
+    return net.head(h.index_add(0, edges[1], h[edges[0]]))
+
+
+def test_nodes_meet_once_a_graph_has_edges() -> None:
+    model, x = Net(neighbours, layer=nn.Linear(3, 3), head=nn.Linear(3, 2)).double(), inputs(4, 3)
+    none, some = torch.zeros(2, 0, dtype=torch.long), torch.tensor([[0, 1], [1, 2]])
+    extractor = features_of_squares(model)
+    for call in (functools.partial(norms_of, model), lambda *args: extractor(*args)[1]):
+        for _ in range(2):
+            assert_close(call(x, none), loop(model, (x, none), {}))
+            with pytest.raises(ValueError, match="must treat the samples of a batch independently"):
+                call(x, some)
 
 
 def exits(net: Any, x: Tensor) -> Tensor:
@@ -553,6 +593,51 @@ def test_a_model_that_writes_to_its_input_does_so_once_a_call() -> None:
             given = x.clone()
             assert_close(call(given, scale), truth)
             assert_close(given, x - 0.5)
+
+
+WRITES: dict[str, Callable[[Any], Any]] = {
+    "moving average": lambda net: net.slow.weight.mul_(0.9).add_(net.layer.weight, alpha=0.1),
+    "of all": lambda net: torch._foreach_lerp_([net.slow.weight.data], [net.layer.weight.data], 0.1),
+    "item": lambda net: net.slow.weight[:1].__setitem__(0, 1.0),
+    "scale": lambda net: net.layer.weight.div_(2),
+}
+
+
+def writing(net: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        WRITES[net.way](net)
+    return net.layer(x) - net.slow(x).detach()
+
+
+@pytest.mark.parametrize("way", WRITES)
+def test_a_model_that_writes_to_its_parameters_is_refused_before_it_does(way: str) -> None:
+    model, x = Net(writing, way=way, layer=nn.Linear(3, 3), slow=nn.Linear(3, 3)).double(), inputs(4, 3)
+    before = copy.deepcopy(model.state_dict())
+    for call in (functools.partial(norms_of, model), features_of_squares(model), lambda x: watch(model, (x,), {})):
+        with pytest.raises(ValueError, match=r"must not write to its parameters .* wrote to '(slow|layer)"):
+            call(x)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_a_model_may_write_to_what_it_made_itself() -> None:
+    def function(net: Any, x: Tensor) -> Tensor:
+        sparse = torch.eye(3, dtype=x.dtype).to_sparse().mul_(2)
+        slopes = torch.func.grad(lambda rows: (rows * 1).add_(1).pow_(3).sum())(x)
+        return net.layer(torch.sparse.mm(sparse, x.mT).mT) * slopes
+
+    model, x = Net(function, layer=nn.Linear(3, 3)).double(), inputs(4, 3)
+    truth = loop(model, (x,), {})
+    assert_close(norms_of(model, x), truth)
+    assert_close(features_of_squares(model)(x)[1], truth)
+
+
+def test_a_table_whose_rows_have_a_largest_norm_is_written_to() -> None:
+    parts = {"table": nn.Embedding(5, 3, max_norm=0.5), "layer": nn.Linear(3, 3)}
+    model, x = Net(lambda net, x: net.layer(net.table(x) * net.table(x)), **parts).double(), torch.arange(4)
+    truth = loop(model, (x,), {})
+    assert_close(norms_of(model, x), truth)
+    assert_close(features_of_squares(model)(x)[1], truth)
 
 
 class Compared(Tensor):

@@ -191,6 +191,41 @@ def test_what_hooks_keep_in_a_model_is_kept_in_the_copy(way: str, second: nn.Mod
         assert_exact(fastgrad.GradientFeatures(model, loss="mse")(x)[1], truth)
 
 
+def collecting(net: Any, x: Tensor) -> Tensor:
+    """Adds hooks in its first call, which collect what layers give, as transformers do for hidden states."""
+    if not net.hooked:
+        for part in (net, net.first, net.second):
+            part.register_forward_hook(lambda _, __, output: collected.append(output))
+        net.hooked = True
+    collected.clear()
+    out = net.head(torch.tanh(net.second(torch.tanh(net.first(x)))))
+    return out + torch.stack(collected, 1).mean(2) @ net.weights
+
+
+collected: list[Tensor] = []
+
+
+def test_hooks_that_a_call_adds_are_added_once() -> None:
+    torch.manual_seed(0)
+    parts = {"first": nn.Linear(3, 4), "second": nn.Linear(4, 4), "head": nn.Linear(4, 2)}
+    model = Net(collecting, hooked=False, weights=nn.Parameter(torch.randn(2, 2)), **parts).double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    _, features = fastgrad.GradientFeatures(model, loss="mse")(x)
+    assert not model.hooked
+    assert not any(part._forward_hooks for part in model.modules())
+    # A hook of the model itself, added by its forward, begins with the next call.
+    for count in (2, 3):
+        with fastgrad.record(model):
+            out = model(x)
+            assert len(collected) == count
+            found = fastgrad.grad_sqnorm((out - 1).square().sum(), list(model.parameters()))
+        assert model.hooked
+        assert [len(part._forward_hooks) for part in model.modules()] == [1, 1, 1, 0]
+        assert_exact(torch.stack(found, 1), features)
+    truth = loss_norms(((model(row) - 1).square().sum() for row in x.split(1)), model)
+    assert_exact(features, truth)
+
+
 def test_lists_and_dicts_of_the_model_are_its_own() -> None:
     model, x = Net(keeping, layer=nn.Linear(3, 2), seen=[], cache={}).double(), torch.randn(5, 3).double()
     rows = (model(x)[i].sum() for i in range(5) if model.cache.clear() is None)

@@ -55,8 +55,8 @@ def _solve(p: Problem) -> Tensor:
     guarded = is_readable(p.a, p.g) and p.a.device.type == "cpu"  # elsewhere a look would wait for the device
     shape = shape_of(p, guarded=guarded)
     dtype = compute_dtype(p.a.dtype, p.g.dtype)
-    if not shape.batch:
-        return p.a.new_zeros((shape.count, 0), dtype=dtype)
+    if not (shape.batch and all(shape.positions)):
+        return p.a.new_zeros((shape.count, p.a.shape[0]), dtype=dtype)
     route = cost.choose_route(shape)
     step = cost.chunk_size(route, shape)
     whole = step >= shape.batch
