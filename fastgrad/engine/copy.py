@@ -96,6 +96,8 @@ class Shadow:
         self._attributes: list[tuple[dict[str, Any], str, Any]] = []
         self._followed: set[tuple[int, str]] = set()
         self._hooks: list[tuple[dict[str, Any], str]] = []
+        # What stands in for a table of hooks, by the id of the original.
+        self._tables: dict[int, dict[int, Any]] = {}
         #: Hooks with keys from this one on were added after the copy was made.
         self.next_hook: int = RemovableHandle.next_id
         #: The copy of each module by the id of the original, in the order they were met.
@@ -120,7 +122,8 @@ class Shadow:
             replaced = self._replace(value)
             if replaced is not value:
                 state[name] = replaced
-                self._followed.add((id(state), name))
+                if not _are_handles(value):
+                    self._followed.add((id(state), name))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the copy. Around that of a recorded call, all is at work already that its class or PyTorch adds."""
@@ -168,12 +171,21 @@ class Shadow:
                     del table[late]
 
     def write_back(self) -> None:
-        """Give the user's modules the attributes, buffers and hooks that the forward pass set on their copies."""
+        """Give the user's modules the attributes, buffers and hooks that the forward pass set on their copies.
+
+        Hooks that it removed are removed, and handles remove those of the user's modules.
+        """
         for original, copy in self._pairs:
             state, before = copy.__dict__, original.__dict__
-            for table in _HOOK_TABLES:
-                before[table].update({key: hook for key, hook in state[table].items() if key >= self.next_hook})
+            for table in map(before.__getitem__, _HOOK_TABLES):
+                known = self._tables.get(id(table), table)
+                for gone in [key for key in table if key < self.next_hook and key not in known]:
+                    del table[gone]
+            for name in _HOOK_TABLES:
+                late = {key: hook for key, hook in state[name].items() if key >= self.next_hook}
+                before[name].update({key: self._back._hook(hook) for key, hook in late.items()})
             for name, value in state.items():
+                value = self._back._replace(value) if _are_handles(value) else value
                 followed = name in _TABLES or name == "forward" or (id(state), name) in self._followed
                 if not followed and not isinstance(value, nn.Module) and not (name in before and value is before[name]):
                     before[name] = value
@@ -181,6 +193,17 @@ class Shadow:
                 known = before["_buffers"].get(name)
                 if value is not known and not (isinstance(known, Tensor) and known.is_inference()):
                     before["_buffers"][name] = value
+
+    @functools.cached_property
+    def _back(self) -> Shadow:
+        """What replaces parts of the copy by those of the user's."""
+        back = object.__new__(Shadow)
+        back.__dict__.update(self.__dict__)
+        back.modules, back._copies = {id(copy): original for original, copy in self._pairs}, {}
+        back._tables = {
+            id(vars(copy)[name]): vars(original)[name] for original, copy in self._pairs for name in _HOOK_TABLES
+        }
+        return back
 
     def _module(self, module: nn.Module, prefix: str) -> nn.Module:
         known = self.modules.get(id(module))
@@ -214,6 +237,7 @@ class Shadow:
             elif name in _HOOK_TABLES:
                 # Empty ones, too: a forward pass may add hooks.
                 state[name] = OrderedDict() if name in BACKWARD_HOOKS and not self.recorded else value.copy()
+                self._tables[id(value)] = state[name]
                 if value:
                     self._hooks.append((state, name))
         state["_parameters"] = {
@@ -258,6 +282,11 @@ class Shadow:
             return self.modules.get(id(value), value)
         if isinstance(value, nn.Parameter):
             return self._copies.get(id(value), value)
+        if type(value) is RemovableHandle:
+            tables = [self._tables.get(id(ref()), ref()) for ref in (value.hooks_dict_ref, *value.extra_dict_ref)]
+            handle = object.__new__(RemovableHandle)
+            handle.__setstate__((tables[0], value.id, tables[1:]))
+            return handle
         if type(value) in CONTAINERS:
             # Item by item a list of words would take longer than the pass.
             if PLAIN.issuperset(map(type, value.values() if isinstance(value, dict) else value)):
@@ -286,6 +315,13 @@ def _content(cell: types.CellType) -> Any:
         return cell.cell_contents
     except ValueError:
         return None
+
+
+def _are_handles(value: Any) -> bool:
+    """Whether ``value`` is a handle of a hook, or holds nothing else."""
+    if type(value) in CONTAINERS and value:
+        return all(type(item) is RemovableHandle for item in (value.values() if isinstance(value, dict) else value))
+    return type(value) is RemovableHandle
 
 
 def _is_filled_plainly(value: Any) -> bool:
@@ -336,8 +372,7 @@ def attach(module: nn.Module, hook: Callable[..., Any], *, before: bool = False)
     """
     kind = "_forward_pre_hooks" if before else "_forward_hooks"
     state, hook = module.__dict__, unnoted(hook)
-    hooks, flags = OrderedDict(state[kind]), OrderedDict(state[kind + "_with_kwargs"])
-    hooks[-id(hook)], flags[-id(hook)] = hook, True
+    state[kind][-id(hook)] = hook
+    state[kind + "_with_kwargs"][-id(hook)] = True
     if not before:
-        hooks.move_to_end(-id(hook), last=False)
-    state[kind], state[kind + "_with_kwargs"] = hooks, flags
+        state[kind].move_to_end(-id(hook), last=False)

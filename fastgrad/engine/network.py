@@ -136,15 +136,27 @@ class Network:
 
     def _first_plan(self, known: Known, inputs: Any, samples: int) -> Plan:
         """A new plan. Of inputs in doubt those carry the batch with which the model treats its samples alike."""
-        refusals = []
-        for carriers in choices(pytree.tree_leaves(inputs), samples):
-            try:
-                return Trial(self, known, inputs, samples, carriers).plan()
-            except ValueError as error:
-                # Its traceback would hold this list, and what the trial made.
-                refusals.append(error.with_traceback(None))
-        # Of those that the model bears, if there are any.
-        raise min(refusals, key=lambda error: error.__cause__ is not None)
+        refusal: ValueError | None = None
+        plans: list[Plan] = []
+        options = list(choices(pytree.tree_leaves(inputs), samples))
+        try:
+            for carriers in options:
+                try:
+                    trial = Trial(self, known, inputs, samples, carriers)
+                    plans.append(trial.plan())
+                    if len(options) == 1 or trial.holds_in_batch():
+                        return plans[-1]
+                except ValueError as error:
+                    # One of those that the model bears, if there are any.
+                    if refusal is None or (refusal.__cause__ is not None and error.__cause__ is None):
+                        refusal = error
+            if plans:
+                return plans[0]
+            assert refusal is not None
+            raise refusal
+        finally:
+            # It would hold itself.
+            del refusal
 
     def _candidates(self, plan: Plan, tried: Sequence[Plan], inputs: Any, samples: int) -> Iterator[Plan]:
         """``plan``, others that are known, and at last new ones, none of them twice on the paths that it has."""

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastgrad._torch import is_wrapped, own_parametrizations, pytree
-from fastgrad.batches import same_class
+from fastgrad._torch import is_fake, is_wrapped, own_parametrizations, pytree
+from fastgrad.batches import input_tensors, same_class
 from fastgrad.engine.copy import CONTAINERS, PLAIN
 from fastgrad.engine.steps import in_place
 
@@ -188,8 +188,15 @@ class Copies:
         return same_class(made.detach(), tensor)
 
 
+#: Functions that write no other numbers. Of a table whose rows have a largest norm, those that are looked up come to be
+#: the same each time.
+_SPARING = frozenset({"embedding_renorm_", "requires_grad_", "detach_"})
+#: Those that may change nothing more when they are called again, as a product with a mask.
+_BOUNDING = frozenset({"mul_", "masked_fill_", "clamp_", "clamp_min_", "clamp_max_", "clip_"})
+
+
 class ReadOnly(TorchFunctionMode):
-    """Refuses what writes to the parameters of ``model``: a pass that is run again would do so each time."""
+    """Refuses what changes the parameters of ``model``: a pass that is run again would do so each time."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -197,18 +204,35 @@ class ReadOnly(TorchFunctionMode):
         self._names = {pointer: name for pointer, name in pointers if pointer}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Make the call; ValueError before one that writes to a parameter."""
+        """Make the call, unless it would change no parameter; ValueError before one that would change it each time."""
         name, named = getattr(func, "__name__", ""), kwargs or {}
-        # Of a table whose rows have a largest norm, those that are looked up come to be the same each time.
-        if in_place(name) and name not in ("embedding_renorm_", "requires_grad_"):
-            for tensor in pytree.tree_leaves(args[:1]):
-                if isinstance(tensor, Tensor) and (written := self._names.get(_pointer(tensor))):
-                    raise ValueError(
-                        "model must not write to its parameters in forward, parts of which run several times; "
-                        f"{name!r} wrote to {written!r}. Write outside of forward, or where a first call alone does "
-                        "so, make it before"
-                    )
+        target = args[:1] if in_place(name) and name not in _SPARING else ()
+        leaves = input_tensors(target, named.get("out")) if target or named else []
+        if written := next(filter(None, (self._names.get(_pointer(leaf)) for leaf in leaves)), None):
+            again = changed = True
+            with torch.no_grad():
+                once, twice = (pytree.tree_map_only(Tensor, Tensor.clone, target) for _ in range(2))
+                # A graph that is recorded has no numbers to compare.
+                if target and not any(map(is_fake, input_tensors(once))):
+                    for tried in (once, twice, twice):
+                        func(*tried, *args[1:], **named)
+                    changed = _differ(target, once)
+                    again = _differ(once, twice) if name in _BOUNDING else changed
+            if again:
+                raise ValueError(
+                    "model must not write to its parameters in forward, parts of which run several times; "
+                    f"{name!r} wrote to {written!r}. Write outside of forward, or where a first call alone does "
+                    "so, make it before"
+                )
+            if not changed:
+                # A new version would part graphs from what they have saved.
+                return args[0] if isinstance(args[0], Tensor) and name != "__setitem__" else None
         return func(*args, **named)
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """Whether any number does in two trees of tensors."""
+    return not all(map(torch.equal, pytree.tree_leaves(one), pytree.tree_leaves(other)))
 
 
 def _pointer(tensor: Tensor) -> int:

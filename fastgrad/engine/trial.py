@@ -65,7 +65,7 @@ class Trial:
             for training in (False, True) if known.training else (False,):
                 seen, others = self._observe(training=training)
                 self._planners.append(Planner(seen, known))
-            self._precision = seen.precision
+            self._seen, self._precision = seen, seen.precision
             self._checks, unseen = self._gradients(seen)
             self._require_own_gradients(others, training=known.training)
             self._linear = self._is_linear(seen)
@@ -116,6 +116,14 @@ class Trial:
             "model must treat the samples of a batch independently, alike each time: squared norms of "
             f"{', '.join(sorted(wrong))} disagree with autograd"
         )
+
+    def holds_in_batch(self) -> bool:
+        """Whether the samples have the same outputs in the whole batch: other inputs may decide by later rows."""
+        inputs, samples = self._whole
+        with torch.enable_grad():
+            whole = self._observed(inputs, samples, training=self._known.training)
+        index = [min(i, samples - 1) for i in range(self._count)]
+        return whole.drew or self._alike(whole, self._seen, index)
 
     def serves_one(self, plan: Plan) -> bool:
         """Whether ``plan`` agrees with autograd on one sample alone as well; that path then is one of the plan's."""
@@ -234,18 +242,23 @@ class Trial:
 
     def _require_own_outputs(self, seen: Observation, others: _Others) -> None:
         """Raise ValueError unless samples have the same outputs among others: gradients show no detached statistics."""
+        if not all(self._alike(seen, other, samples) for other, samples in others):
+            raise ValueError(
+                "model must treat the samples of a batch independently; what it returns for a sample changes "
+                "with the other samples of the batch, or each time, as with a generator of its own. A sample "
+                "is a row of dimension 0 of the inputs"
+            )
+
+    def _alike(self, seen: Observation, other: Observation, samples: list[int]) -> bool:
+        """Whether samples of ``seen`` have the same outputs in ``other``."""
         precision = max(seen.precision, torch.finfo(torch.float32).eps)
-        for other, samples in others:
-            for out, one, layout in zip(seen.outputs, other.outputs, self._layouts, strict=True):
-                if layout is None or layout.kind == "single":
-                    continue
+        for out, one, layout in zip(seen.outputs, other.outputs, self._layouts, strict=True):
+            if layout is not None and layout.kind != "single":
                 expected = layout.batch_first(out.detach(), seen.samples)[samples]
-                if not agree(layout.batch_first(one.detach(), other.samples), expected, precision):
-                    raise ValueError(
-                        "model must treat the samples of a batch independently; what it returns for a sample changes "
-                        "with the other samples of the batch, or each time, as with a generator of its own. A sample "
-                        "is a row of dimension 0 of the inputs"
-                    )
+                rows = layout.batch_first(one.detach(), other.samples)
+                if rows.shape != expected.shape or not agree(rows, expected, precision):
+                    return False
+        return True
 
     def _require_own_gradients(self, others: _Others, *, training: bool) -> None:
         """Raise ValueError unless a sample has the same gradients among other samples, and among fewer."""

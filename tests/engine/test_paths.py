@@ -186,6 +186,32 @@ def test_nodes_meet_once_a_graph_has_edges() -> None:
                 call(x, some)
 
 
+USES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": lambda x, table: x + table.mean(0),
+    "prototypes": lambda x, table: (x @ table.mT).softmax(-1) @ table,
+    "positions": lambda x, table: x + table[0],
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("known", [1, 6])
+def test_a_table_of_as_many_rows_as_the_batch_is_shared(use: str, known: int) -> None:
+    """Also where its first rows are alike, as those of what is not yet known."""
+    model = Net(lambda net, x, table: net.head(torch.tanh(USES[use](x, table))), head=nn.Linear(6, 2))
+    table = torch.cat([inputs(6 - known, 6) * 0, inputs(known, 6, seed=1)])
+    check(model, [((inputs(6, 6), table), {})])
+
+
+def test_a_refusal_leads_to_where_the_model_raised_it() -> None:
+    def raising(net: Any, x: Tensor) -> Tensor:
+        raise ValueError("labels are missing")
+
+    for args in ((inputs(4, 3),), (inputs(4, 4), inputs(4, 4))):
+        with pytest.raises(ValueError, match="labels are missing") as caught:
+            norms_of(Net(lambda net, *_: raising(net, _[0]), layer=nn.Linear(3, 3)).double(), *args)
+        assert caught.traceback[-1].name == "raising"
+
+
 def exits(net: Any, x: Tensor) -> Tensor:
     """Layers of which a call takes the first few, with an optional auxiliary head on the way."""
     extra: Tensor | float = 0.0
@@ -600,6 +626,7 @@ WRITES: dict[str, Callable[[Any], Any]] = {
     "of all": lambda net: torch._foreach_lerp_([net.slow.weight.data], [net.layer.weight.data], 0.1),
     "item": lambda net: net.slow.weight[:1].__setitem__(0, 1.0),
     "scale": lambda net: net.layer.weight.div_(2),
+    "out": lambda net: torch.lerp(net.slow.weight, net.layer.weight, 0.1, out=net.slow.weight),
 }
 
 
@@ -618,6 +645,24 @@ def test_a_model_that_writes_to_its_parameters_is_refused_before_it_does(way: st
             call(x)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def limited(net: Any, x: Tensor) -> Tensor:
+    """Masks a weight, as for pixels that see those before them alone, and keeps a scale within limits."""
+    net.layer.weight.data *= net.mask
+    with torch.no_grad():
+        net.scale.clamp_(0.1, 0.5)
+    return torch.tanh(net.layer(x)) / net.scale
+
+
+def test_a_model_may_write_to_its_parameters_what_stays_when_it_is_written_again() -> None:
+    parts = {"layer": nn.Linear(3, 3), "scale": nn.Parameter(torch.tensor(0.7)), "mask": torch.ones(3, 3).tril()}
+    model, x = Net(limited, **parts).double(), inputs(4, 3)
+    found = norms_of(model, x)
+    for again in (found, norms_of(model, x), features_of_squares(model)(x)[1]):
+        assert_close(again, loop(model, (x,), {}))
+    assert model.scale == 0.5
+    assert watch(model, (x,), {})
 
 
 def test_a_model_may_write_to_what_it_made_itself() -> None:

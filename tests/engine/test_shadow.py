@@ -226,6 +226,61 @@ def test_hooks_that_a_call_adds_are_added_once() -> None:
     assert_exact(features, truth)
 
 
+class Replacing(nn.Module):
+    """Adds a hook in its first call, or another one in each, whose handle it keeps."""
+
+    def __init__(self, each: bool, many: bool) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.each, self.many = each, many
+        self.handles: Any = [] if many else None
+        self.kept: Any = None
+        self.count = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.each and self.handles:
+            self.remove()
+        if not self.handles:
+            handle = self.first.register_forward_hook(self.keep, with_kwargs=True)
+            self.handles = [handle] if self.many else handle
+        self.first(x)
+        return self.head(torch.tanh(self.kept))
+
+    def keep(self, _: nn.Module, __: Any, ___: Any, output: Tensor) -> None:
+        self.kept = output if self.kept is None or not self.each else self.kept
+        self.count += 1
+
+    def remove(self) -> None:
+        for handle in self.handles if self.many else [self.handles]:
+            handle.remove()
+        self.handles = [] if self.many else None
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("each", [False, True])
+def test_hooks_that_calls_add_and_remove_are_those_of_the_model(each: bool, many: bool) -> None:
+    torch.manual_seed(0)
+    model = Replacing(each, many).double()
+    kept = model.first.register_forward_hook(lambda *_: None)
+    for seed in range(3):
+        x, model.count = torch.randn(4, 3, dtype=torch.float64), 0
+        found = recorded(model, functools.partial(_run, model, x))
+        assert model.count == 1, seed
+        assert_exact(found, torch.cat([loss_norms([_run(model, row)], model) for row in x.split(1)]))
+        assert len(model.first._forward_hooks) == 2
+        assert len(model.first._forward_hooks_with_kwargs) == 1
+    model.remove()
+    assert list(model.first._forward_hooks) == [kept.id]
+    assert not model.first._forward_hooks_with_kwargs
+    kept.remove()
+    assert not model.first._forward_hooks
+
+
+def _run(model: Replacing, row: Tensor) -> Tensor:
+    model.kept = None
+    return model(row).square().sum()
+
+
 def test_lists_and_dicts_of_the_model_are_its_own() -> None:
     model, x = Net(keeping, layer=nn.Linear(3, 2), seen=[], cache={}).double(), torch.randn(5, 3).double()
     rows = (model(x)[i].sum() for i in range(5) if model.cache.clear() is None)
