@@ -208,7 +208,8 @@ class ReadOnly(TorchFunctionMode):
         name, named = getattr(func, "__name__", ""), kwargs or {}
         target = args[:1] if in_place(name) and name not in _SPARING else ()
         leaves = input_tensors(target, named.get("out")) if target or named else []
-        if written := next(filter(None, (self._names.get(_pointer(leaf)) for leaf in leaves)), None):
+        # In a form that PyTorch 2.8 can compile, as it does within torch.cond.
+        if written := [self._names[place] for place in map(_pointer, leaves) if place in self._names]:
             again = changed = True
             with torch.no_grad():
                 once, twice = (pytree.tree_map_only(Tensor, Tensor.clone, target) for _ in range(2))
@@ -221,7 +222,7 @@ class ReadOnly(TorchFunctionMode):
             if again:
                 raise ValueError(
                     "model must not write to its parameters in forward, parts of which run several times; "
-                    f"{name!r} wrote to {written!r}. Write outside of forward, or where a first call alone does "
+                    f"{name!r} wrote to {written[0]!r}. Write outside of forward, or where a first call alone does "
                     "so, make it before"
                 )
             if not changed:
