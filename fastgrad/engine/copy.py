@@ -31,6 +31,8 @@ _HOOK_TABLES = frozenset(
     for name, value in vars(nn.Module()).items()
     if isinstance(value, dict) and name.endswith(("hooks", "kwargs", "called"))
 )
+#: Those of calls, not of state dictionaries.
+_CALLED = frozenset(name for name in _HOOK_TABLES if "state_dict" not in name)
 _TABLES = _HOOK_TABLES | {"_parameters", "_buffers", "_modules"}
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
@@ -95,8 +97,8 @@ class Shadow:
         # Plain attributes that may hold parts of the tree; those in which something was replaced.
         self._attributes: list[tuple[dict[str, Any], str, Any]] = []
         self._followed: set[tuple[int, str]] = set()
-        self._hooks: list[tuple[dict[str, Any], str]] = []
-        # What stands in for a table of hooks, by the id of the original.
+        # Tables with hooks of the user's, and those that stand in for them; the latter by the id of the former.
+        self._hooks: list[tuple[dict[int, Any], dict[int, Any]]] = []
         self._tables: dict[int, dict[int, Any]] = {}
         #: Hooks with keys from this one on were added after the copy was made.
         self.next_hook: int = RemovableHandle.next_id
@@ -105,8 +107,8 @@ class Shadow:
         self._pairs: list[tuple[nn.Module, nn.Module]] = []
         self._named: dict[str, nn.Module] = {}
         self.root: nn.Module = self._module(model, "")
-        for state, name in self._hooks:
-            state[name].update({key: self._hook(hook) for key, hook in state[name].items()})
+        for _, own in self._hooks:
+            own.update({key: self._hook(hook) for key, hook in own.items()})
         if recorded:
             # The work of these hooks on inputs, outputs and gradients is done around the copy.
             state = self.root.__dict__
@@ -175,20 +177,21 @@ class Shadow:
 
         Hooks that it removed are removed, and handles remove those of the user's modules.
         """
+        for table, own in self._hooks:
+            for gone in [key for key in table if key < self.next_hook and key not in own]:
+                del table[gone]
+        # Of this thread or another.
+        added = RemovableHandle.next_id != self.next_hook
         for original, copy in self._pairs:
             state, before = copy.__dict__, original.__dict__
-            for table in map(before.__getitem__, _HOOK_TABLES):
-                known = self._tables.get(id(table), table)
-                for gone in [key for key in table if key < self.next_hook and key not in known]:
-                    del table[gone]
-            for name in _HOOK_TABLES:
+            for name in _HOOK_TABLES if added else ():
                 late = {key: hook for key, hook in state[name].items() if key >= self.next_hook}
                 before[name].update({key: self._back._hook(hook) for key, hook in late.items()})
             for name, value in state.items():
-                value = self._back._replace(value) if _are_handles(value) else value
-                followed = name in _TABLES or name == "forward" or (id(state), name) in self._followed
-                if not followed and not isinstance(value, nn.Module) and not (name in before and value is before[name]):
-                    before[name] = value
+                if name in _TABLES or name == "forward" or (name in before and value is before[name]):
+                    continue
+                if not isinstance(value, nn.Module) and (id(state), name) not in self._followed:
+                    before[name] = self._back._replace(value) if _are_handles(value) else value
             for name, value in state["_buffers"].items():
                 known = before["_buffers"].get(name)
                 if value is not known and not (isinstance(known, Tensor) and known.is_inference()):
@@ -234,12 +237,15 @@ class Shadow:
                 continue
             if name not in _TABLES:
                 self._attributes.append((state, name, value))
-            elif name in _HOOK_TABLES:
+            elif name in _HOOK_TABLES and (value or name in _CALLED):
                 # Empty ones, too: a forward pass may add hooks.
-                state[name] = OrderedDict() if name in BACKWARD_HOOKS and not self.recorded else value.copy()
-                self._tables[id(value)] = state[name]
+                own: dict[int, Any] = OrderedDict()
+                state[name] = own
                 if value:
-                    self._hooks.append((state, name))
+                    self._tables[id(value)] = own
+                    if self.recorded or name not in BACKWARD_HOOKS:
+                        own.update(value)
+                        self._hooks.append((value, own))
         state["_parameters"] = {
             name: None if value is None else self._tensor(value) for name, value in state["_parameters"].items()
         }
