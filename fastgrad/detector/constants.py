@@ -1,8 +1,8 @@
 """Every number that the detector's method rests on, with its reason and where it was tuned.
 
 *Photographs* are 400 of ImageNet's classes with EfficientNet-Lite0 and Lite1 and 45 generated challenges of 24 each,
-tested on 28 sets that are not generated; AUROC below is the mean over those sets, taken
-while the classifier of challenges saw principal components of activations alone (`fastgrad.blocks.block.JOINT`).
+tested on 28 sets that are not generated. AUROC below is the mean over those sets, taken while the classifier of
+challenges saw principal components of activations alone (`fastgrad.blocks.block.JOINT`).
 """
 
 from __future__ import annotations
