@@ -3,10 +3,10 @@
 An answer is wrong because the network is unsure of it, or because the input misleads the network, whichever it is: a
 noisy-or (Pearl, *Probabilistic Reasoning in Intelligent Systems*, 1988) of two causes,
 
-    risk = 1 - p (1 - m),    m = sigmoid(b + sum_s w_s log(1 + e_s)),    w_s >= 0
+    risk = 1 - p (1 - m),    m = sigmoid(b + sum_s w_s e_s),    w_s >= 0
 
 p the largest probability, e_s the evidence of source s. So risk is never below 1 - p, and no evidence lowers it. In
-place of the classifier's evidence stands e = o / `UNIT`, o the odds of sum_k q_k r_k: q_k the probability that the
+place of the classifier's evidence stands log(1 + o / `FLOOR`), o the odds of sum_k q_k r_k: q_k the probability that the
 input is a challenge of kind k, r_k the share of these that the network answers wrongly. Kinds differ: of attacks nearly
 all are, of brighter images few. b and w minimise ``||w||^2 / (2 n)`` plus the mean of minus the log likelihood on n
 clean inputs and challenges, both weighing the same in all. A challenge keeps the label of the clean input that it is
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from torch import Tensor
 
-from fastgrad.detector.constants import RISK_STEPS, UNIT
+from fastgrad.detector.constants import FLOOR, RISK_STEPS
 from fastgrad.scores.fitted import Fitted
 
 
@@ -44,7 +44,7 @@ class NoisyOr(Fitted):
         other = evidence.new_zeros(len(evidence)) if known is None else known
         usable = evidence.isfinite().all(1)
         other, evidence, event, challenging = (v[usable] for v in (other, evidence, event, challenging))
-        rows = torch.cat([evidence.log1p(), torch.ones_like(evidence[:, :1])], 1)
+        rows = torch.cat([evidence, torch.ones_like(evidence[:, :1])], 1)
         shares = torch.where(challenging, 0.5 / challenging.sum().double(), 0.5 / (~challenging).sum().double())
 
         def objective(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
@@ -66,7 +66,7 @@ class NoisyOr(Fitted):
 
     def log_odds(self, evidence: Tensor) -> Tensor:
         """Log odds ``(B,)`` by the evidence alone; infinite where some is not finite."""
-        return torch.where(evidence.isfinite().all(1), evidence.log1p() @ self.weight + self.bias, torch.inf)
+        return torch.where(evidence.isfinite().all(1), evidence @ self.weight + self.bias, torch.inf)
 
     def forward(self, known: Tensor, evidence: Tensor) -> Tensor:
         """Probabilities ``(B,)`` from ``known`` ``(B,)`` and ``evidence`` ``(B, S)``; 1 where one is no number."""
@@ -112,7 +112,7 @@ def misleading(evidence: Tensor, log_p: Tensor, rates: Tensor) -> Tensor:
     if not len(rates):
         return evidence
     wrong = log_p.exp() @ rates
-    return torch.cat([evidence[:, :-1], (wrong / (1 - wrong) / UNIT).unsqueeze(1)], 1)
+    return torch.cat([evidence[:, :-1], (wrong / (1 - wrong) / FLOOR).log1p().unsqueeze(1)], 1)
 
 
 def doubt(log_probabilities: Tensor) -> Tensor:

@@ -424,7 +424,7 @@ def test_the_gate_mixes_network_and_classifier():
     logits, blocks = model.extraction_(x)
     logits = logits.double()
     evidence = model.detector_.explain(blocks)[1]
-    g = torch.sigmoid(evidence.log1p() @ model.gate_.weight + model.gate_.bias).unsqueeze(1)
+    g = torch.sigmoid(evidence @ model.gate_.weight + model.gate_.bias).unsqueeze(1)
     second = model.classifier_(blocks["features"].double()).softmax(1)
     expected = (1 - g) * model.temperature_(logits).softmax(1) + g * second
     torch.testing.assert_close(answer.probabilities.double(), expected, rtol=1e-4, atol=1e-6)
