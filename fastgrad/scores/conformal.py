@@ -25,6 +25,9 @@ STEEPEST = 8.0
 _STEP = 0.25
 #: The highest scores, so many or a tenth if that is fewer, are described by their mean instead of counted.
 _TAIL = 10
+#: Share of a two-sided score's false alarms that small values have. Few inputs are unusual by them, but far out. AUROC
+#: on EfficientNet-Lite0, and of attacks without challenges: half .889 and .920, .05 .893 and .918, none .890 and .814.
+SMALL = 0.05
 
 
 class PValues(Fitted):
@@ -42,8 +45,8 @@ class PValues(Fitted):
     Where scores truly lie close together (a lump, an end of their range) the slope of log p is limited to
     `STEEPEST` over the width of the middle half of the scores, by raising p-values, never by lowering them.
 
-    A two-sided score, unusual when high or low, has the typicality 2 min(p, 1 - p). Of the T tails each score's upper
-    one comes first, then the lower one of each two-sided score.
+    A two-sided score, unusual when high or low, has the p-value ``min(p / (1 - a), q / a)``, q that of minus the score,
+    a the share `SMALL`. Of the T tails each score's upper one comes first, then the lower one of each two-sided score.
     """
 
     scores: Tensor  # (T, m), the counted ones
@@ -54,7 +57,7 @@ class PValues(Fitted):
     count: Tensor  # (T, 1): k
     two_sided: Tensor  # (T - K,): which scores have a lower tail
     other: Tensor  # (K,): the row of each score's lower tail, or of its upper one
-    factor: Tensor  # (K, 1): log 2, or 0
+    share: Tensor  # (T, 1): the logarithm of each tail's share of false alarms
 
     @classmethod
     def fit(cls, scores: Tensor, two_sided: Sequence[bool], *, counted: bool = False) -> PValues:
@@ -65,7 +68,9 @@ class PValues(Fitted):
         # Beyond the last counted score, s, no table is read.
         tables = {name: pad_sequence([tail[name] for tail in tails], True, math.inf) for name in tails[0]}
         other = rows.index_copy(0, lower, len(both) + torch.arange(len(lower), device="cpu"))
-        return cls(**tables, two_sided=lower, other=other, factor=both.double().unsqueeze(1) * math.log(2.0))
+        share = torch.full_like(tables["scale"], math.log(SMALL))
+        share[: len(both), 0] = both.double() * math.log1p(-SMALL)
+        return cls(**tables, two_sided=lower, other=other, share=share)
 
     def forward(self, scores: Tensor) -> Tensor:
         """Log p-values ``(K, B)`` of ``scores`` ``(K, B)``, at most 0."""
@@ -74,13 +79,13 @@ class PValues(Fitted):
         upper = torch.searchsorted(self.scores, tails).clamp(max=self.scores.shape[1] - 1)
         lower = (upper - 1).clamp(min=0)
         low, high = self.scores.gather(1, lower), self.scores.gather(1, upper)
-        share = ((tails - low) / (high - low).clamp(min=1e-300)).clamp(0, 1)
+        between = ((tails - low) / (high - low).clamp(min=1e-300)).clamp(0, 1)
         first = self.log_p.gather(1, lower)
-        body = first + share * (self.log_p.gather(1, upper) - first)
+        body = first + between * (self.log_p.gather(1, upper) - first)
         excess = ((tails - self.start) / self.scale).clamp(min=0)
         log_p = torch.where(tails > self.start, self.start_log_p - self.count * torch.log1p(excess / self.count), body)
-        smaller = torch.minimum(log_p[: len(self.other)], log_p.index_select(0, self.other))
-        return (smaller + self.factor).clamp(max=0.0)
+        log_p = log_p - self.share
+        return torch.minimum(log_p[: len(self.other)], log_p.index_select(0, self.other)).clamp(max=0.0)
 
 
 def _tail(scores: Tensor, counted: bool) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fastgrad.scores.conformal import STEEPEST, PValues, weighted
+from fastgrad.scores.conformal import SMALL, STEEPEST, PValues, weighted
 
 RATES = (0.01, 0.05, 0.1, 0.2)
 
@@ -150,8 +150,17 @@ def test_two_sided_flags_what_is_too_good():
     low, middle, high = log_p_of(meaning, [-9.0, 0.0, 9.0])
     assert low < -5
     assert high < -5
-    assert middle > -0.2
+    assert middle > -0.8
     assert float(log_p_of(meaning, torch.linspace(-9, 9, 500)).max()) <= 0
+
+
+def test_the_sides_of_a_score_share_its_false_alarms():
+    generator = torch.Generator().manual_seed(0)
+    calibration, new = torch.randn(20000, generator=generator), torch.randn(40000, generator=generator)
+    flagged = log_p_of(PValues.fit(calibration.unsqueeze(0), [True]), new) < np.log(0.1)
+    error = 4 * np.sqrt(0.1 * 0.9 * (1 / 20000 + 1 / 40000))
+    assert abs(float(flagged.double().mean()) - 0.1) < error
+    assert abs(float((flagged & (new < 0)).double().mean()) - SMALL * 0.1) < error / 4
 
 
 def test_constant_calibration_scores_stay_usable():
@@ -219,6 +228,6 @@ def test_several_scores_together_mean_what_each_means(kinds: str) -> None:
     for kind, row, seen, values in zip(kinds, found, calibration, scores, strict=True):
         expected = by_definition(one_sided(seen), values)
         if kind == "t":
-            smaller = np.minimum(expected, by_definition(one_sided(-seen), -values))
-            expected = np.minimum(smaller + np.log(2), 0)
+            small = by_definition(one_sided(-seen), -values) - np.log(SMALL)
+            expected = np.minimum(np.minimum(expected - np.log(1 - SMALL), small), 0)
         np.testing.assert_allclose(row.numpy(), expected, rtol=1e-12, atol=1e-12)
