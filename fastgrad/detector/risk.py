@@ -6,11 +6,11 @@ noisy-or (Pearl, *Probabilistic Reasoning in Intelligent Systems*, 1988) of two 
     risk = 1 - p (1 - m),    m = sigmoid(b + sum_s w_s e_s),    w_s >= 0
 
 p the largest probability, e_s the evidence of source s. So risk is never below 1 - p, and no evidence lowers it. In
-place of the classifier's evidence stands log(1 + o / `FLOOR`), o the odds of sum_k q_k r_k: q_k the probability that the
-input is a challenge of kind k, r_k the share of these that the network answers wrongly. Kinds differ: of attacks nearly
-all are, of brighter images few. b and w minimise ``||w||^2 / (2 n)`` plus the mean of minus the log likelihood on n
-clean inputs and challenges, both weighing the same in all. A challenge keeps the label of the clean input that it is
-made from: it does not change what is seen.
+place of the classifier's evidence stands log(1 + o / `FLOOR`), o the odds of sum_k q_k r_k: q_k the probability that
+the input is a challenge of kind k, r_k the share of these that the network answers wrongly. Kinds differ: of attacks
+nearly all are, of brighter images few. b and w minimise ``||w||^2 / (2 n)`` plus the mean of minus the log likelihood
+on n clean inputs and challenges, both weighing the same in all. A challenge keeps the label of the clean input that it
+is made from: it does not change what is seen.
 """
 
 from __future__ import annotations
