@@ -10,8 +10,9 @@ from sklearn.mixture import GaussianMixture as SklearnMixture
 from small_nets import Net
 from torch import nn
 
-from fastgrad.blocks.logits import Energy
+from fastgrad.blocks.logits import Energy, Margin
 from fastgrad.challenges.attacks import reached
+from fastgrad.scores.conformal import PValues
 from fastgrad.scores.fitted import Fitted
 from fastgrad.scores.gaussian_mixture import GaussianMixture
 from fastgrad.scores.mahalanobis import Mahalanobis
@@ -70,6 +71,27 @@ def test_the_energy_of_log_probabilities_is_none_and_not_their_rounding():
     logits = torch.randn(200, 5).log_softmax(-1).double()
     assert (Energy()(logits) == 0).all()
     assert Energy()(torch.full((1, 5), torch.nan)).isnan().all()
+
+
+def test_margin():
+    logits = torch.tensor(RNG.normal(size=(9, 2))).sort(descending=True).values
+    margin = logits[:, 0] - logits[:, 1]
+    # What float32 rounds off a logit counts as margin.
+    rounding = torch.finfo(torch.float32).eps * logits[:, 0].abs() / margin
+    assert ((Margin()(logits) + margin.log()).abs() <= rounding + 1e-12).all()
+    equal, certain, none = Margin()(torch.tensor([[2.0, 2.0], [2.0, -np.inf], [np.nan, 0.0]]).double())
+    assert np.log(1e6) < equal < 100
+    assert certain == -np.inf
+    assert none.isnan()
+
+
+def test_an_input_at_the_boundary_is_as_unusual_as_its_margin_is_small():
+    clean = torch.stack([torch.linspace(0.01, 10, 1000), torch.zeros(1000)], 1).double()
+    tail = PValues.fit(Margin()(clean).unsqueeze(0), [False])
+    p = tail(Margin()(torch.tensor([[1e-2, 0.0], [1e-3, 0.0], [1e-4, 0.0]]).double()).unsqueeze(0))[0].exp()
+    # Clean margins are below a given one in proportion to it. The estimated tail is heavier: ten scores tell of it.
+    assert (p > torch.tensor([1e-3, 1e-4, 1e-5])).all()
+    assert (p < torch.tensor([5e-3, 1e-3, 2e-4])).all()
 
 
 @pytest.mark.parametrize(
