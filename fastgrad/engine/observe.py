@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -39,6 +40,13 @@ _SCATTERING = frozenset({
 _WRITING = frozenset({"setitem", "index_put", "index_copy", "scatter"})
 #: Those that gather along a dimension by an index.
 _GATHERING = frozenset({"index_select", "gather", "take_along_dim"})
+#: Those that put rows together.
+_JOINING = frozenset({"cat", "concat", "concatenate", "stack", "vstack", "pad_sequence"})
+#: Those that give values to Python, which may choose rows by them.
+_ARRAYS = frozenset({"numpy", "__array__"})
+_READING = _ARRAYS | {"tolist", "item", "__bool__", "__float__", "__index__", "__int__"}
+#: Those that make tensors of Python's values.
+_MAKING = frozenset({"tensor", "as_tensor", "asarray"})
 #: Those that draw.
 _DRAWING = frozenset({"randperm", "randint", "rand", "randn", "multinomial", "bernoulli"})
 
@@ -55,6 +63,8 @@ class Rows:
         # By id. They are held, so that no other tensor gets the id of one.
         self._computed = _tensors_in(inputs)
         self._gathered: dict[int, Tensor] = {}
+        # By what Python has read values that were computed from the batch.
+        self._read: set[str] = set()
 
     @property
     def gathers(self) -> bool:
@@ -70,16 +80,18 @@ class Rows:
         full = getattr(function, "__name__", "")
         name = full.strip("_")
         # Of a tensor given for its shape, no value is used.
-        if name not in _DRAWING and not self._computed_in(args[:1] if name == "expand_as" else (args, kwargs)):
+        made = name in _DRAWING or (self._read and name in _MAKING)
+        if not made and not self._computed_in(args[:1] if name == "expand_as" else (args, kwargs)):
             return
+        self._read |= {full} & _READING
         # What is written to in place comes from what is written.
         first = args[0] if args else None
         written = (result, first) if in_place(full) else result
         self._computed |= _tensors_in(written)
-        if self.gathered(first if name in _SCATTERING else (args, kwargs)) or self._gathers(name, args, kwargs):
+        if self.gathered(first if name in _SCATTERING else (args, kwargs)) or self._gathers(name, args, kwargs, result):
             self._gathered |= _tensors_in(written)
 
-    def _gathers(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _gathers(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
         if name == "einsum" and isinstance(args[0], str):
             # Whether rows of several tensors computed from the batch are multiplied and added up.
             terms, _, kept = args[0].replace(" ", "").partition("->")
@@ -91,20 +103,30 @@ class Rows:
             *dim, index, source = args
             moved = [i for i in _tensors_in(_leading(index)).values() if i.dtype != torch.bool]
             of_rows = len(dim) < 2 or dim[1] in (0, -args[0].dim())
-            return of_rows and self._computed_in(moved) and self._computed_in(source) and not self.gathered(source)
+            chosen = self._computed_in(moved) or self._chosen(index, int)
+            return of_rows and chosen and self._computed_in(source) and not self.gathered(source)
+        if name in _JOINING and self._read:
+            of_rows = kwargs.get("dim", args[1] if len(args) > 1 else 0) in (0, -result.dim())
+            return of_rows or name == "pad_sequence"
         if not args or id(args[0]) not in self._computed:
             return False
-        if name == "masked_select":
+        if name in ("masked_select", "take"):
             return True
         if name == "getitem":
-            return self._computed_in(_leading(args[1]))
-        if name in ("matmul", "mm") and isinstance(args[1], Tensor):
-            return args[1].dim() == 2 and self._computed_in(args[1])
+            return self._computed_in(_leading(args[1])) or self._chosen(args[1])
+        rest = [*args[1:], *kwargs.values()]
+        if name in ("matmul", "mm", "linear", "embedding"):
+            return rest[0].dim() == 2 and self._computed_in(rest[0])
         if name in _GATHERING:
             given = {"dim": args[1] if len(args) > 1 else None} | kwargs
-            rest = [*args[1:], *kwargs.values()]
             return given["dim"] in (0, -args[0].dim()) and self._computed_in(rest)
         return False
+
+    def _chosen(self, index: Any, *types: type) -> bool:
+        """Whether an index of rows, also one of ``types``, may come from values that Python read."""
+        # A tensor that shares an array's memory is made unseen.
+        types = (*types, Tensor) if self._read & _ARRAYS else types
+        return bool(self._read) and isinstance(_leading(index), (list, np.ndarray, *types))
 
     def _computed_in(self, tree: Any) -> bool:
         return not self._computed.keys().isdisjoint(_tensors_in(tree))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from gradient_oracle import loss_norms
 from small_nets import Net, recorded
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -449,9 +449,13 @@ def test_samples_in_another_order(body: nn.Module) -> None:
     check(model, [((ordered,), {}), ((ordered.flip(0),), {}), ((inputs(5, 2, 3),), {})])
 
 
-def written(x: Tensor, there: Tensor) -> Tensor:
+def written(x: Tensor, there: Tensor | list[int]) -> Tensor:
     rows = torch.zeros_like(x)
-    rows[there] = x
+    if isinstance(there, Tensor):
+        rows[there] = x
+        return rows
+    for place, row in zip(there, x, strict=True):
+        rows[place] = row
     return rows
 
 
@@ -462,6 +466,12 @@ def sorted_by(way: str, net: Any, x: Tensor) -> Tensor:
     products = F.one_hot(order, len(x)).to(x)
     ways: dict[str, Callable[[], Tensor]] = {
         "rows": lambda: torch.stack([x[i] for i in order.tolist()]),
+        "slices": lambda: torch.cat([x[i : i + 1] for i in map(int, order)]),
+        "items": lambda: x[sorted(range(len(x)), key=lambda i: x[i, 0].item())],
+        "array": lambda: x[order.numpy()],
+        "tensor": lambda: x.index_select(0, torch.tensor(order.tolist())),
+        "padded": lambda: pad_sequence([x[i].unsqueeze(1) for i in order.tolist()], batch_first=True).squeeze(2),
+        "one by one": lambda: written(x, there.tolist()),
         "take": lambda: torch.take(x, index * x.shape[1] + torch.arange(x.shape[1])),
         "embedding": lambda: F.embedding(order, x),
         "index_copy": lambda: torch.zeros_like(x).index_copy(0, there, x),
@@ -487,11 +497,23 @@ def test_an_order_that_values_decide_is_seen_whatever_puts_samples_into_it(way: 
     check(model, [((ordered,), {}), ((ordered.flip(0),), {}), ((x[:3],), {})])
 
 
-@pytest.mark.parametrize("way", ["setitem", "index_copy", "index_put", "scatter"])
-def test_an_order_that_does_not_show_in_the_first_call_is_seen_by_what_writes_it(way: str) -> None:
+@pytest.mark.parametrize(
+    "way",
+    [
+        "setitem", "index_copy", "index_put", "scatter", "take", "embedding", "linear", "rows", "slices", "items",
+        "array", "tensor", "padded", "one by one",
+    ],
+)  # fmt: skip
+def test_an_order_that_does_not_show_in_the_first_call_is_seen_by_what_makes_it(way: str) -> None:
     x = inputs(5, 3)
     alike = torch.cat([torch.ones_like(x[:, :1]), x[:, 1:]], 1)
     check(one_layer(functools.partial(sorted_by, way)), [((alike,), {}), ((x,), {})])
+
+
+def test_a_factor_may_be_given_by_name() -> None:
+    parts = {"layer": nn.Linear(3, 3), "factor": nn.Parameter(inputs(3, 2))}
+    model = Net(lambda net, x: torch.matmul(net.layer(x), other=net.factor), **parts)
+    check(model, [((inputs(5, 3),), {})])
 
 
 def packed(net: Any, x: Tensor, lengths: Tensor) -> Tensor:
