@@ -261,6 +261,8 @@ class Shadow:
             attach(copy, _lay_out_gradient)
             if _torch.is_traced():
                 attach(copy, _lay_out_input, before=True)
+        if self._graded and isinstance(copy, nn.GroupNorm):
+            attach(copy, _put_channels_first, before=True)
         return copy
 
     def _hook(self, hook: Any) -> Any:
@@ -367,6 +369,17 @@ def _lay_out_input(_: nn.Module, args: Any, kwargs: Any) -> Any:
     """Have a graph give a norm contiguous inputs there: tensors without data do not tell the layout of its output."""
     if args and isinstance(args[0], Tensor) and 1 in args[0].shape:
         return (args[0].contiguous(), *args[1:]), kwargs
+    return None
+
+
+def _put_channels_first(_: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Have a group norm take channels first where its input needs no gradient.
+
+    With channels last, PyTorch's kernel for CPUs writes to a gradient that does not exist, and ends the process.
+    """
+    x = args[0] if args else None
+    if isinstance(x, Tensor) and x.dim() > 3 and x.stride(1) == 1 and not x.requires_grad:
+        return (x.clone(memory_format=torch.contiguous_format), *args[1:]), kwargs
     return None
 
 

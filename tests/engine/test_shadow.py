@@ -410,3 +410,24 @@ def test_graphs_pass_norms_in_any_layout() -> None:
     truth = torch.stack([extractor(one.expand(2, 3, 4, 1))[1][0] for one in x])
     for features in (extractor(x)[1], graph(x)[1]):
         torch.testing.assert_close(features, truth, rtol=1e-9, atol=1e-12)
+
+
+class ByHand(nn.GroupNorm):
+    """Without a rule."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+@pytest.mark.parametrize("kind", [nn.GroupNorm, ByHand])
+@pytest.mark.parametrize("size", [1, 2])
+def test_group_norms_of_channels_last(kind: type[nn.GroupNorm], size: int) -> None:
+    """Where their input needs no gradient, PyTorch's own end the process."""
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(2, 4), nn.Conv2d(4, 6, 1), kind(2, 6), nn.Flatten(), nn.Linear(6 * size**2, 3)).double()
+    x = torch.randn(3, 4, size, size, dtype=torch.float64)
+    truth = loss_norms(model(x).square().sum(1), model)
+    model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    assert_exact(recorded(model, lambda: model(x).square().sum()), truth)
+    _, features = fastgrad.GradientFeatures(model, loss="mse", target=lambda z: torch.zeros_like(z))(x)
+    assert_exact(features, truth)
