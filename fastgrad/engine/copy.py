@@ -33,7 +33,7 @@ _HOOK_TABLES = frozenset(
 )
 #: Those of calls, not of state dictionaries.
 _CALLED = frozenset(name for name in _HOOK_TABLES if "state_dict" not in name)
-_TABLES = _HOOK_TABLES | {"_parameters", "_buffers", "_modules"}
+TABLES = _HOOK_TABLES | {"_parameters", "_buffers", "_modules"}
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
@@ -158,7 +158,7 @@ class Shadow:
                 name: _own(value)
                 for name, value in self.modules[id(part)].__dict__.items()
                 if (type(value) in PLAIN and not isinstance(value, Tensor))
-                or (name not in _TABLES and _is_filled_plainly(value))
+                or (name not in TABLES and _is_filled_plainly(value))
             }
             for part in module.modules()
         }
@@ -188,7 +188,7 @@ class Shadow:
                 late = {key: hook for key, hook in state[name].items() if key >= self.next_hook}
                 before[name].update({key: self._back._hook(hook) for key, hook in late.items()})
             for name, value in state.items():
-                if name in _TABLES or name == "forward" or (name in before and value is before[name]):
+                if name in TABLES or name == "forward" or (name in before and value is before[name]):
                     continue
                 if not isinstance(value, nn.Module) and (id(state), name) not in self._followed:
                     before[name] = self._back._replace(value) if _are_handles(value) else value
@@ -235,7 +235,7 @@ class Shadow:
         for name, value in state.items():
             if type(value) in PLAIN:
                 continue
-            if name not in _TABLES:
+            if name not in TABLES:
                 self._attributes.append((state, name, value))
             elif name in _HOOK_TABLES and (value or name in _CALLED):
                 # Empty ones, too: a forward pass may add hooks.

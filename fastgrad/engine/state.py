@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import random
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy as shallow_copy
 from typing import Any
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastgrad._torch import is_fake, is_wrapped, own_parametrizations, pytree
 from fastgrad.batches import input_tensors, same_class
-from fastgrad.engine.copy import CONTAINERS, PLAIN
+from fastgrad.engine.copy import CONTAINERS, PLAIN, TABLES
 from fastgrad.engine.steps import in_place
 
 
@@ -123,6 +123,50 @@ def _fill(target: Any, source: Any, each: Callable[[Any], Any]) -> None:
         target.update(members)
 
 
+#: What a forward pass may note something in.
+_FILLED = (list, dict, set, deque, np.ndarray)
+
+
+class Notes:
+    """What a forward pass may count or note in, of which a private copy of ``modules`` has none of its own.
+
+    Those are objects in attributes, also in lists, and what is no plain list, dict or set. An object that holds more
+    than plain values may be part of a program, as a trainer is.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._pairs: list[tuple[Any, Any]] = []
+        for module in modules:
+            for name, value in vars(module).items():
+                if type(value) not in PLAIN and name not in TABLES:
+                    self._take(value)
+
+    def _take(self, value: Any) -> None:
+        if type(value) not in CONTAINERS and isinstance(value, _FILLED):
+            self._pairs.append((value, shallow_copy(value)))
+        items = value.values() if type(value) is dict else value if type(value) in (list, tuple) else [value]
+        for item in () if PLAIN.issuperset(map(type, items)) else items:
+            held = getattr(item, "__dict__", None)
+            if type(held) is dict and all(type(one) in PLAIN or isinstance(one, _FILLED) for one in held.values()):
+                filled = [held, *(one for one in held.values() if isinstance(one, _FILLED))]
+                self._pairs += [(one, shallow_copy(one)) for one in filled]
+
+    def restore(self) -> None:
+        """Put everything back. What is as it was is not written to: other threads may read it."""
+        for target, copy in self._pairs:
+            if isinstance(target, dict):
+                for key in target.keys() - copy.keys():
+                    del target[key]
+                # Past the class's own, which may add, as a Counter does.
+                dict.update(target, {k: v for k, v in copy.items() if k not in target or target[k] is not v})
+            elif isinstance(target, np.ndarray):
+                if not np.array_equal(target, copy):
+                    target[...] = copy
+            elif target != copy if isinstance(target, set) else [*map(id, target)] != [*map(id, copy)]:
+                target.clear()
+                (target.update if isinstance(target, set) else target.extend)(copy)
+
+
 class Snapshot:
     """Random numbers, buffers and inputs before a forward pass, to take back what it does to them.
 
@@ -136,9 +180,12 @@ class Snapshot:
         self._random = RandomState(modules)
         copied: list[Tensor | None] = []
         kept: list[Tensor | None] = []
+        self._notes = Notes(modules if every else ())
         for module in modules:
             if module._buffers:
                 (copied if every or (training and module.training) else kept).extend(module._buffers.values())
+            if every:
+                copied.extend(value for value in vars(module).values() if isinstance(value, Tensor))
         self._copied = Versions(copied)
         self._values = {id(b): b.detach().clone() for b in copied if b is not None}
         self._kept = Versions(kept)
@@ -153,6 +200,7 @@ class Snapshot:
         with torch.no_grad():
             for buffer in self._copied.modified():
                 buffer.copy_(self._values[id(buffer)])
+        self._notes.restore()
         # Objects may lead back to themselves.
         known: Copied = {id(copy): (copy, leaf) for leaf, copy in self._objects}
         for leaf, copy in self._objects:

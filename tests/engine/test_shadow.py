@@ -6,10 +6,13 @@ import contextlib
 import copy
 import functools
 import itertools
-from collections import Counter
+import types
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -296,6 +299,44 @@ def test_lists_and_dicts_of_the_model_are_its_own() -> None:
     # The user's own call fills them, once.
     assert torch.allclose(found, truth)
     assert len(model.seen) == 1
+
+
+#: By what they count in: how it begins, and what a call does to it.
+COUNTS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
+    "object": (lambda: types.SimpleNamespace(count=0), lambda it: setattr(it, "count", it.count + 1)),
+    "object with a list": (lambda: types.SimpleNamespace(seen=[]), lambda it: it.seen.append(1)),
+    "object in a list": (lambda: [types.SimpleNamespace(count=0)], lambda it: setattr(it[0], "count", it[0].count + 1)),
+    "object in a dict": (lambda: {0: types.SimpleNamespace(seen=set())}, lambda it: it[0].seen.add(len(it[0].seen))),
+    "deque": (lambda: deque(maxlen=9), lambda it: it.append(1)),
+    "counter": (Counter, lambda it: it.update("a")),
+    "defaultdict": (lambda: defaultdict(int), lambda it: it.update(a=it["a"] + 1)),
+    "array": (lambda: np.zeros(1), lambda it: it.__iadd__(1)),
+}
+
+
+def noting(net: Any, x: Tensor) -> Tensor:
+    net.note(net.held)
+    return net.head(torch.tanh(net.layer(torch.tanh(net.layer(x)))))
+
+
+@pytest.mark.parametrize("kind", COUNTS)
+def test_what_a_call_counts_is_counted_once(kind: str) -> None:
+    begin, note = COUNTS[kind]
+    held, once = begin(), begin()
+    # A layer that is used twice is computed again in the backward pass.
+    model = Net(noting, layer=nn.Linear(3, 3), head=nn.Linear(3, 2), note=note, held=held)
+    x = torch.randn(5, 3)
+    for count in (lambda: fastgrad.GradientFeatures(model)(x), lambda: recorded(model, lambda: model(x).sum())):
+        count()
+        note(once)
+        assert held == once
+    assert model.held is held
+
+
+def test_a_tensor_that_is_no_buffer_is_counted_in_once() -> None:
+    model = Net(lambda net, x: net.layer(x * net.count.add_(1)), layer=nn.Linear(3, 2), count=torch.zeros(()))
+    recorded(model, lambda: model(torch.randn(5, 3)).square().sum())
+    assert model.count == 1
 
 
 @pytest.mark.parametrize("zero", [False, True])
