@@ -33,6 +33,7 @@ _HOOK_TABLES = frozenset(
 )
 #: Those of calls, not of state dictionaries.
 _CALLED = frozenset(name for name in _HOOK_TABLES if "state_dict" not in name)
+#: What `nn.Module` itself keeps.
 TABLES = _HOOK_TABLES | {"_parameters", "_buffers", "_modules"}
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import random
-from collections import defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy as shallow_copy
 from typing import Any
@@ -123,50 +123,6 @@ def _fill(target: Any, source: Any, each: Callable[[Any], Any]) -> None:
         target.update(members)
 
 
-#: What a forward pass may note something in.
-_FILLED = (list, dict, set, deque, np.ndarray)
-
-
-class Notes:
-    """What a forward pass may count or note in, of which a private copy of ``modules`` has none of its own.
-
-    Those are objects in attributes, also in lists, and what is no plain list, dict or set. An object that holds more
-    than plain values may be part of a program, as a trainer is.
-    """
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._pairs: list[tuple[Any, Any]] = []
-        for module in modules:
-            for name, value in vars(module).items():
-                if type(value) not in PLAIN and name not in TABLES:
-                    self._take(value)
-
-    def _take(self, value: Any) -> None:
-        if type(value) not in CONTAINERS and isinstance(value, _FILLED):
-            self._pairs.append((value, shallow_copy(value)))
-        items = value.values() if type(value) is dict else value if type(value) in (list, tuple) else [value]
-        for item in () if PLAIN.issuperset(map(type, items)) else items:
-            held = getattr(item, "__dict__", None)
-            if type(held) is dict and all(type(one) in PLAIN or isinstance(one, _FILLED) for one in held.values()):
-                filled = [held, *(one for one in held.values() if isinstance(one, _FILLED))]
-                self._pairs += [(one, shallow_copy(one)) for one in filled]
-
-    def restore(self) -> None:
-        """Put everything back. What is as it was is not written to: other threads may read it."""
-        for target, copy in self._pairs:
-            if isinstance(target, dict):
-                for key in target.keys() - copy.keys():
-                    del target[key]
-                # Past the class's own, which may add, as a Counter does.
-                dict.update(target, {k: v for k, v in copy.items() if k not in target or target[k] is not v})
-            elif isinstance(target, np.ndarray):
-                if not np.array_equal(target, copy):
-                    target[...] = copy
-            elif target != copy if isinstance(target, set) else [*map(id, target)] != [*map(id, copy)]:
-                target.clear()
-                (target.update if isinstance(target, set) else target.extend)(copy)
-
-
 class Snapshot:
     """Random numbers, buffers and inputs before a forward pass, to take back what it does to them.
 
@@ -180,12 +136,13 @@ class Snapshot:
         self._random = RandomState(modules)
         copied: list[Tensor | None] = []
         kept: list[Tensor | None] = []
-        self._notes = Notes(modules if every else ())
         for module in modules:
             if module._buffers:
                 (copied if every or (training and module.training) else kept).extend(module._buffers.values())
             if every:
-                copied.extend(value for value in vars(module).values() if isinstance(value, Tensor))
+                copied.extend(
+                    value for value in vars(module).values() if type(value) is Tensor and _may_be_written(value)
+                )
         self._copied = Versions(copied)
         self._values = {id(b): b.detach().clone() for b in copied if b is not None}
         self._kept = Versions(kept)
@@ -200,7 +157,6 @@ class Snapshot:
         with torch.no_grad():
             for buffer in self._copied.modified():
                 buffer.copy_(self._values[id(buffer)])
-        self._notes.restore()
         # Objects may lead back to themselves.
         known: Copied = {id(copy): (copy, leaf) for leaf, copy in self._objects}
         for leaf, copy in self._objects:
@@ -290,6 +246,11 @@ def _pointer(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if plain and not is_wrapped(tensor) else 0
 
 
+def _may_be_written(tensor: Tensor) -> bool:
+    """Whether a plain tensor has memory for each of its numbers; copies of those that do not may be large."""
+    return _pointer(tensor) != 0 and tensor.nbytes <= tensor.untyped_storage().nbytes()
+
+
 @contextlib.contextmanager
 def undone(model: nn.Module, inputs: Any = (), copies: Copies | None = None) -> Iterator[Any]:
     """Take back what passes do to random numbers and buffers; gives a copy of ``inputs``, which they may write to.
@@ -303,6 +264,49 @@ def undone(model: nn.Module, inputs: Any = (), copies: Copies | None = None) -> 
             yield pytree.tree_map(lambda leaf: apart(leaf, copy, known), inputs)
     finally:
         before.restore()
+
+
+#: What may be emptied and filled again.
+_FILLED = frozenset((list, set, deque, dict, OrderedDict, defaultdict, Counter))
+
+
+@contextlib.contextmanager
+def objects_kept(model: nn.Module) -> Iterator[None]:
+    """Give objects in attributes of modules back what they held, as counters: copies of the model share them.
+
+    A copy of such an object would no longer be the one that a hook, a function or another object holds.
+    """
+    found: dict[int, tuple[Any, Any]] = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name not in TABLES:
+                _find_filled(value, found)
+    try:
+        yield
+    finally:
+        for part, before in found.values():
+            if _ids(part) != _ids(before):
+                part.clear()
+                (part.update if isinstance(part, (dict, set)) else part.extend)(before)
+
+
+def _find_filled(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
+    """Put into ``found`` by id what ``value`` consists of and may be filled again, each with a shallow copy."""
+    if type(value) in PLAIN or isinstance(value, nn.Module):
+        return
+    held = getattr(value, "__dict__", None)
+    # An object that holds others may be part of a program, which runs meanwhile, as a trainer.
+    plain = type(held) is dict and all(type(item) in PLAIN or type(item) in _FILLED for item in held.values())
+    for part in (value, held if plain else None):
+        if type(part) is tuple or (type(part) in _FILLED and id(part) not in found):
+            if type(part) is not tuple:
+                found[id(part)] = part, part.copy()
+            for item in part.values() if isinstance(part, dict) else part:
+                _find_filled(item, found)
+
+
+def _ids(part: Any) -> list[int]:
+    return [*map(id, part), *(map(id, part.values()) if isinstance(part, dict) else ())]
 
 
 class Unchanged:

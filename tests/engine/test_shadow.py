@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import itertools
 import types
@@ -12,7 +13,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -310,7 +310,7 @@ COUNTS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
     "deque": (lambda: deque(maxlen=9), lambda it: it.append(1)),
     "counter": (Counter, lambda it: it.update("a")),
     "defaultdict": (lambda: defaultdict(int), lambda it: it.update(a=it["a"] + 1)),
-    "array": (lambda: np.zeros(1), lambda it: it.__iadd__(1)),
+    "defaultdict of lists": (lambda: defaultdict(list, a=[1]), lambda it: it["a"].append(1)),
 }
 
 
@@ -331,6 +331,81 @@ def test_what_a_call_counts_is_counted_once(kind: str) -> None:
         note(once)
         assert held == once
     assert model.held is held
+
+
+@dataclasses.dataclass(eq=False)
+class Scale:
+    """What others may hold as well."""
+
+    scale: Any = 1.0
+    factor: float = 0.0
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+class Scaled(torch.autograd.Function):
+    """Scales gradients by what the object holds when they come."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, held: Scale) -> Tensor:
+        ctx.held = held
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.held.factor * gradients[0], None
+
+
+def scaling(use: Callable[[Any, Tensor], Tensor], net: Any, x: Tensor) -> Tensor:
+    net.held.scale, net.held.factor = 1 + x.square().mean(1, keepdim=True), 2.0
+    return net.second(use(net, net.first(x)))
+
+
+NONE = Scale()
+#: Of models whose attribute is an object, those that get at it another way as well.
+WAYS: dict[str, Callable[[], Net]] = {
+    "hook": lambda: noted_by_hook(types.SimpleNamespace()),
+    "method": lambda: scaled(lambda net, x: net.use(x), lambda held: held.apply),
+    "holder": lambda: scaled(lambda net, x: net.use.held.apply(x), lambda held: types.SimpleNamespace(held=held)),
+    "gradient": lambda: scaled(lambda net, x: Scaled.apply(x, net.held), lambda _: None),
+    "key": lambda: scaled(lambda net, x: net.use[net.held](x), lambda held: {held: torch.tanh}),
+    "identity": lambda: Net(
+        lambda net, x: net.second(torch.tanh(net.first(x)) if net.held is NONE else net.first(x)),
+        first=nn.Linear(3, 3), second=nn.Linear(3, 2), held=NONE,
+    ),
+}  # fmt: skip
+
+
+def scaled(use: Callable[[Any, Tensor], Tensor], made: Callable[[Scale], Any]) -> Net:
+    held = Scale()
+    parts = {"first": nn.Linear(3, 3), "second": nn.Linear(3, 2)}
+    return Net(functools.partial(scaling, use), held=held, use=made(held), **parts)
+
+
+def noted_by_hook(held: Any) -> Net:
+    model = Net(lambda net, x: net.second(torch.tanh(net.first(x)) + net.held.noted), first=nn.Linear(3, 3), held=held)
+    model.second = nn.Linear(3, 2)
+    model.first.register_forward_hook(lambda _, __, output: setattr(held, "noted", output))
+    return model
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_object_that_is_held_elsewhere_as_well_stays_one(way: str) -> None:
+    x = torch.randn(5, 3, dtype=torch.float64)
+    # Another one, whose object is not that of a first call.
+    model, other = WAYS[way]().double(), WAYS[way]().double()
+    other.load_state_dict(model.state_dict())
+    truth = loss_norms(other(x).square().sum(1), other)
+    _, features = fastgrad.GradientFeatures(model, loss="mse", target=lambda z: torch.zeros_like(z))(x)
+    assert_exact(features, truth)
+    assert_exact(recorded(model, lambda: model(x).square().sum()), truth)
+
+
+def test_a_tensor_of_few_numbers_in_a_large_shape_is_not_copied() -> None:
+    mask = torch.zeros(1, 1).expand(2**30, 2**20)
+    model = Net(lambda net, x: net.layer(x) + net.mask[0, 0], layer=nn.Linear(3, 2), mask=mask)
+    recorded(model, lambda: model(torch.randn(5, 3)).square().sum())
 
 
 def test_a_tensor_that_is_no_buffer_is_counted_in_once() -> None:
