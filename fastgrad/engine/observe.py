@@ -59,12 +59,15 @@ class Rows:
     says nothing about where a sample lies in it.
     """
 
-    def __init__(self, inputs: Any) -> None:
+    def __init__(self, inputs: Any, fewer: Rows | None = None) -> None:
         # By id. They are held, so that no other tensor gets the id of one.
         self._computed = _tensors_in(inputs)
         self._gathered: dict[int, Tensor] = {}
         # By what Python has read values that were computed from the batch.
         self._read: set[str] = set()
+        # Numbers of rows among which Python may have chosen, here and with ``fewer`` samples.
+        self._lengths: list[tuple[int, ...]] = []
+        self._fewer = fewer._lengths if fewer else []
 
     @property
     def gathers(self) -> bool:
@@ -103,18 +106,20 @@ class Rows:
             *dim, index, source = args
             moved = [i for i in _tensors_in(_leading(index)).values() if i.dtype != torch.bool]
             of_rows = len(dim) < 2 or dim[1] in (0, -args[0].dim())
-            chosen = self._computed_in(moved) or self._chosen(index, int)
+            chosen = self._computed_in(moved) or self._chosen(args[0], index, int)
             return of_rows and chosen and self._computed_in(source) and not self.gathered(source)
         if name in _JOINING and self._read:
-            of_rows = kwargs.get("dim", args[1] if len(args) > 1 else 0) in (0, -result.dim())
-            return of_rows or name == "pad_sequence"
+            dim = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
+            return name == "pad_sequence" or (dim in (0, -result.dim()) and self._grows(result))
         if not args or id(args[0]) not in self._computed:
             return False
-        if name in ("masked_select", "take"):
+        if name == "masked_select":
             return True
         if name == "getitem":
-            return self._computed_in(_leading(args[1])) or self._chosen(args[1])
+            return self._computed_in(_leading(args[1])) or self._chosen(args[0], args[1])
         rest = [*args[1:], *kwargs.values()]
+        if name == "take":
+            return self._computed_in(rest)
         if name in ("matmul", "mm", "linear", "embedding"):
             return rest[0].dim() == 2 and self._computed_in(rest[0])
         if name in _GATHERING:
@@ -122,11 +127,16 @@ class Rows:
             return given["dim"] in (0, -args[0].dim()) and self._computed_in(rest)
         return False
 
-    def _chosen(self, index: Any, *types: type) -> bool:
-        """Whether an index of rows, also one of ``types``, may come from values that Python read."""
+    def _chosen(self, rows: Tensor, index: Any, *types: type) -> bool:
+        """Whether an index of ``rows``, also one of ``types``, may come from values that Python read."""
         # A tensor that shares an array's memory is made unseen.
         types = (*types, Tensor) if self._read & _ARRAYS else types
-        return bool(self._read) and isinstance(_leading(index), (list, np.ndarray, *types))
+        return bool(self._read) and isinstance(_leading(index), (list, np.ndarray, *types)) and self._grows(rows)
+
+    def _grows(self, rows: Tensor) -> bool:
+        """Whether there are fewer rows with fewer samples, or that is not known: steps or layers are as many."""
+        self._lengths.append(rows.shape[:1])
+        return rows.shape[:1] not in self._fewer[len(self._lengths) - 1 :][:1]
 
     def _computed_in(self, tree: Any) -> bool:
         return not self._computed.keys().isdisjoint(_tensors_in(tree))
@@ -202,7 +212,7 @@ class Observation(TorchFunctionMode):
         self.stack = [-1]
         self.bytes, self.precision = 0, 0.0
         self.parameters: dict[str, Tensor] = {}
-        self.rows = Rows(inputs)
+        self.rows: Rows = Rows(inputs, fewer.rows if fewer else None)
         self.functions: list[str] = []
         self.untracked: set[str] = set()
         # One entry for each backward pass that has begun.

@@ -297,12 +297,14 @@ def _find_filled(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
     held = getattr(value, "__dict__", None)
     # An object that holds others may be part of a program, which runs meanwhile, as a trainer.
     plain = type(held) is dict and all(type(item) in PLAIN or type(item) in _FILLED for item in held.values())
-    for part in (value, held if plain else None):
-        if type(part) is tuple or (type(part) in _FILLED and id(part) not in found):
-            if type(part) is not tuple:
-                found[id(part)] = part, part.copy()
-            for item in part.values() if isinstance(part, dict) else part:
-                _find_filled(item, found)
+    parts: list[Any] = [value, held] if plain else [value]
+    for part in parts:
+        if type(part) in _FILLED and id(part) not in found:
+            found[id(part)] = part, part.copy()
+        elif type(part) is not tuple:
+            continue
+        for item in part.values() if isinstance(part, dict) else part:
+            _find_filled(item, found)
 
 
 def _ids(part: Any) -> list[int]:

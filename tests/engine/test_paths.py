@@ -518,6 +518,29 @@ def test_an_order_that_does_not_show_in_the_first_call_is_seen_by_what_makes_it(
     check(one_layer(functools.partial(sorted_by, way)), [((alike,), {}), ((x,), {})])
 
 
+#: Of models that read a value, and put together or index what are no rows of samples.
+READ: dict[str, Callable[[Tensor], Tensor]] = {
+    "steps": lambda x: torch.stack([x[:, t] for t in range(x.shape[1])]).transpose(0, 1),
+    "appended": lambda x: torch.cat([x.transpose(0, 1), x.transpose(0, 1)[:1]]).transpose(0, 1),
+    "axis": lambda x: torch.cat([x, x], axis=1),  # type: ignore[call-arg]
+    "list": lambda x: x.transpose(0, 1)[[1, 0, 2]].transpose(0, 1),
+    "take": lambda x: x.take(torch.arange(x.numel()).flip(0)).reshape(x.shape).flip(0),
+}
+
+
+@pytest.mark.parametrize("way", READ)
+def test_a_value_that_is_read_leaves_rules_to_what_is_not_chosen_by_it(way: str) -> None:
+    def function(net: Any, x: Tensor) -> Tensor:
+        assert x.max().item() < 100
+        return net.head(torch.tanh(READ[way](net.layer(x)))).mean(1)
+
+    model = Net(function, layer=nn.Linear(3, 3), head=nn.Linear(3, 2))
+    check(model, [((inputs(5, 3, 3),), {})])
+    extractor = features_of_squares(model)
+    extractor(inputs(5, 3, 3))
+    assert {route.route for route in extractor.report()} == {"linear"}
+
+
 def test_a_factor_may_be_given_by_name() -> None:
     parts = {"layer": nn.Linear(3, 3), "factor": nn.Parameter(inputs(3, 2))}
     model = Net(lambda net, x: torch.matmul(net.layer(x), other=net.factor), **parts)
