@@ -91,7 +91,8 @@ class Rows:
         first = args[0] if args else None
         written = (result, first) if in_place(full) else result
         self._computed |= _tensors_in(written)
-        if self.gathered(first if name in _SCATTERING else (args, kwargs)) or self._gathers(name, args, kwargs, result):
+        gathers = self._gathers(name, args, kwargs, result)
+        if gathers or self.gathered(first if name in _SCATTERING else (args, kwargs)):
             self._gathered |= _tensors_in(written)
 
     def _gathers(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:

@@ -518,9 +518,17 @@ def test_an_order_that_does_not_show_in_the_first_call_is_seen_by_what_makes_it(
     check(one_layer(functools.partial(sorted_by, way)), [((alike,), {}), ((x,), {})])
 
 
+def in_steps(x: Tensor) -> Tensor:
+    rows = torch.zeros_like(x.transpose(0, 1))
+    for t in range(len(rows)):
+        rows[t] = x[:, t]
+    return rows.transpose(0, 1)
+
+
 #: Of models that read a value, and put together or index what are no rows of samples.
 READ: dict[str, Callable[[Tensor], Tensor]] = {
     "steps": lambda x: torch.stack([x[:, t] for t in range(x.shape[1])]).transpose(0, 1),
+    "written": in_steps,
     "appended": lambda x: torch.cat([x.transpose(0, 1), x.transpose(0, 1)[:1]]).transpose(0, 1),
     "axis": lambda x: torch.cat([x, x], axis=1),  # type: ignore[call-arg]
     "list": lambda x: x.transpose(0, 1)[[1, 0, 2]].transpose(0, 1),
