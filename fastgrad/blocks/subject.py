@@ -17,7 +17,7 @@ from fastgrad.blocks import channels
 from fastgrad.blocks.channels import Channels
 from fastgrad.engine.copy import Shadow, attach
 from fastgrad.engine.fallback import agree
-from fastgrad.engine.state import RandomState, undone
+from fastgrad.engine.state import RandomState, objects_kept, undone
 
 #: Writing one number costs about as much as this many of a product's operations.
 _WRITE = 16
@@ -91,7 +91,7 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Su
     """
     model, samples = original(model), batch_size(args, kwargs)
     places = torch.arange(3, device="cpu") % samples
-    with undone(model, (args, kwargs)) as inputs:
+    with objects_kept(model), undone(model, (args, kwargs)) as inputs:
         before = RandomState(model.modules())
         three, two = (_Watch(model, *take(inputs, places[:count], samples)) for count in (3, 2))
         drew = not before.same()

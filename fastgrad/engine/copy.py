@@ -33,7 +33,8 @@ _HOOK_TABLES = frozenset(
 )
 #: Those of calls, not of state dictionaries.
 _CALLED = frozenset(name for name in _HOOK_TABLES if "state_dict" not in name)
-_TABLES = _HOOK_TABLES | {"_parameters", "_buffers", "_modules"}
+#: What `nn.Module` itself keeps.
+TABLES = _HOOK_TABLES | {"_parameters", "_buffers", "_modules"}
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
@@ -158,7 +159,7 @@ class Shadow:
                 name: _own(value)
                 for name, value in self.modules[id(part)].__dict__.items()
                 if (type(value) in PLAIN and not isinstance(value, Tensor))
-                or (name not in _TABLES and _is_filled_plainly(value))
+                or (name not in TABLES and _is_filled_plainly(value))
             }
             for part in module.modules()
         }
@@ -188,7 +189,7 @@ class Shadow:
                 late = {key: hook for key, hook in state[name].items() if key >= self.next_hook}
                 before[name].update({key: self._back._hook(hook) for key, hook in late.items()})
             for name, value in state.items():
-                if name in _TABLES or name == "forward" or (name in before and value is before[name]):
+                if name in TABLES or name == "forward" or (name in before and value is before[name]):
                     continue
                 if not isinstance(value, nn.Module) and (id(state), name) not in self._followed:
                     before[name] = self._back._replace(value) if _are_handles(value) else value
@@ -235,7 +236,7 @@ class Shadow:
         for name, value in state.items():
             if type(value) in PLAIN:
                 continue
-            if name not in _TABLES:
+            if name not in TABLES:
                 self._attributes.append((state, name, value))
             elif name in _HOOK_TABLES and (value or name in _CALLED):
                 # Empty ones, too: a forward pass may add hooks.
@@ -261,6 +262,8 @@ class Shadow:
             attach(copy, _lay_out_gradient)
             if _torch.is_traced():
                 attach(copy, _lay_out_input, before=True)
+        if self._graded and isinstance(copy, nn.GroupNorm):
+            attach(copy, _put_channels_first, before=True)
         return copy
 
     def _hook(self, hook: Any) -> Any:
@@ -367,6 +370,17 @@ def _lay_out_input(_: nn.Module, args: Any, kwargs: Any) -> Any:
     """Have a graph give a norm contiguous inputs there: tensors without data do not tell the layout of its output."""
     if args and isinstance(args[0], Tensor) and 1 in args[0].shape:
         return (args[0].contiguous(), *args[1:]), kwargs
+    return None
+
+
+def _put_channels_first(_: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Have a group norm take channels first where its input needs no gradient.
+
+    With channels last, PyTorch's kernel for CPUs writes to a gradient that does not exist, and ends the process.
+    """
+    x = args[0] if args else None
+    if isinstance(x, Tensor) and x.dim() > 3 and x.stride(1) == 1 and not x.requires_grad:
+        return (x.clone(memory_format=torch.contiguous_format), *args[1:]), kwargs
     return None
 
 

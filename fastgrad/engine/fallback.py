@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from fastgrad._torch import disable_mha_fastpath, is_readable, own_parametrizations, pytree, vmap
 from fastgrad.engine.copy import Settings, Shadow, detach_plain
 from fastgrad.engine.run import RecomputedSite, Replay, Run
-from fastgrad.engine.state import ReadOnly, apart
+from fastgrad.engine.state import ReadOnly, apart, objects_kept
 from fastgrad.engine.tracing import is_fixed, is_symbolic
 from fastgrad.layers.reduce import leaf, sqnorm, upcast
 
@@ -68,7 +68,7 @@ class FallbackSite(RecomputedSite):
             fixed_before = is_fixed(run.samples)
             # A graph for any batch size has no loop over samples.
             mapped = self.vectorize or not is_symbolic(run.samples)
-            with torch.autocast(device, dtype, enabled, cache_enabled=False):
+            with objects_kept(again.module), torch.autocast(device, dtype, enabled, cache_enabled=False):
                 gradients = batch_first(gradients, self.places)
                 norms = again.sqnorms(args, kwargs, gradients, run.samples, self.verify) if mapped else None
             if norms is None or (is_fixed(run.samples) and not fixed_before):

@@ -21,7 +21,7 @@ from fastgrad.engine.memory import keep_freed_memory, lacks_memory
 from fastgrad.engine.plan import Known, Plan, Route
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.run import BroadcastSite, OffPlanError, Reading, Run
-from fastgrad.engine.state import Snapshot
+from fastgrad.engine.state import Snapshot, objects_kept
 from fastgrad.engine.steps import Steps, noting
 from fastgrad.engine.trial import Trial
 
@@ -69,7 +69,8 @@ class Network:
             if known.plans and not known.plans[0].outdated(self.model):
                 return known.plans[0]
             known.plans.clear()
-        plan = self._first_plan(known, (args, kwargs), samples)
+        with objects_kept(self.model):
+            plan = self._first_plan(known, (args, kwargs), samples)
         # At once: compiled passes, which have a graph already, do not come to `forward`.
         self._keep(plan)
         return plan
@@ -165,8 +166,9 @@ class Network:
             yield others[0]
         # The few samples that a plan is tried on may take another path than the batch.
         for count in (SAMPLES, samples + 1, max(2, samples)):
-            trial = Trial(self, plan.known, inputs, samples, plan.carriers, count)
-            made = trial.plan(older=plan)
+            with objects_kept(self.model):
+                trial = Trial(self, plan.known, inputs, samples, plan.carriers, count)
+                made = trial.plan(older=plan)
             same = next((other for other in tried if other == made), None)
             if same is None:
                 yield made
@@ -174,7 +176,9 @@ class Network:
                 same.paths.update(made.paths)
                 yield same
         # Where the batch lies is seen on two samples at least, which a loop over samples makes another path.
-        if samples == 1 and trial.serves_one(made):
+        with objects_kept(self.model):
+            serves = samples == 1 and trial.serves_one(made)
+        if serves:
             yield made
 
     def once(

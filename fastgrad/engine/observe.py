@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -39,6 +40,13 @@ _SCATTERING = frozenset({
 _WRITING = frozenset({"setitem", "index_put", "index_copy", "scatter"})
 #: Those that gather along a dimension by an index.
 _GATHERING = frozenset({"index_select", "gather", "take_along_dim"})
+#: Those that put rows together.
+_JOINING = frozenset({"cat", "concat", "concatenate", "stack", "vstack", "pad_sequence"})
+#: Those that give values to Python, which may choose rows by them.
+_ARRAYS = frozenset({"numpy", "__array__"})
+_READING = _ARRAYS | {"tolist", "item", "__bool__", "__float__", "__index__", "__int__"}
+#: Those that make tensors of Python's values.
+_MAKING = frozenset({"tensor", "as_tensor", "asarray"})
 #: Those that draw.
 _DRAWING = frozenset({"randperm", "randint", "rand", "randn", "multinomial", "bernoulli"})
 
@@ -51,10 +59,15 @@ class Rows:
     says nothing about where a sample lies in it.
     """
 
-    def __init__(self, inputs: Any) -> None:
+    def __init__(self, inputs: Any, fewer: Rows | None = None) -> None:
         # By id. They are held, so that no other tensor gets the id of one.
         self._computed = _tensors_in(inputs)
         self._gathered: dict[int, Tensor] = {}
+        # By what Python has read values that were computed from the batch.
+        self._read: set[str] = set()
+        # Numbers of rows among which Python may have chosen, here and with ``fewer`` samples.
+        self._lengths: list[tuple[int, ...]] = []
+        self._fewer = fewer._lengths if fewer else []
 
     @property
     def gathers(self) -> bool:
@@ -70,16 +83,19 @@ class Rows:
         full = getattr(function, "__name__", "")
         name = full.strip("_")
         # Of a tensor given for its shape, no value is used.
-        if name not in _DRAWING and not self._computed_in(args[:1] if name == "expand_as" else (args, kwargs)):
+        made = name in _DRAWING or (self._read and name in _MAKING)
+        if not made and not self._computed_in(args[:1] if name == "expand_as" else (args, kwargs)):
             return
+        self._read |= {full} & _READING
         # What is written to in place comes from what is written.
         first = args[0] if args else None
         written = (result, first) if in_place(full) else result
         self._computed |= _tensors_in(written)
-        if self.gathered(first if name in _SCATTERING else (args, kwargs)) or self._gathers(name, args, kwargs):
+        gathers = self._gathers(name, args, kwargs, result)
+        if gathers or self.gathered(first if name in _SCATTERING else (args, kwargs)):
             self._gathered |= _tensors_in(written)
 
-    def _gathers(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _gathers(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
         if name == "einsum" and isinstance(args[0], str):
             # Whether rows of several tensors computed from the batch are multiplied and added up.
             terms, _, kept = args[0].replace(" ", "").partition("->")
@@ -91,20 +107,37 @@ class Rows:
             *dim, index, source = args
             moved = [i for i in _tensors_in(_leading(index)).values() if i.dtype != torch.bool]
             of_rows = len(dim) < 2 or dim[1] in (0, -args[0].dim())
-            return of_rows and self._computed_in(moved) and self._computed_in(source) and not self.gathered(source)
+            chosen = self._computed_in(moved) or self._chosen(args[0], index, int)
+            return of_rows and chosen and self._computed_in(source) and not self.gathered(source)
+        if name in _JOINING and self._read:
+            dim = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
+            return name == "pad_sequence" or (dim in (0, -result.dim()) and self._grows(result))
         if not args or id(args[0]) not in self._computed:
             return False
         if name == "masked_select":
             return True
         if name == "getitem":
-            return self._computed_in(_leading(args[1]))
-        if name in ("matmul", "mm") and isinstance(args[1], Tensor):
-            return args[1].dim() == 2 and self._computed_in(args[1])
+            return self._computed_in(_leading(args[1])) or self._chosen(args[0], args[1])
+        rest = [*args[1:], *kwargs.values()]
+        if name == "take":
+            return self._computed_in(rest)
+        if name in ("matmul", "mm", "linear", "embedding"):
+            return rest[0].dim() == 2 and self._computed_in(rest[0])
         if name in _GATHERING:
             given = {"dim": args[1] if len(args) > 1 else None} | kwargs
-            rest = [*args[1:], *kwargs.values()]
             return given["dim"] in (0, -args[0].dim()) and self._computed_in(rest)
         return False
+
+    def _chosen(self, rows: Tensor, index: Any, *types: type) -> bool:
+        """Whether an index of ``rows``, also one of ``types``, may come from values that Python read."""
+        # A tensor that shares an array's memory is made unseen.
+        types = (*types, Tensor) if self._read & _ARRAYS else types
+        return bool(self._read) and isinstance(_leading(index), (list, np.ndarray, *types)) and self._grows(rows)
+
+    def _grows(self, rows: Tensor) -> bool:
+        """Whether there are fewer rows with fewer samples, or that is not known: steps or layers are as many."""
+        self._lengths.append(rows.shape[:1])
+        return rows.shape[:1] not in self._fewer[len(self._lengths) - 1 :][:1]
 
     def _computed_in(self, tree: Any) -> bool:
         return not self._computed.keys().isdisjoint(_tensors_in(tree))
@@ -180,7 +213,7 @@ class Observation(TorchFunctionMode):
         self.stack = [-1]
         self.bytes, self.precision = 0, 0.0
         self.parameters: dict[str, Tensor] = {}
-        self.rows = Rows(inputs)
+        self.rows: Rows = Rows(inputs, fewer.rows if fewer else None)
         self.functions: list[str] = []
         self.untracked: set[str] = set()
         # One entry for each backward pass that has begun.

@@ -116,8 +116,8 @@ class PlanConstraints:
     no_vmap: frozenset[str] = frozenset()  # paths of modules which ``vmap`` cannot take
     at_root: frozenset[str] = frozenset()  # parameters that must take the fallback at the model itself
 
-    def after_error(self, plan: Plan) -> PlanConstraints | None:
-        """The next step after the trial of ``plan`` raised; None if nothing that may raise is left."""
+    def after_failure(self, plan: Plan) -> PlanConstraints | None:
+        """The next step after a trial of ``plan`` that no other route mends; None if nothing that may fail is left."""
         if plan.replaces:
             return replace(self, copies=False)
         mapped = {site.path for site in plan.sites if isinstance(site, FallbackSite) and site.vectorize}

@@ -165,7 +165,7 @@ class RecomputedSite(Site):
         def before(_: nn.Module, args: Any, kwargs: Any) -> None:
             # Copied: the module may overwrite its inputs, and change its settings, as a counter of calls.
             leaves, spec = pytree.tree_flatten((args, kwargs))
-            leaves = [t.detach().clone() if isinstance(t, Tensor) else apart(t, detach_plain) for t in leaves]
+            leaves = [_kept(t.detach()) if isinstance(t, Tensor) else apart(t, detach_plain) for t in leaves]
             begun.append((leaves, spec, shadow.settings(original), Repeatable(copy) if trains else None))
 
         def after(_: nn.Module, __: Any, ___: Any, output: Any) -> Any:
@@ -202,6 +202,11 @@ class RecomputedSite(Site):
     def _replay(self, run: Run, shadow: Shadow, outputs: list[Tensor], settings: Settings) -> Replay:
         """What the backward pass does, made when the module, of these ``settings`` before, has computed ``outputs``."""
         raise NotImplementedError
+
+
+def _kept(x: Tensor) -> Tensor:
+    """A copy with channels first: vmap takes no other format, nor do all kernels where an input needs no gradient."""
+    return x.clone(memory_format=torch.contiguous_format if x.layout == torch.strided else torch.preserve_format)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import random
-from collections import defaultdict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy as shallow_copy
 from typing import Any
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastgrad._torch import is_fake, is_wrapped, own_parametrizations, pytree
 from fastgrad.batches import input_tensors, same_class
-from fastgrad.engine.copy import CONTAINERS, PLAIN
+from fastgrad.engine.copy import CONTAINERS, PLAIN, TABLES
 from fastgrad.engine.steps import in_place
 
 
@@ -139,6 +139,10 @@ class Snapshot:
         for module in modules:
             if module._buffers:
                 (copied if every or (training and module.training) else kept).extend(module._buffers.values())
+            if every:
+                copied.extend(
+                    value for value in vars(module).values() if type(value) is Tensor and _may_be_written(value)
+                )
         self._copied = Versions(copied)
         self._values = {id(b): b.detach().clone() for b in copied if b is not None}
         self._kept = Versions(kept)
@@ -242,6 +246,11 @@ def _pointer(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if plain and not is_wrapped(tensor) else 0
 
 
+def _may_be_written(tensor: Tensor) -> bool:
+    """Whether a plain tensor has memory for each of its numbers; copies of those that do not may be large."""
+    return _pointer(tensor) != 0 and tensor.nbytes <= tensor.untyped_storage().nbytes()
+
+
 @contextlib.contextmanager
 def undone(model: nn.Module, inputs: Any = (), copies: Copies | None = None) -> Iterator[Any]:
     """Take back what passes do to random numbers and buffers; gives a copy of ``inputs``, which they may write to.
@@ -255,6 +264,51 @@ def undone(model: nn.Module, inputs: Any = (), copies: Copies | None = None) -> 
             yield pytree.tree_map(lambda leaf: apart(leaf, copy, known), inputs)
     finally:
         before.restore()
+
+
+#: What may be emptied and filled again.
+_FILLED = frozenset((list, set, deque, dict, OrderedDict, defaultdict, Counter))
+
+
+@contextlib.contextmanager
+def objects_kept(model: nn.Module) -> Iterator[None]:
+    """Give objects in attributes of modules back what they held, as counters: copies of the model share them.
+
+    A copy of such an object would no longer be the one that a hook, a function or another object holds.
+    """
+    found: dict[int, tuple[Any, Any]] = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name not in TABLES:
+                _find_filled(value, found)
+    try:
+        yield
+    finally:
+        for part, before in found.values():
+            if _ids(part) != _ids(before):
+                part.clear()
+                (part.update if isinstance(part, (dict, set)) else part.extend)(before)
+
+
+def _find_filled(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
+    """Put into ``found`` by id what ``value`` consists of and may be filled again, each with a shallow copy."""
+    if type(value) in PLAIN or isinstance(value, nn.Module):
+        return
+    held = getattr(value, "__dict__", None)
+    # An object that holds others may be part of a program, which runs meanwhile, as a trainer.
+    plain = type(held) is dict and all(type(item) in PLAIN or type(item) in _FILLED for item in held.values())
+    parts: list[Any] = [value, held] if plain else [value]
+    for part in parts:
+        if type(part) in _FILLED and id(part) not in found:
+            found[id(part)] = part, part.copy()
+        elif type(part) is not tuple:
+            continue
+        for item in part.values() if isinstance(part, dict) else part:
+            _find_filled(item, found)
+
+
+def _ids(part: Any) -> list[int]:
+    return [*map(id, part), *(map(id, part.values()) if isinstance(part, dict) else ())]
 
 
 class Unchanged:

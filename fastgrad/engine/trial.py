@@ -100,14 +100,14 @@ class Trial:
                 return replace(plan, looped=not together)
             if older is not None:
                 older = None
-            elif failure is None:
-                at_root = constraints.at_root | wrong
-                constraints = None if at_root == constraints.at_root else replace(constraints, at_root=at_root)
+            elif failure is None and not wrong <= constraints.at_root:
+                constraints = replace(constraints, at_root=constraints.at_root | wrong)
             else:
-                constraints = constraints.after_error(plan)
-                if constraints is None:
-                    if isinstance(failure, ValueError):
-                        raise failure
+                # What vmap cannot take may raise, or have wrong gradients, as another view of a parameter's memory.
+                constraints = constraints.after_failure(plan)
+                if constraints is None and isinstance(failure, ValueError):
+                    raise failure
+                if constraints is None and failure is not None:
                     raise ValueError(
                         "model must bear to run again on single samples, or with one copy of a parameter for each of "
                         f"them; in a trial it raised {type(failure).__name__}: {failure}"

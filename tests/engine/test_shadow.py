@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import itertools
-from collections import Counter
+import types
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -298,6 +301,119 @@ def test_lists_and_dicts_of_the_model_are_its_own() -> None:
     assert len(model.seen) == 1
 
 
+#: By what they count in: how it begins, and what a call does to it.
+COUNTS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
+    "object": (lambda: types.SimpleNamespace(count=0), lambda it: setattr(it, "count", it.count + 1)),
+    "object with a list": (lambda: types.SimpleNamespace(seen=[]), lambda it: it.seen.append(1)),
+    "object in a list": (lambda: [types.SimpleNamespace(count=0)], lambda it: setattr(it[0], "count", it[0].count + 1)),
+    "object in a dict": (lambda: {0: types.SimpleNamespace(seen=set())}, lambda it: it[0].seen.add(len(it[0].seen))),
+    "deque": (lambda: deque(maxlen=9), lambda it: it.append(1)),
+    "counter": (Counter, lambda it: it.update("a")),
+    "defaultdict": (lambda: defaultdict(int), lambda it: it.update(a=it["a"] + 1)),
+    "defaultdict of lists": (lambda: defaultdict(list, a=[1]), lambda it: it["a"].append(1)),
+}
+
+
+def noting(net: Any, x: Tensor) -> Tensor:
+    net.note(net.held)
+    return net.head(torch.tanh(net.layer(torch.tanh(net.layer(x)))))
+
+
+@pytest.mark.parametrize("kind", COUNTS)
+def test_what_a_call_counts_is_counted_once(kind: str) -> None:
+    begin, note = COUNTS[kind]
+    held, once = begin(), begin()
+    # A layer that is used twice is computed again in the backward pass.
+    model = Net(noting, layer=nn.Linear(3, 3), head=nn.Linear(3, 2), note=note, held=held)
+    x = torch.randn(5, 3)
+    for count in (lambda: fastgrad.GradientFeatures(model)(x), lambda: recorded(model, lambda: model(x).sum())):
+        count()
+        note(once)
+        assert held == once
+    assert model.held is held
+
+
+@dataclasses.dataclass(eq=False)
+class Scale:
+    """What others may hold as well."""
+
+    scale: Any = 1.0
+    factor: float = 0.0
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+class Scaled(torch.autograd.Function):
+    """Scales gradients by what the object holds when they come."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, held: Scale) -> Tensor:
+        ctx.held = held
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.held.factor * gradients[0], None
+
+
+def scaling(use: Callable[[Any, Tensor], Tensor], net: Any, x: Tensor) -> Tensor:
+    net.held.scale, net.held.factor = 1 + x.square().mean(1, keepdim=True), 2.0
+    return net.second(use(net, net.first(x)))
+
+
+NONE = Scale()
+#: Of models whose attribute is an object, those that get at it another way as well.
+WAYS: dict[str, Callable[[], Net]] = {
+    "hook": lambda: noted_by_hook(types.SimpleNamespace()),
+    "method": lambda: scaled(lambda net, x: net.use(x), lambda held: held.apply),
+    "holder": lambda: scaled(lambda net, x: net.use.held.apply(x), lambda held: types.SimpleNamespace(held=held)),
+    "gradient": lambda: scaled(lambda net, x: Scaled.apply(x, net.held), lambda _: None),
+    "key": lambda: scaled(lambda net, x: net.use[net.held](x), lambda held: {held: torch.tanh}),
+    "identity": lambda: Net(
+        lambda net, x: net.second(torch.tanh(net.first(x)) if net.held is NONE else net.first(x)),
+        first=nn.Linear(3, 3), second=nn.Linear(3, 2), held=NONE,
+    ),
+}  # fmt: skip
+
+
+def scaled(use: Callable[[Any, Tensor], Tensor], made: Callable[[Scale], Any]) -> Net:
+    held = Scale()
+    parts = {"first": nn.Linear(3, 3), "second": nn.Linear(3, 2)}
+    return Net(functools.partial(scaling, use), held=held, use=made(held), **parts)
+
+
+def noted_by_hook(held: Any) -> Net:
+    model = Net(lambda net, x: net.second(torch.tanh(net.first(x)) + net.held.noted), first=nn.Linear(3, 3), held=held)
+    model.second = nn.Linear(3, 2)
+    model.first.register_forward_hook(lambda _, __, output: setattr(held, "noted", output))
+    return model
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_object_that_is_held_elsewhere_as_well_stays_one(way: str) -> None:
+    x = torch.randn(5, 3, dtype=torch.float64)
+    # Another one, whose object is not that of a first call.
+    model, other = WAYS[way]().double(), WAYS[way]().double()
+    other.load_state_dict(model.state_dict())
+    truth = loss_norms(other(x).square().sum(1), other)
+    _, features = fastgrad.GradientFeatures(model, loss="mse", target=lambda z: torch.zeros_like(z))(x)
+    assert_exact(features, truth)
+    assert_exact(recorded(model, lambda: model(x).square().sum()), truth)
+
+
+def test_a_tensor_of_few_numbers_in_a_large_shape_is_not_copied() -> None:
+    mask = torch.zeros(1, 1).expand(2**30, 2**20)
+    model = Net(lambda net, x: net.layer(x) + net.mask[0, 0], layer=nn.Linear(3, 2), mask=mask)
+    recorded(model, lambda: model(torch.randn(5, 3)).square().sum())
+
+
+def test_a_tensor_that_is_no_buffer_is_counted_in_once() -> None:
+    model = Net(lambda net, x: net.layer(x * net.count.add_(1)), layer=nn.Linear(3, 2), count=torch.zeros(()))
+    recorded(model, lambda: model(torch.randn(5, 3)).square().sum())
+    assert model.count == 1
+
+
 @pytest.mark.parametrize("zero", [False, True])
 def test_parameters_can_be_swapped_once_they_were_used(zero: bool) -> None:
     model, other = (nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double().eval() for _ in range(2))
@@ -410,3 +526,24 @@ def test_graphs_pass_norms_in_any_layout() -> None:
     truth = torch.stack([extractor(one.expand(2, 3, 4, 1))[1][0] for one in x])
     for features in (extractor(x)[1], graph(x)[1]):
         torch.testing.assert_close(features, truth, rtol=1e-9, atol=1e-12)
+
+
+class ByHand(nn.GroupNorm):
+    """Without a rule."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+@pytest.mark.parametrize("kind", [nn.GroupNorm, ByHand])
+@pytest.mark.parametrize("size", [1, 2])
+def test_group_norms_of_channels_last(kind: type[nn.GroupNorm], size: int) -> None:
+    """Where their input needs no gradient, PyTorch's own end the process."""
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(2, 4), nn.Conv2d(4, 6, 1), kind(2, 6), nn.Flatten(), nn.Linear(6 * size**2, 3)).double()
+    x = torch.randn(3, 4, size, size, dtype=torch.float64)
+    truth = loss_norms(model(x).square().sum(1), model)
+    model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    assert_exact(recorded(model, lambda: model(x).square().sum()), truth)
+    _, features = fastgrad.GradientFeatures(model, loss="mse", target=lambda z: torch.zeros_like(z))(x)
+    assert_exact(features, truth)
