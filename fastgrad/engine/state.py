@@ -112,15 +112,17 @@ def _fill(target: Any, source: Any, each: Callable[[Any], Any]) -> None:
         target.__dict__.clear()
         target.__dict__.update(held)
     if isinstance(source, dict):
-        items = {key: each(item) for key, item in source.items()}
-        target.clear()
-        target.update(items)
+        _refill(target, {key: each(item) for key, item in source.items()})
     elif isinstance(source, list):
-        target[:] = [each(item) for item in source]
+        _refill(target, [each(item) for item in source])
     elif isinstance(source, set):
-        members = set(source)
-        target.clear()
-        target.update(members)
+        _refill(target, set(source))
+
+
+def _refill(target: Any, items: Any) -> None:
+    """Have what can be emptied and filled again hold these items."""
+    target.clear()
+    (target.update if isinstance(target, (dict, set)) else target.extend)(items)
 
 
 class Snapshot:
@@ -266,7 +268,7 @@ def undone(model: nn.Module, inputs: Any = (), copies: Copies | None = None) -> 
         before.restore()
 
 
-#: What may be emptied and filled again.
+#: Types of what `_refill` takes.
 _FILLED = frozenset((list, set, deque, dict, OrderedDict, defaultdict, Counter))
 
 
@@ -286,8 +288,7 @@ def objects_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for part, before in found.values():
             if _ids(part) != _ids(before):
-                part.clear()
-                (part.update if isinstance(part, (dict, set)) else part.extend)(before)
+                _refill(part, before)
 
 
 def _find_filled(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
