@@ -53,6 +53,8 @@ class ReplayRule:
 
 
 Rule = LayerRule | ReplayRule
+#: The methods in which layers compute; PyTorch's convolutions do so in the second.
+_COMPUTING = frozenset({"forward", "_conv_forward"})
 #: The rule of each layer, a class or its full dotted name.
 RULES: dict[type[nn.Module] | str, Rule] = {}
 
@@ -63,7 +65,7 @@ def register_rule(
     """Register the decorated function as the rule for modules of these types and their subclasses.
 
     The rule of the nearest class in a module's method resolution order is taken. It does not apply to subclasses that
-    override ``forward``. A later registration replaces an earlier one.
+    override ``forward``, or ``_conv_forward`` of PyTorch's convolutions. A later registration replaces an earlier one.
 
     Args:
         *module_types: The ``torch.nn.Module`` subclasses the rule is for, or their full dotted names where the
@@ -99,12 +101,12 @@ def register_rule(
 def find_rule(module: nn.Module) -> tuple[Rule | None, str]:
     """Return the rule for a module and an empty string, or None and why the general fallback is needed."""
     checks.is_a(nn.Module, module=module)
-    if "forward" in vars(module):
+    if not _COMPUTING.isdisjoint(vars(module)):
         return None, "its forward method was replaced on the instance"
     for cls in type(module).__mro__:
         rule = RULES.get(cls) or RULES.get(f"{cls.__module__}.{cls.__qualname__}")
         if rule is not None:
             return rule, ""
-        if "forward" in vars(cls):
+        if not _COMPUTING.isdisjoint(vars(cls)):
             break
     return None, f"{cls.__name__} has no rule"

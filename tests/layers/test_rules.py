@@ -414,6 +414,26 @@ def test_a_subclass_that_overrides_forward_takes_the_fallback() -> None:
     assert "Doubling has no rule" in route.reason
 
 
+class Scaled(nn.Conv1d):
+    """Scales its weight, as networks of equalized learning rates and of quantized weights do."""
+
+    scale = 1.0
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, self.scale * weight, bias)
+
+
+def test_a_convolution_that_computes_in_a_way_of_its_own_takes_the_fallback() -> None:
+    layer = Scaled(2, 3, 2)
+    assert find_rule(layer)[0] is None
+    for scale in (1.0, 2.0):
+        layer.scale = scale
+        check_module(layer, torch.randn(3, 2, 5), ruled=False)
+    plain = nn.Conv1d(2, 3, 2)
+    plain._conv_forward = plain._conv_forward  # type: ignore[method-assign]
+    assert find_rule(plain)[0] is None
+
+
 @pytest.mark.parametrize("module", [Scale(), nn.Bilinear(4, 4, 3), nn.LSTMCell(4, 3), nn.EmbeddingBag(5, 3)], ids=repr)
 def test_layers_without_a_rule(module: nn.Module) -> None:
     def function(net: Any, x: Tensor) -> Tensor:
