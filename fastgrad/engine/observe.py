@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from fastgrad._torch import pytree
-from fastgrad.engine.copy import Shadow, attach, detach_plain
+from fastgrad.engine.copy import BACKWARD_HOOKS, Shadow, attach, detach_plain
 from fastgrad.engine.fallback import agree, dense_grads, floating
 from fastgrad.engine.layout import Layout, find_layout
 from fastgrad.engine.probe import nodes_behind
@@ -165,6 +166,7 @@ class Call:
     gathered: bool  # whether rows of inputs or outputs were gathered, see `Rows`
     outputs: list[Tensor] = field(default_factory=list)  # floating-point ones, without their graph
     precision: float = 0.0  # the relative rounding error of the coarsest numbers that it computed
+    hooked: bool = False  # whether it, or a call within it, has hooks of gradients
     # Of outputs, by their number, the gradient of the chosen sample, once that was sent back.
     gradients: dict[int, Tensor] = field(default_factory=dict)
 
@@ -266,6 +268,8 @@ class Observation(TorchFunctionMode):
                 for call in map(self.calls.__getitem__, self.stack[1:]):
                     call.precision = max(call.precision, eps)
             self.untracked |= {self._originals[id(leaf)] for leaf in leaves if id(leaf) in self._originals}
+        elif isinstance(result, RemovableHandle):
+            self._note_hook()
         gathered = bool(found) and self.rows.gathered((args, kwargs))
         self.rows.note(func, args, kwargs or {}, result)
         if found and tensors:
@@ -276,6 +280,11 @@ class Observation(TorchFunctionMode):
                 if any(r.requires_grad for r in tensors):
                     self.uses[name].add(self.stack[-1])
         return result
+
+    def _note_hook(self) -> None:
+        """Take up that what runs has a hook, which changes gradients."""
+        for number in self.stack[1:]:
+            self.calls[number].hooked = True
 
     def _watch(self, original: nn.Module, copy: nn.Module, path: str) -> None:
         # Weakly: the calls hold the copy, and so its hooks.
@@ -288,6 +297,8 @@ class Observation(TorchFunctionMode):
             gathered, chain = own.rows.gathered(leaves), tuple(own.stack[1:])
             own.calls.append(Call(original, copy, path, chain, own._times[path], inputs, gathered))
             own._times[path] += 1
+            if any(vars(copy)[table] for table in BACKWARD_HOOKS):
+                own._note_hook()
 
         def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             # Calls that raised, as their callers caught, did not leave.

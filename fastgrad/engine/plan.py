@@ -114,6 +114,7 @@ class PlanConstraints:
 
     copies: bool = True  # whether parameters that are broadcast, and outputs of one row, may get one copy per sample
     no_vmap: frozenset[str] = frozenset()  # paths of modules which ``vmap`` cannot take
+    hooked: frozenset[str] = frozenset()  # those with hooks of gradients, which ``vmap`` leaves out without a word
     at_root: frozenset[str] = frozenset()  # parameters that must take the fallback at the model itself
 
     def after_failure(self, plan: Plan) -> PlanConstraints | None:
@@ -228,9 +229,9 @@ class Planner:
             # One with the batch elsewhere may stand beside others, as states of all steps.
             places = tuple(x.dim for x in layouts if x is not None and x.kind != "single")
             if layouts and len(places) == len(layouts):
-                vectorize = call.path not in constraints.no_vmap
                 # A function that vmap cannot take may look at values.
-                verify = self.seen.rows.gathers or not vectorize
+                looks = call.path in constraints.no_vmap
+                vectorize, verify = not looks and call.path not in constraints.hooked, looks or self.seen.rows.gathers
                 return FallbackSite(call.path, (name,), batched, places, vectorize, verify, call.precision)
         raise ValueError(
             "model must treat the samples of a batch independently, batch in dimension 0 of inputs; no part of it that "

@@ -76,7 +76,10 @@ class Trial:
 
         ``older`` serves parameters which the present path does not use; it is left out if it does not agree.
         """
-        constraints: PlanConstraints | None = PlanConstraints()
+        calls = [call for planner in self._planners for call in planner.seen.calls]
+        # Hooks of autograd's nodes are not seen, but that they clamp gradients is.
+        hooked = frozenset(call.path for call in calls if call.hooked or not self._linear)
+        constraints: PlanConstraints | None = PlanConstraints(hooked=hooked)
         wrong: frozenset[str] = frozenset()
         # Each turn gives up more of what may fail, of which there is finitely much.
         while constraints is not None:

@@ -262,3 +262,38 @@ def test_a_plan_is_checked_in_any_precision(dtype: torch.dtype) -> None:
     found = recorded(model, lambda: square(model, x).sum())
     truth = loss_norms((square(model, one).sum() for one in x.split(1)), model)
     torch.testing.assert_close(found.to(truth), truth, rtol=0.1, atol=0)
+
+
+def hooked(net: Any, x: Tensor) -> Tensor:
+    """One matrix twice, with a hook between."""
+    h = net.between((x @ net.weight).tanh())
+    if h.requires_grad and (net.way == "tensor" or (net.way == "training" and net.training)):
+        h.register_hook(net.hook)
+    elif net.way == "node" and h.grad_fn is not None:
+        h.grad_fn.register_prehook(lambda gradients: tuple(map(net.hook, gradients)))
+    return (h @ net.weight).tanh()
+
+
+def with_hook(way: str, hook: Callable[[Tensor], Tensor]) -> Net:
+    torch.manual_seed(0)
+    model = Net(hooked, weight=nn.Parameter(torch.randn(4, 4)), between=nn.Tanh(), way=way, hook=hook).double()
+    if way == "module":
+        model.between.register_full_backward_hook(lambda _, gradients, __: tuple(map(hook, gradients)))
+    return model
+
+
+@pytest.mark.parametrize("way", ["tensor", "training", "node", "module"])
+def test_hooks_that_change_large_gradients_alone(way: str) -> None:
+    """``vmap`` leaves them out, which gradients as large as those of a trial do not show."""
+    model = with_hook(way, lambda gradient: gradient.clamp(-5, 5))
+    for samples in (4, 3):
+        check_losses(model, lambda x: 50 * model(x).sum(1), torch.randn(samples, 4).double())
+
+
+@pytest.mark.parametrize("way", ["tensor", "training", "module"])
+def test_hooks_that_change_nothing_at_first(way: str) -> None:
+    gain = torch.ones((), dtype=torch.float64)
+    model = with_hook(way, lambda gradient: gradient * gain)
+    for value in (1, 3):
+        gain.fill_(value)
+        check_losses(model, lambda x: model(x).sum(1), torch.randn(4, 4).double())
