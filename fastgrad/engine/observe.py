@@ -194,6 +194,7 @@ class Observation(TorchFunctionMode):
         functions: Names of all functions that gave tensors, in order.
         drew: Whether random numbers were drawn.
         outputs: The tensors that matter in what the model returned.
+        made: Names of parameters that it made.
         untracked: Names of parameters used from elsewhere than modules' attributes: from a closure, or through a tensor
             that an earlier call computed of them and kept.
     """
@@ -247,6 +248,8 @@ class Observation(TorchFunctionMode):
         with self:
             output = shadow(*inputs[0], **inputs[1])
         self.drew = not before.same()
+        own = set(map(id, self.parameters.values()))
+        self.made = [n for n, p in shadow.root.named_parameters() if p.requires_grad and id(p) not in own]
         # Values of other samples may choose another path. A loop over samples calls the same functions less often.
         self._alike = fewer is not None and set(fewer.functions) == set(self.functions) and not self.drew
         self.outputs = network.tensors(output)

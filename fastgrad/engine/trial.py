@@ -224,6 +224,11 @@ class Trial:
             less.reverse()
             fewer = observe(less)
         seen = observe(list(range(self._count)), fewer=fewer, less=less)
+        if seen.made:
+            raise ValueError(
+                f"model must not make parameters in forward; it made {seen.made[0]!r}. Make them in __init__, or where "
+                "a first call alone does so, make that call before"
+            )
         if len(seen.outputs) != len(fewer.outputs):
             raise ValueError(
                 "model must return tensors that carry the batch; it returned more of them for more samples, as a list "

@@ -726,6 +726,30 @@ def test_a_model_may_write_to_its_parameters_what_stays_when_it_is_written_again
     assert watch(model, (x,), {})
 
 
+def making(net: Any, x: Tensor) -> Tensor:
+    """Makes its last layer in its first call, or a parameter in each."""
+    if net.way == "layer" and net.last is None:
+        net.last = nn.Linear(3, 2, dtype=x.dtype)
+    if net.way == "parameter":
+        net.layer.weight = nn.Parameter(net.layer.weight.detach() / 2)
+    return net.last(net.layer(x))
+
+
+@pytest.mark.parametrize("way", ["layer", "parameter"])
+def test_a_model_that_makes_parameters_is_refused_and_left_as_it_was(way: str) -> None:
+    last = None if way == "layer" else nn.Linear(3, 2)
+    model, x = Net(making, way=way, layer=nn.Linear(3, 3), last=last).double(), inputs(4, 3)
+    weight = model.layer.weight
+    for call in (functools.partial(norms_of, model), features_of_squares(model)):
+        with pytest.raises(ValueError, match=r"must not make parameters in forward.* it made '(last|layer).weight'"):
+            call(x)
+    assert model.last is last
+    assert model.layer.weight is weight
+    if way == "layer":
+        model(x)
+        assert_close(norms_of(model, x), loop(model, (x,), {}))
+
+
 def test_a_model_may_write_to_what_it_made_itself() -> None:
     def function(net: Any, x: Tensor) -> Tensor:
         sparse = torch.eye(3, dtype=x.dtype).to_sparse().mul_(2)
