@@ -163,13 +163,23 @@ class _Again:
         if not self.site.vectorize:
             wanted = [leaf(detach_plain(p)) for p in self.parameters]
             alone = [out.unsqueeze(0) for out in forward(wanted, [t[0] for t in inputs])]
+            self._require_shapes(alone, gradients)
             outputs, grads = _differentiated(alone, wanted, gradients)
             return outputs, [f.unsqueeze(0) for f in grads]
         count = gradients[0].shape[0]
         wanted = [leaf(detach_plain(p).unsqueeze(0).expand(count, *p.shape)) for p in self.parameters]
         with _PaddedRows():
             outputs = vmap(forward)(wanted, inputs)
+        self._require_shapes(outputs, gradients)
         return _differentiated(outputs, wanted, gradients)
+
+    def _require_shapes(self, outputs: list[Tensor], gradients: list[Tensor]) -> None:
+        """Raise ValueError where samples alone do not have the shapes of their gradients, all behind dimension 0."""
+        if [out.shape[1:] for out in outputs] != [g.shape[1:] for g in gradients]:
+            raise self._refusal(
+                "gives outputs of another shape for a sample alone than for the batch, as with squeeze() or with an "
+                "attribute that has a row for each sample"
+            )
 
     def _compare(
         self, forward: Forward, inputs: list[Tensor], gradients: list[Tensor], weighted: list[Tensor], norms: Tensor
@@ -183,7 +193,9 @@ class _Again:
         again, grads = _differentiated(forward(wanted, inputs), wanted, at)
         precision = max(self.site.precision, *(torch.finfo(t.dtype).eps for t in (*self.outputs, *grads)))
         if not all(agree(one, other, precision) for one, other in zip(again, self.outputs, strict=True)):
-            raise self._refusal("gives other outputs when it is computed again")
+            raise self._refusal(
+                "gives other outputs when it is computed again, as with random numbers; give it these as an input"
+            )
         # In the dtype of the norms: squares of gradients in float64 leave the range of float32.
         scales = (weights.to(norms).square() @ norms).sqrt()
         floor = 1e3 * precision * scales.max()

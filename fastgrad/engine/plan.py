@@ -235,7 +235,8 @@ class Planner:
                 return FallbackSite(call.path, (name,), batched, places, vectorize, verify, call.precision)
         raise ValueError(
             "model must treat the samples of a batch independently, batch in dimension 0 of inputs; no part of it that "
-            f"contains all uses of {name!r} does, with the batch in all its outputs (a loss of all samples has none)"
+            f"is called once and contains all uses of {name!r} does, with the batch in all its outputs (a loss of all "
+            "samples has none)"
         )
 
 

@@ -297,3 +297,41 @@ def test_hooks_that_change_nothing_at_first(way: str) -> None:
     for value in (1, 3):
         gain.fill_(value)
         check_losses(model, lambda x: model(x).sum(1), torch.randn(4, 4).double())
+
+
+def drawing(net: Any, x: Tensor) -> Tensor:
+    return net.layer(x * torch.rand_like(x)) @ net.layer.weight
+
+
+def squeezed(net: Any, x: Tensor) -> Tensor:
+    return net.layer(x.squeeze()) @ net.layer.weight
+
+
+def calling_itself(net: Any, x: Tensor, *, more: bool = True) -> Tensor:
+    return net(net.layer(x), more=False) if more else net.layer(x)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (drawing, "other outputs when it is computed again, as with random numbers; give it these as an input"),
+        (squeezed, r"outputs of another shape for a sample alone than for the batch, as with squeeze\(\)"),
+        (calling_itself, "no part of it that is called once and contains all uses of 'layer.weight'"),
+    ],
+)
+def test_what_a_sample_alone_cannot_give_is_refused_by_its_reason(
+    function: Callable[..., Tensor], message: str
+) -> None:
+    model, x = Net(function, layer=nn.Linear(4, 4)).eval(), torch.randn(3, 1, 4)
+    with pytest.raises(ValueError, match=message):
+        recorded(model, lambda: model(x).sum())
+
+
+def test_an_attribute_that_has_a_row_for_each_sample_is_refused() -> None:
+    model = Net(lambda net, x: (net.layer(x) + net.condition) @ net.layer.weight, layer=nn.Linear(4, 4)).double()
+    # One row is for all.
+    model.condition = torch.randn(1, 4).double()
+    check_losses(model, lambda x: model(x).square().sum(1), torch.randn(3, 4).double())
+    model.condition = torch.randn(3, 4).double()
+    with pytest.raises(ValueError, match="with an attribute that has a row for each sample"):
+        recorded(model, lambda: model(torch.randn(3, 4).double()).sum())
