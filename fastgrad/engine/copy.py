@@ -280,7 +280,10 @@ class Shadow:
 
     def _tensor(self, parameter: nn.Parameter) -> Any:
         if id(parameter) not in self._copies:
-            self._copies[id(parameter)] = self._parameter(parameter)
+            self._copies[id(parameter)] = value = self._parameter(parameter)
+            if value is not parameter:
+                # A module takes nothing else in place of a parameter, as by ``self.weight *= mask``.
+                value._is_param = True
         return self._copies[id(parameter)]
 
     def _replace(self, value: Any) -> Any:
