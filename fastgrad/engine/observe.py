@@ -225,7 +225,8 @@ class Observation(TorchFunctionMode):
         self._fewer = {} if fewer is None else {(call.path, call.ordinal): call for call in fewer.calls}
         self._less = list(less)
         # Names by id: of the user's own parameters, and of what stands in for them.
-        self._originals = names = {id(p): name for name, p in model.named_parameters()}
+        # All of them: a model may name some alone, as those for an optimizer.
+        self._originals = names = {id(p): name for name, p in nn.Module.named_parameters(model)}
         self._tracked: dict[int, str] = {}
         self.uses: dict[str, set[int]] = {name: set() for name in names.values()}
         self.ranks: dict[str, set[int | None]] = {name: set() for name in names.values()}

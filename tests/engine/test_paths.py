@@ -716,9 +716,18 @@ def limited(net: Any, x: Tensor) -> Tensor:
     return torch.tanh(net.layer(x)) / net.scale
 
 
-def test_a_model_may_write_to_its_parameters_what_stays_when_it_is_written_again() -> None:
+def masked(net: Any, x: Tensor) -> Tensor:
+    """The same by assignments to the model."""
+    with torch.no_grad():
+        net.layer.weight *= net.mask
+        net.scale = net.scale.clamp_(0.1, 0.5)
+    return torch.tanh(net.layer(x)) / net.scale
+
+
+@pytest.mark.parametrize("function", [limited, masked])
+def test_a_model_may_write_to_its_parameters_what_stays_when_it_is_written_again(function: Any) -> None:
     parts = {"layer": nn.Linear(3, 3), "scale": nn.Parameter(torch.tensor(0.7)), "mask": torch.ones(3, 3).tril()}
-    model, x = Net(limited, **parts).double(), inputs(4, 3)
+    model, x = Net(function, **parts).double(), inputs(4, 3)
     found = norms_of(model, x)
     for again in (found, norms_of(model, x), features_of_squares(model)(x)[1]):
         assert_close(again, loop(model, (x,), {}))
@@ -748,6 +757,21 @@ def test_a_model_that_makes_parameters_is_refused_and_left_as_it_was(way: str) -
     if way == "layer":
         model(x)
         assert_close(norms_of(model, x), loop(model, (x,), {}))
+
+
+class Frozen(Net):
+    """Names the parameters of its last layer alone, as for an optimizer."""
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        return ((name, p) for name, p in super().named_parameters(*args, **kwargs) if name.startswith("last"))
+
+
+def test_a_model_that_names_some_of_its_parameters() -> None:
+    model, x = Frozen(lambda net, x: net.last(net.first(x)), first=nn.Linear(3, 3), last=nn.Linear(3, 2)), inputs(4, 3)
+    truth = loop(model.double(), (x,), {})
+    assert truth.shape == (4, 2)
+    assert_close(norms_of(model, x), truth)
+    assert_close(features_of_squares(model)(x)[1], truth)
 
 
 def test_a_model_may_write_to_what_it_made_itself() -> None:
