@@ -111,6 +111,8 @@ class Network:
                 output, shadow = self.once(candidate, run, inputs, readings)
                 if run.left is None and (run.steps is None or run.steps.path() in candidate.paths):
                     self._keep(candidate)
+                    if run.steps is not None:
+                        run.steps.settle(undo=False)
                     return output, shadow
             except OffPlanError as left:
                 reason = left.args[0]
@@ -123,6 +125,8 @@ class Network:
                 raise ValueError(
                     f"model must take the path of an ordinary call while its graph is recorded; it {reason}"
                 )
+            if run.steps is not None:
+                run.steps.settle(undo=True)
             try:
                 before.restore()
             except ValueError:

@@ -47,6 +47,7 @@ class Steps(TorchFunctionMode):
         super().__init__()
         self.parameters = parameters
         self._noted: list[Hashable] = []
+        self._replaced: list[tuple[Tensor, Tensor]] = []
 
     def note(self, *what: Hashable) -> None:
         """Take up what else belongs to the path."""
@@ -56,8 +57,17 @@ class Steps(TorchFunctionMode):
         """What distinguishes one path from another."""
         return hash(tuple(self._noted))
 
+    def settle(self, *, undo: bool) -> None:
+        """Give parameters back the numbers that ``weight.data = ...`` took the place of, or let go of them."""
+        for parameter, data in reversed(self._replaced) if undo else ():
+            parameter.data = data
+        self._replaced.clear()
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note the call, and make it."""
+        name = func.__name__
+        if name == "__set__" and id(args[0]) in self.parameters:
+            self._replaced.append((args[0], args[0].data))
         result = func(*args, **kwargs) if kwargs else func(*args)
         if _current.get() is not self:
             return result
@@ -67,7 +77,6 @@ class Steps(TorchFunctionMode):
             rank = -1
         else:
             return result
-        name = func.__name__
         if name == "__get__":
             if rank < 0:  # a shape
                 return result

@@ -735,6 +735,22 @@ def test_a_model_may_write_to_its_parameters_what_stays_when_it_is_written_again
     assert watch(model, (x,), {})
 
 
+def replacing(net: Any, x: Tensor) -> Tensor:
+    """Gives a layer the moving average of another one's numbers, on whichever path."""
+    net.slow.weight.data = 0.9 * net.slow.weight.data + 0.1 * net.layer.weight.data
+    h = net.layer(x) - net.slow(x)
+    return net.head(h).tanh() if net.deep else h
+
+
+def test_a_moving_average_moves_once_on_a_path_that_was_not_seen_before() -> None:
+    model, x = one_layer(replacing, slow=nn.Linear(3, 3), deep=False).double(), inputs(4, 3)
+    for model.deep in (False, True, True):
+        plain = copy.deepcopy(model)
+        truth = loop(plain, (x,), {})
+        assert_close(norms_of(model, x), truth)
+        assert torch.equal(model.slow.weight, plain.slow.weight)
+
+
 def making(net: Any, x: Tensor) -> Tensor:
     """Makes its last layer in its first call, or a parameter in each."""
     if net.way == "layer" and net.last is None:
