@@ -21,7 +21,7 @@ from fastgrad.engine.memory import keep_freed_memory, lacks_memory
 from fastgrad.engine.plan import Known, Plan, Route
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.run import BroadcastSite, OffPlanError, Reading, Run
-from fastgrad.engine.state import Snapshot, objects_kept
+from fastgrad.engine.state import Objects, Snapshot, objects_kept
 from fastgrad.engine.steps import Steps, noting
 from fastgrad.engine.trial import Trial
 
@@ -102,6 +102,7 @@ class Network:
         """Make a pass by ``plan``, or by others until it keeps to one."""
         modules = [module for ref in plan.known.modules if (module := ref()) is not None]
         before = Snapshot(modules, training=self.recorded, inputs=inputs)
+        objects, late = Objects(self.model) if plan.known.counts else None, False
         tried: list[Plan] = []
         raised: Exception | None = None
         reason = ""
@@ -113,7 +114,7 @@ class Network:
                     self._keep(candidate)
                     if run.steps is not None:
                         run.steps.settle(undo=False)
-                    return output, shadow
+                    break
             except OffPlanError as left:
                 reason = left.args[0]
             except Exception as error:
@@ -127,6 +128,9 @@ class Network:
                 )
             if run.steps is not None:
                 run.steps.settle(undo=True)
+            if objects is None:
+                objects, late = Objects(self.model), True
+            objects.restore()
             try:
                 before.restore()
             except ValueError:
@@ -134,10 +138,18 @@ class Network:
                 plan.known.plans.clear()
                 raise
             tried.append(candidate)
-        raise raised or ValueError(
-            "model must take the same path each time it is given the same inputs; a call that was planned "
-            f"on its own {run.samples} samples {reason}"
-        )
+        else:
+            raise raised or ValueError(
+                "model must take the same path each time it is given the same inputs; a call that was planned "
+                f"on its own {run.samples} samples {reason}"
+            )
+        plan.known.counts = objects is not None and bool(objects.changed())
+        if late and plan.known.counts:
+            raise ValueError(
+                "model must not write to lists, dicts or counters in a call whose path was not seen before, where no "
+                "earlier call did. Make the same call again, with these as they were"
+            )
+        return output, shadow
 
     def _first_plan(self, known: Known, inputs: Any, samples: int) -> Plan:
         """A new plan. Of inputs in doubt those carry the batch with which the model treats its samples alike."""

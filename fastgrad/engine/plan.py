@@ -39,6 +39,7 @@ class Known:
     # torch.utils.swap_tensors from them.
     modules: list[weakref.ref[nn.Module]]
     plans: list[Plan] = field(default_factory=list)  # most recently used first
+    counts: bool = True  # whether a pass may change objects in attributes, as lists of logs; the first one shows it
 
 
 @dataclass(frozen=True)

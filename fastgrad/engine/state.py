@@ -272,23 +272,37 @@ def undone(model: nn.Module, inputs: Any = (), copies: Copies | None = None) -> 
 _FILLED = frozenset((list, set, deque, dict, OrderedDict, defaultdict, Counter))
 
 
-@contextlib.contextmanager
-def objects_kept(model: nn.Module) -> Iterator[None]:
-    """Give objects in attributes of modules back what they held, as counters: copies of the model share them.
+class Objects:
+    """What objects in attributes of modules hold, as counters and lists of logs: copies of the model share them.
 
     A copy of such an object would no longer be the one that a hook, a function or another object holds.
     """
-    found: dict[int, tuple[Any, Any]] = {}
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if name not in TABLES:
-                _find_filled(value, found)
+
+    def __init__(self, model: nn.Module) -> None:
+        self._found: dict[int, tuple[Any, Any]] = {}
+        for module in model.modules():
+            for name, value in vars(module).items():
+                if name not in TABLES:
+                    _find_filled(value, self._found)
+
+    def changed(self) -> list[tuple[Any, Any]]:
+        """Those that hold something else now, each with a copy as it was."""
+        return [(part, before) for part, before in self._found.values() if _ids(part) != _ids(before)]
+
+    def restore(self) -> None:
+        """Give them back what they held."""
+        for part, before in self.changed():
+            _refill(part, before)
+
+
+@contextlib.contextmanager
+def objects_kept(model: nn.Module) -> Iterator[None]:
+    """Restore `Objects` at the end."""
+    objects = Objects(model)
     try:
         yield
     finally:
-        for part, before in found.values():
-            if _ids(part) != _ids(before):
-                _refill(part, before)
+        objects.restore()
 
 
 def _find_filled(value: Any, found: dict[int, tuple[Any, Any]]) -> None:

@@ -751,6 +751,37 @@ def test_a_moving_average_moves_once_on_a_path_that_was_not_seen_before() -> Non
         assert torch.equal(model.slow.weight, plain.slow.weight)
 
 
+def logging(net: Any, x: Tensor) -> Tensor:
+    """Keeps a list of calls, which every fourth entry or so sends another way."""
+    if net.always or net.deep:
+        net.calls.append(len(x))
+        net.count.value += 1
+    return net.head(net.layer(x)).tanh() if net.deep or len(net.calls) % 3 == 2 else net.layer(x)
+
+
+def test_a_list_gets_one_entry_from_a_call_on_a_path_that_was_not_seen_before() -> None:
+    log: dict[str, Any] = {"calls": [], "count": types.SimpleNamespace(value=0)}
+    model, x = one_layer(logging, always=True, deep=False, **log).double(), inputs(4, 3)
+    for entries in range(1, 6):
+        truth = loop(copy.deepcopy(model), (x,), {})
+        assert_close(norms_of(model, x), truth)
+        assert log["calls"] == [4] * entries
+        assert log["count"].value == entries
+
+
+def test_a_list_that_one_path_alone_writes_to_is_refused_once() -> None:
+    log: dict[str, Any] = {"calls": [], "count": types.SimpleNamespace(value=0)}
+    model, x = one_layer(logging, always=False, deep=False, **log).double(), inputs(4, 3)
+    norms_of(model, x)
+    model.deep = True
+    with pytest.raises(ValueError, match="must not write to lists, dicts or counters in a call whose path was not"):
+        norms_of(model, x)
+    log["calls"].clear()
+    truth = loop(copy.deepcopy(model), (x,), {})
+    assert_close(norms_of(model, x), truth)
+    assert log["calls"] == [4]
+
+
 def making(net: Any, x: Tensor) -> Tensor:
     """Makes its last layer in its first call, or a parameter in each."""
     if net.way == "layer" and net.last is None:
