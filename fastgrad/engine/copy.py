@@ -95,6 +95,8 @@ class Shadow:
         self.model, self.training, self.recorded = model, training, recorded
         self._parameter, self._apart, self._graded = parameter, apart, torch.is_grad_enabled()
         self._copies: dict[int, Any] = {}
+        # Lists, dicts and sets by the id of the user's: several modules may hold one.
+        self._containers: dict[int, Any] = {}
         # Plain attributes that may hold parts of the tree; those in which something was replaced.
         self._attributes: list[tuple[dict[str, Any], str, Any]] = []
         self._followed: set[tuple[int, str]] = set()
@@ -108,6 +110,13 @@ class Shadow:
         self._pairs: list[tuple[nn.Module, nn.Module]] = []
         self._named: dict[str, nn.Module] = {}
         self.root: nn.Module = self._module(model, "")
+        # Modules, parameters and methods which a plain attribute holds.
+        for state, name, value in self._attributes:
+            replaced = self._replace(value)
+            if replaced is not value:
+                state[name] = replaced
+                if not _are_handles(value):
+                    self._followed.add((id(state), name))
         for _, own in self._hooks:
             own.update({key: self._hook(hook) for key, hook in own.items()})
         if recorded:
@@ -120,13 +129,6 @@ class Shadow:
             state["_forward_pre_hooks"] = OrderedDict(
                 (key, functools.partial(_run, hook, key in named)) for key, hook in hooks.items()
             )
-        # Modules, parameters and methods which a plain attribute holds.
-        for state, name, value in self._attributes:
-            replaced = self._replace(value)
-            if replaced is not value:
-                state[name] = replaced
-                if not _are_handles(value):
-                    self._followed.add((id(state), name))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the copy. Around that of a recorded call, all is at work already that its class or PyTorch adds."""
@@ -154,9 +156,10 @@ class Shadow:
 
     def settings(self, module: nn.Module) -> Settings:
         """What the copies of ``module`` and its descendants hold in attributes without tensors or modules."""
+        known: dict[int, Any] = {}
         return {
             id(part): {
-                name: _own(value)
+                name: _own(value, known)
                 for name, value in self.modules[id(part)].__dict__.items()
                 if (type(value) in PLAIN and not isinstance(value, Tensor))
                 or (name not in TABLES and _is_filled_plainly(value))
@@ -166,9 +169,10 @@ class Shadow:
 
     def restore(self, settings: Settings, next_hook: int) -> None:
         """Give the copies what `settings` of another copy held, and leave out hooks that were added after it."""
+        known: dict[int, Any] = {}
         for key, values in settings.items():
             state = self.modules[key].__dict__
-            state.update({name: _own(value) for name, value in values.items()})
+            state.update({name: _own(value, known) for name, value in values.items()})
             for table in map(state.__getitem__, _HOOK_TABLES):
                 for late in [hook for hook in table if hook >= next_hook]:
                     del table[late]
@@ -204,6 +208,7 @@ class Shadow:
         back = object.__new__(Shadow)
         back.__dict__.update(self.__dict__)
         back.modules, back._copies = {id(copy): original for original, copy in self._pairs}, {}
+        back._containers = {}
         back._tables = {
             id(vars(copy)[name]): vars(original)[name] for original, copy in self._pairs for name in _HOOK_TABLES
         }
@@ -267,10 +272,10 @@ class Shadow:
         return copy
 
     def _hook(self, hook: Any) -> Any:
-        """``hook`` with copies for the modules that it holds: it may keep outputs in an attribute of one."""
+        """``hook`` with copies for the modules and their lists that it holds: it may keep outputs in them."""
         if type(hook) is not types.FunctionType or not hook.__closure__:
             return self._replace(hook)
-        held = [self.modules.get(id(_content(cell))) for cell in hook.__closure__]
+        held = [self.modules.get(i, self._containers.get(i)) for i in map(id, map(_content, hook.__closure__))]
         cells = tuple(
             cell if copy is None else types.CellType(copy) for cell, copy in zip(hook.__closure__, held, strict=True)
         )
@@ -300,16 +305,9 @@ class Shadow:
             handle.__setstate__((tables[0], value.id, tables[1:]))
             return handle
         if type(value) in CONTAINERS:
-            # Item by item a list of words would take longer than the pass.
-            if PLAIN.issuperset(map(type, value.values() if isinstance(value, dict) else value)):
-                return _own(value) if self._apart else value
-            if isinstance(value, dict):
-                items = {key: self._replace(item) for key, item in value.items()}
-                same = all(items[key] is item for key, item in value.items())
-                return value if same and not self._apart else type(value)(items)
-            elements = [self._replace(item) for item in value]
-            same = all(map(operator.is_, elements, value))
-            return value if same and (not self._apart or type(value) is tuple) else type(value)(elements)
+            if id(value) not in self._containers:
+                self._containers[id(value)] = self._contained(value)
+            return self._containers[id(value)]
         if isinstance(value, types.MethodType):
             owner = self._replace(value.__self__) if isinstance(value.__self__, nn.Module) else value.__self__
             return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
@@ -319,6 +317,19 @@ class Shadow:
                 return value
             return functools.partial(function, *args, **keywords)
         return value
+
+    def _contained(self, value: Any) -> Any:
+        """`_replace` of a list, tuple, dict or set."""
+        # Item by item a list of words would take longer than the pass.
+        if PLAIN.issuperset(map(type, value.values() if isinstance(value, dict) else value)):
+            return type(value)(value) if self._apart else value
+        if isinstance(value, dict):
+            items = {key: self._replace(item) for key, item in value.items()}
+            same = all(items[key] is item for key, item in value.items())
+            return value if same and not self._apart else type(value)(items)
+        elements = [self._replace(item) for item in value]
+        same = all(map(operator.is_, elements, value))
+        return value if same and (not self._apart or type(value) is tuple) else type(value)(elements)
 
 
 def _content(cell: types.CellType) -> Any:
@@ -343,9 +354,9 @@ def _is_filled_plainly(value: Any) -> bool:
     return type(value) in (list, set) and PLAIN.issuperset(map(type, value))
 
 
-def _own(value: Any) -> Any:
-    """A shallow copy of a list, dict or set; ``value`` itself otherwise."""
-    return type(value)(value) if type(value) in CONTAINERS else value
+def _own(value: Any, known: dict[int, Any]) -> Any:
+    """A shallow copy of a list, dict or set, the same for the same ``known``; ``value`` itself otherwise."""
+    return known.setdefault(id(value), type(value)(value)) if type(value) in CONTAINERS else value
 
 
 def _run(hook: Callable[..., Any], named: bool, module: nn.Module, args: Any, kwargs: Any) -> None:

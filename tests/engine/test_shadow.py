@@ -301,6 +301,63 @@ def test_lists_and_dicts_of_the_model_are_its_own() -> None:
     assert len(model.seen) == 1
 
 
+def down(net: Any, x: Tensor) -> Tensor:
+    """Leaves for a later part what it gives, computed by one layer that is used twice."""
+    net.skips.append(net.layer(net.layer(x).tanh()))
+    return net.skips[-1].tanh()
+
+
+def up(net: Any, x: Tensor) -> Tensor:
+    return net.layer(x + net.skips.pop())
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_list_that_parts_share_is_one(whole: bool) -> None:
+    torch.manual_seed(0)
+    skips: list[Tensor] = []
+    parts = [Net(function, layer=nn.Linear(3, 3), skips=skips) for function in (down, down, up, up)]
+    if whole:
+        # Then the model as a whole is computed again.
+        parts[1].layer = parts[0].layer
+    model = nn.Sequential(*parts).double()
+    for samples in (4, 3):
+        x = torch.randn(samples, 3).double()
+        check_losses(model, lambda x: model(x).square().sum(1), x)
+        _, features = fastgrad.GradientFeatures(model, loss="mse", target=lambda z: torch.zeros_like(z))(x)
+        assert_exact(features, loss_norms((model(row).square().sum() for row in x.split(1)), model))
+        assert not skips
+
+
+def taking(net: Any, x: Tensor) -> Tensor:
+    return net.layer(x) * net.context["scale"]
+
+
+def giving(net: Any, x: Tensor) -> Tensor:
+    """Gives its part a number by a dict, or leaves that to a hook."""
+    if not net.by_hook:
+        net.context["scale"] = net.scale
+    return net.part(net.head(x))
+
+
+@pytest.mark.parametrize("by_hook", [False, True])
+def test_a_dict_that_parts_share_is_one(by_hook: bool) -> None:
+    torch.manual_seed(0)
+    context: dict[str, Any] = {}
+    part = Net(taking, layer=nn.Linear(3, 2), context=context)
+    model = Net(giving, part=part, context=context, head=nn.Linear(3, 3), scale=1.0, by_hook=by_hook).double()
+    if by_hook:
+        model.head.register_forward_hook(lambda *_: context.update(scale=model.scale))
+    x = torch.randn(4, 3).double()
+    for model.scale in (1.0, 3.0):
+        truth = loss_norms((row.square().sum() for row in model(x)), model)
+        # Of an earlier call.
+        context["scale"] = 2.0
+        assert_exact(fastgrad.GradientFeatures(model, loss="mse", target=lambda z: torch.zeros_like(z))(x)[1], truth)
+        assert context["scale"] == 2.0
+        assert_exact(recorded(model, lambda: model(x).square().sum()), truth)
+        assert context["scale"] == model.scale
+
+
 #: By what they count in: how it begins, and what a call does to it.
 COUNTS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
     "object": (lambda: types.SimpleNamespace(count=0), lambda it: setattr(it, "count", it.count + 1)),
