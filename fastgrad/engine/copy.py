@@ -74,8 +74,8 @@ class Shadow:
     """A copy of ``model``'s module tree, in evaluation mode by default, sharing parameters and buffers.
 
     Modules, parameters and bound methods of the tree are replaced wherever an attribute holds them, also inside
-    lists, tuples, dicts and ``functools.partial``. Forward hooks of the user stay: they may change outputs. Backward
-    hooks, which may change gradients, stay on request.
+    lists, tuples, dicts, ``functools.partial`` and closures. Forward hooks of the user stay: they may change outputs.
+    Backward hooks, which may change gradients, stay on request.
 
     ``parameter`` gives what the copy holds in place of a parameter; by default the detached one, so that autograd
     computes no weight gradient. With ``training``, modules keep their own mode. ``recorded`` says that the user's own
@@ -118,7 +118,7 @@ class Shadow:
                 if not _are_handles(value):
                     self._followed.add((id(state), name))
         for _, own in self._hooks:
-            own.update({key: self._hook(hook) for key, hook in own.items()})
+            own.update({key: self._replace(hook) for key, hook in own.items()})
         if recorded:
             # The work of these hooks on inputs, outputs and gradients is done around the copy.
             state = self.root.__dict__
@@ -191,7 +191,7 @@ class Shadow:
             state, before = copy.__dict__, original.__dict__
             for name in _HOOK_TABLES if added else ():
                 late = {key: hook for key, hook in state[name].items() if key >= self.next_hook}
-                before[name].update({key: self._back._hook(hook) for key, hook in late.items()})
+                before[name].update({key: self._back._replace(hook) for key, hook in late.items()})
             for name, value in state.items():
                 if name in TABLES or name == "forward" or (name in before and value is before[name]):
                     continue
@@ -271,17 +271,30 @@ class Shadow:
             attach(copy, _put_channels_first, before=True)
         return copy
 
-    def _hook(self, hook: Any) -> Any:
-        """``hook`` with copies for the modules and their lists that it holds: it may keep outputs in them."""
-        if type(hook) is not types.FunctionType or not hook.__closure__:
-            return self._replace(hook)
-        held = [self.modules.get(i, self._containers.get(i)) for i in map(id, map(_content, hook.__closure__))]
+    def _closure(self, function: types.FunctionType) -> Any:
+        """`_replace` of a function, which may hold lists of the tree as well: a hook may keep outputs in them."""
+        compiled = vars(function).get("_torchdynamo_orig_callable")
+        if compiled is not None:
+            # A compiler cannot follow the hooks of a copy.
+            replaced = self._replace(compiled)
+            return function if replaced is compiled else replaced
+        contents = list(map(_content, function.__closure__ or ()))
+        held = [self._replace(it) if type(it) is types.MethodType else self._known(it) for it in contents]
+        if all(map(operator.is_, held, contents)):
+            return function
         cells = tuple(
-            cell if copy is None else types.CellType(copy) for cell, copy in zip(hook.__closure__, held, strict=True)
+            cell if own is it else types.CellType(own)
+            for cell, own, it in zip(function.__closure__ or (), held, contents, strict=True)
         )
-        made = types.FunctionType(hook.__code__, hook.__globals__, hook.__name__, hook.__defaults__, cells)
-        made.__kwdefaults__ = hook.__kwdefaults__
+        made = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
+        made.__defaults__, made.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+        made.__dict__.update(function.__dict__)
         return made
+
+    def _known(self, value: Any) -> Any:
+        """What stands in for a module, a parameter or a list of the tree; ``value`` itself for all else."""
+        tables: tuple[dict[int, Any], ...] = (self.modules, self._copies, self._containers)
+        return next((table[id(value)] for table in tables if id(value) in table), value)
 
     def _tensor(self, parameter: nn.Parameter) -> Any:
         if id(parameter) not in self._copies:
@@ -316,7 +329,7 @@ class Shadow:
             if function is value.func and args is value.args and keywords is value.keywords:
                 return value
             return functools.partial(function, *args, **keywords)
-        return value
+        return self._closure(value) if type(value) is types.FunctionType and value.__closure__ else value
 
     def _contained(self, value: Any) -> Any:
         """`_replace` of a list, tuple, dict or set."""

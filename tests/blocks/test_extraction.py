@@ -20,14 +20,13 @@ def unmappable(net: Any, x: torch.Tensor) -> torch.Tensor:
     return net.head(h if h.sum().item() < torch.inf else x)
 
 
-class Closure(nn.Module):
+class OutOfReach(nn.Module):
     """Uses a parameter that no attribute leads to."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
-        weight = self.inner.weight
-        self.function = lambda x: x @ weight.T
+        self.function = lambda x, weight=self.inner.weight: x @ weight.T
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.function(x))
@@ -35,7 +34,7 @@ class Closure(nn.Module):
 
 def test_gradients_that_a_pass_cannot_see_are_refused() -> None:
     with pytest.raises(ValueError, match=r"model must reach 'inner\.weight' through an attribute"):
-        Extraction(Closure(), [Gradients()])(torch.randn(7, 6))
+        Extraction(OutOfReach(), [Gradients()])(torch.randn(7, 6))
 
 
 def test_h_where_the_network_runs_more_than_once() -> None:

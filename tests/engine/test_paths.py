@@ -905,7 +905,7 @@ def test_a_parameter_out_of_reach_under_a_branch_is_refused() -> None:
         outer=outer,
         head=nn.Linear(3, 2),
         on=False,
-        closure=lambda x: F.linear(x, outer.weight),
+        closure=lambda x, layer=outer: F.linear(x, layer.weight),
     )
     model.double().eval()
     extractor = fastgrad.GradientFeatures(model)

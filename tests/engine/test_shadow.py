@@ -358,6 +358,43 @@ def test_a_dict_that_parts_share_is_one(by_hook: bool) -> None:
         assert context["scale"] == model.scale
 
 
+def closing(way: str) -> Net:
+    """A function in an attribute, or in the place of ``forward``, that holds parts of the model."""
+    inner, head, scale, steps = nn.Linear(3, 3), nn.Linear(3, 2), nn.Parameter(torch.rand(3)), [1, 2]
+    model = Net(lambda net, x: net.head(net.inner(x)), inner=inner, head=head, scale=scale, steps=steps)
+    own = inner.forward
+    functions: dict[str, Any] = {
+        "model": lambda x, *, power=2: torch.tanh(model.inner(x)) * model.scale**power,
+        "parts": lambda x: torch.tanh(inner(x)) * scale,
+        "list": lambda x: x if steps.append(len(steps)) else torch.tanh(inner(x)) * scale,
+        "method": lambda x: own(x.sin()),
+    }
+    if way == "compiled":
+        method = types.MethodType(lambda net, x: torch.tanh(net.inner(x)) * net.scale, model)
+        model.middle = torch.compile(method, backend="eager")
+        model.function = lambda net, x: net.head(net.middle(x))
+    elif way == "in a list":
+        model.middle, model.function = [functions["parts"]], lambda net, x: net.head(net.middle[0](x))
+    elif way == "method":
+        inner.forward = functions[way]  # type: ignore[method-assign]
+    else:
+        model.middle, model.function = functions[way], lambda net, x: net.head(net.middle(x))
+    return model
+
+
+@pytest.mark.parametrize("way", ["model", "parts", "list", "method", "in a list", "compiled"])
+def test_closures_hold_copies(way: str) -> None:
+    torch.manual_seed(0)
+    model, x = closing(way).double(), torch.randn(4, 3).double()
+    before = vars(model).get("middle"), vars(model.inner).get("forward")
+    check_losses(model, lambda x: model(x).square().sum(1), x)
+    steps = len(model.steps)
+    _, features = fastgrad.GradientFeatures(model, loss="mse", target=lambda z: torch.zeros_like(z))(x)
+    assert len(model.steps) == steps
+    assert_exact(features, loss_norms((row.square().sum() for row in model(x)), model))
+    assert (vars(model).get("middle"), vars(model.inner).get("forward")) == before
+
+
 #: By what they count in: how it begins, and what a call does to it.
 COUNTS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
     "object": (lambda: types.SimpleNamespace(count=0), lambda it: setattr(it, "count", it.count + 1)),

@@ -421,7 +421,7 @@ def test_models_compiled_in_place_or_in_part(model: Net, x: Tensor, way: str) ->
 def test_parameters_out_of_reach_are_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
 
-    outer = Net(lambda net, x: net.closure(x), inner=model, closure=lambda x: model[1](model[0](x)))
+    outer = Net(lambda net, x: net.closure(x), inner=model, closure=lambda x, model=model: model[1](model[0](x)))
     x = torch.randn(2, 3)
     extractor = fastgrad.GradientFeatures(outer)
     for _ in range(2):
