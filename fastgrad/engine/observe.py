@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
@@ -272,7 +273,8 @@ class Observation(TorchFunctionMode):
                 for call in map(self.calls.__getitem__, self.stack[1:]):
                     call.precision = max(call.precision, eps)
             self.untracked |= {self._originals[id(leaf)] for leaf in leaves if id(leaf) in self._originals}
-        elif isinstance(result, RemovableHandle):
+        elif isinstance(result, (RemovableHandle, Node)):
+            # Who asks for a node of the graph may put a hook on it.
             self._note_hook()
         gathered = bool(found) and self.rows.gathered((args, kwargs))
         self.rows.note(func, args, kwargs or {}, result)

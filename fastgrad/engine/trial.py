@@ -77,8 +77,7 @@ class Trial:
         ``older`` serves parameters which the present path does not use; it is left out if it does not agree.
         """
         calls = [call for planner in self._planners for call in planner.seen.calls]
-        # Hooks of autograd's nodes are not seen, but that they clamp gradients is.
-        hooked = frozenset(call.path for call in calls if call.hooked or not self._linear)
+        hooked = frozenset(call.path for call in calls if call.hooked)
         constraints: PlanConstraints | None = PlanConstraints(hooked=hooked)
         wrong: frozenset[str] = frozenset()
         # Each turn gives up more of what may fail, of which there is finitely much.

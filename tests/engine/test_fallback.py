@@ -290,7 +290,7 @@ def test_hooks_that_change_large_gradients_alone(way: str) -> None:
         check_losses(model, lambda x: 50 * model(x).sum(1), torch.randn(samples, 4).double())
 
 
-@pytest.mark.parametrize("way", ["tensor", "training", "module"])
+@pytest.mark.parametrize("way", ["tensor", "training", "node", "module"])
 def test_hooks_that_change_nothing_at_first(way: str) -> None:
     gain = torch.ones((), dtype=torch.float64)
     model = with_hook(way, lambda gradient: gradient * gain)
