@@ -6,29 +6,23 @@ import copy
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.base import clone
-from sklearn.utils import check_random_state
 from torch import Tensor
 
-from fastgrad import checks
 from fastgrad.batches import batch_size, take, to_device
 from fastgrad.blocks import BLOCKS, Block, Features
 from fastgrad.blocks.extraction import Extraction, Inputs, arguments
 from fastgrad.blocks.subject import Subject, watch
-from fastgrad.challenges import CHALLENGES, PixelRange, challenge_cost
-from fastgrad.challenges.tokens import ids_of, iter_token_challenges
-from fastgrad.detector import collect, constants
+from fastgrad.challenges import CHALLENGES, challenge_cost
+from fastgrad.detector import collect, constants, loaders
 from fastgrad.detector.calibrate import Calibrated
-from fastgrad.detector.collect import Drawn, Sample
+from fastgrad.detector.collect import Sample
 from fastgrad.detector.estimator import UncertaintyDetector
-from fastgrad.detector.inputs import held_out_of
 from fastgrad.detector.price import DEFAULT_BLOCKS, EXTENDED_BLOCKS, EXTENDED_FROM, PriceReport, fit_to_budget
 from fastgrad.detector.report import Report, gains
 from fastgrad.detector.risk import NoisyOr, Risk, doubt
@@ -48,32 +42,18 @@ FITTED = ("detector", "classifier", "gate", "temperature", "risk")
 _ROUNDING = 2.5e-3
 
 
-@dataclass(frozen=True)
-class FitOptions:
-    """Arguments of `TwoStageModel.fit` of the same names."""
-
-    clean: Iterable[Any]
-    challenges: str | Iterable[Any] | None
-    calibration: Iterable[Any] | None
-    max_samples: int
-    challenges_per_input: int | None
-    risk: bool | None
-    clip: tuple[float, float] | None
-    mean: Sequence[float] | None
-    std: Sequence[float] | None
-    verbose: bool | None
-
-
-def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
+def fit(two_stage: TwoStageModel, options: loaders.FitOptions) -> None:
     """Fit ``two_stage``, which changes once everything has worked."""
     refuse_devices(two_stage.model)
     base = two_stage.detector or UncertaintyDetector(log=False, random_state=two_stage.seed)
-    clean, given = _drawn(options, two_stage.seed)
+    clean, given = loaders.draw_all(options, two_stage.seed)
     device, verbose = two_stage.device, options.verbose
     x = to_device(clean[0].batches[0], device)
     subject = watch(two_stage.model, *arguments(x))
     blocks = _blocks(two_stage, subject)
-    sample = _checked(clean, given, subject.classes, two_stage, clone(base), options)
+    sample = loaders.checked(
+        clean, given, subject.classes, two_stage.seed, clone(base), options, answered=two_stage.classifier is not None
+    )
     reading = [block for block in blocks if block.refusal(subject) is None]
     if two_stage.classifier is not None and all(block.name != Features.name for block in reading):
         reading.append(Features())
@@ -128,119 +108,6 @@ def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
     result._gains = functools.partial(gains, calibrated.table, features.kinds)
     for name in ("extraction_", "report_", "_gains", *(f"{name}_" for name in FITTED)):
         setattr(two_stage, name, getattr(result, name))
-
-
-def _drawn(options: FitOptions, seed: int) -> tuple[list[Drawn], Drawn | None]:
-    """All loaders, read once: `Sample.clean` and `Sample.challenges`."""
-    checks.at_least(constants.FEWEST_CLEAN, max_samples=options.max_samples)
-    challenges, each = options.challenges, options.challenges_per_input
-    if isinstance(challenges, str) and challenges != "generate":
-        raise ValueError(f"challenges must be 'generate', None or a loader; it was {challenges!r}")
-    if each is not None:
-        checks.at_least(1, challenges_per_input=each)
-        if not isinstance(challenges, str):
-            raise ValueError(f"challenges_per_input needs challenges='generate'; it was {each} beside others or none")
-
-    def draw(name: str, loader: Iterable[Any], shift: int) -> Drawn:
-        checks.is_loader(name, loader)
-        return collect.draw(name, loader, options.max_samples, seed + shift, verbose=options.verbose)
-
-    least = constants.FEWEST_CLEAN
-    clean = [draw("clean", options.clean, 0)]
-    if len(clean[0]) < least:
-        raise ValueError(
-            f"clean must give at least {least} inputs, with which a false-alarm rate of {1 / (least + 1):.2f} is "
-            f"possible; it gave {len(clean[0])}"
-        )
-    if options.calibration is not None:
-        clean.append(draw("calibration", options.calibration, 1))
-        if len(clean[1]) < least:
-            raise ValueError(f"calibration must give at least {least} inputs; it gave {len(clean[1])}")
-    given = None if challenges is None or isinstance(challenges, str) else draw("challenges", challenges, 2)
-    return clean, given
-
-
-def _checked(
-    drawn: list[Drawn],
-    given: Drawn | None,
-    classes: int,
-    two_stage: TwoStageModel,
-    detector: UncertaintyDetector,
-    options: FitOptions,
-) -> Sample:
-    """Labels, images, the held-out part and the number of challenges, before any is made."""
-    clean, *others = drawn
-    count = len(clean)
-    labels = collect.labels_of("clean", clean, classes)
-    classifier = two_stage.classifier
-    if labels[0] < 0 and (options.risk or classifier is not None):
-        what = "risk=True" if options.risk else "the classifier"
-        raise ValueError(f"clean must give (x, labels) for {what}; it gave inputs alone: without labels leave it out")
-    if classifier is not None:
-        missing = np.setdiff1d(np.arange(classes), labels)
-        if len(missing):
-            raise ValueError(
-                f"labels must take every value from 0 to {classes - 1}, the network's classes, to fit the "
-                f"classifier; {missing[:10].tolist()} were not there"
-            )
-    first: dict[int, int] = {}
-    sources = np.array([first.setdefault(key, len(first)) for one in drawn for key in one.keys])
-    if others:
-        labels = np.concatenate([labels, collect.labels_of("calibration", others[0], classes)])
-        held_out = np.arange(len(labels)) >= count
-    else:
-        random = check_random_state(detector.random_state)
-        held_out = held_out_of(None, np.zeros(count, bool), sources, detector.calibration_fraction, random)
-    labelled = labels >= 0
-    fresh = np.ones(len(labels), bool)
-    if classifier is not None:
-        unseen = np.random.default_rng(two_stage.seed).random(len(labels)) < constants.UNSEEN
-        fresh = labelled & (np.isin(sources, sources[held_out]) | unseen[sources])
-        if fresh.sum() < constants.FEWEST_LABELLED or len(np.unique(labels[labelled & ~fresh])) < classes:
-            fresh[:] = False
-    if options.risk and (usual := int((labelled & fresh).sum())) < constants.FEWEST_LABELLED:
-        raise ValueError(
-            f"risk=True needs at least {constants.FEWEST_LABELLED} labelled inputs that the answer was not trained on; "
-            f"there were {usual}"
-        )
-    images, pixels, each, tokens = clean.images(), None, 0, list[collect.Batch]()
-    if images:
-        if not all(bool(x.isfinite().all()) for x in images):
-            raise ValueError("clean must give finite images; some held NaN or infinity")
-        if all(bool((x.amax((2, 3)) == x.amin((2, 3))).all()) for x in images):
-            raise ValueError("clean must give images that show something; every one was constant")
-        pixels = PixelRange.of(images, clip=options.clip, mean=options.mean, std=options.std)
-    elif any(value is not None for value in (options.clip, options.mean, options.std)):
-        raise ValueError("clip, mean and std need images (B, C, H, W); clean gave other inputs")
-    if isinstance(options.challenges, str):
-        if not images and any(ids_of(x) is None for x in clean.batches):
-            raise ValueError(
-                "challenges can be generated from images (B, C, H, W) or token ids (B, T) only; give challenges=None "
-                "to fit on clean data alone, or a loader of challenges. Images are tensors of a floating dtype, in no "
-                "mapping; token ids have an integer dtype, and are tensors or the input_ids of mappings"
-            )
-        last = next((tuple(x.shape) for x in images if x.shape[3] in (1, 3, 4) and min(x.shape[1:3]) >= 8), None)
-        if last is not None:
-            raise ValueError(
-                f"challenges can be generated from images (B, C, H, W) only; these had their channels last, {last}. "
-                "Move them to dimension 1 (x.movedim(-1, 1)), and back in a module around the network"
-            )
-        most = max(1, constants.MOST_CHALLENGES // int((~held_out).sum()))
-        each = options.challenges_per_input or min(constants.EACH, most)
-        if not images:
-            fitting = np.flatnonzero(~held_out[:count]).tolist()
-            tokens = list(iter_token_challenges(clean.batches, fitting, each=each, seed=two_stage.seed))
-            if not tokens:
-                raise ValueError(
-                    "clean must give token ids that can be left out, moved or replaced, for challenges to be "
-                    "generated; all were padding, alone in their input, or held by every input. Give "
-                    "challenges=None, or a loader of challenges"
-                )
-    different, least = len(np.setdiff1d(sources[:count], sources[count:])), constants.FEWEST_CLEAN
-    if different < least:
-        beside = " that calibration does not give" if others else ""
-        raise ValueError(f"clean must give at least {least} different inputs{beside}; it gave {different}")
-    return Sample(drawn, given, labels, sources, held_out, fresh, each, pixels, tokens)
 
 
 def _blocks(two_stage: TwoStageModel, subject: Subject) -> list[Block]:

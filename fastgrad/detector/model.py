@@ -20,7 +20,7 @@ from fastgrad.blocks import BLOCKS, Block, Features
 from fastgrad.blocks.block import CHALLENGE_CLASSIFIER
 from fastgrad.blocks.extraction import Extraction, Inputs
 from fastgrad.blocks.subject import Subject
-from fastgrad.detector import UncertaintyDetector, constants, fitting, storage
+from fastgrad.detector import UncertaintyDetector, constants, fitting, loaders, storage
 from fastgrad.detector.calibrate import DetectorModule
 from fastgrad.detector.price import device_of
 from fastgrad.detector.report import Gain, Report
@@ -256,7 +256,7 @@ class TwoStageModel(nn.Module):
                 All of it is checked before the first challenge is made.
         """
         checks.is_bool(**{name: v for name, v in (("risk", risk), ("verbose", verbose)) if v is not None})
-        options = fitting.FitOptions(
+        options = loaders.FitOptions(
             clean, challenges, calibration, max_samples, challenges_per_input, risk, clip, mean, std, verbose
         )
         fitting.fit(self, options)

@@ -1,0 +1,166 @@
+"""What `TwoStageModel.fit` is given: loaders, drawn once, and refused before any challenge is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.utils import check_random_state
+from torch import Tensor
+
+from fastgrad import checks
+from fastgrad.challenges import PixelRange
+from fastgrad.challenges.tokens import ids_of, iter_token_challenges
+from fastgrad.detector import collect, constants
+from fastgrad.detector.collect import Drawn, Sample
+from fastgrad.detector.estimator import UncertaintyDetector
+from fastgrad.detector.inputs import held_out_of
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """Arguments of `TwoStageModel.fit` of the same names."""
+
+    clean: Iterable[Any]
+    challenges: str | Iterable[Any] | None
+    calibration: Iterable[Any] | None
+    max_samples: int
+    challenges_per_input: int | None
+    risk: bool | None
+    clip: tuple[float, float] | None
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    verbose: bool | None
+
+
+def draw_all(options: FitOptions, seed: int) -> tuple[list[Drawn], Drawn | None]:
+    """All loaders, read once: `Sample.clean` and `Sample.challenges`."""
+    checks.at_least(constants.FEWEST_CLEAN, max_samples=options.max_samples)
+    challenges, each = options.challenges, options.challenges_per_input
+    if isinstance(challenges, str) and challenges != "generate":
+        raise ValueError(f"challenges must be 'generate', None or a loader; it was {challenges!r}")
+    if each is not None:
+        checks.at_least(1, challenges_per_input=each)
+        if not isinstance(challenges, str):
+            raise ValueError(f"challenges_per_input needs challenges='generate'; it was {each} beside others or none")
+
+    def draw(name: str, loader: Iterable[Any], shift: int) -> Drawn:
+        checks.is_loader(name, loader)
+        return collect.draw(name, loader, options.max_samples, seed + shift, verbose=options.verbose)
+
+    least = constants.FEWEST_CLEAN
+    clean = [draw("clean", options.clean, 0)]
+    if len(clean[0]) < least:
+        raise ValueError(
+            f"clean must give at least {least} inputs, with which a false-alarm rate of {1 / (least + 1):.2f} is "
+            f"possible; it gave {len(clean[0])}"
+        )
+    if options.calibration is not None:
+        clean.append(draw("calibration", options.calibration, 1))
+        if len(clean[1]) < least:
+            raise ValueError(f"calibration must give at least {least} inputs; it gave {len(clean[1])}")
+    given = None if challenges is None or isinstance(challenges, str) else draw("challenges", challenges, 2)
+    return clean, given
+
+
+def checked(
+    drawn: list[Drawn],
+    given: Drawn | None,
+    classes: int,
+    seed: int,
+    detector: UncertaintyDetector,
+    options: FitOptions,
+    *,
+    answered: bool,
+) -> Sample:
+    """Labels, images, the held-out part and the number of challenges; ``answered``, whether by a classifier."""
+    clean, *others = drawn
+    count = len(clean)
+    labels = collect.labels_of("clean", clean, classes)
+    if labels[0] < 0 and (options.risk or answered):
+        what = "risk=True" if options.risk else "the classifier"
+        raise ValueError(f"clean must give (x, labels) for {what}; it gave inputs alone: without labels leave it out")
+    if answered and len(missing := np.setdiff1d(np.arange(classes), labels)):
+        raise ValueError(
+            f"labels must take every value from 0 to {classes - 1}, the network's classes, to fit the "
+            f"classifier; {missing[:10].tolist()} were not there"
+        )
+    first: dict[int, int] = {}
+    sources = np.array([first.setdefault(key, len(first)) for one in drawn for key in one.keys])
+    if others:
+        labels = np.concatenate([labels, collect.labels_of("calibration", others[0], classes)])
+        held_out = np.arange(len(labels)) >= count
+    else:
+        random = check_random_state(detector.random_state)
+        held_out = held_out_of(None, np.zeros(count, bool), sources, detector.calibration_fraction, random)
+    labelled = labels >= 0
+    fresh = np.ones(len(labels), bool)
+    if answered:
+        unseen = np.random.default_rng(seed).random(len(labels)) < constants.UNSEEN
+        fresh = labelled & (np.isin(sources, sources[held_out]) | unseen[sources])
+        if fresh.sum() < constants.FEWEST_LABELLED or len(np.unique(labels[labelled & ~fresh])) < classes:
+            fresh[:] = False
+    if options.risk and (usual := int((labelled & fresh).sum())) < constants.FEWEST_LABELLED:
+        raise ValueError(
+            f"risk=True needs at least {constants.FEWEST_LABELLED} labelled inputs that the answer was not trained on; "
+            f"there were {usual}"
+        )
+    images = clean.images()
+    pixels = _pixels(images, options)
+    each, tokens = 0, list[collect.Batch]()
+    if isinstance(options.challenges, str):
+        _require_kind(clean, images)
+        most = max(1, constants.MOST_CHALLENGES // int((~held_out).sum()))
+        each = options.challenges_per_input or min(constants.EACH, most)
+        tokens = [] if images else _token_challenges(clean, ~held_out[:count], each, seed)
+    different, least = len(np.setdiff1d(sources[:count], sources[count:])), constants.FEWEST_CLEAN
+    if different < least:
+        beside = " that calibration does not give" if others else ""
+        raise ValueError(f"clean must give at least {least} different inputs{beside}; it gave {different}")
+    return Sample(drawn, given, labels, sources, held_out, fresh, each, pixels, tokens)
+
+
+def _pixels(images: list[Tensor], options: FitOptions) -> PixelRange | None:
+    """Black and white of the images, if the inputs are images."""
+    if not images:
+        if any(value is not None for value in (options.clip, options.mean, options.std)):
+            raise ValueError("clip, mean and std need images (B, C, H, W); clean gave other inputs")
+        return None
+    if not all(bool(x.isfinite().all()) for x in images):
+        raise ValueError("clean must give finite images; some held NaN or infinity")
+    if all(bool((x.amax((2, 3)) == x.amin((2, 3))).all()) for x in images):
+        raise ValueError("clean must give images that show something; every one was constant")
+    return PixelRange.of(images, clip=options.clip, mean=options.mean, std=options.std)
+
+
+def _require_kind(clean: Drawn, images: list[Tensor]) -> None:
+    """Raise ValueError where challenges cannot be generated from inputs of this kind."""
+    if not images and any(ids_of(x) is None for x in clean.batches):
+        raise ValueError(
+            "challenges can be generated from images (B, C, H, W) or token ids (B, T) only; give challenges=None "
+            "to fit on clean data alone, or a loader of challenges. Images are tensors of a floating dtype, in no "
+            "mapping; token ids have an integer dtype, and are tensors or the input_ids of mappings"
+        )
+    last = next((tuple(x.shape) for x in images if x.shape[3] in (1, 3, 4) and min(x.shape[1:3]) >= 8), None)
+    if last is not None:
+        raise ValueError(
+            f"challenges can be generated from images (B, C, H, W) only; these had their channels last, {last}. "
+            "Move them to dimension 1 (x.movedim(-1, 1)), and back in a module around the network"
+        )
+
+
+def _token_challenges(clean: Drawn, fitting: NDArray[np.bool_], each: int, seed: int) -> list[collect.Batch]:
+    """Challenges of token ids, ``each`` of those that are fitted on; they need no network."""
+    tokens: list[collect.Batch] = list(
+        iter_token_challenges(clean.batches, np.flatnonzero(fitting).tolist(), each=each, seed=seed)
+    )
+    if not tokens:
+        raise ValueError(
+            "clean must give token ids that can be left out, moved or replaced, for challenges to be "
+            "generated; all were padding, alone in their input, or held by every input. Give "
+            "challenges=None, or a loader of challenges"
+        )
+    return tokens
