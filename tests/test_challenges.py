@@ -127,6 +127,29 @@ def test_the_model_is_left_as_it_was() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in net.modules())
 
 
+def test_buffers_that_evaluation_changes_are_left_as_they_were() -> None:
+    class Observer(nn.Module):
+        """Keeps the range of what it sees, as a network to be quantized does; a first input makes room for it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("highest", torch.empty(0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen = x.detach().amax((0, 2, 3))
+            self.highest.resize_(3).copy_(seen)
+            return x
+
+    observer = Observer()
+    net = nn.Sequential(observer, *small_net()).eval()
+    generate_challenges(net, photos())
+    assert observer.highest.shape == (0,)
+    net(photos())
+    before = observer.highest.clone()
+    generate_challenges(net, photos())
+    assert torch.equal(observer.highest, before)
+
+
 def test_modes_change_without_what_a_module_does_on_their_change() -> None:
     class Merging(nn.Linear):
         def train(self, mode: bool = True) -> Any:

@@ -16,19 +16,21 @@ from torch import Generator, Tensor, nn
 from fastgrad import checks
 from fastgrad.batches import class_logits
 from fastgrad.challenges.pixels import PixelRange, check_images
+from fastgrad.engine.state import buffers_kept
 from fastgrad.ops.dispatch import full_precision
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's own mode again afterwards, also after an error."""
+    """Evaluation mode inside; every module's own mode and buffers again afterwards, also after an error."""
     # One that TorchScript has frozen has no mode.
     modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
     # Not by eval(): in a module's own train() it may change weights, as that of loralib merges them.
     for module, _ in modes:
         module.training = False
     try:
-        yield
+        with buffers_kept(model):
+            yield
     finally:
         for module, mode in modes:
             module.training = mode

@@ -6,6 +6,7 @@ import pickle
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -569,6 +570,33 @@ def test_a_detectors_own_seed_decides_what_is_held_out(monkeypatch):
         detector = UncertaintyDetector(log=False, calibration_fraction=0.5, random_state=own)
         TwoStageModel(small_network(), detector=detector, blocks=["logits"], seed=seed).fit(loader(60), None)
     assert held_out[0] == held_out[1] == held_out[3] != held_out[2]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_buffers_that_evaluation_changes_are_left_as_they_were(fails):
+    class Observer(nn.Module):
+        """Keeps the range of what it sees, as a network to be quantized does; a first input makes room for it."""
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("highest", torch.empty(0))
+
+        def forward(self, x):
+            self.highest.resize_(1).copy_(x.detach().amax())
+            if fails and x.requires_grad:
+                raise InterruptedError
+            return x
+
+    network = nn.Sequential(Observer(), small_network())
+    two_stage = TwoStageModel(network, blocks=["logits"])
+    with pytest.raises(InterruptedError) if fails else nullcontext():
+        two_stage.fit(loader())
+    assert network[0].highest.shape == (0,)
+    network.eval()(images(3))
+    before = network[0].highest.clone()
+    with pytest.raises(InterruptedError) if fails else nullcontext():
+        two_stage.fit(loader())
+    assert torch.equal(network[0].highest, before)
 
 
 def test_what_the_user_passed_is_honoured_and_not_changed(tmp_path):
