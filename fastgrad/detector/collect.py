@@ -78,6 +78,12 @@ def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bo
             columns = zip(carriers, *map(pytree.tree_leaves, rows[start : start + size]), strict=True)
             joined = [torch.cat(column) if carries else column[0] for carries, *column in columns]
             batches.append(pytree.tree_unflatten(joined, pytree.tree_structure(rows[0])))
+    dimensions = sorted({x.dim() for x in batches if isinstance(x, Tensor)})
+    if len(dimensions) > 1:
+        raise ValueError(
+            f"{name} must give inputs of one number of dimensions; they had {dimensions}. Labels stand beside their "
+            "inputs, in a loader or list of pairs: [(x, labels)]"
+        )
     given, keys = map(list, zip(*(pair for _, _, others in kinds.values() for pair in others), strict=True))
     return Drawn(batches, given, keys, seen)
 

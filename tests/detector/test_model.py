@@ -410,7 +410,7 @@ def test_the_report_says_what_the_classifier_costs(monkeypatch):
     x, y = others[0]
     wrong, alone = int((model(x).probabilities.argmax(1) != y).sum()), int((network(x).argmax(1) != y).sum())
     assert wrong != alone
-    said = f"from 200 clean inputs, {wrong} answered wrongly, {alone} by the network alone; without challenges"
+    said = f"from 200 clean inputs, {wrong} answered wrongly, {alone} by the network alone; without generated"
     assert model.report_.risk.startswith(said)
 
 
@@ -521,7 +521,7 @@ def test_gains_are_measured_on_demand(tmp_path):
     plain = TwoStageModel(small_network(), blocks=["logits", "image"]).fit(loader(80), None)
     with pytest.raises(ValueError, match="at least two blocks and two families"):
         plain.report(gains=True)
-    assert "without challenges: unusual inputs do not raise it" in str(plain.report())
+    assert "without generated challenges that have labels: unusual inputs do not raise it" in str(plain.report())
 
 
 def test_a_limit_binds():
