@@ -42,6 +42,15 @@ class Ranked(Logits):
         return super().values(found).argsort(0).float()
 
 
+class Summed(Logits):
+    """A block of the user's with one number for all inputs."""
+
+    name = "summed"
+
+    def values(self, found: Any) -> torch.Tensor:
+        return super().values(found).sum()
+
+
 class Silent(Logits):
     """A block of the user's without a score."""
 
@@ -132,6 +141,8 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "last": (lambda: TwoStageModel(FLAT).fit([IMAGES.movedim(1, -1)]), ValueError, r"last, \(60, 8, 8, 3\). Move"),
     "mixing": (lambda: TwoStageModel(nn.Sequential(Centred(), NET)).fit([IMAGES]), ValueError, "its logits of a s"),
     "ranked": (lambda: TwoStageModel(NET, blocks=[Logits(), Ranked()]).fit([IMAGES]), ValueError, "'ranked' has other"),
+    "summed": (lambda: TwoStageModel(NET, blocks=[Summed()]).fit([*IMAGES.split(1)]), ValueError, "'summed' has one"),
+    "pixels": (lambda: TwoStageModel(FLAT, blocks=["image"]).fit([IMAGES.view(60, 48, 2, 2)]), ValueError, "3 x 3"),
     "few": (lambda: TwoStageModel(NET).fit([IMAGES[:3]], None), ValueError, "at least"),
     "risk": (lambda: TwoStageModel(NET).fit([IMAGES], None, risk="yes"), TypeError, "risk must be .* 'yes'"),  # type: ignore[arg-type]
     "verbose": (lambda: TwoStageModel(NET).fit([IMAGES], None, verbose=2), TypeError, "verbose must be .* 2"),  # type: ignore[arg-type]
