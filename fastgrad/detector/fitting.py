@@ -203,16 +203,27 @@ def _checked(
             f"risk=True needs at least {constants.FEWEST_LABELLED} labelled inputs that the answer was not trained on; "
             f"there were {usual}"
         )
+    generating = isinstance(options.challenges, str)
+    told = any(value is not None for value in (options.clip, options.mean, options.std))
     images, pixels, each, tokens = clean.images(), None, 0, list[collect.Batch]()
     if images:
         if not all(bool(x.isfinite().all()) for x in images):
             raise ValueError("clean must give finite images; some held NaN or infinity")
         if all(bool((x.amax((2, 3)) == x.amin((2, 3))).all()) for x in images):
             raise ValueError("clean must give images that show something; every one was constant")
-        pixels = PixelRange.of(images, clip=options.clip, mean=options.mean, std=options.std)
-    elif any(value is not None for value in (options.clip, options.mean, options.std)):
+        # Those that calibrate have no part in reading a range.
+        ranged = [x for one in (drawn if told else drawn[:1]) for x in one.images()]
+        pixels = PixelRange.of(ranged, clip=options.clip, mean=options.mean, std=options.std)
+        ends = [float(end) for x in ranged for end in pixels.to_unit(x).aminmax()]
+        if (told or generating) and (spread := max(ends) - min(ends)) < constants.LEAST_SPREAD:
+            black, white = float(pixels.low.min()), float(pixels.high.max())
+            raise ValueError(
+                f"images must spread over the range from black to white, here [{black:.4g}, {white:.4g}]; they took "
+                f"{spread:.2g} of it: give the clip=(black, white), mean and std of these images"
+            )
+    elif told:
         raise ValueError("clip, mean and std need images (B, C, H, W); clean gave other inputs")
-    if isinstance(options.challenges, str):
+    if generating:
         if not images and any(ids_of(x) is None for x in clean.batches):
             raise ValueError(
                 "challenges can be generated from images (B, C, H, W) or token ids (B, T) only; give challenges=None "

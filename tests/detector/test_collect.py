@@ -131,6 +131,15 @@ BAD: dict[str, tuple[Callable[[TwoStageModel], Any], str]] = {
     "infinite": (lambda m: m.fit([CLEAN / 0]), "finite images"),
     "range": (lambda m: m.fit([CLEAN * 255], clip=(0, 1)), "must lie in the range that clip, mean and std give"),
     "normalised": (lambda m: m.fit([CLEAN], mean=[0.5] * 3, std=[2.0] * 3), "must lie in the range"),
+    "unit images among bytes": (
+        lambda m: m.fit([CLEAN], None, clip=(0, 255)),
+        r"range from black to white, here \[0, 255\]; they took 0\.0039 of it: give the clip=",
+    ),
+    "divided twice": (lambda m: m.fit([CLEAN / 255]), r"here \[0, 1\]; they took 0\.0039 of it"),
+    "calibration out of range": (
+        lambda m: m.fit([CLEAN], None, [CLEAN * 255], clip=(0, 1)),
+        r"images must lie in the range that clip, mean and std give, \[0, 1\]",
+    ),
     "mixed ranges": (lambda m: m.fit([CLEAN, 255 * CLEAN]), "images must share one range"),
     "word": (lambda m: m.fit([CLEAN], "none"), "challenges must be 'generate', None or a loader; it was 'none'"),
     "no images": (lambda m: m.fit([CLEAN.flatten(1)]), "from images .* or token ids"),
