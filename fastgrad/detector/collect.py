@@ -214,8 +214,10 @@ def read(extraction: Extraction, device: torch.device, batches: Iterable[Batch])
         what = "challenges" if own_kinds[0] else "clean and calibration"
         # A class may be masked out, by minus infinity; not all of them.
         if failed := int((~logits.float().logsumexp(1).isfinite()).sum()):
+            made = own_kinds[0] and sources[0] >= 0
+            hint = ". They were generated: give the clip of the images, a loader of challenges, or None" if made else ""
             raise ValueError(
-                f"{what} must give inputs that the network has an answer to; for {failed} it gave NaN or infinity"
+                f"{what} must give inputs that the network has an answer to; for {failed} it gave NaN or infinity{hint}"
             )
         if infinite := [name for name, value in blocks.items() if not value.float().isfinite().all()]:
             raise ValueError(f"{what} must give inputs whose blocks are finite; {infinite} were not")

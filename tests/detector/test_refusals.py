@@ -84,6 +84,13 @@ def made_in_inference_mode() -> nn.Module:
         return copy.deepcopy(NET)
 
 
+class Logarithm(nn.Module):
+    """Has no value for black."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.log()
+
+
 HEADLESS = r"the network can serve, .*'logits'.*; 'features': .*linear layer"
 ONE = nn.Sequential(NET, nn.Linear(4, 1))
 LINEAR = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
@@ -164,6 +171,10 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "meta inputs": (lambda: TwoStageModel(NET).fit([IMAGES.to("meta")], None), ValueError, "of clean must be dense"),
     "sparse": (lambda: TwoStageModel(NET).fit([IMAGES], [IMAGES.to_sparse()]), ValueError, "challenges must be dense"),
     "no answer": (lambda: TwoStageModel(NET).fit([IMAGES], [WITHOUT]), ValueError, "challenges must .* 60 it"),
+    "no answer to some": (
+        lambda: TwoStageModel(nn.Sequential(Logarithm(), NET)).fit([0.1 + 0.8 * IMAGES]), ValueError,
+        r"challenges must give .* NaN or infinity\. They were generated: give the clip of the images, a loader",
+    ),
     "no answers": (lambda: TwoStageModel(NET).fit([IMAGES], None, [WITHOUT]), ValueError, "calibration must .* 60 it"),
     "swapped": (lambda: TwoStageModel.load(NET, "file"), TypeError, "path must be a path"),  # type: ignore[arg-type]
     "unknown file": (lambda: TwoStageModel.load("no/such.safetensors", NET), FileNotFoundError, "no/such"),
