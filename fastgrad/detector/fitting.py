@@ -68,7 +68,7 @@ def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
     """Fit ``two_stage``, which changes once everything has worked."""
     refuse_devices(two_stage.model)
     base = two_stage.detector or UncertaintyDetector(log=False, random_state=two_stage.seed)
-    clean, given = _drawn(options, two_stage.seed)
+    clean, given = _drawn(options, two_stage.seed, base.calibration_fraction)
     device, verbose = two_stage.device, options.verbose
     x = to_device(clean[0].batches[0], device)
     subject = watch(two_stage.model, *arguments(x))
@@ -130,7 +130,7 @@ def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
         setattr(two_stage, name, getattr(result, name))
 
 
-def _drawn(options: FitOptions, seed: int) -> tuple[list[Drawn], Drawn | None]:
+def _drawn(options: FitOptions, seed: int, fraction: float | None) -> tuple[list[Drawn], Drawn | None]:
     """All loaders, read once: `Sample.clean` and `Sample.challenges`."""
     checks.at_least(constants.FEWEST_CLEAN, max_samples=options.max_samples)
     challenges, each = options.challenges, options.challenges_per_input
@@ -153,6 +153,8 @@ def _drawn(options: FitOptions, seed: int) -> tuple[list[Drawn], Drawn | None]:
             f"possible; it gave {len(clean[0])}"
         )
     if options.calibration is not None:
+        if fraction is not None:
+            raise ValueError(f"calibration must be None where the detector's calibration_fraction is given, {fraction}")
         clean.append(draw("calibration", options.calibration, 1))
         if len(clean[1]) < least:
             raise ValueError(f"calibration must give at least {least} inputs; it gave {len(clean[1])}")
@@ -173,8 +175,9 @@ def _checked(
     count = len(clean)
     labels = collect.labels_of("clean", clean, classes)
     classifier = two_stage.classifier
-    if labels[0] < 0 and (options.risk or classifier is not None):
-        what = "risk=True" if options.risk else "the classifier"
+    unlabelled = all(value is None for one in drawn for value in one.beside)
+    if (unlabelled and options.risk) or (labels[0] < 0 and classifier is not None):
+        what = "risk=True" if unlabelled and options.risk else "the classifier"
         raise ValueError(f"clean must give (x, labels) for {what}; it gave inputs alone: without labels leave it out")
     if classifier is not None:
         missing = np.setdiff1d(np.arange(classes), labels)

@@ -213,6 +213,8 @@ def test_labels_of_the_calibration_count_for_the_risk() -> None:
     model = TwoStageModel(network(), blocks=["logits"]).fit(pairs(CLEAN[:25]), None, pairs(CLEAN[25:]), risk=True)
     assert str(model.report()).endswith("without generated challenges that have labels: unusual inputs do not raise it")
     assert "from 60 clean inputs" in str(model.report())
+    model.fit([CLEAN[:25]], None, pairs(CLEAN[25:]), risk=True)
+    assert "from 35 clean inputs" in str(model.report())
 
 
 def test_the_classifier_needs_labels_of_every_class() -> None:

@@ -176,6 +176,10 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"challenges must give .* NaN or infinity\. They were generated: give the clip of the images, a loader",
     ),
     "no answers": (lambda: TwoStageModel(NET).fit([IMAGES], None, [WITHOUT]), ValueError, "calibration must .* 60 it"),
+    "a share and a loader": (
+        lambda: TwoStageModel(NET, detector=UncertaintyDetector(calibration_fraction=0.5)).fit([IMAGES], None, [0]),
+        ValueError, "calibration must be None where the detector's calibration_fraction is given, 0.5",
+    ),
     "swapped": (lambda: TwoStageModel.load(NET, "file"), TypeError, "path must be a path"),  # type: ignore[arg-type]
     "unknown file": (lambda: TwoStageModel.load("no/such.safetensors", NET), FileNotFoundError, "no/such"),
 }  # fmt: skip
