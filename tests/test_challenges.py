@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from fastgrad.challenges import (
     iter_challenges,
     pgd,
 )
+from fastgrad.challenges.attacks import evaluating
 from fastgrad.challenges.generate import STEPS
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
@@ -160,6 +163,27 @@ def test_modes_change_without_what_a_module_does_on_their_change() -> None:
     before = net[1].weight.detach().clone()
     generate_challenges(net, photos(), names=["fgsm"])
     assert torch.equal(net[1].weight, before)
+
+
+def test_modes_return_from_two_threads() -> None:
+    net, inside, ended = small_net().train(), [threading.Event(), threading.Event()], threading.Event()
+
+    def first() -> None:
+        with evaluating(net):
+            inside[0].set()
+            inside[1].wait(0.5)  # where the other does not wait
+        ended.set()
+
+    def second() -> None:
+        inside[0].wait()
+        with evaluating(net):
+            inside[1].set()
+            ended.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(first), pool.submit(second)]:
+            done.result(timeout=60)
+    assert all(module.training for module in net.modules())
 
 
 def test_modes_return_after_an_error() -> None:
