@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from fastgrad.challenges import (
     iter_challenges,
     pgd,
 )
+from fastgrad.challenges.attacks import evaluating
 from fastgrad.challenges.generate import STEPS
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
@@ -127,6 +130,29 @@ def test_the_model_is_left_as_it_was() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in net.modules())
 
 
+def test_buffers_that_evaluation_changes_are_left_as_they_were() -> None:
+    class Observer(nn.Module):
+        """Keeps the range of what it sees, as a network to be quantized does; a first input makes room for it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("highest", torch.empty(0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen = x.detach().amax((0, 2, 3))
+            self.highest.resize_(3).copy_(seen)
+            return x
+
+    observer = Observer()
+    net = nn.Sequential(observer, *small_net()).eval()
+    generate_challenges(net, photos())
+    assert observer.highest.shape == (0,)
+    net(photos())
+    before = observer.highest.clone()
+    generate_challenges(net, photos())
+    assert torch.equal(observer.highest, before)
+
+
 def test_modes_change_without_what_a_module_does_on_their_change() -> None:
     class Merging(nn.Linear):
         def train(self, mode: bool = True) -> Any:
@@ -137,6 +163,27 @@ def test_modes_change_without_what_a_module_does_on_their_change() -> None:
     before = net[1].weight.detach().clone()
     generate_challenges(net, photos(), names=["fgsm"])
     assert torch.equal(net[1].weight, before)
+
+
+def test_modes_return_from_two_threads() -> None:
+    net, inside, ended = small_net().train(), [threading.Event(), threading.Event()], threading.Event()
+
+    def first() -> None:
+        with evaluating(net):
+            inside[0].set()
+            inside[1].wait(0.5)  # where the other does not wait
+        ended.set()
+
+    def second() -> None:
+        inside[0].wait()
+        with evaluating(net):
+            inside[1].set()
+            ended.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(first), pool.submit(second)]:
+            done.result(timeout=60)
+    assert all(module.training for module in net.modules())
 
 
 def test_modes_return_after_an_error() -> None:

@@ -16,6 +16,8 @@ Detectors read the first four by default, and the fifth if the budget allows a s
 
 from __future__ import annotations
 
+import inspect
+
 from fastgrad.blocks.activations import Activations
 from fastgrad.blocks.block import Block
 from fastgrad.blocks.contrasts import Contrasts
@@ -34,14 +36,27 @@ def register_block(block: type[Block]) -> type[Block]:
     """Register a block by its name, for detectors and for the files that they are stored in; a decorator.
 
     Args:
-        block: A subclass of `Block` that can be made without arguments.
+        block: A subclass of `Block` that can be made without arguments. If it takes any, its `Block.options` has them.
 
     Raises:
-        TypeError: It is no subclass of `Block`.
+        TypeError: It is no subclass of `Block`, needs arguments, or takes some that its options lack.
         ValueError: It has no name, or that of another block.
     """
     if not (isinstance(block, type) and issubclass(block, Block)):
         raise TypeError(f"block must be a subclass of Block; it was {block!r}")
+    # Of *args and **kwargs nothing is needed.
+    takes = [
+        one
+        for one in inspect.signature(block).parameters.values()
+        if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+    ]
+    if needed := [one.name for one in takes if one.default is one.empty]:
+        raise TypeError(f"block must be one that can be made without arguments; {block.__name__} needs {needed}")
+    # A file would make it again with its defaults.
+    if takes and block.options is Block.options:
+        raise TypeError(
+            f"block must return its arguments from options(); {block.__name__} has none for {takes[0].name!r}"
+        )
     name = getattr(block, "name", "")
     if not name or BLOCKS.get(name, block) is not block:
         raise ValueError(f"block must have a name of its own; {block.__name__}'s was {name!r}")

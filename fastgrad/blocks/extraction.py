@@ -139,6 +139,8 @@ class Extraction:
         """A block's values; NaN, which no score takes for usual, where it fails after it has worked before."""
         try:
             checks.is_tensor(f"values of the block {block.name!r}", values := block.values(found))
+            if not values.dim():
+                raise ValueError(f"blocks must hold a row for each sample; {block.name!r} has one number for a batch")
             values = values.detach()
         except Exception as error:
             shape = self._shapes.get(block.name)

@@ -7,6 +7,7 @@ but it does not vanish for confident predictions, where float32 cross-entropy ha
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,22 +17,27 @@ from torch import Generator, Tensor, nn
 from fastgrad import checks
 from fastgrad.batches import class_logits
 from fastgrad.challenges.pixels import PixelRange, check_images
+from fastgrad.engine.state import buffers_kept
 from fastgrad.ops.dispatch import full_precision
+
+# A second thread would take the evaluation mode of the first one for the model's own.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's own mode again afterwards, also after an error."""
-    # One that TorchScript has frozen has no mode.
-    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
-    # Not by eval(): in a module's own train() it may change weights, as that of loralib merges them.
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    """Evaluation mode inside; every module's own mode and buffers again afterwards, also after an error."""
+    with _ONE_AT_A_TIME, buffers_kept(model):
+        # One that TorchScript has frozen has no mode.
+        modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
+        # Not by eval(): in a module's own train() it may change weights, as that of loralib merges them.
+        for module, _ in modes:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
 
 
 @torch.inference_mode(False)  # where that is off, gradients are on

@@ -78,6 +78,12 @@ def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bo
             columns = zip(carriers, *map(pytree.tree_leaves, rows[start : start + size]), strict=True)
             joined = [torch.cat(column) if carries else column[0] for carries, *column in columns]
             batches.append(pytree.tree_unflatten(joined, pytree.tree_structure(rows[0])))
+    dimensions = sorted({x.dim() for x in batches if isinstance(x, Tensor)})
+    if len(dimensions) > 1:
+        raise ValueError(
+            f"{name} must give inputs of one number of dimensions; they had {dimensions}. Labels stand beside their "
+            "inputs, in a loader or list of pairs: [(x, labels)]"
+        )
     given, keys = map(list, zip(*(pair for _, _, others in kinds.values() for pair in others), strict=True))
     return Drawn(batches, given, keys, seen)
 
@@ -208,8 +214,10 @@ def read(extraction: Extraction, device: torch.device, batches: Iterable[Batch])
         what = "challenges" if own_kinds[0] else "clean and calibration"
         # A class may be masked out, by minus infinity; not all of them.
         if failed := int((~logits.float().logsumexp(1).isfinite()).sum()):
+            made = own_kinds[0] and sources[0] >= 0
+            hint = ". They were generated: give the clip of the images, a loader of challenges, or None" if made else ""
             raise ValueError(
-                f"{what} must give inputs that the network has an answer to; for {failed} it gave NaN or infinity"
+                f"{what} must give inputs that the network has an answer to; for {failed} it gave NaN or infinity{hint}"
             )
         if infinite := [name for name, value in blocks.items() if not value.float().isfinite().all()]:
             raise ValueError(f"{what} must give inputs whose blocks are finite; {infinite} were not")

@@ -39,6 +39,8 @@ CHALLENGED_TOGETHER = 256
 UNSEEN = 0.2
 #: With fewer clean inputs no false-alarm rate of .05 can be promised.
 FEWEST_CLEAN = 20
+#: Images that spread over less of the range from black to white contradict it: unit images among bytes are all black.
+LEAST_SPREAD = 0.01
 #: Fewer labelled clean inputs give no temperature and no risk.
 FEWEST_LABELLED = 30
 #: Steps of L-BFGS for the risk, at most; a dozen are enough as a rule.

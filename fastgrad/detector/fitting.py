@@ -46,7 +46,7 @@ def fit(two_stage: TwoStageModel, options: loaders.FitOptions) -> None:
     """Fit ``two_stage``, which changes once everything has worked."""
     refuse_devices(two_stage.model)
     base = two_stage.detector or UncertaintyDetector(log=False, random_state=two_stage.seed)
-    clean, given = loaders.draw_all(options, two_stage.seed)
+    clean, given = loaders.draw_all(options, two_stage.seed, base.calibration_fraction)
     device, verbose = two_stage.device, options.verbose
     x = to_device(clean[0].batches[0], device)
     subject = watch(two_stage.model, *arguments(x))
@@ -175,7 +175,8 @@ def _risk(
     usable = (labels >= 0) & fresh[features.groups]
     usual = int((usable & (features.kinds == "")).sum())
     if usual < constants.FEWEST_LABELLED:
-        return None, f"none: {usual} labelled clean inputs that the answer was not trained on are too few"
+        given = f"{usual} labelled clean inputs that the answer was not trained on"
+        return None, f"none: {given} are too few; it needs {constants.FEWEST_LABELLED}"
     chosen = torch.from_numpy(usable)
     evidence, device = fitted.evidence[chosen], two_stage.device
     h = features.blocks.get(Features.name)
@@ -195,7 +196,7 @@ def _risk(
     others = (
         f"and {made} of their challenges, {errors(kinds > 0)}"
         if made
-        else "without challenges: unusual inputs do not raise it"
+        else "without generated challenges that have labels: unusual inputs do not raise it"
     )
     return risk.to(device), f"from {usual} clean inputs, {errors(kinds == 0)}; {others}"
 

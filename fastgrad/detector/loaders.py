@@ -36,7 +36,7 @@ class FitOptions:
     verbose: bool | None
 
 
-def draw_all(options: FitOptions, seed: int) -> tuple[list[Drawn], Drawn | None]:
+def draw_all(options: FitOptions, seed: int, fraction: float | None) -> tuple[list[Drawn], Drawn | None]:
     """All loaders, read once: `Sample.clean` and `Sample.challenges`."""
     checks.at_least(constants.FEWEST_CLEAN, max_samples=options.max_samples)
     challenges, each = options.challenges, options.challenges_per_input
@@ -59,6 +59,8 @@ def draw_all(options: FitOptions, seed: int) -> tuple[list[Drawn], Drawn | None]
             f"possible; it gave {len(clean[0])}"
         )
     if options.calibration is not None:
+        if fraction is not None:
+            raise ValueError(f"calibration must be None where the detector's calibration_fraction is given, {fraction}")
         clean.append(draw("calibration", options.calibration, 1))
         if len(clean[1]) < least:
             raise ValueError(f"calibration must give at least {least} inputs; it gave {len(clean[1])}")
@@ -80,8 +82,9 @@ def checked(
     clean, *others = drawn
     count = len(clean)
     labels = collect.labels_of("clean", clean, classes)
-    if labels[0] < 0 and (options.risk or answered):
-        what = "risk=True" if options.risk else "the classifier"
+    unlabelled = all(value is None for one in drawn for value in one.beside)
+    if (unlabelled and options.risk) or (labels[0] < 0 and answered):
+        what = "risk=True" if unlabelled and options.risk else "the classifier"
         raise ValueError(f"clean must give (x, labels) for {what}; it gave inputs alone: without labels leave it out")
     if answered and len(missing := np.setdiff1d(np.arange(classes), labels)):
         raise ValueError(
@@ -109,7 +112,7 @@ def checked(
             f"there were {usual}"
         )
     images = clean.images()
-    pixels = _pixels(images, options)
+    pixels = _pixels(drawn, options)
     each, tokens = 0, list[collect.Batch]()
     if isinstance(options.challenges, str):
         _require_kind(clean, images)
@@ -123,17 +126,29 @@ def checked(
     return Sample(drawn, given, labels, sources, held_out, fresh, each, pixels, tokens)
 
 
-def _pixels(images: list[Tensor], options: FitOptions) -> PixelRange | None:
+def _pixels(drawn: list[Drawn], options: FitOptions) -> PixelRange | None:
     """Black and white of the images, if the inputs are images."""
+    told = any(value is not None for value in (options.clip, options.mean, options.std))
+    images = drawn[0].images()
     if not images:
-        if any(value is not None for value in (options.clip, options.mean, options.std)):
+        if told:
             raise ValueError("clip, mean and std need images (B, C, H, W); clean gave other inputs")
         return None
     if not all(bool(x.isfinite().all()) for x in images):
         raise ValueError("clean must give finite images; some held NaN or infinity")
     if all(bool((x.amax((2, 3)) == x.amin((2, 3))).all()) for x in images):
         raise ValueError("clean must give images that show something; every one was constant")
-    return PixelRange.of(images, clip=options.clip, mean=options.mean, std=options.std)
+    # Those that calibrate have no part in reading a range.
+    ranged = [x for one in (drawn if told else drawn[:1]) for x in one.images()]
+    pixels = PixelRange.of(ranged, clip=options.clip, mean=options.mean, std=options.std)
+    ends = [float(end) for x in ranged for end in pixels.to_unit(x).aminmax()]
+    if (told or isinstance(options.challenges, str)) and (spread := max(ends) - min(ends)) < constants.LEAST_SPREAD:
+        black, white = float(pixels.low.min()), float(pixels.high.max())
+        raise ValueError(
+            f"images must spread over the range from black to white, here [{black:.4g}, {white:.4g}]; they took "
+            f"{spread:.2g} of it: give the clip=(black, white), mean and std of these images"
+        )
+    return pixels
 
 
 def _require_kind(clean: Drawn, images: list[Tensor]) -> None:

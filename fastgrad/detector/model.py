@@ -26,6 +26,7 @@ from fastgrad.detector.price import device_of
 from fastgrad.detector.report import Gain, Report
 from fastgrad.detector.risk import NoisyOr, Risk, doubt
 from fastgrad.engine.refusals import refuse_scripted
+from fastgrad.engine.state import buffers_kept
 from fastgrad.introspection import IntrospectiveClassifier
 from fastgrad.introspection.network import IntrospectiveNetwork
 from fastgrad.losses import compute_dtype
@@ -55,7 +56,7 @@ class TwoStageModel(nn.Module):
     """A trained classifier that also says how unusual each input is, and how likely each answer is wrong.
 
     Torchvision, timm and Hugging Face classifiers work as they are. The network is only read: it runs in evaluation
-    mode, and its mode, gradients and hooks stay what they were.
+    mode, and its mode, gradients and hooks stay what they were. `fit` leaves its buffers, too.
 
     Args:
         model: The trained network, from a batch or a mapping of keyword arguments to logits ``(B, N)``: a tensor,
@@ -251,7 +252,8 @@ class TwoStageModel(nn.Module):
 
         Raises:
             TypeError, ValueError: A loader is empty, malformed or too small. Labels are missing or no classes. Images
-                are outside the given range, or challenges cannot be made from the inputs. A named block is impossible.
+                are outside the given range, or take next to nothing of it. Challenges cannot be made from the inputs.
+                A named block is impossible.
                 The network returns probabilities in place of logits. The network or a block mixes samples of a batch.
                 All of it is checked before the first challenge is made.
         """
@@ -259,7 +261,8 @@ class TwoStageModel(nn.Module):
         options = loaders.FitOptions(
             clean, challenges, calibration, max_samples, challenges_per_input, risk, clip, mean, std, verbose
         )
-        fitting.fit(self, options)
+        with buffers_kept(self.model):
+            fitting.fit(self, options)
         return self
 
     def report(self, *, gains: bool = False) -> Report:

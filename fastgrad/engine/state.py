@@ -6,7 +6,7 @@ import contextlib
 import enum
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy as shallow_copy
 from typing import Any
 
@@ -156,9 +156,7 @@ class Snapshot:
     def restore(self) -> None:
         """Put everything back; ValueError where a buffer was written that had not been copied, or a tensor given."""
         self._random.restore()
-        with torch.no_grad():
-            for buffer in self._copied.modified():
-                buffer.copy_(self._values[id(buffer)])
+        _put_back(self._copied, self._values)
         # Objects may lead back to themselves.
         known: Copied = {id(copy): (copy, leaf) for leaf, copy in self._objects}
         for leaf, copy in self._objects:
@@ -266,6 +264,24 @@ def undone(model: nn.Module, inputs: Any = (), copies: Copies | None = None) -> 
             yield pytree.tree_map(lambda leaf: apart(leaf, copy, known), inputs)
     finally:
         before.restore()
+
+
+@contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Give buffers back their numbers, which observers of a network to be quantized change in evaluation mode, too."""
+    versions, before = Versions(model.buffers()), {id(buffer): buffer.detach().clone() for buffer in model.buffers()}
+    try:
+        yield
+    finally:
+        _put_back(versions, before)
+
+
+def _put_back(versions: Versions, values: Mapping[int, Tensor]) -> None:
+    """Give tensors that were modified the ``values`` that they had, by their ids, and their size."""
+    with torch.no_grad():
+        for tensor in versions.modified():
+            value = values[id(tensor)]
+            (tensor if tensor.shape == value.shape else tensor.resize_(value.shape)).copy_(value)
 
 
 #: Types of what `_refill` takes.

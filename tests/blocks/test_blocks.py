@@ -220,6 +220,12 @@ def test_a_block_of_ones_own_is_known_by_its_name() -> None:
         register_block(type("Nameless", (Block,), {}))
     with pytest.raises(TypeError, match="subclass of Block; it was 5"):
         register_block(5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"made without arguments; Needing needs \['level'\]"):
+        register_block(type("Needing", (Block,), {"name": "needing", "__init__": lambda self, level: None}))
+    # A file would forget the level.
+    with pytest.raises(TypeError, match=r"return its arguments from options\(\); Forgetting has none for 'level'"):
+        register_block(type("Forgetting", (Block,), {"name": "forgetting", "__init__": lambda self, level=1: None}))
+    assert not {"needing", "forgetting"} & set(BLOCKS)
     for name in ("my.block", "training", "forward", "challenges"):
         with pytest.raises(ValueError, match=f"name of a block must .*; it was '{name}'"):
             type("Named", (Block,), {"name": name})

@@ -131,6 +131,15 @@ BAD: dict[str, tuple[Callable[[TwoStageModel], Any], str]] = {
     "infinite": (lambda m: m.fit([CLEAN / 0]), "finite images"),
     "range": (lambda m: m.fit([CLEAN * 255], clip=(0, 1)), "must lie in the range that clip, mean and std give"),
     "normalised": (lambda m: m.fit([CLEAN], mean=[0.5] * 3, std=[2.0] * 3), "must lie in the range"),
+    "unit images among bytes": (
+        lambda m: m.fit([CLEAN], None, clip=(0, 255)),
+        r"range from black to white, here \[0, 255\]; they took 0\.0039 of it: give the clip=",
+    ),
+    "divided twice": (lambda m: m.fit([CLEAN / 255]), r"here \[0, 1\]; they took 0\.0039 of it"),
+    "calibration out of range": (
+        lambda m: m.fit([CLEAN], None, [CLEAN * 255], clip=(0, 1)),
+        r"images must lie in the range that clip, mean and std give, \[0, 1\]",
+    ),
     "mixed ranges": (lambda m: m.fit([CLEAN, 255 * CLEAN]), "images must share one range"),
     "word": (lambda m: m.fit([CLEAN], "none"), "challenges must be 'generate', None or a loader; it was 'none'"),
     "no images": (lambda m: m.fit([CLEAN.flatten(1)]), "from images .* or token ids"),
@@ -144,6 +153,14 @@ BAD: dict[str, tuple[Callable[[TwoStageModel], Any], str]] = {
     ),
     "half": (lambda m: m.fit([CLEAN], challenges_per_input=1.5), "an integer of at least 1; it was 1.5"),  # type: ignore[arg-type]
     "no number": (lambda m: m.fit([CLEAN], max_samples="all"), "an integer of at least 20; it was 'all'"),  # type: ignore[arg-type]
+    "labels as a batch": (
+        lambda m: m.fit([CLEAN, torch.arange(60) % 3]),
+        r"clean must give inputs of one number of dimensions; they had \[1, 4\]\. Labels stand beside",
+    ),
+    "challenges and kinds": (
+        lambda m: m.fit([CLEAN], (CLEAN, torch.arange(60))),
+        r"challenges must give inputs of one number of dimensions; they had \[1, 4\]",
+    ),
     "one label a batch": (lambda m: m.fit([(CLEAN, 1)]), "a batch had 60 inputs and 1"),
     "one word a batch": (lambda m: m.fit([CLEAN], [(CLEAN[:5], "noise")]), "a batch had 5 inputs and 1"),
     "one mean": (lambda m: m.fit([CLEAN], mean=0.5, std=0.5), "mean must have 3 values, one per channel; it was 0.5"),  # type: ignore[arg-type]
@@ -194,8 +211,10 @@ def test_a_network_without_an_answer_is_not_calibrated(value: float) -> None:
 
 def test_labels_of_the_calibration_count_for_the_risk() -> None:
     model = TwoStageModel(network(), blocks=["logits"]).fit(pairs(CLEAN[:25]), None, pairs(CLEAN[25:]), risk=True)
-    assert str(model.report()).endswith("without challenges: unusual inputs do not raise it")
+    assert str(model.report()).endswith("without generated challenges that have labels: unusual inputs do not raise it")
     assert "from 60 clean inputs" in str(model.report())
+    model.fit([CLEAN[:25]], None, pairs(CLEAN[25:]), risk=True)
+    assert "from 35 clean inputs" in str(model.report())
 
 
 def test_the_classifier_needs_labels_of_every_class() -> None:
@@ -218,6 +237,7 @@ def test_without_labels_there_is_no_risk_and_the_report_says_so() -> None:
     assert "none: not asked for" in str(model.report())
     model = TwoStageModel(network(), blocks=["logits"]).fit(pairs(CLEAN[:29]), None)
     assert [model.risk_, model.temperature_] == [None, None]
-    assert "none: 29 labelled clean inputs that the answer was not trained on are too few" in str(model.report())
+    said = "none: 29 labelled clean inputs that the answer was not trained on are too few; it needs 30"
+    assert said in str(model.report())
     model = TwoStageModel(nn.Sequential(network(), nn.Linear(3, 1)), blocks=["logits"]).fit([CLEAN], None)
     assert "none: the network has one logit" in str(model.report())

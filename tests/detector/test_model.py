@@ -6,6 +6,7 @@ import pickle
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -409,7 +410,7 @@ def test_the_report_says_what_the_classifier_costs(monkeypatch):
     x, y = others[0]
     wrong, alone = int((model(x).probabilities.argmax(1) != y).sum()), int((network(x).argmax(1) != y).sum())
     assert wrong != alone
-    said = f"from 200 clean inputs, {wrong} answered wrongly, {alone} by the network alone; without challenges"
+    said = f"from 200 clean inputs, {wrong} answered wrongly, {alone} by the network alone; without generated"
     assert model.report_.risk.startswith(said)
 
 
@@ -520,7 +521,7 @@ def test_gains_are_measured_on_demand(tmp_path):
     plain = TwoStageModel(small_network(), blocks=["logits", "image"]).fit(loader(80), None)
     with pytest.raises(ValueError, match="at least two blocks and two families"):
         plain.report(gains=True)
-    assert "without challenges: unusual inputs do not raise it" in str(plain.report())
+    assert "without generated challenges that have labels: unusual inputs do not raise it" in str(plain.report())
 
 
 def test_a_limit_binds():
@@ -569,6 +570,33 @@ def test_a_detectors_own_seed_decides_what_is_held_out(monkeypatch):
         detector = UncertaintyDetector(log=False, calibration_fraction=0.5, random_state=own)
         TwoStageModel(small_network(), detector=detector, blocks=["logits"], seed=seed).fit(loader(60), None)
     assert held_out[0] == held_out[1] == held_out[3] != held_out[2]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_buffers_that_evaluation_changes_are_left_as_they_were(fails):
+    class Observer(nn.Module):
+        """Keeps the range of what it sees, as a network to be quantized does; a first input makes room for it."""
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("highest", torch.empty(0))
+
+        def forward(self, x):
+            self.highest.resize_(1).copy_(x.detach().amax())
+            if fails and x.requires_grad:
+                raise InterruptedError
+            return x
+
+    network = nn.Sequential(Observer(), small_network())
+    two_stage = TwoStageModel(network, blocks=["logits"])
+    with pytest.raises(InterruptedError) if fails else nullcontext():
+        two_stage.fit(loader())
+    assert network[0].highest.shape == (0,)
+    network.eval()(images(3))
+    before = network[0].highest.clone()
+    with pytest.raises(InterruptedError) if fails else nullcontext():
+        two_stage.fit(loader())
+    assert torch.equal(network[0].highest, before)
 
 
 def test_what_the_user_passed_is_honoured_and_not_changed(tmp_path):

@@ -104,7 +104,7 @@ def test_what_cannot_be_served_is_dropped_with_its_reason():
     blocks = [BLOCKS[name]() for name in EXTENDED_BLOCKS]
     report = fitted(model, blocks, torch.rand(256, 6), math.inf)
     assert report.blocks == ("logits", "activations")
-    assert dict(report.dropped)["image"] == "the input is not one image (B, C, H, W)"
+    assert dict(report.dropped)["image"] == "the input is not one image (B, C, H, W), at least 3 x 3"
 
 
 def test_the_answer_itself_is_measured_and_the_model_stays_as_it_was(counting, images):

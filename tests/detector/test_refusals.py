@@ -42,6 +42,15 @@ class Ranked(Logits):
         return super().values(found).argsort(0).float()
 
 
+class Summed(Logits):
+    """A block of the user's with one number for all inputs."""
+
+    name = "summed"
+
+    def values(self, found: Any) -> torch.Tensor:
+        return super().values(found).sum()
+
+
 class Silent(Logits):
     """A block of the user's without a score."""
 
@@ -73,6 +82,13 @@ def scripted() -> nn.Module:
 def made_in_inference_mode() -> nn.Module:
     with torch.inference_mode():
         return copy.deepcopy(NET)
+
+
+class Logarithm(nn.Module):
+    """Has no value for black."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.log()
 
 
 HEADLESS = r"the network can serve, .*'logits'.*; 'features': .*linear layer"
@@ -132,6 +148,8 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "last": (lambda: TwoStageModel(FLAT).fit([IMAGES.movedim(1, -1)]), ValueError, r"last, \(60, 8, 8, 3\). Move"),
     "mixing": (lambda: TwoStageModel(nn.Sequential(Centred(), NET)).fit([IMAGES]), ValueError, "its logits of a s"),
     "ranked": (lambda: TwoStageModel(NET, blocks=[Logits(), Ranked()]).fit([IMAGES]), ValueError, "'ranked' has other"),
+    "summed": (lambda: TwoStageModel(NET, blocks=[Summed()]).fit([*IMAGES.split(1)]), ValueError, "'summed' has one"),
+    "pixels": (lambda: TwoStageModel(FLAT, blocks=["image"]).fit([IMAGES.view(60, 48, 2, 2)]), ValueError, "3 x 3"),
     "few": (lambda: TwoStageModel(NET).fit([IMAGES[:3]], None), ValueError, "at least"),
     "risk": (lambda: TwoStageModel(NET).fit([IMAGES], None, risk="yes"), TypeError, "risk must be .* 'yes'"),  # type: ignore[arg-type]
     "verbose": (lambda: TwoStageModel(NET).fit([IMAGES], None, verbose=2), TypeError, "verbose must be .* 2"),  # type: ignore[arg-type]
@@ -153,7 +171,15 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "meta inputs": (lambda: TwoStageModel(NET).fit([IMAGES.to("meta")], None), ValueError, "of clean must be dense"),
     "sparse": (lambda: TwoStageModel(NET).fit([IMAGES], [IMAGES.to_sparse()]), ValueError, "challenges must be dense"),
     "no answer": (lambda: TwoStageModel(NET).fit([IMAGES], [WITHOUT]), ValueError, "challenges must .* 60 it"),
+    "no answer to some": (
+        lambda: TwoStageModel(nn.Sequential(Logarithm(), NET)).fit([0.1 + 0.8 * IMAGES]), ValueError,
+        r"challenges must give .* NaN or infinity\. They were generated: give the clip of the images, a loader",
+    ),
     "no answers": (lambda: TwoStageModel(NET).fit([IMAGES], None, [WITHOUT]), ValueError, "calibration must .* 60 it"),
+    "a share and a loader": (
+        lambda: TwoStageModel(NET, detector=UncertaintyDetector(calibration_fraction=0.5)).fit([IMAGES], None, [0]),
+        ValueError, "calibration must be None where the detector's calibration_fraction is given, 0.5",
+    ),
     "swapped": (lambda: TwoStageModel.load(NET, "file"), TypeError, "path must be a path"),  # type: ignore[arg-type]
     "unknown file": (lambda: TwoStageModel.load("no/such.safetensors", NET), FileNotFoundError, "no/such"),
 }  # fmt: skip

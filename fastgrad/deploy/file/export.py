@@ -49,7 +49,7 @@ def export(
     labels: Sequence[str] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    false_alarm_rate: float = 0.05,
+    false_alarm_rate: float | None = None,
     scores: Tensor | np.ndarray[Any, Any] | None = None,
     max_batch: int = 1024,
     one_by_one: bool | None = None,
@@ -79,7 +79,8 @@ def export(
         labels: N class names.
         mean: per-channel mean of the normalization that turned pixels (0 to 1) into inputs.
         std: per-channel standard deviation of the same.
-        false_alarm_rate: the share of in-distribution inputs that the file's threshold flags.
+        false_alarm_rate: the share of in-distribution inputs that the file's threshold flags; None for the detector's
+            own, or 0.05.
         scores: uncertainties of held-out in-distribution inputs, ``(n,)``; by default the module's
             ``calibration_scores``, if there are at least 20. They give the histogram, the drift monitor's reference,
             and the thresholds of a module without ``threshold``.
@@ -110,6 +111,9 @@ def export(
     if onnx and one_by_one:
         raise ValueError("one_by_one must be None or False for an .onnx, which has no loop; it was True")
     checks.lies_in("(0, inf]", tolerance=tolerance)
+    if false_alarm_rate is None:
+        own = getattr(getattr(two_stage, "detector_", None), "options", {})
+        false_alarm_rate = own.get("false_alarm_rate", 0.05)
     checks.lies_in("(0, 1)", false_alarm_rate=false_alarm_rate)
     checks.at_least(1, max_batch=max_batch)
     _check_example(example_input, target)

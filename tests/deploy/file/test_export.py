@@ -113,6 +113,21 @@ def test_numbers_of_numpy_and_scores_that_differ_by_rounding(monkeypatch: pytest
     assert written[1].thresholds == [(0.01, 98.0), (0.02, 97.0), (0.05, 94.0), (0.1, 89.0), (0.2, 79.0)]
 
 
+def test_the_rate_is_the_detectors_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    written: list[Description] = []
+    monkeypatch.setattr(export_module, "compile_function", lambda *_, **__: None)
+    monkeypatch.setattr(export_module, "compare", lambda path, *_: path.touch())
+    monkeypatch.setattr(export_module, "write_description", lambda _, description: written.append(description))
+    network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    detector = fastgrad.UncertaintyDetector(log=False, false_alarm_rate=0.3)
+    two_stage = fastgrad.TwoStageModel(network, detector=detector, blocks=["logits"]).fit([torch.randn(40, 4)], None)
+    for given in (None, 0.25):
+        export(two_stage, torch.randn(2, 4), tmp_path / "m.pt2", false_alarm_rate=given)
+    export(TinyTwoStage(), X, tmp_path / "m.pt2")
+    assert [one.false_alarm_rate for one in written] == [0.3, 0.25, 0.05]
+    assert written[0].threshold == two_stage.threshold()
+
+
 def test_normalization() -> None:
     description = Description((3, 1, 1), "float32", 2, 8, "cpu", mean=[0.5, 0.0, 1.0], std=[0.5, 1.0, 2.0])
     pixels = torch.tensor([1.0, 0.25, 0.0]).view(3, 1, 1)
