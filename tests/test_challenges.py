@@ -13,6 +13,7 @@ import pytest
 import torch
 from small_nets import Net
 from torch import nn
+from torch.ao import quantization
 
 from fastgrad.challenges import (
     CHALLENGES,
@@ -151,6 +152,33 @@ def test_buffers_that_evaluation_changes_are_left_as_they_were() -> None:
     before = observer.highest.clone()
     generate_challenges(net, photos())
     assert torch.equal(observer.highest, before)
+
+
+def test_buffers_that_kernels_of_quantization_write_are_left_as_they_were() -> None:
+    """These write without a new version."""
+    net = nn.Sequential(quantization.FusedMovingAvgObsFakeQuantize(), *small_net()).eval()
+    net(photos())
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    generate_challenges(net, 0.5 + photos() / 2)
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "buffer",
+    [
+        torch.zeros(1).expand(1 << 40),
+        nn.UninitializedBuffer(),
+        torch.zeros(3, device="meta"),
+        torch.eye(3).to_sparse(),
+        torch.zeros(2, dtype=torch.uint8).view(torch.bits8),
+    ],
+    ids=["expanded", "lazy", "meta", "sparse", "bits"],
+)
+def test_buffers_that_have_no_copy_do_not_matter(buffer: torch.Tensor) -> None:
+    net = small_net()
+    net.register_buffer("mask", buffer)
+    fgsm(net, photos(), 0.1, torch.Generator(), pixels=PixelRange.of(photos()))
+    assert net.mask is buffer
 
 
 def test_modes_change_without_what_a_module_does_on_their_change() -> None:

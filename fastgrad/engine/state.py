@@ -6,7 +6,7 @@ import contextlib
 import enum
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy as shallow_copy
 from typing import Any
 
@@ -156,7 +156,7 @@ class Snapshot:
     def restore(self) -> None:
         """Put everything back; ValueError where a buffer was written that had not been copied, or a tensor given."""
         self._random.restore()
-        _put_back(self._copied, self._values)
+        _put_back((tensor, self._values[id(tensor)]) for tensor in self._copied.modified())
         # Objects may lead back to themselves.
         known: Copied = {id(copy): (copy, leaf) for leaf, copy in self._objects}
         for leaf, copy in self._objects:
@@ -241,14 +241,19 @@ def _differ(one: Any, other: Any) -> bool:
 
 
 def _pointer(tensor: Tensor) -> int:
-    """Where the numbers of a plain tensor lie; 0 for one of another class or layout, or under a transform."""
+    """Where the numbers of a plain tensor lie; 0 for another."""
+    return tensor.untyped_storage().data_ptr() if _is_plain(tensor) else 0
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is of no other class or layout, on a device with values, and under no transform."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
-    return tensor.untyped_storage().data_ptr() if plain and not is_wrapped(tensor) else 0
+    return plain and not tensor.is_meta and not is_wrapped(tensor)
 
 
 def _may_be_written(tensor: Tensor) -> bool:
     """Whether a plain tensor has memory for each of its numbers; copies of those that do not may be large."""
-    return _pointer(tensor) != 0 and tensor.nbytes <= tensor.untyped_storage().nbytes()
+    return _is_plain(tensor) and tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 @contextlib.contextmanager
@@ -269,18 +274,26 @@ def undone(model: nn.Module, inputs: Any = (), copies: Copies | None = None) -> 
 @contextlib.contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
     """Give buffers back their numbers, which observers of a network to be quantized change in evaluation mode, too."""
-    versions, before = Versions(model.buffers()), {id(buffer): buffer.detach().clone() for buffer in model.buffers()}
+    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if _may_be_written(buffer)]
     try:
         yield
     finally:
-        _put_back(versions, before)
+        _put_back(pair for pair in before if _have_changed(*pair))
 
 
-def _put_back(versions: Versions, values: Mapping[int, Tensor]) -> None:
-    """Give tensors that were modified the ``values`` that they had, by their ids, and their size."""
+def _have_changed(tensor: Tensor, value: Tensor) -> bool:
+    """Whether numbers are others than before; their version does not say so, which observers' kernels leave."""
+    try:
+        return not torch.equal(tensor, value)
+    except NotImplementedError:
+        # Of formats that no function writes to, as of four bits.
+        return False
+
+
+def _put_back(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Give tensors the values that they had, and their size."""
     with torch.no_grad():
-        for tensor in versions.modified():
-            value = values[id(tensor)]
+        for tensor, value in pairs:
             (tensor if tensor.shape == value.shape else tensor.resize_(value.shape)).copy_(value)
 
 
