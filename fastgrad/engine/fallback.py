@@ -174,8 +174,9 @@ class _Again:
         return _differentiated(outputs, wanted, gradients)
 
     def _require_shapes(self, outputs: list[Tensor], gradients: list[Tensor]) -> None:
-        """Raise ValueError where samples alone do not have the shapes of their gradients, all behind dimension 0."""
-        if [out.shape[1:] for out in outputs] != [g.shape[1:] for g in gradients]:
+        """Raise ValueError where samples alone do not have the shapes of the gradients that they are sent."""
+        sent = [(out, g) for out, g in zip(outputs, gradients, strict=True) if out.requires_grad]
+        if any(out.shape[1:] != g.shape[1:] for out, g in sent):
             raise self._refusal(
                 "gives outputs of another shape for a sample alone than for the batch, as with squeeze() or with an "
                 "attribute that has a row for each sample"

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from fastgrad._torch import pytree
-from fastgrad.engine.copy import BACKWARD_HOOKS, Shadow, attach, detach_plain
+from fastgrad.engine.copy import Shadow, attach, detach_plain
 from fastgrad.engine.fallback import agree, dense_grads, floating
 from fastgrad.engine.layout import Layout, find_layout
 from fastgrad.engine.probe import nodes_behind
@@ -226,8 +226,9 @@ class Observation(TorchFunctionMode):
         self._fewer = {} if fewer is None else {(call.path, call.ordinal): call for call in fewer.calls}
         self._less = list(less)
         # Names by id: of the user's own parameters, and of what stands in for them.
-        # All of them: a model may name some alone, as those for an optimizer.
-        self._originals = names = {id(p): name for name, p in nn.Module.named_parameters(model)}
+        # A model may name some alone, as those for an optimizer, or in a way of its own.
+        named = (*nn.Module.named_parameters(model), *model.named_parameters())
+        self._originals = names = {id(p): name for name, p in named}
         self._tracked: dict[int, str] = {}
         self.uses: dict[str, set[int]] = {name: set() for name in names.values()}
         self.ranks: dict[str, set[int | None]] = {name: set() for name in names.values()}
@@ -251,7 +252,9 @@ class Observation(TorchFunctionMode):
             output = shadow(*inputs[0], **inputs[1])
         self.drew = not before.same()
         own = set(map(id, self.parameters.values()))
-        self.made = [n for n, p in shadow.root.named_parameters() if p.requires_grad and id(p) not in own]
+        # What it computed and put in place of a parameter is none.
+        leaves = ((name, p) for name, p in nn.Module.named_parameters(shadow.root) if p.requires_grad and p.is_leaf)
+        self.made = [name for name, p in leaves if id(p) not in own]
         # Values of other samples may choose another path. A loop over samples calls the same functions less often.
         self._alike = fewer is not None and set(fewer.functions) == set(self.functions) and not self.drew
         self.outputs = network.tensors(output)
@@ -274,7 +277,7 @@ class Observation(TorchFunctionMode):
                     call.precision = max(call.precision, eps)
             self.untracked |= {self._originals[id(leaf)] for leaf in leaves if id(leaf) in self._originals}
         elif isinstance(result, (RemovableHandle, Node)):
-            # Who asks for a node of the graph may put a hook on it.
+            # Who asks for a node of the graph may put a hook on it, as PyTorch does for hooks of modules.
             self._note_hook()
         gathered = bool(found) and self.rows.gathered((args, kwargs))
         self.rows.note(func, args, kwargs or {}, result)
@@ -303,8 +306,6 @@ class Observation(TorchFunctionMode):
             gathered, chain = own.rows.gathered(leaves), tuple(own.stack[1:])
             own.calls.append(Call(original, copy, path, chain, own._times[path], inputs, gathered))
             own._times[path] += 1
-            if any(vars(copy)[table] for table in BACKWARD_HOOKS):
-                own._note_hook()
 
         def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             # Calls that raised, as their callers caught, did not leave.

@@ -327,6 +327,11 @@ def test_what_a_sample_alone_cannot_give_is_refused_by_its_reason(
         recorded(model, lambda: model(x).sum())
 
 
+def test_outputs_without_gradients_may_have_another_shape_for_a_sample_alone() -> None:
+    model = Net(lambda net, x: (net.layer(x) @ net.layer.weight, x.squeeze()), layer=nn.Linear(4, 4)).double()
+    check_losses(model, lambda x: model(x)[0].square().sum((1, 2)), torch.randn(3, 1, 4).double())
+
+
 def test_an_attribute_that_has_a_row_for_each_sample_is_refused() -> None:
     model = Net(lambda net, x: (net.layer(x) + net.condition) @ net.layer.weight, layer=nn.Linear(4, 4)).double()
     # One row is for all.

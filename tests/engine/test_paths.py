@@ -806,6 +806,22 @@ def test_a_model_that_makes_parameters_is_refused_and_left_as_it_was(way: str) -
         assert_close(norms_of(model, x), loop(model, (x,), {}))
 
 
+def test_what_a_model_computes_in_place_of_a_parameter_is_none_that_it_makes() -> None:
+    def function(net: Any, x: Tensor) -> Tensor:
+        net.layer._parameters["weight"] = net.own * net.mask
+        return net.layer(x)
+
+    layer = nn.Linear(3, 3)
+    layer.weight = None  # type: ignore[assignment]
+    parts = {"own": nn.Parameter(torch.randn(3, 3)), "mask": torch.ones(3, 3).tril(), "layer": layer}
+    model, x = Net(function, **parts).double(), inputs(4, 3)
+    found = norms_of(model, x), features_of_squares(model)(x)[1]
+    # A call of the model itself leaves it one more.
+    truth = loop(model, (x,), {})[:, [0, 2]]
+    for each in found:
+        assert_close(each, truth)
+
+
 class Frozen(Net):
     """Names the parameters of its last layer alone, as for an optimizer."""
 
@@ -813,8 +829,16 @@ class Frozen(Net):
         return ((name, p) for name, p in super().named_parameters(*args, **kwargs) if name.startswith("last"))
 
 
-def test_a_model_that_names_some_of_its_parameters() -> None:
-    model, x = Frozen(lambda net, x: net.last(net.first(x)), first=nn.Linear(3, 3), last=nn.Linear(3, 2)), inputs(4, 3)
+class Renamed(Net):
+    """Names its last layer's parameters as that does, as wrappers do."""
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        return self.last.named_parameters(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [Frozen, Renamed])
+def test_a_model_that_names_some_of_its_parameters(kind: type[Net]) -> None:
+    model, x = kind(lambda net, x: net.last(net.first(x)), first=nn.Linear(3, 3), last=nn.Linear(3, 2)), inputs(4, 3)
     truth = loop(model.double(), (x,), {})
     assert truth.shape == (4, 2)
     assert_close(norms_of(model, x), truth)
