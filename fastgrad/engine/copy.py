@@ -273,12 +273,13 @@ class Shadow:
 
     def _closure(self, function: types.FunctionType) -> Any:
         """`_replace` of a function, which may hold lists of the tree as well: a hook may keep outputs in them."""
+        contents = list(map(_content, function.__closure__ or ()))
+        # Wrappers of what was compiled have its name, too, but do not hold it.
         compiled = vars(function).get("_torchdynamo_orig_callable")
-        if compiled is not None:
+        if compiled is not None and any(it is compiled for it in contents):
             # A compiler cannot follow the hooks of a copy.
             replaced = self._replace(compiled)
             return function if replaced is compiled else replaced
-        contents = list(map(_content, function.__closure__ or ()))
         held = [self._replace(it) if type(it) is types.MethodType else self._known(it) for it in contents]
         if all(map(operator.is_, held, contents)):
             return function

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +22,7 @@ from fastgrad.engine.memory import lacks_memory
 from fastgrad.engine.observe import Observation
 from fastgrad.engine.plan import Known, Plan, PlanConstraints, Planner
 from fastgrad.engine.run import OffPlanError, Run
-from fastgrad.engine.state import Copies, NotRepeatableError, undone
+from fastgrad.engine.state import Copies, NotRepeatableError, Objects, undone
 
 if TYPE_CHECKING:
     from fastgrad.engine.network import Network
@@ -53,7 +54,7 @@ class Trial:
         self._network, self._known, self._carriers, self._count = network, known, tuple(carriers), count
         # In the order that they have, which may be that of their lengths.
         index = torch.arange(count, device="cpu").clamp(max=samples - 1)
-        self._copies = Copies(inputs)
+        self._copies, self._objects = Copies(inputs), Objects(network.model)
         self._inputs = take(inputs, index, samples, carriers)
         # One is not enough where it is among the others as well.
         self._singles = [[i] * count for i in ((0, count - 1) if samples < count else (count - 1,))]
@@ -157,7 +158,7 @@ class Trial:
         Gradients of several checks go back together. The path of a pass by ``plan`` becomes one of the plan's.
         """
         run = Run(count)
-        with torch.enable_grad(), undone(self._network.model, inputs, self._copies) as inputs:
+        with torch.enable_grad(), self._undone(inputs) as inputs:
             output, _ = self._network.once(plan, run, inputs, trial=True)
             assert run.steps is not None
             plan.paths.add(run.steps.path())
@@ -181,8 +182,13 @@ class Trial:
 
     def _observed(self, inputs: Any, count: int, **options: Any) -> Observation:
         """What the model does with ``inputs``; ``options`` as for `Observation`. It is left as it was."""
-        with undone(self._network.model, inputs, self._copies) as inputs:
+        with self._undone(inputs) as inputs:
             return Observation(self._network, inputs, count, **options)
+
+    def _undone(self, inputs: Any) -> AbstractContextManager[Any]:
+        """`undone` of a pass that begins as the call does: an earlier one may have filled a cache that copies share."""
+        self._objects.restore()
+        return undone(self._network.model, inputs, self._copies)
 
     def _backward(self, seen: Observation, cotangents: Sequence[Tensor]) -> dict[str, Tensor]:
         """The gradients by name of what was observed. The model is left as it was: a checkpoint runs a part again."""
@@ -207,7 +213,7 @@ class Trial:
                 if lacks_memory(error):
                     raise
                 # Raises what the model raises for all samples, if it does.
-                with undone(self._network.model, self._whole[0]) as whole:
+                with self._undone(self._whole[0]) as whole:
                     self._network.once(None, Run(self._whole[1]), whole, trial=True)
                 raise ValueError(
                     "model must take any number of samples, rows of dimension 0 of its first tensor, and be followed "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import functools
 import gc
@@ -767,6 +768,24 @@ def test_a_list_gets_one_entry_from_a_call_on_a_path_that_was_not_seen_before() 
         assert_close(norms_of(model, x), truth)
         assert log["calls"] == [4] * entries
         assert log["count"].value == entries
+
+
+def caching(net: Any, x: Tensor) -> Tensor:
+    """Makes a table for each new length, and keeps it."""
+    length = x.shape[1]
+    if length not in net.tables:
+        net.tables[length] = torch.linspace(0, 1, length, dtype=x.dtype).cos()
+    return net.layer((x * net.tables[length]).sum(1, keepdim=True)).tanh()
+
+
+@pytest.mark.parametrize("kind", [dict, lambda: collections.defaultdict(int)])
+def test_a_cache_that_a_call_fills(kind: Callable[[], dict[int, Tensor]]) -> None:
+    model = Net(caching, layer=nn.Linear(1, 3), tables=kind()).double()
+    for length in (4, 4, 6, 6, 4, 5):
+        x = inputs(4, length)
+        truth = loop(Net(caching, layer=model.layer, tables={}), (x,), {})
+        assert_close(norms_of(model, x), truth)
+        assert length in model.tables
 
 
 def test_a_list_that_one_path_alone_writes_to_is_refused_once() -> None:

@@ -395,6 +395,18 @@ def test_closures_hold_copies(way: str) -> None:
     assert (vars(model).get("middle"), vars(model.inner).get("forward")) == before
 
 
+def test_wrappers_of_what_a_compiler_has_seen_are_no_such_functions() -> None:
+    """They have its attributes by `functools.wraps`, and would be lost."""
+    model = Net(lambda net, x: net.head(net.middle(x) + x), inner=nn.Linear(3, 3), head=nn.Linear(3, 2)).double()
+    seen = torch.compiler.disable(types.MethodType(lambda net, x: net.inner(x), model))
+    model.middle = torch.no_grad()(seen)
+    assert model.middle._torchdynamo_orig_callable
+    x = torch.randn(4, 3).double()
+    for call in (lambda: recorded(model, lambda: model(x).sum()), lambda: fastgrad.GradientFeatures(model)(x)):
+        with pytest.raises(ValueError, match=r"must reach 'inner\.weight'"):
+            call()
+
+
 #: By what they count in: how it begins, and what a call does to it.
 COUNTS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
     "object": (lambda: types.SimpleNamespace(count=0), lambda it: setattr(it, "count", it.count + 1)),
