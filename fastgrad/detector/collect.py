@@ -79,7 +79,8 @@ def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bo
             joined = [torch.cat(column) if carries else column[0] for carries, *column in columns]
             batches.append(pytree.tree_unflatten(joined, pytree.tree_structure(rows[0])))
     dimensions = sorted({x.dim() for x in batches if isinstance(x, Tensor)})
-    if len(dimensions) > 1:
+    # A network may itself add a dimension that some inputs lack, but one number for each is a label.
+    if len(dimensions) > 1 and dimensions[0] == 1:
         raise ValueError(
             f"{name} must give inputs of one number of dimensions; they had {dimensions}. Labels stand beside their "
             "inputs, in a loader or list of pairs: [(x, labels)]"

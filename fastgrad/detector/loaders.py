@@ -141,13 +141,14 @@ def _pixels(drawn: list[Drawn], options: FitOptions) -> PixelRange | None:
     # Those that calibrate have no part in reading a range.
     ranged = [x for one in (drawn if told else drawn[:1]) for x in one.images()]
     pixels = PixelRange.of(ranged, clip=options.clip, mean=options.mean, std=options.std)
-    ends = [float(end) for x in ranged for end in pixels.to_unit(x).aminmax()]
-    if (told or isinstance(options.challenges, str)) and (spread := max(ends) - min(ends)) < constants.LEAST_SPREAD:
-        black, white = float(pixels.low.min()), float(pixels.high.max())
-        raise ValueError(
-            f"images must spread over the range from black to white, here [{black:.4g}, {white:.4g}]; they took "
-            f"{spread:.2g} of it: give the clip=(black, white), mean and std of these images"
-        )
+    if isinstance(options.challenges, str):
+        ends = [float(end) for x in ranged for end in pixels.to_unit(x).aminmax()]
+        if (spread := max(ends) - min(ends)) < constants.LEAST_SPREAD:
+            black, white = float(pixels.low.min()), float(pixels.high.max())
+            raise ValueError(
+                f"images must spread over the range from black to white, here [{black:.4g}, {white:.4g}]; they took "
+                f"{spread:.2g} of it: give the clip=(black, white), mean and std of these images"
+            )
     return pixels
 
 

@@ -252,9 +252,9 @@ class TwoStageModel(nn.Module):
 
         Raises:
             TypeError, ValueError: A loader is empty, malformed or too small. Labels are missing or no classes. Images
-                are outside the given range, or take next to nothing of it. Challenges cannot be made from the inputs.
-                A named block is impossible.
-                The network returns probabilities in place of logits. The network or a block mixes samples of a batch.
+                are outside the given range. Challenges cannot be made from the inputs, or from images that take next to
+                nothing of the range. A named block is impossible. The network returns probabilities in place of logits.
+                The network or a block mixes samples of a batch.
                 All of it is checked before the first challenge is made.
         """
         checks.is_bool(**{name: v for name, v in (("risk", risk), ("verbose", verbose)) if v is not None})

@@ -132,7 +132,7 @@ BAD: dict[str, tuple[Callable[[TwoStageModel], Any], str]] = {
     "range": (lambda m: m.fit([CLEAN * 255], clip=(0, 1)), "must lie in the range that clip, mean and std give"),
     "normalised": (lambda m: m.fit([CLEAN], mean=[0.5] * 3, std=[2.0] * 3), "must lie in the range"),
     "unit images among bytes": (
-        lambda m: m.fit([CLEAN], None, clip=(0, 255)),
+        lambda m: m.fit([CLEAN], clip=(0, 255)),
         r"range from black to white, here \[0, 255\]; they took 0\.0039 of it: give the clip=",
     ),
     "divided twice": (lambda m: m.fit([CLEAN / 255]), r"here \[0, 1\]; they took 0\.0039 of it"),
@@ -192,6 +192,15 @@ def test_what_the_answer_needs_is_refused_before_any_challenge_is_made(monkeypat
     masked = nn.Sequential(network(), nn.Threshold(-0.15, -math.inf))
     with pytest.raises(ValueError, match=r"clean and calibration must give .* blocks are finite; \['logits'\]"):
         TwoStageModel(masked, blocks=["logits"]).fit([CLEAN])
+
+
+def test_what_the_network_can_take_is_no_mistake() -> None:
+    """Inputs that lack a dimension, which the network adds; dark images, of which no challenges are made."""
+    flat = nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (-1, 48)), nn.Linear(48, 3)).eval()
+    two_stage = TwoStageModel(flat, blocks=["logits"]).fit([images(30), images(30, 1).flatten(2)], None)
+    assert two_stage(images(4)).uncertainty.isfinite().all()
+    for challenges in (None, [CLEAN / 300]):
+        TwoStageModel(network(), blocks=["logits"]).fit([CLEAN / 255], challenges, clip=(0, 1))
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
