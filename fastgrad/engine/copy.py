@@ -117,6 +117,9 @@ class Shadow:
                 state[name] = replaced
                 if not _are_handles(value):
                     self._followed.add((id(state), name))
+        if not apart:
+            # Hooks of the user's own call write to the user's own lists, also to those that hold modules.
+            self._containers.clear()
         for _, own in self._hooks:
             own.update({key: self._replace(hook) for key, hook in own.items()})
         if recorded:

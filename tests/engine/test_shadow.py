@@ -395,6 +395,15 @@ def test_closures_hold_copies(way: str) -> None:
     assert (vars(model).get("middle"), vars(model.inner).get("forward")) == before
 
 
+def test_a_hook_writes_to_a_dict_that_holds_a_module() -> None:
+    layer, x = nn.Linear(3, 3), torch.randn(4, 3)
+    kept: dict[str, Any] = {"layer": layer}
+    model = Net(lambda net, x: net.layer(x), layer=layer, kept=kept)
+    layer.register_forward_hook(lambda *given: kept.update(output=given[2].detach()))
+    recorded(model, lambda: model(x).sum())
+    assert torch.equal(kept["output"], layer(x))
+
+
 def test_wrappers_of_what_a_compiler_has_seen_are_no_such_functions() -> None:
     """They have its attributes by `functools.wraps`, and would be lost."""
     model = Net(lambda net, x: net.head(net.middle(x) + x), inner=nn.Linear(3, 3), head=nn.Linear(3, 2)).double()
