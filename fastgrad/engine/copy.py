@@ -97,9 +97,9 @@ class Shadow:
         self._copies: dict[int, Any] = {}
         # Lists, dicts and sets by the id of the user's: several modules may hold one.
         self._containers: dict[int, Any] = {}
-        # Plain attributes that may hold parts of the tree; those in which something was replaced.
+        # Plain attributes that may hold parts of the tree; where something was replaced, what by.
         self._attributes: list[tuple[dict[str, Any], str, Any]] = []
-        self._followed: set[tuple[int, str]] = set()
+        self._followed: dict[tuple[int, str], Any] = {}
         # Tables with hooks of the user's, and those that stand in for them; the latter by the id of the former.
         self._hooks: list[tuple[dict[int, Any], dict[int, Any]]] = []
         self._tables: dict[int, dict[int, Any]] = {}
@@ -116,7 +116,7 @@ class Shadow:
             if replaced is not value:
                 state[name] = replaced
                 if not _are_handles(value):
-                    self._followed.add((id(state), name))
+                    self._followed[id(state), name] = replaced
         if not apart:
             # Hooks of the user's own call write to the user's own lists, also to those that hold modules.
             self._containers.clear()
@@ -198,8 +198,9 @@ class Shadow:
             for name, value in state.items():
                 if name in TABLES or name == "forward" or (name in before and value is before[name]):
                     continue
-                if not isinstance(value, nn.Module) and (id(state), name) not in self._followed:
-                    before[name] = self._back._replace(value) if _are_handles(value) else value
+                followed = (id(state), name) in self._followed
+                if not isinstance(value, nn.Module) and not (followed and value is self._followed[id(state), name]):
+                    before[name] = self._back._replace(value) if followed or _are_handles(value) else value
             for name, value in state["_buffers"].items():
                 known = before["_buffers"].get(name)
                 if value is not known and not (isinstance(known, Tensor) and known.is_inference()):

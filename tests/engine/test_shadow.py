@@ -404,6 +404,26 @@ def test_a_hook_writes_to_a_dict_that_holds_a_module() -> None:
     assert torch.equal(kept["output"], layer(x))
 
 
+def stepping(way: str) -> Net:
+    """Goes another way from its second call on."""
+    torch.manual_seed(0)
+    model = Net(lambda net, x: net.step(x), one=nn.Linear(3, 3), two=nn.Linear(3, 3)).double()
+    steps: dict[str, Callable[..., Any]] = {
+        "closure": lambda x: x if setattr(model, "step", lambda x: model.two(x)) else model.one(x),
+        "method": types.MethodType(lambda net, x: x if setattr(net, "step", net.two.forward) else net.one(x), model),
+    }
+    model.step = steps[way]
+    return model
+
+
+@pytest.mark.parametrize("way", ["closure", "method"])
+def test_a_function_that_a_call_replaces_is_replaced(way: str) -> None:
+    model, plain, x = stepping(way), stepping(way), torch.randn(4, 3).double()
+    for _ in range(2):
+        truth = loss_norms((row.square().sum() for row in plain(x)), plain)
+        assert_exact(recorded(model, lambda: model(x).square().sum()), truth)
+
+
 def test_wrappers_of_what_a_compiler_has_seen_are_no_such_functions() -> None:
     """They have its attributes by `functools.wraps`, and would be lost."""
     model = Net(lambda net, x: net.head(net.middle(x) + x), inner=nn.Linear(3, 3), head=nn.Linear(3, 2)).double()
