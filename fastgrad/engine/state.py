@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import operator
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -316,7 +317,7 @@ class Objects:
 
     def changed(self) -> list[tuple[Any, Any]]:
         """Those that hold something else now, each with a copy as it was."""
-        return [(part, before) for part, before in self._found.values() if _ids(part) != _ids(before)]
+        return [(part, before) for part, before in self._found.values() if not _same(part, before)]
 
     def restore(self) -> None:
         """Give them back what they held."""
@@ -347,12 +348,18 @@ def _find_filled(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
             found[id(part)] = part, part.copy()
         elif type(part) is not tuple:
             continue
-        for item in part.values() if isinstance(part, dict) else part:
+        items = part.values() if isinstance(part, dict) else part
+        # Item by item a list of words would take longer than a pass.
+        for item in () if PLAIN.issuperset(map(type, items)) else items:
             _find_filled(item, found)
 
 
-def _ids(part: Any) -> list[int]:
-    return [*map(id, part), *(map(id, part.values()) if isinstance(part, dict) else ())]
+def _same(part: Any, before: Any) -> bool:
+    """Whether a list, dict or set holds the same objects as a copy of it."""
+    if isinstance(part, set):  # without an order
+        return bool(part == before)
+    values = all(map(operator.is_, part.values(), before.values())) if isinstance(part, dict) else True
+    return len(part) == len(before) and values and all(map(operator.is_, part, before))
 
 
 class Unchanged:

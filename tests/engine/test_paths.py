@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastgrad
 from fastgrad.blocks.subject import watch
+from fastgrad.engine.state import Objects
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -768,6 +769,18 @@ def test_a_list_gets_one_entry_from_a_call_on_a_path_that_was_not_seen_before() 
         assert_close(norms_of(model, x), truth)
         assert log["calls"] == [4] * entries
         assert log["count"].value == entries
+
+
+def test_a_set_is_what_it_was_whatever_its_order() -> None:
+    kinds = {8 * i for i in range(6)}
+    kinds -= {0, 16, 32}
+    objects = Objects(one_layer(lambda net, x: net.layer(x), kinds=kinds, words=["a", "b"], tables={"a": [1]}))
+    assert list(kinds) != list(kinds.copy())
+    assert not objects.changed()
+    kinds.add(1)
+    assert [part for part, _ in objects.changed()] == [kinds]
+    objects.restore()
+    assert kinds == {8, 24, 40}
 
 
 def caching(net: Any, x: Tensor) -> Tensor:
