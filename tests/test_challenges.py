@@ -193,7 +193,8 @@ def test_modes_change_without_what_a_module_does_on_their_change() -> None:
     assert torch.equal(net[1].weight, before)
 
 
-def test_modes_return_from_two_threads() -> None:
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_modes_return_from_two_threads(wrapped: bool) -> None:
     net, inside, ended = small_net().train(), [threading.Event(), threading.Event()], threading.Event()
 
     def first() -> None:
@@ -204,7 +205,7 @@ def test_modes_return_from_two_threads() -> None:
 
     def second() -> None:
         inside[0].wait()
-        with evaluating(net):
+        with evaluating(nn.Sequential(net) if wrapped else net):
             inside[1].set()
             ended.wait()
 
@@ -212,6 +213,17 @@ def test_modes_return_from_two_threads() -> None:
         for done in [pool.submit(first), pool.submit(second)]:
             done.result(timeout=60)
     assert all(module.training for module in net.modules())
+
+
+def test_two_networks_do_not_wait_for_each_other() -> None:
+    both = threading.Barrier(2)
+
+    def attack(net: nn.Module) -> None:
+        with evaluating(net):
+            both.wait(timeout=10)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(attack, [small_net(), small_net()]))
 
 
 def test_modes_return_after_an_error() -> None:

@@ -20,14 +20,15 @@ from fastgrad.challenges.pixels import PixelRange, check_images
 from fastgrad.engine.state import buffers_kept
 from fastgrad.ops.dispatch import full_precision
 
-# A second thread would take the evaluation mode of the first one for the model's own.
-_ONE_AT_A_TIME = threading.RLock()
+# Threads take turns: a second one would take the evaluation mode of the first for the model's own. By the id of the
+# first parameter, which a model and what wraps it share.
+_turns: dict[int, threading.RLock] = {}
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; every module's own mode and buffers again afterwards, also after an error."""
-    with _ONE_AT_A_TIME, buffers_kept(model):
+    with _turns.setdefault(id(next(model.parameters(), model)), threading.RLock()), buffers_kept(model):
         # One that TorchScript has frozen has no mode.
         modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
         # Not by eval(): in a module's own train() it may change weights, as that of loralib merges them.
