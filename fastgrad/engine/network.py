@@ -144,7 +144,9 @@ class Network:
                 f"on its own {run.samples} samples {reason}"
             )
         plan.known.counts = objects is not None and bool(objects.changed())
-        if late and plan.known.counts:
+        if objects is not None and late and plan.known.counts:
+            # Of what the first pass wrote nothing is known.
+            objects.restore()
             raise ValueError(
                 "model must not write to lists, dicts or counters in a call whose path was not seen before, where no "
                 "earlier call did. Make the same call again, with these as they were"

@@ -808,6 +808,7 @@ def test_a_list_that_one_path_alone_writes_to_is_refused_once() -> None:
     model.deep = True
     with pytest.raises(ValueError, match="must not write to lists, dicts or counters in a call whose path was not"):
         norms_of(model, x)
+    assert log["calls"] == [4]
     log["calls"].clear()
     truth = loop(copy.deepcopy(model), (x,), {})
     assert_close(norms_of(model, x), truth)
