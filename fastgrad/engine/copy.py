@@ -243,7 +243,8 @@ class Shadow:
         if compiled is not module:
             state["forward"] = self._module(compiled, f"{prefix}_orig_mod.")
         for name, value in state.items():
-            if type(value) in PLAIN:
+            # Most layers hold tuples of numbers.
+            if type(value) in PLAIN or (type(value) is tuple and PLAIN.issuperset(map(type, value))):
                 continue
             if name not in TABLES:
                 self._attributes.append((state, name, value))
