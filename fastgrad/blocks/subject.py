@@ -17,7 +17,8 @@ from fastgrad.blocks import channels
 from fastgrad.blocks.channels import Channels
 from fastgrad.engine.copy import Shadow, attach
 from fastgrad.engine.fallback import agree
-from fastgrad.engine.state import RandomState, objects_kept, undone
+from fastgrad.engine.objects import objects_kept
+from fastgrad.engine.state import RandomState, undone
 
 #: Writing one number costs about as much as this many of a product's operations.
 _WRITE = 16

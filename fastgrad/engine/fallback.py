@@ -22,8 +22,9 @@ from torch.overrides import TorchFunctionMode
 
 from fastgrad._torch import disable_mha_fastpath, is_readable, own_parametrizations, pytree, vmap
 from fastgrad.engine.copy import Settings, Shadow, detach_plain
+from fastgrad.engine.objects import objects_kept
 from fastgrad.engine.run import RecomputedSite, Replay, Run
-from fastgrad.engine.state import ReadOnly, apart, objects_kept
+from fastgrad.engine.state import ReadOnly, apart
 from fastgrad.engine.tracing import is_fixed, is_symbolic
 from fastgrad.layers.reduce import leaf, sqnorm, upcast
 

@@ -18,10 +18,11 @@ from fastgrad.engine.copy import BACKWARD_HOOKS, Shadow, detach_plain
 from fastgrad.engine.fallback import floating
 from fastgrad.engine.layout import SAMPLES
 from fastgrad.engine.memory import keep_freed_memory, lacks_memory
+from fastgrad.engine.objects import Objects, objects_kept
 from fastgrad.engine.plan import Known, Plan, Route
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.run import BroadcastSite, OffPlanError, Reading, Run
-from fastgrad.engine.state import Objects, Snapshot, objects_kept
+from fastgrad.engine.state import Snapshot
 from fastgrad.engine.steps import Steps, noting
 from fastgrad.engine.trial import Trial
 
@@ -69,8 +70,8 @@ class Network:
             if known.plans and not known.plans[0].outdated(self.model):
                 return known.plans[0]
             known.plans.clear()
-        with objects_kept(self.model):
-            plan = self._first_plan(known, (args, kwargs), samples)
+        with objects_kept(self.model) as objects:
+            plan = self._first_plan(known, (args, kwargs), samples, objects)
         # At once: compiled passes, which have a graph already, do not come to `forward`.
         self._keep(plan)
         return plan
@@ -153,7 +154,7 @@ class Network:
             )
         return output, shadow
 
-    def _first_plan(self, known: Known, inputs: Any, samples: int) -> Plan:
+    def _first_plan(self, known: Known, inputs: Any, samples: int, objects: Objects) -> Plan:
         """A new plan. Of inputs in doubt those carry the batch with which the model treats its samples alike."""
         refusal: ValueError | None = None
         plans: list[Plan] = []
@@ -161,7 +162,7 @@ class Network:
         try:
             for carriers in options:
                 try:
-                    trial = Trial(self, known, inputs, samples, carriers)
+                    trial = Trial(self, known, inputs, samples, carriers, objects)
                     plans.append(trial.plan())
                     if len(options) == 1 or trial.holds_in_batch():
                         return plans[-1]
@@ -184,8 +185,8 @@ class Network:
             yield others[0]
         # The few samples that a plan is tried on may take another path than the batch.
         for count in (SAMPLES, samples + 1, max(2, samples)):
-            with objects_kept(self.model):
-                trial = Trial(self, plan.known, inputs, samples, plan.carriers, count)
+            with objects_kept(self.model) as objects:
+                trial = Trial(self, plan.known, inputs, samples, plan.carriers, objects, count)
                 made = trial.plan(older=plan)
             same = next((other for other in tried if other == made), None)
             if same is None:

@@ -278,7 +278,8 @@ class Observation(TorchFunctionMode):
             self.untracked |= {self._originals[id(leaf)] for leaf in leaves if id(leaf) in self._originals}
         elif isinstance(result, (RemovableHandle, Node)):
             # Who asks for a node of the graph may put a hook on it, as PyTorch does for hooks of modules.
-            self._note_hook()
+            for call in map(self.calls.__getitem__, self.stack[1:]):
+                call.hooked = True
         gathered = bool(found) and self.rows.gathered((args, kwargs))
         self.rows.note(func, args, kwargs or {}, result)
         if found and tensors:
@@ -289,11 +290,6 @@ class Observation(TorchFunctionMode):
                 if any(r.requires_grad for r in tensors):
                     self.uses[name].add(self.stack[-1])
         return result
-
-    def _note_hook(self) -> None:
-        """Take up that what runs has a hook, which changes gradients."""
-        for number in self.stack[1:]:
-            self.calls[number].hooked = True
 
     def _watch(self, original: nn.Module, copy: nn.Module, path: str) -> None:
         # Weakly: the calls hold the copy, and so its hooks.

@@ -19,10 +19,11 @@ from fastgrad.engine.backward import backward_signals
 from fastgrad.engine.fallback import agree
 from fastgrad.engine.layout import CHOSEN, SAMPLES, find_layout, probe_cotangent
 from fastgrad.engine.memory import lacks_memory
+from fastgrad.engine.objects import Objects
 from fastgrad.engine.observe import Observation
 from fastgrad.engine.plan import Known, Plan, PlanConstraints, Planner
 from fastgrad.engine.run import OffPlanError, Run
-from fastgrad.engine.state import Copies, NotRepeatableError, Objects, undone
+from fastgrad.engine.state import Copies, NotRepeatableError, undone
 
 if TYPE_CHECKING:
     from fastgrad.engine.network import Network
@@ -43,18 +44,25 @@ class Check(NamedTuple):
 class Trial:
     """What a model does with ``count`` samples of its inputs, the last one again where there are fewer.
 
-    ``carriers`` says for each leaf of the inputs whether it carries the batch.
+    ``carriers`` says for each leaf of the inputs whether it carries the batch. Each pass begins with the ``objects``.
 
     ValueError if other samples change what the model returns for one, or its gradients.
     """
 
     def __init__(
-        self, network: Network, known: Known, inputs: Any, samples: int, carriers: Sequence[bool], count: int = SAMPLES
+        self,
+        network: Network,
+        known: Known,
+        inputs: Any,
+        samples: int,
+        carriers: Sequence[bool],
+        objects: Objects,
+        count: int = SAMPLES,
     ) -> None:
         self._network, self._known, self._carriers, self._count = network, known, tuple(carriers), count
         # In the order that they have, which may be that of their lengths.
         index = torch.arange(count, device="cpu").clamp(max=samples - 1)
-        self._copies, self._objects = Copies(inputs), Objects(network.model)
+        self._copies, self._objects = Copies(inputs), objects
         self._inputs = take(inputs, index, samples, carriers)
         # One is not enough where it is among the others as well.
         self._singles = [[i] * count for i in ((0, count - 1) if samples < count else (count - 1,))]

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastgrad
 from fastgrad.blocks.subject import watch
-from fastgrad.engine.state import Objects
+from fastgrad.engine.objects import Objects
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
