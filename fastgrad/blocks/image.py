@@ -25,7 +25,7 @@ class Image(Block):
     shapes = "(B, K)"
 
     def refusal(self, subject: Subject) -> str | None:
-        return None if subject.image is not None else "the input is not one image (B, C, H, W), at least 3 x 3"
+        return subject.lacks_image()
 
     def values(self, found: Pass) -> Tensor:
         return image_statistics(found.image())

@@ -36,6 +36,10 @@ class Subject:
     mask: str | None  # keyword of the input that marks the positions of a text (B, T)
     first: str | None = None  # the module whose output are the first normalised, or else convolved, maps (B, C, H, W)
 
+    def lacks_image(self) -> str | None:
+        """Why a block of the input image cannot be served; None where it can."""
+        return None if self.image is not None else "the input is not one image (B, C, H, W), at least 3 x 3"
+
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Subject:
         """From what `dataclasses.asdict` made of one."""

@@ -50,7 +50,7 @@ class View(Block):
         return {"zoom": self.zoom}
 
     def refusal(self, subject: Subject) -> str | None:
-        return None if subject.image is not None else "the input is not one image (B, C, H, W), at least 3 x 3"
+        return subject.lacks_image()
 
     def price(self, subject: Subject) -> float:
         return 1.0
