@@ -163,6 +163,26 @@ def test_buffers_that_kernels_of_quantization_write_are_left_as_they_were() -> N
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
 
 
+def test_buffers_that_a_pass_replaces_return() -> None:
+    class Counting(nn.Module):
+        calls: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = small_net()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls = self.calls + 1
+            return self.net(x)
+
+    model = Counting()
+    before = model.calls
+    generate_challenges(model, photos(), names=["fgsm"])
+    assert model.calls is before
+    assert before == 0
+
+
 @pytest.mark.parametrize(
     "buffer",
     [

@@ -268,11 +268,18 @@ def undone(model: nn.Module, inputs: Any = (), copies: Copies | None = None) -> 
 
 @contextlib.contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Give buffers back their numbers, which observers of a network to be quantized change in evaluation mode, too."""
+    """Give modules back their buffers, and these their numbers.
+
+    Observers of a network to be quantized change them in evaluation mode, too, and a forward pass may replace them.
+    """
     before = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if _may_be_written(buffer)]
+    # A scripted module's cannot be replaced.
+    held = [(m._buffers, dict(m._buffers)) for m in model.modules() if isinstance(m._buffers, dict)]
     try:
         yield
     finally:
+        for buffers, own in held:
+            buffers.update(own)
         _put_back(pair for pair in before if _have_changed(*pair))
 
 
