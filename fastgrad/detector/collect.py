@@ -102,6 +102,7 @@ class Sample:
     each: int  # challenges that are generated of each of those not held out; 0 for none
     pixels: PixelRange | None  # of images
     tokens: Sequence[Batch] = ()  # challenges of token ids, which no network is needed for
+    normalisation: list[list[float]] | None = None  # that the user told: mean and standard deviation by channel
 
 
 def _beside(name: str, value: Any, count: int) -> list[Any]:

@@ -6,6 +6,7 @@ import copy
 import functools
 import itertools
 import math
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -126,11 +127,18 @@ def _blocks(two_stage: TwoStageModel, subject: Subject) -> list[Block]:
 
 
 def _require_own(extraction: Extraction, x: Inputs) -> None:
-    """Raise ValueError where a block of some inputs changes with others in their batch."""
+    """Raise ValueError where a block of some inputs changes with others in their batch; warn of random numbers."""
     samples, before = batch_size(x), RandomState(extraction.model.modules())
     whole, *parts = (extraction(take(x, slice(*ends), samples))[1] for ends in ((0, 8), (0, 2), (2, 8)))
-    # Random numbers come in another order.
-    for name, values in whole.items() if before.same() else ():
+    if not before.same():
+        # They come in another order.
+        warnings.warn(
+            "model draws random numbers in evaluation mode: an input that is given again gets another answer, "
+            "uncertainty and risk",
+            stacklevel=5,  # whoever calls `TwoStageModel.fit`
+        )
+        return
+    for name, values in whole.items():
         alone = torch.cat([part[name] for part in parts]).float()
         if len(values) != min(8, samples) or alone.shape != values.shape or not agree(alone, values.float(), _ROUNDING):
             raise ValueError(
@@ -216,4 +224,5 @@ def _report(sample: Sample, features: collect.Features, price: PriceReport, fitt
         calibrating=int(fitted.module.options["sources"]),
         exact=bool(fitted.module.options["exact"]),
         risk=risk,
+        normalisation=sample.normalisation,
     )

@@ -35,6 +35,14 @@ class FitOptions:
     std: Sequence[float] | None
     verbose: bool | None
 
+    def normalisation(self, channels: int) -> list[list[float]] | None:
+        """Mean and standard deviation that made images of pixels from 0 to 1, as ``clip``, ``mean``, ``std`` tell."""
+        if self.clip is None and self.mean is None:
+            return None
+        black, white = (0.0, 1.0) if self.clip is None else self.clip
+        mean, std = ([value] * channels if own is None else own for value, own in ((0.0, self.mean), (1.0, self.std)))
+        return [[float((m - black) / (white - black)) for m in mean], [float(s / (white - black)) for s in std]]
+
 
 def draw_all(options: FitOptions, seed: int, fraction: float | None) -> tuple[list[Drawn], Drawn | None]:
     """All loaders, read once: `Sample.clean` and `Sample.challenges`."""
@@ -123,7 +131,8 @@ def checked(
     if different < least:
         beside = " that calibration does not give" if others else ""
         raise ValueError(f"clean must give at least {least} different inputs{beside}; it gave {different}")
-    return Sample(drawn, given, labels, sources, held_out, fresh, each, pixels, tokens)
+    normalisation = options.normalisation(images[0].shape[1]) if images else None
+    return Sample(drawn, given, labels, sources, held_out, fresh, each, pixels, tokens, normalisation)
 
 
 def _pixels(drawn: list[Drawn], options: FitOptions) -> PixelRange | None:

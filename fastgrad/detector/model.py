@@ -323,6 +323,8 @@ class TwoStageModel(nn.Module):
     def load(cls, path: str | os.PathLike[str], model: nn.Module) -> TwoStageModel:
         """Return the saved two-stage model; ``model`` is the network it was saved with, with the same weights.
 
+        Another `fit` of it takes the default detector and blocks, whatever the saved one was given.
+
         Raises:
             FileNotFoundError: There is no such file.
             TypeError: ``model`` is no module.

@@ -41,6 +41,8 @@ class Report:
         exact: Whether nothing was fitted on them.
         risk: What the risk was learned from, or why there is none.
         gains: What each block adds, by name; None until it was asked for.
+        normalisation: Mean and standard deviation by channel that made the images of pixels from 0 to 1, as ``clip``,
+            ``mean`` and ``std`` told `fit`; None where the range was read from the images.
     """
 
     price: PriceReport
@@ -52,6 +54,7 @@ class Report:
     exact: bool
     risk: str
     gains: dict[str, Gain] | None = None
+    normalisation: list[list[float]] | None = None
 
     @property
     def kept(self) -> list[str]:

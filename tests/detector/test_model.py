@@ -159,6 +159,28 @@ def test_round_trip_is_bit_equal(fitted, tmp_path):
     assert again.read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize("clip", [None, (0, 255)])
+def test_a_file_has_the_normalisation_that_fit_was_told(tmp_path, clip):
+    skip_without_onnx()
+    mean, std = [0.2, 0.4, 0.5], [0.5, 1.0, 0.25]
+    white = 1 if clip is None else clip[1]
+    told = {"mean": [white * m for m in mean], "std": [white * s for s in std], "clip": clip}
+    x = (images(60) - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    two_stage = TwoStageModel(small_network(), blocks=["logits"]).fit([x], None, **told)
+    two_stage = TwoStageModel.load(two_stage.save(tmp_path / "estimators.safetensors"), two_stage.model)
+    for given, expected in (({}, (mean, std)), ({"mean": [0.0] * 3, "std": [1.0] * 3}, ([0.0] * 3, [1.0] * 3))):
+        file = fastgrad.export(two_stage, x[:2], tmp_path / "model.onnx", **given)
+        description = ModelPackage(file).description
+        assert description.mean == pytest.approx(expected[0])
+        assert description.std == pytest.approx(expected[1])
+
+
+@pytest.mark.parametrize(("clip", "expected"), [(None, None), ((-1, 1), [[0.5] * 3, [0.5] * 3])])
+def test_a_range_that_was_told_is_a_normalisation(clip, expected):
+    two_stage = TwoStageModel(small_network(), blocks=["logits"]).fit([2 * images(60) - 1], None, clip=clip)
+    assert two_stage.report().normalisation == expected
+
+
 def test_a_new_process_knows_every_stored_part():
     code = (
         "import fastgrad; fastgrad.TwoStageModel; from fastgrad.scores.fitted import Fitted; "
@@ -213,10 +235,11 @@ def test_blocks_by_name_and_clean_data_alone(block):
     assert two_stage(images(5)[:0]).uncertainty.shape == (0,)
 
 
-def test_a_network_that_draws_random_numbers_is_not_taken_for_one_that_mixes_samples():
+def test_a_network_that_draws_random_numbers_is_fitted_with_a_warning():
     noisy = nn.Sequential(small_network(), nn.Identity())
     noisy[1].forward = lambda z: z + torch.rand_like(z).mul(100)
-    TwoStageModel(noisy, blocks=["logits"]).fit(loader(60, labels=False), None)
+    with pytest.warns(UserWarning, match="draws random numbers"):
+        TwoStageModel(noisy, blocks=["logits"]).fit(loader(60, labels=False), None)
 
 
 @pytest.mark.parametrize("write", [lambda x: x.mul_(0.7).sub_(0.1), lambda x: x.clamp_(0, 1)])

@@ -77,7 +77,8 @@ def export(
         example_input: ``(B, ...)``, at least one input. The file is checked on it, so real inputs serve best.
         path: where to write, ending in ``.pt2`` or ``.onnx``. The file appears whole or not at all.
         labels: N class names.
-        mean: per-channel mean of the normalization that turned pixels (0 to 1) into inputs.
+        mean: per-channel mean of the normalization that turned pixels (0 to 1) into inputs; without it and ``std``,
+            those that `TwoStageModel.fit` was given.
         std: per-channel standard deviation of the same.
         false_alarm_rate: the share of in-distribution inputs that the file's threshold flags; None for the detector's
             own, or 0.05.
@@ -116,6 +117,9 @@ def export(
         false_alarm_rate = own.get("false_alarm_rate", 0.05)
     checks.lies_in("(0, 1)", false_alarm_rate=false_alarm_rate)
     checks.at_least(1, max_batch=max_batch)
+    told = getattr(getattr(two_stage, "report_", None), "normalisation", None)
+    if mean is std is None and told is not None:
+        mean, std = told
     _check_example(example_input, target)
     outputs = _check_model(two_stage, example_input, evidence)
     description = Description(
