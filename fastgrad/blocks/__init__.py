@@ -52,10 +52,10 @@ def register_block(block: type[Block]) -> type[Block]:
     ]
     if needed := [one.name for one in takes if one.default is one.empty]:
         raise TypeError(f"block must be one that can be made without arguments; {block.__name__} needs {needed}")
-    # A file would make it again with its defaults.
-    if takes and block.options is Block.options:
+    # A file would make it again with their defaults.
+    if missing := {one.name for one in takes} - set(block().options()):
         raise TypeError(
-            f"block must return its arguments from options(); {block.__name__} has none for {takes[0].name!r}"
+            f"block must return its arguments from options(); {block.__name__} has none for {sorted(missing)}"
         )
     name = getattr(block, "name", "")
     if not name or BLOCKS.get(name, block) is not block:

@@ -223,8 +223,11 @@ def test_a_block_of_ones_own_is_known_by_its_name() -> None:
     with pytest.raises(TypeError, match=r"made without arguments; Needing needs \['level'\]"):
         register_block(type("Needing", (Block,), {"name": "needing", "__init__": lambda self, level: None}))
     # A file would forget the level.
-    with pytest.raises(TypeError, match=r"return its arguments from options\(\); Forgetting has none for 'level'"):
-        register_block(type("Forgetting", (Block,), {"name": "forgetting", "__init__": lambda self, level=1: None}))
+    for base in (Block, View):
+        make = {"name": "forgetting", "__init__": lambda self, zoom=0.8, level=1: setattr(self, "zoom", zoom)}
+        missing = r"\['level'\]" if base is View else r"\['level', 'zoom'\]"
+        with pytest.raises(TypeError, match=rf"its arguments from options\(\); Forgetting has none for {missing}"):
+            register_block(type("Forgetting", (base,), make))
     assert not {"needing", "forgetting"} & set(BLOCKS)
     for name in ("my.block", "training", "forward", "challenges"):
         with pytest.raises(ValueError, match=f"name of a block must .*; it was '{name}'"):
