@@ -15,8 +15,9 @@ from fastgrad._torch import DispatchMode, original, pytree
 from fastgrad.batches import batch_size, class_logits, refuse_probabilities, take
 from fastgrad.blocks import channels
 from fastgrad.blocks.channels import Channels
-from fastgrad.engine.copy import Shadow, attach
+from fastgrad.engine.copy import Shadow
 from fastgrad.engine.fallback import agree
+from fastgrad.engine.hooks import attach
 from fastgrad.engine.objects import objects_kept
 from fastgrad.engine.state import RandomState, undone
 

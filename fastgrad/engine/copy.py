@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastgrad import _torch
-from fastgrad.engine.steps import unnoted
+from fastgrad.engine.hooks import attach_layouts
 
 #: Types of containers in which parts of a module tree are looked for.
 CONTAINERS = (list, tuple, set, dict, OrderedDict)
@@ -268,12 +268,8 @@ class Shadow:
         for name, child in children.items():
             if child is not None:
                 children[name] = self._named[prefix + name] = self._module(child, f"{prefix}{name}.")
-        if self._graded and isinstance(copy, _torch.NormBase):
-            attach(copy, _lay_out_gradient)
-            if _torch.is_traced():
-                attach(copy, _lay_out_input, before=True)
-        if self._graded and isinstance(copy, nn.GroupNorm):
-            attach(copy, _put_channels_first, before=True)
+        if self._graded:
+            attach_layouts(copy)
         return copy
 
     def _closure(self, function: types.FunctionType) -> Any:
@@ -381,51 +377,3 @@ def _own(value: Any, known: dict[int, Any]) -> Any:
 def _run(hook: Callable[..., Any], named: bool, module: nn.Module, args: Any, kwargs: Any) -> None:
     """Run a hook, which takes inputs by keyword if it is ``named``, and leave its answer aside."""
     hook(module, args, kwargs) if named else hook(module, args)
-
-
-def _lay_out_gradient(module: nn.Module, _: Any, __: Any, output: Any) -> None:
-    """Have gradients reach a batch norm in the layout of its output, as PyTorch's kernel for CPUs takes them.
-
-    That takes channels last for contiguous, or the reverse, where a dimension of size 1 has a stride of its own, as
-    behind a transposition. Its gradients then are silently those of other channels. Instance norm is one of one sample.
-    """
-    instance = isinstance(module, _torch.InstanceNorm)
-    if isinstance(output, Tensor) and output.requires_grad and (instance or 1 in output.shape):
-        stride = output.stride()
-        output.register_hook(
-            Tensor.contiguous
-            if _torch.is_traced()
-            else lambda g: g if g.stride() == stride else g.new_empty_strided(g.shape, stride).copy_(g)
-        )
-
-
-def _lay_out_input(_: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Have a graph give a norm contiguous inputs there: tensors without data do not tell the layout of its output."""
-    if args and isinstance(args[0], Tensor) and 1 in args[0].shape:
-        return (args[0].contiguous(), *args[1:]), kwargs
-    return None
-
-
-def _put_channels_first(_: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Have a group norm take channels first where its input needs no gradient.
-
-    With channels last, PyTorch's kernel for CPUs writes to a gradient that does not exist, and ends the process.
-    """
-    x = args[0] if args else None
-    if isinstance(x, Tensor) and x.dim() > 3 and x.stride(1) == 1 and not x.requires_grad:
-        return (x.clone(memory_format=torch.contiguous_format), *args[1:]), kwargs
-    return None
-
-
-def attach(module: nn.Module, hook: Callable[..., Any], *, before: bool = False) -> None:
-    """Put a forward hook (with keyword arguments) first on a shadow's module, ahead of the user's own.
-
-    With ``before=True`` the hook runs last among the forward pre-hooks, so that it sees what ``forward`` gets. Its key
-    is below those that PyTorch gives.
-    """
-    kind = "_forward_pre_hooks" if before else "_forward_hooks"
-    state, hook = module.__dict__, unnoted(hook)
-    state[kind][-id(hook)] = hook
-    state[kind + "_with_kwargs"][-id(hook)] = True
-    if not before:
-        state[kind].move_to_end(-id(hook), last=False)

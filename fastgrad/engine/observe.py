@@ -21,8 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from fastgrad._torch import pytree
-from fastgrad.engine.copy import Shadow, attach, detach_plain
+from fastgrad.engine.copy import Shadow, detach_plain
 from fastgrad.engine.fallback import agree, dense_grads, floating
+from fastgrad.engine.hooks import attach
 from fastgrad.engine.layout import Layout, find_layout
 from fastgrad.engine.probe import nodes_behind
 from fastgrad.engine.state import RandomState

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad._torch import next_number, own_parametrizations, pytree, saves_elsewhere
-from fastgrad.engine.copy import Settings, Shadow, attach, detach_plain
+from fastgrad.engine.copy import Settings, Shadow, detach_plain
+from fastgrad.engine.hooks import attach
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.probe import tap
 from fastgrad.engine.state import Repeatable, Unchanged, apart
