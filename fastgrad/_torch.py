@@ -82,7 +82,7 @@ _pass = _Pass()
 
 @contextlib.contextmanager
 def own_parametrizations() -> Iterator[None]:
-    """Inside, let ``parametrize.cached`` keep this thread's weights apart from those that it kept before.
+    """Keep the weights that this thread caches inside, by ``parametrize.cached``, apart from those cached before.
 
     Its keys are the ids of the original modules. Without this, one copy of a model would use another copy's weights.
     """
@@ -108,7 +108,7 @@ def original(module: nn.Module) -> nn.Module:
 
 
 def drop_view_base(tensor: Tensor) -> Tensor:
-    """Return the same memory as a tensor that is no view, where ``tensor`` views a whole one, as ``nn.Linear`` returns.
+    """Return ``tensor`` without its base, on the same memory, if it views a whole tensor, as ``nn.Linear`` returns.
 
     Without this, autograd goes through the base tensor: three copies of the gradient in every backward pass.
     """

@@ -132,7 +132,7 @@ def _brier_delta(z: Tensor, target: str | Tensor) -> Tensor:
 
 
 def _brier_scaled(z: Tensor, target: str | Tensor) -> tuple[Tensor, Tensor]:
-    """``delta / rho``, which never underflows, and ``log(rho)``."""
+    """Return ``delta / rho``, which never underflows, and ``log(rho)``."""
     # With g = p - y: delta_j = 2 p_j sum_l p_l (g_j - g_l). Seen from i, only D_l = g_i - g_l is needed.
     loo = _leave_one_out(z)
     y = _soft_target(z, target)

@@ -27,7 +27,7 @@ def noise(unit: Tensor, sigma: float, generator: Generator) -> Tensor:
 
 
 def blur(unit: Tensor, sigma: float, generator: Generator) -> Tensor:
-    """Blur with a Gaussian; ``sigma`` is in pixels at a size of 32 and grows with the size, from 24 pixels on."""
+    """Blur with a Gaussian; ``sigma`` is in pixels of a 32-pixel image, in proportion to the size from 24 pixels on."""
     height, width = unit.shape[-2:]
     # Not less than for 24 pixels: a Gaussian much narrower than a pixel alters nothing.
     pixels = sigma * max(24, min(height, width)) / 32

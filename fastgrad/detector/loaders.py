@@ -86,7 +86,7 @@ def checked(
     *,
     answered: bool,
 ) -> Sample:
-    """Check what was drawn and decide what is held out and challenged; ``answered``: whether by a classifier."""
+    """Check what was drawn and decide what is held out and challenged; ``answered``: whether a classifier answers."""
     clean, *others = drawn
     count = len(clean)
     labels = collect.labels_of("clean", clean, classes)

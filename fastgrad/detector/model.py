@@ -361,7 +361,7 @@ class TwoStageModel(nn.Module):
         return Extraction(self.model, blocks, log=self.detector is None or not self.detector.log, known=subject)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the features of the fit, which `gains` needs."""
+        """Leave out the features of the fit, which only gains need."""
         return {**super().__getstate__(), "_gains": None}  # type: ignore[no-untyped-call]
 
 
