@@ -1,7 +1,7 @@
-"""Squared gradient norms of every sample, and a detector that says how far to trust a classifier's answer.
+"""Squared per-sample gradient norms, and a detector that says how far to trust a classifier's answer.
 
-The public names are listed in ``__all__``. Importing the package imports torch and numpy only; Triton, scikit-learn
-and everything else is imported where it is first used.
+``__all__`` lists the public names. Importing the package imports only torch and numpy; Triton, scikit-learn and
+everything else are imported where they are first used.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "layers":
-        # Its documentation says fastgrad.layers.register_rule.
+        # Its documentation refers to fastgrad.layers.register_rule without a separate import.
         return importlib.import_module("fastgrad.layers")
     if name not in _LAZY:
         raise AttributeError(f"module 'fastgrad' has no attribute {name!r}")

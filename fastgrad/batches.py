@@ -1,4 +1,4 @@
-"""Batches of inputs in whatever structure a model takes them, and the logits in whatever it returns."""
+"""Handle batches of inputs in any structure that a model takes, and find the logits in its output."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from fastgrad._torch import pytree
 from fastgrad.checks import extra, holds_values
 
 Tree = TypeVar("Tree")
-#: Inputs in doubt up to which every choice is tried.
+#: Largest number of inputs in doubt for which every choice is tried.
 _DOUBTS = 4
 
 
 def input_tensors(*trees: Any) -> list[Tensor]:
-    """All tensors among the inputs."""
+    """Return all tensors among the inputs."""
     return [leaf for leaf in pytree.tree_leaves(trees) if isinstance(leaf, Tensor)]
 
 
 def batch_size(*trees: Any) -> int:
-    """Dimension 0 of the first tensor among the inputs that has one; ValueError if there is none, or it is nested."""
+    """Return the size of dimension 0 of the first tensor that has one; ValueError if none has, or it is not dense."""
     for tensor in input_tensors(*trees):
         if tensor.dim():
             holds_values("inputs with a row for each sample", tensor)
@@ -35,9 +35,9 @@ def batch_size(*trees: Any) -> int:
 
 
 def take(tree: Tree, index: Tensor | slice, samples: int, carriers: Sequence[bool] | None = None) -> Tree:
-    """Some rows of every tensor that carries the batch of ``samples``; all else as it is.
+    """Return ``tree`` with the rows ``index`` of every tensor that carries the batch of ``samples``; all else as it is.
 
-    ``carriers`` says for each leaf whether it does; by default what has as many rows does.
+    ``carriers`` says which leaves carry the batch; by default, tensors with ``samples`` rows.
     """
     leaves, spec = pytree.tree_flatten(tree)
     carriers = carrying(leaves, samples) if carriers is None else carriers
@@ -52,19 +52,19 @@ def take(tree: Tree, index: Tensor | slice, samples: int, carriers: Sequence[boo
 
 
 def same_class(made: Tensor, tensor: Tensor) -> Tensor:
-    """What was made of ``tensor``, in its class, which torchvision's images leave when they are indexed."""
+    """Return ``made`` in the class of ``tensor``, which torchvision's images lose when they are indexed."""
     return made if type(made) is type(tensor) else made.as_subclass(type(tensor))
 
 
 def carrying(leaves: Sequence[object], samples: int) -> tuple[bool, ...]:
-    """For each leaf of inputs, whether it has ``samples`` rows."""
+    """Return whether each leaf of the inputs is a tensor with ``samples`` rows."""
     return tuple(isinstance(t, Tensor) and t.dim() > 0 and bool(t.shape[0] == samples) for t in leaves)
 
 
 def choices(leaves: Sequence[object], samples: int) -> Iterator[tuple[bool, ...]]:
-    """Which leaves of inputs may carry the batch, where the number of rows does not tell: a mask of B by B positions.
+    """Yield which leaves may carry the batch, where the number of rows is ambiguous, as in a mask of B by B positions.
 
-    The first tensor with B rows does. Others may not, where B is also another size; of many all do.
+    The first tensor with B rows does. The others are in doubt if B is also another dimension's size and they are few.
     """
     every = carrying(leaves, samples)
     _, *doubts = itertools.compress(range(len(leaves)), every)
@@ -75,12 +75,12 @@ def choices(leaves: Sequence[object], samples: int) -> Iterator[tuple[bool, ...]
 
 
 def bytes_of(tensor: Tensor) -> bytes:
-    """The bytes of a tensor's numbers."""
+    """Return the bytes of a tensor's values."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def one_for_none(tree: Tree) -> Tree:
-    """The same with one sample of zeros in place of none, whose results have the shapes of those of none."""
+    """Return ``tree`` with one sample of zeros in each empty tensor, to learn the result shapes of an empty batch."""
     filled: Tree = pytree.tree_map_only(
         Tensor, lambda t: t.new_zeros((1, *t.shape[1:])) if t.dim() and not t.shape[0] else t, tree
     )
@@ -88,22 +88,22 @@ def one_for_none(tree: Tree) -> Tree:
 
 
 def to_device(tree: Tree, device: torch.device) -> Tree:
-    """The same with every tensor on ``device``."""
+    """Return ``tree`` with every tensor on ``device``."""
     moved: Tree = pytree.tree_map_only(Tensor, lambda t: t.to(device), tree)
     return moved
 
 
 def copied(tree: Tree) -> Tree:
-    """A copy of every tensor: a network may write to its inputs."""
+    """Return ``tree`` with a copy of every tensor: a network may write to its inputs."""
     copy: Tree = pytree.tree_map_only(Tensor, Tensor.clone, tree)
     return copy
 
 
 def split_batch(name: str, batch: Any) -> tuple[Tensor | dict[str, Any], Any]:
-    """The inputs in the batch of a loader, a tensor or a mapping, and what stands beside them.
+    """Split a loader's batch into its inputs, a tensor or a mapping, and the labels or other values beside them.
 
-    That is the second of a tuple, or what a mapping has under "labels"; None if there is neither. TypeError for other
-    inputs, ValueError for tensors that are sparse or hold no values.
+    Those are the second item of a tuple or list, or a mapping's entry "labels"; None if there is neither. TypeError for
+    other inputs, ValueError for tensors that are not dense or hold no values.
     """
     for tensor in input_tensors(batch):
         holds_values(f"tensors of {name}", tensor)
@@ -120,12 +120,12 @@ def split_batch(name: str, batch: Any) -> tuple[Tensor | dict[str, Any], Any]:
 
 
 def as_call(x: Tensor | Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A model's positional inputs and those by keyword, from a tensor or a mapping of the latter."""
+    """Return a model's positional and keyword arguments, from a tensor or from a mapping of keyword arguments."""
     return ((), dict(x)) if isinstance(x, Mapping) else ((x,), {})
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in a model's output: a tensor, ``.logits``, ``["logits"]``, or the first of a tuple."""
+    """Return the logits in a model's output: a tensor, ``.logits``, ``["logits"]``, or a tuple's first item."""
     if isinstance(output, Tensor):
         return output
     logits = getattr(output, "logits", None)
@@ -142,7 +142,7 @@ def logits_of(output: Any) -> Tensor:
 
 
 def class_logits(output: Any, samples: int | None = None) -> Tensor:
-    """The logits ``(B, N)`` in a classifier's output, with B ``samples`` if given; ValueError for other tensors."""
+    """Return the logits ``(B, N)`` in a classifier's output, B being ``samples`` if given; ValueError for others."""
     logits = logits_of(output)
     if logits.dim() != 2 or not logits.is_floating_point() or samples not in (None, logits.shape[0]):
         wanted = "(B, N)" if samples is None else f"(B, N) with B = {samples}"
@@ -153,7 +153,7 @@ def class_logits(output: Any, samples: int | None = None) -> Tensor:
 
 
 def refuse_probabilities(logits: Tensor) -> None:
-    """Raise ValueError where all rows of ``logits`` are distributions, of which a softmax would be another."""
+    """Raise ValueError if every row of ``logits`` is a distribution already: a softmax would change it."""
     tolerance = min(1e-3, 32 * torch.finfo(logits.dtype).eps)
     sums = logits.double().sum(1)
     if len(logits) and logits.shape[1] > 1 and bool(((sums - 1).abs() <= tolerance).all() and (logits >= 0).all()):
@@ -164,9 +164,9 @@ def refuse_probabilities(logits: Tensor) -> None:
 
 
 def bar(items: Iterable[Any], name: str, verbose: bool | None, *, unit: str = "batch") -> Iterable[Any]:
-    """``items``, with a progress bar if ``verbose``.
+    """Return ``items``, with a progress bar if ``verbose``.
 
-    None shows one where a terminal is attached, or a line where tqdm is not installed.
+    None shows one in a terminal, or prints one line there if tqdm is not installed.
     """
     if verbose is None and sys.stderr and sys.stderr.isatty():
         verbose = find_spec("tqdm") is not None

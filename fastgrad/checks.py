@@ -1,6 +1,6 @@
 """Checks of arguments and of optional packages.
 
-A message about an argument names it, what it must be and what it was; one about a package names what brings it.
+A message about an argument says what it must be and what it was; one about a package says how to install it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-#: What the kernels read, by Triton's name; they compute in float32.
+#: Dtypes that the kernels read, with Triton's names; they compute in float32.
 KERNEL_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 FLOAT_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
-#: Types of devices that have no float64.
+#: Device types without float64.
 _NARROW_DEVICES = ("mps",)
 
 Array = NDArray[np.float64]
@@ -41,7 +41,7 @@ def is_tensor(name: str, value: object) -> None:
 
 
 def tensors(name: str, value: object) -> list[torch.Tensor]:
-    """A tensor, or several, as a list; TypeError for anything else."""
+    """Return one tensor, or several, as a list; TypeError for anything else."""
     items = [value] if isinstance(value, torch.Tensor) else list(value) if isinstance(value, Iterable) else None
     if items is None or not all(isinstance(item, torch.Tensor) for item in items):
         held = "" if items is None else f" of {', '.join(sorted({type(item).__name__ for item in items})) or 'nothing'}"
@@ -58,21 +58,21 @@ def is_float(name: str, value: torch.Tensor) -> None:
 
 
 def is_a(kind: type, **values: object) -> None:
-    """Raise TypeError for an argument that is no ``kind``."""
+    """Raise TypeError for an argument that is not a ``kind``."""
     for name, value in values.items():
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be a {kind.__name__}; it was {type(value).__name__}")
 
 
 def is_path(**values: object) -> None:
-    """Raise TypeError for an argument that names no file or folder."""
+    """Raise TypeError for an argument that is not a path."""
     for name, value in values.items():
         if not isinstance(value, (str, os.PathLike)):
             raise TypeError(f"{name} must be a path; it was {value!r}")
 
 
 def is_bool(**values: object) -> None:
-    """Raise TypeError for an argument that is no plain bool."""
+    """Raise TypeError for an argument that is not a plain bool."""
     for name, value in values.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False; it was {value!r}")
@@ -87,40 +87,40 @@ def holds_values(name: str, value: torch.Tensor) -> None:
 
 
 def has_float64(name: str, value: torch.Tensor) -> None:
-    """Raise ValueError for a tensor on a device without float64, in which parts of the work are computed."""
+    """Raise ValueError for a tensor on a device without float64, which parts of the computation need."""
     if value.device.type in _NARROW_DEVICES:
         raise ValueError(f"{name} must be on a device with float64, such as the CPU; it was on {value.device}")
 
 
 def is_loader(name: str, value: object) -> None:
-    """Raise TypeError for what gives no batches."""
+    """Raise TypeError unless ``value`` can be an iterable of batches."""
     if isinstance(value, (str, torch.Tensor)) or not isinstance(value, Iterable):
         raise TypeError(f"{name} must be a loader of batches; it was {type(value).__name__}")
 
 
 def at_least(least: int, **values: object) -> None:
-    """Raise ValueError for an argument that is no integer or is below ``least``."""
+    """Raise ValueError for an argument that is not an integer or is below ``least``."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}; it was {value!r}")
 
 
 def is_seed(seed: object) -> None:
-    """Raise ValueError unless NumPy takes ``seed``."""
+    """Raise ValueError unless NumPy accepts ``seed``."""
     at_least(0, seed=seed)
     if seed >= 2**32:  # type: ignore[operator]
         raise ValueError(f"seed must be below 2**32, as NumPy's are; it was {seed}")
 
 
 def is_number(**values: object) -> None:
-    """Raise TypeError for an argument that is no real number."""
+    """Raise TypeError for an argument that is not a real number."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
             raise TypeError(f"{name} must be a number; it was {value!r}")
 
 
 def lies_in(interval: str, **values: Any) -> None:
-    """Raise TypeError for an argument that is no real number, ValueError outside of an ``interval`` as "(0, 1]"."""
+    """Raise TypeError for an argument that is not a real number, ValueError outside ``interval``, such as "(0, 1]"."""
     is_number(**values)
     low, high = map(float, interval[1:-1].split(","))
     for name, value in values.items():
@@ -131,12 +131,12 @@ def lies_in(interval: str, **values: Any) -> None:
 
 
 def fits_utf8(text: str) -> bool:
-    """Whether UTF-8 can hold a text; names of files may hold bytes of other encodings."""
+    """Whether UTF-8 can encode ``text``; file names may contain bytes of other encodings."""
     return text.encode("utf-8", "ignore").decode() == text
 
 
 def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
-    """Raise ValueError unless both tensors live on one device."""
+    """Raise ValueError unless both tensors are on the same device."""
     if value.device != other.device:
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}; it was on {value.device}")
 
@@ -148,9 +148,9 @@ def shape_is(name: str, value: torch.Tensor | NDArray[Any], expected: tuple[int,
 
 
 def to_array(name: str, value: Any, *, single: bool = False, finite: bool = True) -> Array:
-    """``value``, also a tensor of any device and dtype, as a float64 array; ``single`` leaves float32 what it is.
+    """Convert ``value``, which may be a tensor of any device and dtype, to float64; ``single`` keeps float32 as it is.
 
-    TypeError if it is sparse or not numeric; ValueError if it is complex or ragged, or not ``finite``.
+    TypeError if it is sparse or not numeric; ValueError if it is complex, ragged or, with ``finite``, not finite.
     """
     if hasattr(value, "toarray") and not isinstance(value, np.ndarray):
         raise TypeError(f"{name} must be dense; it was a sparse {type(value).__name__}: use .toarray()")
@@ -162,7 +162,7 @@ def to_array(name: str, value: Any, *, single: bool = False, finite: bool = True
         if array.dtype.kind == "c":
             raise ValueError("Complex data not supported")
         array = array if single and array.dtype == np.float32 else array.astype(np.float64)
-    # Of sparse, meta and quantized tensors, ragged lists and what holds no numbers.
+    # Raised for sparse, meta and quantized tensors, ragged lists and values that are not numbers.
     except (TypeError, ValueError, RuntimeError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{name} must be numeric; it was {type(value).__name__}: {error}") from error
@@ -177,9 +177,9 @@ def to_array(name: str, value: Any, *, single: bool = False, finite: bool = True
 
 
 def validated(estimator: Any, name: str, values: Any, *, reset: bool) -> Array:
-    """The features of a scikit-learn estimator as float64 ``(B, P)``, or with three dimensions as they are.
+    """Return a scikit-learn estimator's features as float64, ``(B, P)`` or with three dimensions.
 
-    ``reset`` notes their number, as `sklearn.utils.validation.validate_data` does, which checks matrices.
+    `sklearn.utils.validation.validate_data` checks matrices. ``reset`` stores the number of features, as it does.
     """
     from sklearn.utils.validation import validate_data
 
@@ -197,7 +197,7 @@ def validated(estimator: Any, name: str, values: Any, *, reset: bool) -> Array:
 
 
 def groups_of(groups: ArrayLike | None, count: int) -> NDArray[np.intp]:
-    """The number of each of ``count`` samples' source; of one of its own where it is negative or None."""
+    """Number the source of each of ``count`` samples; negative ones, and all for None, are sources of their own."""
     if groups is None:
         return np.arange(count)
     numbers = np.asarray(groups)
@@ -210,12 +210,12 @@ def groups_of(groups: ArrayLike | None, count: int) -> NDArray[np.intp]:
 
 
 class MissingExtraError(ModuleNotFoundError):
-    """An optional package is not installed; the message names the extra that brings it."""
+    """An optional package is not installed; the message names the extra that installs it."""
 
 
 @contextlib.contextmanager
 def without_warnings(category: type[Warning] = Warning) -> Iterator[None]:
-    """Warnings of the category are not shown inside. One thread at a time: their filters are those of the process."""
+    """Suppress warnings of a category inside, in one thread at a time: warning filters belong to the process."""
     with _filters_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore", category)
         yield
@@ -223,7 +223,7 @@ def without_warnings(category: type[Warning] = Warning) -> Iterator[None]:
 
 @contextlib.contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Imports inside are of packages that ``pip install 'fastgrad[name]'`` brings; MissingExtraError if one is not."""
+    """Raise MissingExtraError, which says ``pip install 'fastgrad[name]'``, if an import inside finds no package."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""A `TwoStageModel` wherever pytorch-ood expects one of its detectors."""
+"""Use a `TwoStageModel` wherever pytorch-ood expects one of its detectors."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from fastgrad.detector.model import TwoStageModel
 
 
 def as_pytorch_ood(two_stage: TwoStageModel, **fit_options: Any) -> Any:
-    """``two_stage`` as a ``pytorch_ood.api.Detector``, for its benchmarks and metrics.
+    """Return ``two_stage`` as a ``pytorch_ood.api.Detector``, for the benchmarks and metrics of pytorch-ood.
 
-    ``fit(data_loader)`` fits the two-stage model on the batches ``(x, labels)``; labels below 0 mark what is
-    out of distribution there, and such samples are left out. ``predict(x)`` gives the uncertainty ``(B,)``,
-    higher for out of distribution, as pytorch-ood counts.
+    ``fit(data_loader)`` fits the two-stage model on batches ``(x, labels)``. It leaves out samples with labels below 0,
+    which pytorch-ood uses for out-of-distribution samples. ``predict(x)`` returns the uncertainty ``(B,)``, which is
+    higher out of distribution, as in pytorch-ood.
 
     Args:
-        two_stage: Fitted already, or to be fitted by ``fit``.
+        two_stage: A fitted model, or one to be fitted by ``fit``.
         **fit_options: Further arguments of `TwoStageModel.fit`.
 
     Raises:
         MissingExtraError: pytorch-ood is not installed.
-        TypeError: ``two_stage`` is no `TwoStageModel`.
+        TypeError: ``two_stage`` is not a `TwoStageModel`.
     """
     with extra("interop"):
         from pytorch_ood.api import Detector

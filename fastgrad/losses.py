@@ -14,12 +14,12 @@ brier          ``2 p_j (p_j - [j = k] - S2 + p_k)``  a cubic in ``p_k``
 =============  ====================================  ========================================
 
 with ``p = softmax(z)``, ``s = sigmoid(z)``, ``S2 = sum p_j^2``. These forms are well conditioned for every class but
-the largest logit ``i``: there a confident network makes them cancel to nothing. That entry is computed from
-*leave-one-out* sums, which never form ``p_i - 1`` and in which all terms have one sign. Detectors take logarithms of
-these numbers, so relative accuracy is what counts, and ``log=True`` stays in log space where the square underflows.
+the largest logit ``i``: there they cancel if the network is confident. That entry is computed from
+*leave-one-out* sums, which never form ``p_i - 1`` and whose terms all have the same sign. Detectors take logarithms of
+these norms, so relative accuracy matters, and ``log=True`` stays in log space where the square underflows.
 
-All functions are differentiable with respect to the logits and work on any leading shape. float64 is computed in
-float64, all other dtypes in float32. Arguments are assumed to be checked.
+All functions are differentiable with respect to the logits and accept any leading shape. They compute in float64 for
+float64 and in float32 for all other dtypes. The caller has checked the arguments.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ REDUCTIONS = ("sum", "mean")
 
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """The dtype in which tensors of these are computed with and results returned: float64 for float64, else float32."""
+    """Return the dtype of computations and results: float64 if one of ``dtypes`` is, else float32."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
@@ -46,9 +46,9 @@ def _upcast(logits: Tensor) -> Tensor:
 
 
 class _LeaveOneOut(NamedTuple):
-    """Softmax seen from its largest logit ``i``; ``(..., 1)`` unless noted. ``second`` is the next largest logit.
+    """Softmax relative to its largest logit ``i``; ``(..., 1)`` unless noted. ``second`` is the next largest logit.
 
-    Fields alone: torch.compile of PyTorch 2.8 does not follow a named tuple's property.
+    It has no properties: torch.compile of PyTorch 2.8 does not follow those of a named tuple.
     """
 
     top: Tensor  # (..., N) bool, true at i only, also under ties
@@ -80,7 +80,7 @@ def _leave_one_out(z: Tensor) -> _LeaveOneOut:
 
 
 def _soft_target(z: Tensor, target: str | Tensor) -> Tensor:
-    """The label as a distribution-like tensor broadcastable to ``(..., N)``."""
+    """Return the target as soft labels, broadcastable to ``(..., N)``."""
     if isinstance(target, Tensor):
         if target.is_floating_point():
             return target.to(z.dtype)
@@ -100,11 +100,11 @@ def _cross_entropy_delta(z: Tensor, target: str | Tensor) -> Tensor:
     y = _soft_target(z, target)
     y_others = torch.where(loo.top, 0, y)
     mass = y.sum(-1, keepdim=True)
-    # sum_j delta_j = 0 gives the entry i without forming Y p_i - y_i, where p_i is more than half of it.
+    # Where p_i is at least 1/2, sum_j delta_j = 0 gives the entry i without the cancellation in mass * p_i - y_i.
     at_top = y_others.sum(-1, keepdim=True) - mass * p_others.sum(-1, keepdim=True)
     at_top = torch.where(loo.a > 2, mass / loo.a - y, at_top)
     delta = torch.where(loo.top, at_top, mass * p_others - y)
-    # N p_j - 1 cancels where both logits and labels are nearly equal; differences to the entry i do not.
+    # N p_j - 1 cancels if all logits and all labels are nearly equal; differences from the entry i do not.
     size, step = z.shape[-1], y - torch.where(loo.top, y, 0).sum(-1, keepdim=True)
     centred = y * loo.gap.sum(-1, keepdim=True) - mass * loo.gap + (step.sum(-1, keepdim=True) - size * step)
     equal = (2 * loo.a > size) & (size * step.abs().amax(-1, keepdim=True) < 0.4 * mass.abs())
@@ -132,7 +132,7 @@ def _brier_delta(z: Tensor, target: str | Tensor) -> Tensor:
 
 
 def _brier_scaled(z: Tensor, target: str | Tensor) -> tuple[Tensor, Tensor]:
-    """``delta / rho``, which never underflows, and ``log(rho)``."""
+    """Return ``delta / rho``, which never underflows, and ``log(rho)``."""
     # With g = p - y: delta_j = 2 p_j sum_l p_l (g_j - g_l). Seen from i, only D_l = g_i - g_l is needed.
     loo = _leave_one_out(z)
     y = _soft_target(z, target)
@@ -140,7 +140,7 @@ def _brier_scaled(z: Tensor, target: str | Tensor) -> tuple[Tensor, Tensor]:
     step = y_top - y  # y_i - y_l, exactly 0 at i
     e_others = loo.f * loo.log_rho.exp()
     near = loo.gap - loo.a * step
-    # The same number, arranged for step near 1; a - 1 would be 0 where the others are below the dtype's precision.
+    # The same value, arranged for step near 1: a - 1 would be 0 if the other terms are below the dtype's precision.
     far = ((1 - y_top) + y) - e_others - e_others.sum(-1, keepdim=True) * step
     difference = torch.where(loo.top, 0, torch.where(step > 0.5, far, near)) / loo.a
     p = loo.f / loo.a  # without rho
@@ -159,7 +159,7 @@ def _brier_diagonal(z: Tensor) -> Tensor:
 
 
 def _linear_form(u: Tensor, total: Tensor, top: Tensor, at_top: Tensor, log: bool) -> Tensor:
-    """``T + 1 - 2 u_k`` off the top, ``at_top`` (already logarithmic if asked for) on it."""
+    """Return ``at_top`` (a logarithm already if ``log``) at the largest logit, and ``T + 1 - 2 u_k`` elsewhere."""
     rest = total + 1 - 2 * u
     return torch.where(top, at_top, torch.where(top, 1, rest).log() if log else rest)
 
@@ -172,7 +172,7 @@ def _cross_entropy_norms(z: Tensor, log: bool) -> Tensor:
     if log:
         at_top = 2 * loo.log_rho + (t1 * t1 + t2).log() - 2 * loo.a.log()
     else:
-        # In this order nothing leaves the dtype's range before the product does.
+        # In this order, no factor leaves the dtype's range before the product does.
         share = loo.log_rho.exp() / loo.a
         at_top = share * (t1 * t1 + t2) * share
     return _linear_form(p, total, loo.top, at_top, log)
@@ -181,7 +181,7 @@ def _cross_entropy_norms(z: Tensor, log: bool) -> Tensor:
 def _bce_norms(z: Tensor, log: bool) -> Tensor:
     top = _top(z)
     s = torch.sigmoid(z)
-    # Turning the sign of z_i turns its term into the leave-one-out one.
+    # Flipping the sign of z_i turns its term into the leave-one-out term.
     turned = torch.where(top, -z, z)
     if log:
         at_top = torch.logsumexp(2 * logsigmoid(turned), -1, keepdim=True)
@@ -200,7 +200,7 @@ def _mse_norms(z: Tensor, log: bool) -> Tensor:
 
 
 def _brier_norms(z: Tensor, log: bool) -> Tensor:
-    # Everything off the top carries rho^2 and the top carries rho^4, so both are formed without them first.
+    # The largest logit's entry has a factor rho^4, all others have rho^2; both are first computed without it.
     loo = _leave_one_out(z)
     rho, a, f = loo.log_rho.exp(), loo.a, loo.f
     c1 = (f * loo.gap).sum(-1, keepdim=True) / a  # sum_l p_l q_l, q = p_i - p, without rho / a
@@ -221,7 +221,7 @@ def _brier_norms(z: Tensor, log: bool) -> Tensor:
 
 
 class _Loss(NamedTuple):
-    """A loss: three functions of logits ``z`` in the dtype they are computed in, each to ``(..., N)``."""
+    """A loss: three functions of logits ``z``, already in the dtype of the computation, that return ``(..., N)``."""
 
     delta: Callable[[Tensor, str | Tensor], Tensor]  # of z and a target: the gradient
     diagonal: Callable[[Tensor], Tensor]  # of z: the entry k of contrast k's gradient
@@ -238,10 +238,10 @@ LOSSES = tuple(_TABLE)
 
 
 def delta(logits: Tensor, target: str | Tensor, *, loss: str, reduction: str = "sum") -> Tensor:
-    """Gradient of the loss at the logits, ``(..., N)``, relatively accurate also where the network is confident.
+    """Return the gradient of the loss at the logits, ``(..., N)``, with a small relative error even at high confidence.
 
     ``target`` is ``"ones"``, ``"uniform"``, ``"predicted"``, class indices ``(...)`` or soft targets ``(..., N)``.
-    ``reduction`` over classes is ``"sum"`` or ``"mean"`` (divides by N). float32 (float64 for float64 logits).
+    ``reduction`` over classes is ``"sum"`` or ``"mean"`` (divides by N). The result is float32, or float64 for float64.
     """
     z = _upcast(logits)
     result = _TABLE[loss].delta(z, target)
@@ -249,7 +249,7 @@ def delta(logits: Tensor, target: str | Tensor, *, loss: str, reduction: str = "
 
 
 def contrast_delta(logits: Tensor, *, loss: str, reduction: str = "sum") -> Tensor:
-    """``delta`` of every one-hot contrast: ``(..., N, N)`` with ``[..., k, :]`` belonging to contrast ``k``."""
+    """Return ``delta`` of every one-hot contrast: ``(..., N, N)``, where ``[..., k, :]`` belongs to contrast ``k``."""
     classes = logits.shape[-1]
     labels = torch.eye(classes, device=logits.device, dtype=compute_dtype(logits.dtype))
     every = logits.unsqueeze(-2).expand(*logits.shape, classes)
@@ -257,15 +257,15 @@ def contrast_delta(logits: Tensor, *, loss: str, reduction: str = "sum") -> Tens
 
 
 def contrast_diagonal(logits: Tensor, *, loss: str) -> Tensor:
-    """The entry ``k`` of the ``delta`` of contrast ``k``, for all k: ``(..., N)``; the scale of introspective rows."""
+    """Return entry ``k`` of contrast ``k``'s ``delta``, for all k: ``(..., N)``. It scales the introspective rows."""
     return _TABLE[loss].diagonal(_upcast(logits))
 
 
 def contrast_norms(logits: Tensor, *, loss: str, reduction: str = "sum", log: bool = False) -> Tensor:
-    """``||delta^(k)||^2`` of every one-hot contrast ``k``: ``(..., N)``, or its logarithm.
+    """Return ``||delta^(k)||^2`` of every one-hot contrast ``k``: ``(..., N)``, or its logarithm.
 
-    A plain value below the smallest normal number of the dtype loses digits; its logarithm does not. In float32 that
-    is at a logit margin of 44 between two classes for cross_entropy, 23 for brier, and at a larger one between more.
+    A plain value below the dtype's smallest normal number loses digits; its logarithm does not. In float32, with two
+    classes, this begins at a logit margin of 44 for cross_entropy and 23 for brier; with more classes, at larger ones.
     """
     result = _TABLE[loss].norms(_upcast(logits), log)
     return _reduced(result, logits.shape[-1], reduction, log)
@@ -274,7 +274,7 @@ def contrast_norms(logits: Tensor, *, loss: str, reduction: str = "sum", log: bo
 def target_norms(
     logits: Tensor, target: str | Tensor, *, loss: str, reduction: str = "sum", log: bool = False
 ) -> Tensor:
-    """``||delta||^2`` for one label a sample: ``(...)``, or its logarithm; ``target`` as in :func:`delta`."""
+    """Return ``||delta||^2`` for one label per sample: ``(...)``, or its logarithm; ``target`` as in :func:`delta`."""
     if isinstance(target, str) and target == "predicted":
         target = logits.detach().argmax(-1)
     if isinstance(target, Tensor) and not target.is_floating_point():

@@ -2,8 +2,8 @@
 
 Scores follow the estimators of this package: higher means less reliable. *Detection*: does a score separate challenging
 samples, the positive class, from clean ones? *Calibration*: does a probability equal the share of right answers?
-*Selective prediction*: what is gained by answering only where the uncertainty is low? The risk-coverage curve shows the
-mean error of the answers against the share of samples that are answered, the least uncertain first (Geifman and
+*Selective prediction*: what is gained by answering only where the uncertainty is low? The risk-coverage curve plots the
+mean error of the answers over the share of samples that are answered, starting with the least uncertain (Geifman and
 El-Yaniv, "Selective classification for deep neural networks", 2017).
 """
 
@@ -31,14 +31,14 @@ def _two_samples(clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor) -> 
 
 
 def auroc(clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor) -> float:
-    """Area under the ROC curve: chance that a challenging sample scores above a clean one, ties count half.
+    """Return the area under the ROC curve: the chance that a challenging sample scores above a clean one (ties: half).
 
     Args:
         clean: scores of clean samples ``(n,)``.
         challenging: scores of challenging samples ``(m,)``.
 
     Raises:
-        ValueError: an empty, not one-dimensional or not finite argument.
+        ValueError: An argument is empty, not one-dimensional or not finite.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -47,7 +47,7 @@ def auroc(clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor) -> float:
 
 
 def aupr(clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor) -> float:
-    """Average precision, the area under the precision-recall curve; arguments as for :func:`auroc`."""
+    """Return the average precision, the area under the precision-recall curve; arguments as for :func:`auroc`."""
     from sklearn.metrics import average_precision_score
 
     scores, labels = _two_samples(clean, challenging)
@@ -55,20 +55,20 @@ def aupr(clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor) -> float:
 
 
 def fpr_at_tpr(clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor, tpr: float = 0.95) -> float:
-    """Share of clean samples flagged at the largest threshold that flags ``tpr`` of the challenging.
+    """Return the share of clean samples flagged at the largest threshold that flags ``tpr`` of the challenging ones.
 
     Arguments are as for :func:`auroc`; ``tpr`` is a number in (0, 1], else TypeError or ValueError.
     """
     checks.lies_in("(0, 1]", tpr=tpr)
     scores, labels = _two_samples(clean, challenging)
-    # The k-th largest challenging score is the largest threshold that still flags k of them.
+    # The k-th largest challenging score is the largest threshold that still flags k challenging samples.
     positive = np.sort(scores[labels == 1])[::-1]
     needed = max(1, math.ceil(tpr * len(positive) - 1e-9))
     return float((scores[labels == 0] >= positive[needed - 1]).mean())
 
 
 def detection_accuracy(clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor) -> float:
-    """Largest ``(TPR + TNR) / 2`` over all thresholds: accuracy when both classes are equally likely.
+    """Return the largest ``(TPR + TNR) / 2`` over all thresholds: the accuracy if both classes are equally likely.
 
     Arguments are as for :func:`auroc`.
     """
@@ -107,14 +107,14 @@ class Reliability:
 
     @property
     def ece(self) -> float:
-        """Expected calibration error: the gap between confidence and accuracy, weighted by counts."""
+        """Expected calibration error: the mean gap between confidence and accuracy, weighted by the bins' counts."""
         filled = self.counts > 0
         gaps = np.abs(self.confidence - self.accuracy)[filled]
         return float((gaps * self.counts[filled]).sum() / self.counts.sum())
 
     @property
     def mce(self) -> float:
-        """Maximum calibration error: the largest gap of a bin that holds a sample."""
+        """Maximum calibration error: the largest gap among bins that are not empty."""
         return float(np.nanmax(np.abs(self.confidence - self.accuracy)))
 
 
@@ -133,7 +133,7 @@ def _probabilities(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor
 
 
 def reliability(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor, *, bins: int = 15) -> Reliability:
-    """Confidence and accuracy per bin of confidence.
+    """Return confidence and accuracy per bin of confidence.
 
     Args:
         probabilities: ``(B, N)`` in [0, 1]; rows of a softmax, or of an introspective network's sigmoids.
@@ -141,7 +141,7 @@ def reliability(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor, *
         bins: number of bins of equal width; bins are open on the left, ``(a, b]``.
 
     Raises:
-        ValueError: wrong shapes, values out of range, fewer than one bin.
+        ValueError: Shapes are wrong, values are out of range, or there is less than one bin.
     """
     checks.at_least(1, bins=bins)
     p, y = _probabilities(probabilities, labels)
@@ -157,29 +157,29 @@ def reliability(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor, *
 
 
 def ece(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor, *, bins: int = 15) -> float:
-    """Expected calibration error; arguments as for :func:`reliability`."""
+    """Return the expected calibration error; arguments as for :func:`reliability`."""
     return reliability(probabilities, labels, bins=bins).ece
 
 
 def mce(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor, *, bins: int = 15) -> float:
-    """Maximum calibration error; arguments as for :func:`reliability`."""
+    """Return the maximum calibration error; arguments as for :func:`reliability`."""
     return reliability(probabilities, labels, bins=bins).mce
 
 
 def brier(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> float:
-    """Mean over samples of ``sum_j (p_j - [j = y])^2``, from 0 to 2 for rows that sum to 1 (Brier 1950).
+    """Return the mean over samples of ``sum_j (p_j - [j = y])^2``, from 0 to 2 for rows that sum to 1 (Brier 1950).
 
     Arguments are as for :func:`reliability`.
     """
     p, y = _probabilities(probabilities, labels)
-    # Expanded squares would cancel in a nearly perfect forecast.
+    # Expanded squares would cancel for a nearly perfect prediction.
     gaps = p.copy()
     gaps[np.arange(len(p)), y] -= 1
     return float((gaps**2).sum(1).mean())
 
 
 def nll(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> float:
-    """Mean negative log-likelihood in nats of normalised rows; zeros count as the smallest normal float.
+    """Return the mean negative log-likelihood of normalised rows, in nats; zeros count as the smallest normal float.
 
     Arguments are as for :func:`reliability`.
     """
@@ -208,14 +208,14 @@ def calibration_report(
 class RiskCoverage:
     """The risk-coverage curve of n samples.
 
-    Samples of equal uncertainty are answered together or not at all; between, the curve shows the mean over all
-    orders in which they could come.
+    Samples of equal uncertainty are answered together or not at all. In between, the curve shows the mean over all
+    orders of these samples.
 
     Attributes:
         coverage: ``(n,)``, from 1/n to 1.
-        risk: ``(n,)``, mean error of the share ``coverage`` of least uncertainty.
-        best: ``(n,)``, the same for an order by the errors themselves, which no uncertainty can beat.
-        thresholds: ``(n,)``, highest uncertainty in that share.
+        risk: ``(n,)``, mean error of the least uncertain samples, of which ``coverage`` is the share.
+        best: ``(n,)``, the same if samples are sorted by their errors, which no uncertainty can beat.
+        thresholds: ``(n,)``, highest uncertainty among these least uncertain samples.
     """
 
     coverage: Array
@@ -234,7 +234,7 @@ class RiskCoverage:
 
     @property
     def e_aurc(self) -> float:
-        """Excess over the best possible area: 0 for a perfect order, however often the network is wrong.
+        """Excess over the best possible area: 0 for a perfect ranking, however often the network is wrong.
 
         Geifman, Uziel and El-Yaniv, "Bias-reduced uncertainty estimation for deep neural classifiers", 2019.
         """
@@ -242,7 +242,7 @@ class RiskCoverage:
 
 
 def _curve(name: str, uncertainty: ArrayLike | Tensor, errors: ArrayLike | Tensor) -> RiskCoverage:
-    """The curve of an uncertainty that errors call ``name``; what is infinite comes last."""
+    """Return the curve of an uncertainty that error messages call ``name``; infinite values come last."""
     losses = checks.to_array("errors", errors)
     if losses.ndim != 1 or not len(losses):
         raise ValueError(f"errors must be a non-empty vector; its shape was {losses.shape}")
@@ -253,7 +253,7 @@ def _curve(name: str, uncertainty: ArrayLike | Tensor, errors: ArrayLike | Tenso
     if not (scores > -np.inf).all():
         raise ValueError(f"{name} must not hold NaN or minus infinity")
     values, group, sizes = np.unique(scores, return_inverse=True, return_counts=True)
-    # Each sample of a tie carries the mean error of all of them.
+    # Each tied sample gets the mean error of all samples in its tie.
     means = np.bincount(group, losses) / sizes
     counts = np.arange(1, len(losses) + 1)
     return RiskCoverage(
@@ -265,26 +265,26 @@ def _curve(name: str, uncertainty: ArrayLike | Tensor, errors: ArrayLike | Tenso
 
 
 def risk_coverage(uncertainty: ArrayLike | Tensor, errors: ArrayLike | Tensor) -> RiskCoverage:
-    """The risk-coverage curve.
+    """Return the risk-coverage curve.
 
     Args:
         uncertainty: ``(n,)``, higher is less reliable; infinite where it could not be computed.
         errors: ``(n,)``, whether each prediction was wrong, or its loss, at least 0.
 
     Raises:
-        ValueError: Shapes differ, nothing is given, a loss is negative or not finite, or an uncertainty is NaN
-            or minus infinity.
+        ValueError: Shapes differ, arrays are empty, a loss is negative or not finite, or an uncertainty is NaN or
+            minus infinity.
     """
     return _curve("uncertainty", uncertainty, errors)
 
 
 def aurc(uncertainty: ArrayLike | Tensor, errors: ArrayLike | Tensor) -> float:
-    """Area under the risk-coverage curve, lower is better; arguments as for :func:`risk_coverage`."""
+    """Return the area under the risk-coverage curve; lower is better. Arguments are as for :func:`risk_coverage`."""
     return risk_coverage(uncertainty, errors).aurc
 
 
 def e_aurc(uncertainty: ArrayLike | Tensor, errors: ArrayLike | Tensor) -> float:
-    """Excess area under the risk-coverage curve; arguments as for :func:`risk_coverage`."""
+    """Return the excess area under the risk-coverage curve; arguments as for :func:`risk_coverage`."""
     return risk_coverage(uncertainty, errors).e_aurc
 
 
@@ -294,32 +294,32 @@ def threshold_for(
     """Return the risk threshold of least cost: samples above it are reviewed, the others answered.
 
     The mean cost of a sample is ``cost_of_error * risk * coverage + cost_of_review * (1 - coverage)``, minimised over
-    the points of the risk-coverage curve of labelled samples that nothing was fitted on. Of equal costs the highest
-    coverage wins.
+    the points of the risk-coverage curve. Give labelled samples on which nothing was fitted. Among equal costs, the
+    highest coverage wins.
 
     Args:
-        risk: ``(n,)``, of a `TwoStageModel`, or any score of which a higher one is less reliable; infinite ones are
-            reviewed in any case.
+        risk: ``(n,)``, from a `TwoStageModel`, or any score that is higher for less reliable samples; infinite values
+            are always reviewed.
         errors: ``(n,)``, whether each prediction was wrong, or its loss, at least 0.
-        cost_of_error: Of one wrong answer, or of a loss of 1, in any currency.
-        cost_of_review: Of one sample that is looked at, in the same currency; its review is taken to be right.
+        cost_of_error: Cost of one wrong answer, or of a loss of 1, in any currency.
+        cost_of_review: Cost of reviewing one sample, in the same currency; reviews are assumed to be right.
 
     Returns:
-        One of the risks; minus infinity where a review is always cheaper.
+        One of the risks; minus infinity if reviewing every sample is cheapest.
 
     Raises:
-        TypeError: A cost is no number.
+        TypeError: A cost is not a number.
         ValueError: As for :func:`risk_coverage`, or a cost is not positive.
     """
     checks.lies_in("(0, inf)", cost_of_error=cost_of_error, cost_of_review=cost_of_review)
     curve = _curve("risk", risk, errors)
-    # The last sample of each tie: a threshold lets all of them pass.
+    # Only the last sample of each tie is a candidate: a threshold lets all tied samples pass.
     ends = np.append(curve.thresholds[1:] != curve.thresholds[:-1], True) & np.isfinite(curve.thresholds)
     coverage = np.append(0.0, curve.coverage[ends])
     mean_error = np.append(0.0, curve.risk[ends])
     thresholds = np.append(-np.inf, curve.thresholds[ends])
     cost = cost_of_error * mean_error * coverage + cost_of_review * (1 - coverage)
-    # Equal costs differ by rounding of sums of n terms.
+    # Equal costs may differ by the rounding of sums of n terms.
     near = cost <= cost.min() + len(curve.risk) * np.finfo(np.float64).eps * max(
         cost_of_error * curve.risk.max(), cost_of_review
     )

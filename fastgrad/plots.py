@@ -1,7 +1,7 @@
 """Figures for scores, calibration and gradient features; matplotlib is imported where it is used.
 
-Every function draws on the given axes, or on a new figure, and returns the axes. None uses the global state of
-``pyplot``, so they work on servers and in threads.
+Every plot draws on the given axes, or on a new figure, and returns the axes. No function uses the global state of
+``pyplot``, so all work on servers and in threads.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from fastgrad.checks import Array, at_least, extra, is_a, is_number, is_tensor, 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: Blue for clean data, then colours that differ in grey too (Okabe and Ito 2008).
+#: Blue for clean data, then colours that also differ in greyscale (Okabe and Ito 2008).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-#: Of legends.
+#: Style of legends.
 _PLAIN: dict[str, Any] = {"frameon": False, "fontsize": 8}
 
 
 def new_axes(width: float = 5.0, height: float = 3.4) -> Axes:
-    """Empty axes on a figure of its own, ``width`` x ``height`` inches, drawn without a display."""
+    """Return empty axes on a new figure of ``width`` x ``height`` inches, drawn without a display."""
     with extra("demo"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -42,14 +42,14 @@ def new_axes(width: float = 5.0, height: float = 3.4) -> Axes:
 
 
 def save(axes: Axes, path: str | Path, *, dpi: int = 110) -> None:
-    """Write the figure that ``axes`` belong to; the suffix of ``path`` chooses the format."""
+    """Write the figure of ``axes``; the suffix of ``path`` chooses the format."""
     figure = _axes(axes).get_figure(root=True)
     assert figure is not None
     figure.savefig(path, dpi=dpi)
 
 
 def _axes(axes: Axes | None, width: float = 5.0, height: float = 3.4) -> Axes:
-    """The given axes, or new ones."""
+    """Return the given axes, or new ones."""
     if axes is None:
         return new_axes(width, height)
     if not hasattr(axes, "get_figure"):
@@ -60,7 +60,7 @@ def _axes(axes: Axes | None, width: float = 5.0, height: float = 3.4) -> Axes:
 def _arrays(
     argument: str, given: Mapping[str, ArrayLike | Tensor], shape: str, dimensions: Container[int], finite: bool = True
 ) -> dict[str, Array]:
-    """Named arrays, each of a ``shape`` of so many dimensions, with at least one number."""
+    """Return the arrays by name, each not empty and of an allowed number of dimensions; errors name the ``shape``."""
     if not isinstance(given, Mapping) or not given:
         raise ValueError(f"{argument} must map at least one name to an array; it was {repr(given)[:80]}")
     arrays = {name: to_array(f"{argument}[{name!r}]", values, finite=finite) for name, values in given.items()}
@@ -73,7 +73,7 @@ def _arrays(
 def score_histograms(
     scores: Mapping[str, ArrayLike | Tensor], *, reference: str | None = None, axes: Axes | None = None
 ) -> Axes:
-    """Outlines of the score distributions, with the AUROC against the reference in the legend.
+    """Draw histograms of the scores, with the AUROC against the reference in the legend.
 
     Args:
         scores: name to scores ``(n,)``; higher means less reliable.
@@ -81,16 +81,16 @@ def score_histograms(
         axes: where to draw; a new figure if None.
 
     Raises:
-        ValueError: no scores, not finite ones, or a reference that is not among them.
+        ValueError: Scores are missing or not finite, or the reference is not among them.
     """
     arrays = _arrays("scores", scores, "(n,)", (1,))
     reference = next(iter(scores)) if reference is None else reference
     one_of("reference", reference, list(scores))
     axes = _axes(axes)
     together = np.concatenate(list(arrays.values()))
-    # The outermost half per cent would squeeze everything else into a few bins.
+    # The outermost half per cent at each end would squeeze everything else into a few bins.
     low, high = np.quantile(together, [0.005, 0.995])
-    # Between scores that differ by rounding alone there is no room for bins.
+    # Scores that differ only by rounding leave no room for bins.
     edges = np.linspace(low, high if high - low > 1e-12 * abs(low) else low + max(1, abs(low)), 41).tolist()
     for colour, (name, array) in zip(cycle(COLOURS), arrays.items(), strict=False):
         label = name if name == reference else f"{name} ({metrics.auroc(arrays[reference], array):.2f})"
@@ -99,7 +99,7 @@ def score_histograms(
         axes.hist(clipped, edges, density=True, color=colour, label=label, lw=1.5, **style)
     axes.set(xlabel="uncertainty score", ylabel="density")
     columns = 1 + (len(scores) > 3)
-    # Above the axes: on them it would cover a bar.
+    # Above the axes, where it covers no bar.
     axes.legend(ncols=columns, title="set (AUROC)", title_fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), **_PLAIN)
     return axes
 
@@ -111,7 +111,7 @@ def reliability_diagram(
     bins: int = 15,
     axes: Axes | None = None,
 ) -> Axes:
-    """Accuracy over confidence, one line per model, marker area in proportion to the samples of a bin.
+    """Draw accuracy over confidence, one line per model; the area of a marker grows with the samples in its bin.
 
     Args:
         probabilities: name to ``(B, N)``.
@@ -135,7 +135,7 @@ def reliability_diagram(
 
 
 def layer_norms(sqnorms: Mapping[str, ArrayLike | Tensor], names: Sequence[str], *, axes: Axes | None = None) -> Axes:
-    """Squared L2 norms of every parameter set's gradient: median, band from the 10th to the 90th percentile.
+    """Draw the squared L2 norms of every parameter's gradient: the median, and a band from the 10th to 90th percentile.
 
     Args:
         sqnorms: name of a set of samples to squared norms ``(B, P)``.
@@ -143,14 +143,14 @@ def layer_norms(sqnorms: Mapping[str, ArrayLike | Tensor], names: Sequence[str],
         axes: where to draw; a new figure if None.
 
     Raises:
-        TypeError, ValueError: no names, or a matrix whose number of columns differs from theirs.
+        TypeError, ValueError: ``names`` is no collection, or a matrix does not have one column per name.
     """
     arrays = _arrays("sqnorms", sqnorms, "(B, P)", (2,), finite=False)
     axes = _axes(axes, 5.0, 4.8)
     is_a(Collection, names=names)
     names = list(names)
     positions = np.arange(len(names))
-    # Of many names some are written, so that they can be read.
+    # At most 16 names are written, so that they stay readable.
     step = -(-len(names) // 16)
     for colour, (name, matrix) in zip(cycle(COLOURS), arrays.items(), strict=False):
         shape_is(f"sqnorms[{name!r}]", matrix, (len(matrix), len(names)), "a column per name")
@@ -175,20 +175,20 @@ def manifold(
     title: str = "",
     axes: Axes | None = None,
 ) -> Axes:
-    """The toy manifold figure: the score of a 2-D classifier's inputs as a map over the plane.
+    """Draw the toy manifold figure: the score of a 2-D classifier's inputs as a map over the plane.
 
     Args:
         score: maps points ``(n, 2)`` to uncertainty ``(n,)``.
         points: training points ``(n, 2)``, drawn on the map.
         labels: their classes ``(n,)``.
-        margin: how far the map reaches beyond the points, in their ranges.
+        margin: how far the map extends beyond the points, as a multiple of their range along each axis.
         resolution: points of the map along each axis.
         title: written above the map.
         axes: where to draw; a new figure if None.
 
     Raises:
-        TypeError, ValueError: points that are not finite or not two-dimensional, labels or scores that are not one a
-            point, or a margin or resolution that is no number.
+        TypeError, ValueError: Points are not finite or not two-dimensional, there is not one label and one score per
+            point, or the margin or resolution is not a number.
     """
     is_a(Callable, score=score)  # type: ignore[arg-type]
     is_tensor("points", points)
@@ -200,7 +200,7 @@ def manifold(
     at_least(2, resolution=resolution)
     axes = _axes(axes, 4.4, 3.6)
     low, high = points.amin(0), points.amax(0)
-    # Points on a line have no range across it.
+    # Points on a horizontal or vertical line have no range across it.
     reach = margin * torch.where(high > low, high - low, 1)
     xs, ys = (
         torch.linspace(float(low[i] - reach[i]), float(high[i] + reach[i]), resolution, device="cpu") for i in range(2)
@@ -220,12 +220,11 @@ def manifold(
 
 
 def contrast_sparsity(gradients: Mapping[str, ArrayLike | Tensor], *, axes: Axes | None = None) -> Axes:
-    """Share of the squared norm of contrast gradients over the share of their largest entries.
+    """Draw the share of contrast gradients' squared norm in their largest entries, over the share of entries.
 
     Args:
-        gradients: name (say "before training" and "after training") to gradients ``(..., E)``; every vector
-            of E entries is sorted by itself and the curves are averaged. Contrast rows ``(B, N, D)`` are one
-            choice.
+        gradients: name (such as "before training" and "after training") to gradients ``(..., E)``, for example
+            contrast rows ``(B, N, D)``. Every vector of E entries is sorted by itself, and the curves are averaged.
         axes: where to draw; a new figure if None.
 
     The legend gives the Gini index of the squared entries: 0 if all are equal, near 1 if one carries all.

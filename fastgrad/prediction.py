@@ -1,4 +1,4 @@
-"""What a two-stage model answers, live or from a file."""
+"""The answer of a two-stage model, whether it runs in Python or from an exported file."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 class Prediction(NamedTuple):
-    """Three answers to three questions: what it is, how unusual the input is, and whether the answer is wrong.
+    """Logits, and three answers: how likely each class is, how unusual the input is, how likely the answer is wrong.
 
     Attributes:
         logits: ``(B, N)``, the network's own.
         probabilities: ``(B, N)``: how likely each class is. The softmax, with a temperature if fitted with labels. With
             an introspective classifier ``(1 - g) p_network + g p_classifier``, where ``g`` is the probability that the
-            input is a challenge.
+            input is a challenge, or 1 if none was fitted.
         uncertainty: ``(B,)``: how atypical the input is; higher is less reliable. It is -log of the probability that a
             clean input looks at least this unusual, not a probability of error. Infinite where it cannot be computed.
         risk: ``(B,)``: the probability that the answer is wrong, for clean and unusual inputs; None if fitted without

@@ -1,4 +1,4 @@
-"""Groups of features that a detector computes from an input, one file a block.
+"""Groups of features that a detector computes from an input, one file per block.
 
 | block            | reads                | price (forward passes) | content                                |
 |------------------|----------------------|------------------------|----------------------------------------|
@@ -11,7 +11,8 @@
 | `contrasts`      | h, logits            | 0                      | last-layer gradient norms, all classes |
 | `gradients`      | 3 backward passes    | about 8                | gradient norms of every parameter      |
 
-Detectors read the first four by default, and the fifth if the budget allows a second forward pass. Name the others.
+Detectors read the first four by default, and the fifth if the budget allows a second forward pass. The others must be
+requested by name.
 """
 
 from __future__ import annotations
@@ -33,18 +34,17 @@ BLOCKS: dict[str, type[Block]] = {}
 
 
 def register_block(block: type[Block]) -> type[Block]:
-    """Register a block by its name, for detectors and for the files that they are stored in; a decorator.
+    """Register a block by its name, for detectors and the files that store them; can be used as a decorator.
 
     Args:
-        block: A subclass of `Block` that can be made without arguments. If it takes any, its `Block.options` has them.
+        block: A subclass of `Block` that needs no arguments. Its `Block.options` must return those that it takes.
 
     Raises:
-        TypeError: It is no subclass of `Block`, needs arguments, or takes some that its options lack.
-        ValueError: It has no name, or that of another block.
+        TypeError: It is not a subclass of `Block`, needs arguments, or takes some that its options lack.
+        ValueError: It has no name, or the name of another block.
     """
     if not (isinstance(block, type) and issubclass(block, Block)):
         raise TypeError(f"block must be a subclass of Block; it was {block!r}")
-    # Of *args and **kwargs nothing is needed.
     takes = [
         one
         for one in inspect.signature(block).parameters.values()
@@ -52,7 +52,7 @@ def register_block(block: type[Block]) -> type[Block]:
     ]
     if needed := [one.name for one in takes if one.default is one.empty]:
         raise TypeError(f"block must be one that can be made without arguments; {block.__name__} needs {needed}")
-    # A file would make it again with their defaults.
+    # Otherwise a block loaded from a file would get their defaults.
     if missing := {one.name for one in takes} - set(block().options()):
         raise TypeError(
             f"block must return its arguments from options(); {block.__name__} has none for {sorted(missing)}"

@@ -21,10 +21,10 @@ from fastgrad.scores.rows import Rows
 
 
 class Activations(Block):
-    """``log mean_t o_bct^2`` of every channel c of places that `fastgrad.blocks.channels` names, ``(B, D)``.
+    """``log mean_t o_bct^2`` for every channel c at the places that `fastgrad.blocks.channels` chooses, ``(B, D)``.
 
-    An output ``(B, C)``, without positions, is read as it is: one square would lose its sign. Large maps are read on a
-    coarse grid. The score is the shrunk Mahalanobis distance of the standardised columns.
+    An output ``(B, C)``, without positions, is read as it is, because a square would lose its sign. Large maps are read
+    on a coarse grid. The score is the shrunk Mahalanobis distance of the standardised columns.
     """
 
     name = "activations"
@@ -36,13 +36,13 @@ class Activations(Block):
         return None if subject.channels else f"the network calls no {layers} exactly once, with a row for each sample"
 
     def readings(self, subject: Subject, mask: Tensor | None) -> tuple[Reading, ...]:
-        """The columns of every place; of maps a sample of positions, squared after the forward pass."""
+        """Return a reading for each place: its columns, or for maps some positions, squared after the forward pass."""
         return tuple(
             Reading(place.path, functools.partial(_read, place, mask), copied=False) for place in subject.channels
         )
 
     def values(self, found: Pass) -> Tensor:
-        """The columns side by side, in the order of the forward pass."""
+        """Return the columns side by side, in the order of the forward pass."""
         seen = zip(found.subject.channels, found.readings(self.name), strict=True)
         return torch.cat([_columns(value, place.dim) if place.grid else value for place, value in seen], 1)
 
@@ -56,12 +56,12 @@ class Activations(Block):
 
 
 def _columns(value: Tensor, dim: int, mask: Tensor | None = None) -> Tensor:
-    """The log mean square of each channel over its positions, or its only value: ``(B, C)`` in at least float32."""
+    """Return each channel's log mean square over its positions, or its only value: ``(B, C)`` in at least float32."""
     if value.dim() == 2:
-        # A copy: an activation in place may follow.
+        # Copied, because an in-place activation may follow.
         return value.to(compute_dtype(value.dtype), copy=True)
     if mask is not None and dim == -1 and value.dim() == 3 and mask.shape == value.shape[:2]:
-        # Padding is no part of a text; what a network computes there says nothing about it.
+        # Padding is not part of a text; what a network computes there says nothing about it.
         weights = mask.to(torch.float32).unsqueeze(-1)
         means = channel_square_sums(value * weights.to(value.dtype), -1) / weights.sum(1).clamp_min(1)
     else:
@@ -71,5 +71,5 @@ def _columns(value: Tensor, dim: int, mask: Tensor | None = None) -> Tensor:
 
 def _read(place: Channels, mask: Tensor | None, inputs: tuple[Any, ...], output: Any) -> Tensor:
     value = output_of(output)
-    assert value is not None  # the place was found by it
+    assert value is not None  # or the place would not have been found
     return sampled(value, place.grid) if place.grid else _columns(value.detach(), place.dim, mask)

@@ -1,10 +1,10 @@
-"""Where a network's channels are read: the outputs of its normalisation layers, or of its layers where those say less.
+"""Choose where a network's channels are read: at normalisation layers, or at other layers if those say less.
 
 A normalised channel has the same scale in every input of the training distribution, so its mean square over positions
-says how unusual an input is. Layer norms give every position of every input the same scale, however unusual it is: a
-network with these, or none, is read at its convolutional, linear, recurrent and attention layers.
+says how unusual an input is. Layer norms give every position of every input the same scale, however unusual it is. So a
+network with only layer norms, or none, is read at its convolutional, linear, recurrent and attention layers.
 
-Reading is to cost little: of a map a coarse grid of positions says enough, and neighbouring layers say nearly the same.
+To cost little, some maps are read, on a coarse grid of positions: neighbouring layers say nearly the same.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from torch import Tensor, nn
 
 from fastgrad._torch import BatchNorm, ConvNd, InstanceNorm, is_traced
 
-#: Fewer places of one kind than this say little, and the next kind is read instead.
+#: With fewer places of one kind than this, the next kind is read instead.
 _LEAST = 2
-#: Of the forward pass's operations, the share of numbers that are read at most: a tenth of its time or so.
+#: Largest number of values read, as a share of the forward pass's operations: about a tenth of its time.
 _READ = 1 / 600
-#: Places that a forward pass reads at most, and positions along an axis of a map that are still read one by one.
+#: Largest number of maps read, and longest axis of a map of which every position is read.
 _SPREAD, _GRID = 12, 8
 _CHANNELS_FIRST = (BatchNorm, InstanceNorm, nn.GroupNorm, nn.LocalResponseNorm, ConvNd)
-#: In a class's name; what brings pixels to another scale, "Normalize", is no layer of the network.
+#: Part of the class name of a normalisation layer. "Normalize" is excluded: it rescales pixels before the network.
 _NORM = re.compile("Norm(?!s|alize)")
-#: Layers that are read where a network does not normalise.
+#: Layers that are read if a network does not normalise.
 LAYERS = (ConvNd, nn.Linear, nn.RNNBase, nn.MultiheadAttention)
 
 
@@ -37,21 +37,21 @@ LAYERS = (ConvNd, nn.Linear, nn.RNNBase, nn.MultiheadAttention)
 class Channels:
     """One place where channels are read."""
 
-    path: str  # the module whose output is read; of several tensors, the first
-    dim: int  # where the channels lie, 1 or -1; all dimensions but this and the batch are positions
-    count: int  # how many there are
-    grid: int = 0  # of a map, each axis with more positions is read at fewer than so many; 0 for all
+    path: str  # the module whose output is read; if it returns several tensors, the first
+    dim: int  # dimension of the channels, 1 or -1; all dimensions but this and the batch are positions
+    count: int  # number of channels
+    grid: int = 0  # longer axes of a map are read at fewer positions than this; 0 reads all positions
 
 
 def output_of(output: Any) -> Tensor | None:
-    """The tensor that is read of a module's output."""
+    """Return the tensor to read from a module's output, the first if there are several."""
     while isinstance(output, (tuple, list)) and output:
         output = output[0]
     return output if isinstance(output, Tensor) else None
 
 
 def is_normalization(module: nn.Module) -> bool:
-    """Whether a module normalises, by its class's name, in which torch, timm and Hugging Face agree."""
+    """Whether a module normalises, by its class name: torch, timm and Hugging Face follow the same convention."""
     named = _NORM.search(type(module).__name__) or isinstance(module, (BatchNorm, nn.LayerNorm))
     # A container of a convolution and its normalisation is named after both.
     return bool(named) and not any(isinstance(part, LAYERS) or is_normalization(part) for part in module.children())
@@ -64,22 +64,22 @@ def is_layer_norm(module: nn.Module) -> bool:
 
 
 def channel_dim(module: nn.Module, shape: tuple[int, ...]) -> int | None:
-    """1 or -1, the dimension of an output of this ``shape`` that holds the channels; None where it has none."""
+    """Return the dimension, 1 or -1, of the channels in an output of this ``shape``; None if it has none."""
     if len(shape) < 2:
         return None
     if len(shape) == 2 or isinstance(module, _CHANNELS_FIRST):
         return 1
     weight = getattr(module, "weight", None)
     count = len(weight) if isinstance(weight, Tensor) and weight.dim() == 1 else None
-    # Where both may be, a norm of maps (FrozenBatchNorm2d, LayerNorm2d) says so in its name.
+    # If both dimensions fit, the name tells a norm of maps (FrozenBatchNorm2d, LayerNorm2d).
     return 1 if shape[1] == count and (shape[-1] != count or "2d" in type(module).__name__) else -1
 
 
 def choose(seen: Sequence[tuple[nn.Module, Channels, Tensor]], operations: float) -> tuple[Channels, ...]:
-    """Of all places seen in a forward pass of one sample, with their outputs and in order, those that are read.
+    """Return which places to read of those ``seen``, in order and with outputs, in a forward pass of one sample.
 
-    Of maps these are a few from the first to the last, on a grid. Of tokens, whose first layers are words, they are the
-    last ones: as many as the pass's ``operations`` bear, and two in any case.
+    For maps, these are a few places from the first to the last, on a grid. For tokens, whose first layers represent
+    words, they are the last places: as many as the pass's ``operations`` allow, but at least two.
     """
     norms = [found for found in seen if is_normalization(found[0])]
     steady = [found for found in norms if not is_layer_norm(found[0])]
@@ -100,10 +100,10 @@ def choose(seen: Sequence[tuple[nn.Module, Channels, Tensor]], operations: float
 
 
 def sampled(value: Tensor, grid: int) -> Tensor:
-    """A copy of a map ``(B, C, ...)`` at less than ``grid`` positions along each longer axis, evenly spaced within it.
+    """Copy a map ``(B, C, ...)`` at fewer than ``grid`` evenly spaced positions along each axis longer than ``grid``.
 
-    The first of an axis is left out: it saw the padding. In a graph single positions are taken by a pooling, through
-    which exported files keep to the layout of their convolutions; elsewhere a copy of them is several times as fast.
+    The first position of such an axis is left out: it saw the padding. In a recorded graph, a pooling takes the
+    positions, so that exported files keep the layout of their convolutions. Elsewhere a copy is several times as fast.
     """
     steps = tuple(-(-length // grid) for length in value.shape[2:])
     inside = (..., *(slice(None if step == 1 else step, None, step) for step in steps))

@@ -1,4 +1,4 @@
-"""From a network and its inputs to logits and named blocks: one run, from which every block takes what it reads."""
+"""Compute logits and named blocks from a network and its inputs, in one run from which every block is read."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from fastgrad.engine.network import Network
 from fastgrad.engine.run import Run
 
 Inputs = Tensor | Mapping[str, Any]
-#: What is sent back through a network: from logits ``(B, N)`` one gradient at them ``(B, N)``.
+#: Maps logits ``(B, N)`` to a gradient at the logits ``(B, N)``, to be backpropagated through a network.
 Signal = Callable[[Tensor], Tensor]
 
 
 class Pass:
-    """A forward pass of B ``samples`` with what the blocks of an extraction want to read in it."""
+    """A forward pass of B ``samples``, and what the blocks of an extraction read in it."""
 
     def __init__(self, extraction: Extraction, subject: Subject, args: Any, kwargs: Any, samples: int) -> None:
         if subject.mask is not None and subject.mask not in kwargs:
@@ -37,7 +37,7 @@ class Pass:
         self.network, self.subject, self.log = extraction._network, subject, extraction.log
         self.args, self.kwargs, self.samples = args, kwargs, samples
         self._readings = {block.name: block.readings(subject, mask) for block in extraction.blocks}
-        #: Those that were not sent back yet.
+        #: By block, the signals that have not been backpropagated yet.
         self._signals = {block.name: signals for block in extraction.blocks if (signals := block.signals(subject))}
         plan = self.network.plan(args, kwargs, samples) if self._signals else None
         self.run = Run(samples)
@@ -49,24 +49,24 @@ class Pass:
         self.logits = self._output.detach()
 
     def readings(self, name: str) -> list[Tensor]:
-        """What a block's readings saw, in its order."""
+        """Return what a block's readings saw, in the block's order."""
         return [self.run.readings[reading] for reading in self._readings[name]]
 
     def squared_norms(self, name: str) -> Tensor:
-        """Squared norms of every parameter's gradient ``(B, S, P)`` for a block's S signals, or their logarithms."""
+        """Return squared norms of every parameter's gradient ``(B, S, P)`` for a block's S signals, or logarithms."""
         logits = self.logits.double() if self.log else self.logits
         delta = torch.stack([signal(logits) for signal in self._signals.pop(name)])
         return signal_sqnorms(self.run, self._output, delta, log=self.log, keep=bool(self._signals)).movedim(0, 1)
 
     def image(self) -> Tensor:
-        """The one image tensor among the inputs."""
+        """Return the one image tensor among the inputs."""
         place = self.subject.image
-        assert place is not None  # the block's refusal said so
+        assert place is not None  # or the block would have refused
         image: Tensor = self.args[place] if isinstance(place, int) else self.kwargs[place]
         return image
 
     def again(self, image: Tensor) -> Tensor:
-        """Logits ``(B, N)`` of the same batch with another image."""
+        """Return logits ``(B, N)`` of the same batch with another image, from one more forward pass."""
         place = self.subject.image
         args = tuple(image if i == place else value for i, value in enumerate(self.args))
         kwargs = {name: image if name == place else value for name, value in self.kwargs.items()}
@@ -75,14 +75,14 @@ class Pass:
 
 
 class Extraction:
-    """From inputs to logits and the asked-for blocks, from one forward pass and as few backward passes as they need.
+    """Computes logits and blocks of inputs, with one shared forward pass and as few backward passes as possible.
 
     The model is only read: it runs as a private copy in evaluation mode.
 
     Args:
-        model: Any classifier; outputs as `fastgrad.batches.logits_of` reads them.
-        blocks: What to extract; no two of one name.
-        log: Whether squared norms are given as logarithms.
+        model: Any classifier whose output `fastgrad.batches.logits_of` can read.
+        blocks: What to extract; names must differ.
+        log: Whether squared norms are returned as logarithms.
         known: What is known of the network and its inputs; None watches it at the first call.
     """
 
@@ -95,11 +95,11 @@ class Extraction:
         self._shapes: dict[str, torch.Size] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles make lock and plans anew."""
+        """Leave the lock and the plans out of copies and pickles, which make their own."""
         return functools.partial(Extraction, log=self.log, known=self.known), (self.model, self.blocks)
 
     def __call__(self, x: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits ``(B, N)`` and blocks of a batch; ValueError where a block cannot be had of this network or input."""
+        """Return logits ``(B, N)`` and blocks of a batch; ValueError if a block cannot serve this network or input."""
         # torch.compile cannot follow an extraction, which builds modules; `fastgrad.export` gives it a graph.
         return outside_of_compilation(self._run)(x)
 
@@ -117,7 +117,7 @@ class Extraction:
         return (logits[:0], {n: v[:0] for n, v in values.items()}) if empty else (logits, values)
 
     def subject(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Subject:
-        """What is known of the network and inputs like these; ValueError where it cannot serve a block."""
+        """Return what is known of the network and inputs like these; ValueError if they cannot serve a block."""
         with self._lock:
             if self.known is None:
                 subject = watch(self.model, args, kwargs)
@@ -130,13 +130,13 @@ class Extraction:
             return self.known
 
     def of(self, blocks: Sequence[Block]) -> Extraction:
-        """The extraction of other blocks from the same network, which is neither watched nor planned again."""
+        """Return an extraction of other blocks from the same network, which is neither watched nor planned again."""
         other = Extraction(self.model, blocks, log=self.log, known=self.known)
         other._network, other._shapes = self._network, self._shapes
         return other
 
     def _values(self, block: Block, found: Pass) -> Tensor:
-        """A block's values; NaN, which no score takes for usual, where it fails after it has worked before."""
+        """Return a block's values, or NaN, which no score takes for usual, if the block worked before and now fails."""
         try:
             checks.is_tensor(f"values of the block {block.name!r}", values := block.values(found))
             if not values.dim():
@@ -157,6 +157,6 @@ class Extraction:
 
 
 def arguments(x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The model's arguments, outside any graph."""
+    """Return the model's arguments, detached from any graph."""
     outside: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, detach_plain, as_call(x))
     return outside

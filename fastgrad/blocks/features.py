@@ -1,4 +1,4 @@
-"""h, what enters the last linear layer."""
+"""h, the input of the last linear layer."""
 
 from __future__ import annotations
 

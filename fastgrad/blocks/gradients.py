@@ -20,7 +20,7 @@ JOINED: tuple[Signal, ...] = tuple(
 
 
 class Gradients(Block):
-    """``||dL/dtheta||^2`` of all P parameters, ``(B, 3, P)``, with two more losses than the source has.
+    """``||dL/dtheta||^2`` of all P parameters, ``(B, 3, P)``, for three losses, two more than in the source.
 
     Lee, Lehman, Prabhushankar and AlRegib, "Probing the Purview of Neural Networks via Gradient Analysis", 2023.
     """
@@ -32,7 +32,7 @@ class Gradients(Block):
     squared_norms = True
 
     def price(self, subject: Subject) -> float:
-        """Backward pass and norms of a signal: about a training step's backward pass."""
+        """Return the price of each signal's backward pass and norms: about a training step's backward pass."""
         return 2.5 * len(JOINED)
 
     def signals(self, subject: Subject) -> tuple[Signal, ...]:

@@ -1,4 +1,4 @@
-"""Local statistics of the input image, whatever the network: what noise, blur, compression and lighting change."""
+"""Local statistics of the input image, for any network: noise, blur, compression and lighting change them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastgrad.blocks.local_contrast import differences, mean_extremes
 from fastgrad.blocks.subject import Subject, is_image
 from fastgrad.losses import compute_dtype
 
-#: More pixels than these say no more about a distribution.
+#: Largest number of pixels read: more say no more about a distribution.
 _PIXELS = 1024
 
 
@@ -36,13 +36,13 @@ class Image(Block):
 
 
 def image_statistics(images: Tensor) -> Tensor:
-    """How local contrast and intensity are distributed over the pixels of each image, ``(B, 28)`` in at least float32.
+    """Return how local contrast and intensity are distributed over each image, ``(B, 28)`` in at least float32.
 
-    Seven statistics in turn of four values of each pixel: the differences from its neighbours
-    (`fastgrad.blocks.local_contrast`), root mean squares over channels, and the intensity. The contrasts are taken as
-    square roots of amplitudes: near a normal distribution over images and free of the singularity that a logarithm has
-    in flat regions. Their unit is the root of the input's; every fourth column, intensity, has the input's. ValueError
-    for what is not floating, ``(B, C, H, W)``, with H and W at least 3.
+    The columns are seven statistics, each of four values per pixel: three differences from neighbours
+    (`fastgrad.blocks.local_contrast`), as root mean squares over channels, and the intensity. The differences enter as
+    square roots, which are nearly normal over images and have no singularity in flat regions, as logarithms do. Their
+    unit is the root of the input's; every fourth column, the intensity, has the input's. ValueError unless ``images``
+    are floating, ``(B, C, H, W)``, with H and W at least 3.
     """
     if not is_image(images):
         kind = f"{tuple(images.shape)}, {images.dtype}"

@@ -12,9 +12,9 @@ from fastgrad.blocks.extraction import Pass
 from fastgrad.scores.fitted import Fitted
 from fastgrad.scores.rows import Rows
 
-#: Logits that the challenge classifier reads, in falling order.
+#: Number of highest logits that the challenge classifier reads, in descending order.
 _HIGHEST = 10
-#: An energy below this is none: of logits that are log probabilities it is 0, and what is left of it rounding.
+#: An energy below this counts as 0: if logits are log probabilities, it is 0 up to rounding.
 _NO_ENERGY = 1e-4
 
 
@@ -25,7 +25,7 @@ class Energy(Fitted):
     """
 
     def forward(self, logits: Tensor) -> Tensor:
-        """Scores ``(B,)`` of ``logits`` ``(B, N)``."""
+        """Return scores ``(B,)`` of ``logits`` ``(B, N)``."""
         energy = -torch.logsumexp(logits, -1)
         return energy.masked_fill(energy.abs() < _NO_ENERGY, 0.0)
 
@@ -33,14 +33,14 @@ class Energy(Fitted):
 class Margin(Fitted):
     """Minus the logarithm of the distance between the two highest logits: ``s(z) = -log(z_(1) - z_(2))``.
 
-    Scheffer, Decomain and Wrobel, "Active hidden Markov models for information extraction", 2001, on
-    probabilities; on logits it does not saturate. Few clean inputs come close to 0, in proportion to the distance. So
-    the logarithm has an exponential tail, which p-values follow: DeepFool on EfficientNet-Lite0, AUROC .81 to .90.
+    Scheffer, Decomain and Wrobel, "Active hidden Markov models for information extraction", 2001, use probabilities;
+    on logits it does not saturate. The share of clean inputs within a small distance of 0 is proportional to it. So the
+    logarithm has an exponential tail, which p-values follow: DeepFool on EfficientNet-Lite0, AUROC .81 to .90.
     """
 
     def forward(self, logits: Tensor) -> Tensor:
-        """Scores ``(B,)`` of the two highest ``logits`` ``(B, 2)``, in falling order."""
-        # Nearer than rounding no distance means anything.
+        """Return scores ``(B,)`` of the two highest ``logits`` ``(B, 2)``, in descending order."""
+        # A distance below rounding means nothing.
         rounding = torch.finfo(torch.float32).eps * logits[:, 0].abs()
         return -torch.log((logits[:, 0] - logits[:, 1]).clamp(min=1e-30) + rounding)
 
@@ -67,5 +67,5 @@ class Logits(Block):
 
     @classmethod
     def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
-        """The highest logits in falling order: the classifier must not depend on the order of classes."""
+        """Return the highest logits in descending order: the classifier must not depend on the order of classes."""
         return cls.rows(blocks, settings, top=_HIGHEST)

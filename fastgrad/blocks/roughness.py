@@ -16,21 +16,21 @@ from fastgrad.blocks.subject import Subject
 from fastgrad.engine.run import Reading
 from fastgrad.losses import compute_dtype
 
-# Positions of a channel that are read, and channels, at most. 1,024 positions gained .005 on photographs with
-# EfficientNet-Lite0 and lost .010 with Lite1, both within the intervals.
+# Largest numbers of positions per channel and of channels that are read. 1,024 positions gained .005 on photographs
+# with EfficientNet-Lite0 and lost .010 with Lite1, both within the intervals.
 _POSITIONS, _CHANNELS = 256, 16
-# Contrast this far below a channel's own is rounding, which the root would otherwise magnify.
+# Contrast below this share of a channel's mean contrast is rounding, which the root would otherwise magnify.
 _FLOOR = 1e-3
-# Units of rounding of a channel's largest value, within which its mean contrast is none: a filter that training left at
-# zero puts out a constant, and what another order of sums makes of it would be standardised as any contrast is.
+# A channel's mean contrast below so many roundings of its largest value counts as 0: a filter that training left at 0
+# puts out a constant, whose rounding depends on the order of sums and would be standardised like any contrast.
 _ROUNDING = 64
 
 
 class Roughness(Block):
     """Local contrast of up to 16 channels of the first normalised, or convolved, maps, ``(B, D)``.
 
-    How the roots of each channel's differences between neighbours are distributed over positions, a thousandth of their
-    mean size added to each. `fastgrad.blocks.image` reads the same of pixels, before the network's first filters.
+    It describes how the roots of each channel's differences between neighbours are distributed over positions, after
+    adding a thousandth of their mean to each. `fastgrad.blocks.image` reads pixels alike, before the first filters.
     """
 
     name = "roughness"
@@ -53,10 +53,10 @@ class Roughness(Block):
 
 
 def roughness(maps: Tensor) -> Tensor:
-    """How local contrast of each channel is distributed, ``(B, 3 * C * 7)`` in at least float32.
+    """Return how the local contrast of each channel is distributed, ``(B, 3 * c * 7)`` in at least float32.
 
-    Its unit is the root of the input's. Of ``maps`` ``(B, C, H, W)``, H and W at least 3, up to 16 channels are read,
-    evenly spaced.
+    Its unit is the root of the input's. Of ``maps`` ``(B, C, H, W)``, H and W at least 3, c channels are read, at most
+    16 and evenly spaced.
     """
     x = maps[:, :: -(-maps.shape[1] // _CHANNELS)]
     centre, neighbours = differences(x.to(compute_dtype(x.dtype)), _POSITIONS)
@@ -68,5 +68,5 @@ def roughness(maps: Tensor) -> Tensor:
 
 def _of_output(inputs: tuple[Any, ...], output: Any) -> Tensor:
     value = output_of(output)
-    assert value is not None  # the place was found by it
+    assert value is not None  # or the place would not have been found
     return roughness(value.detach())

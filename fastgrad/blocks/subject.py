@@ -1,4 +1,4 @@
-"""What blocks need to know of a network and its inputs, learned by watching it once."""
+"""What blocks need to know about a network and its inputs, learned by watching it run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastgrad.engine.hooks import attach
 from fastgrad.engine.objects import objects_kept
 from fastgrad.engine.state import RandomState, undone
 
-#: Writing one number costs about as much as this many of a product's operations.
+#: Writing one value costs about as much as this many operations of a matrix product.
 _WRITE = 16
 
 
@@ -30,25 +30,25 @@ class Subject:
     """A network and the kind of input it gets."""
 
     classes: int  # N
-    head: str | None  # the linear layer that gave the logits, its input one row (B, D) a sample
+    head: str | None  # the linear layer that returned the logits, from an input with one row (B, D) per sample
     bias: bool  # whether that layer has a bias
     channels: tuple[Channels, ...]  # where channels are read, in the order of the forward pass
     image: int | str | None  # index or keyword of the one image tensor (B, C, H, W); None for none or several
     mask: str | None  # keyword of the input that marks the positions of a text (B, T)
-    first: str | None = None  # the module whose output are the first normalised, or else convolved, maps (B, C, H, W)
+    first: str | None = None  # the module that returns the first normalised, or else convolved, maps (B, C, H, W)
 
     def lacks_image(self) -> str | None:
-        """Why a block of the input image cannot be served; None where it can."""
+        """Return why blocks of the input image cannot be served, or None if they can."""
         return None if self.image is not None else "the input is not one image (B, C, H, W), at least 3 x 3"
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Subject:
-        """From what `dataclasses.asdict` made of one."""
+        """Return the subject that `dataclasses.asdict` stored."""
         return cls(**{**stored, "channels": tuple(Channels(**place) for place in stored["channels"])})
 
 
 class _Watch(DispatchMode):
-    """One forward pass: what modules put out, operations of products and of writing, and the coarsest precision."""
+    """One forward pass: outputs of modules, operations of products and of writing, and the coarsest precision."""
 
     def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -76,7 +76,7 @@ class _Watch(DispatchMode):
             if isinstance(tensor, Tensor):
                 self.operations += _WRITE * tensor.numel()
                 if tensor.is_floating_point():
-                    # Eight bits that are scaled by the batch come out in the precision they came in.
+                    # Dynamic quantization to eight bits returns the dtype of its input, which hides its precision.
                     quantized = 2**-8 if func.namespace == "quantized" else 0.0
                     self.precision = max(self.precision, quantized, torch.finfo(tensor.dtype).eps)
         return out
@@ -90,10 +90,10 @@ def is_image(value: object) -> bool:
 
 
 def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Subject:
-    """Run ``model`` on three samples and on two, and say what blocks can read of it; it is left as it was.
+    """Run ``model`` on three samples and on two, and return what blocks can read of it; it is left as it was.
 
-    ``args`` and ``kwargs`` hold at least one sample. ValueError where it does not return logits ``(B, N)``, or
-    probabilities in their place, or mixes samples.
+    ``args`` and ``kwargs`` hold at least one sample. ValueError if the model does not return logits ``(B, N)``, returns
+    probabilities instead, or mixes samples.
     """
     model, samples = original(model), batch_size(args, kwargs)
     places = torch.arange(3, device="cpu") % samples
@@ -103,7 +103,7 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Su
         drew = not before.same()
     logits = three.logits
     refuse_probabilities(logits)
-    # Random numbers come in another order.
+    # A model that draws random numbers cannot be compared: two samples get other numbers than three.
     if not drew and not agree(two.logits, logits[:2], three.precision):
         raise ValueError(
             "model must treat the samples of a batch independently; its logits of a sample change with other samples"
@@ -123,7 +123,7 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Su
     given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     images = [place for place, value in given if is_image(value)]
     found = _places(three, two, path)
-    # The first maps that have neighbours: normalised ones, which have one scale, before others.
+    # The first maps of at least 3 x 3; normalised ones, which have one scale, come before others.
     maps = [
         (not channels.is_normalization(module), place.path)
         for module, place, value in found
@@ -142,7 +142,7 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Su
 
 
 def _places(three: _Watch, two: _Watch, head: str | None) -> list[tuple[nn.Module, Channels, Tensor]]:
-    """The places called once whose outputs have a row a sample, with one sample's; but the layer of the logits."""
+    """Return the places called once with a row per sample, with one sample's output, except the layer of the logits."""
     calls = [path for path, *_ in three.seen]
     fewer = {path: value for path, _, _, value in two.seen}
     found = []

@@ -22,20 +22,20 @@ _LEAST = 1e-6
 
 
 class Plain(Fitted):
-    """A block of one column is its own score."""
+    """The only column of a block as its score."""
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Scores ``(B,)`` of ``rows`` ``(B, 1)``."""
+        """Return scores ``(B,)`` of ``rows`` ``(B, 1)``."""
         return rows[:, 0]
 
 
 class View(Block):
-    """``log(KL(p(x) || p(view of x)) + 1e-6)``, ``(B, 1)``: one more forward pass, on the image's centre enlarged.
+    """``log(KL(p(x) || p(view of x)) + 1e-6)``, ``(B, 1)``: one more forward pass, on the enlarged centre of the image.
 
-    What misleads a network by design or sits between its classes rarely survives a small change of geometry.
+    The answer to an attack, or to an input between two classes, rarely survives a small change of geometry.
 
     Args:
-        zoom: Share of height and width that the view keeps; it cuts off one pixel at least.
+        zoom: Share of height and width that the view keeps; it cuts off at least one pixel.
     """
 
     name = "view"
@@ -56,7 +56,7 @@ class View(Block):
         return 1.0
 
     def of(self, images: Tensor) -> Tensor:
-        """The view of ``images`` ``(B, C, H, W)``, of the same shape."""
+        """Return the view of ``images`` ``(B, C, H, W)``, in the same shape."""
         height, width = images.shape[-2:]
         h, w = (max(1, min(round(length * self.zoom), length - 1)) for length in (height, width))
         top, left = (height - h) // 2, (width - w) // 2

@@ -1,6 +1,6 @@
 """Gradient attacks that need no labels: they push the network away from its own prediction.
 
-They climb ``logsumexp(z_j, j != k) - z_k`` with k the predicted class. Its gradient is that of cross-entropy
+They ascend ``logsumexp(z_j, j != k) - z_k``, where k is the predicted class. Its gradient is that of cross-entropy
 divided by ``1 - p_k``, so the sign steps are the published ones (Goodfellow et al. 2015, Madry et al. 2018),
 but it does not vanish for confident predictions, where float32 cross-entropy has no gradient left.
 """
@@ -20,18 +20,18 @@ from fastgrad.challenges.pixels import PixelRange, check_images
 from fastgrad.engine.state import buffers_kept
 from fastgrad.ops.dispatch import full_precision
 
-# Threads take turns: a second one would take the evaluation mode of the first for the model's own. By the id of the
-# first parameter, which a model and what wraps it share.
+# Threads take turns: a second one would take the evaluation mode of the first for the model's own mode. The keys are
+# ids of first parameters, which a model and its wrappers share.
 _turns: dict[int, threading.RLock] = {}
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's own mode and buffers again afterwards, also after an error."""
+    """Set evaluation mode inside; restore the mode and buffers of every module afterwards, also after an error."""
     with _turns.setdefault(id(next(model.parameters(), model)), threading.RLock()), buffers_kept(model):
-        # One that TorchScript has frozen has no mode.
+        # A module that TorchScript has frozen has no mode.
         modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
-        # Not by eval(): in a module's own train() it may change weights, as that of loralib merges them.
+        # eval() is not called, because a module's own train() may change weights: loralib's merges them.
         for module, _ in modes:
             module.training = False
         try:
@@ -41,24 +41,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 module.training = mode
 
 
-@torch.inference_mode(False)  # where that is off, gradients are on
+@torch.inference_mode(False)  # this also turns gradients on
 def reached(model: nn.Module, images: Tensor) -> bool:
-    """Whether gradients of the logits reach the images: not through ``torch.no_grad`` inside the model, or integers."""
+    """Whether gradients of the logits reach the images; ``torch.no_grad`` or integers inside the model stop them."""
     point = images.detach().clone().requires_grad_()
-    # That an operation on integers passes none is what is asked.
+    # Warnings that an operation on integers passes no gradient say only what is asked here.
     with evaluating(model), checks.without_warnings():
         try:
-            logits = class_logits(model(point.clone()))  # which a network may write to
+            logits = class_logits(model(point.clone()))  # a network may write to its input
             return logits.requires_grad and torch.autograd.grad(logits.sum(), point, allow_unused=True)[0] is not None
         except RuntimeError:
             with torch.no_grad():
-                model(point)  # the error is another one where it fails here, too
-            # One that was made in inference mode can be made again, and is refused for it.
+                model(point)  # if this fails too, the error has nothing to do with gradients
+            # A model made in inference mode counts as reached: it is refused later, with a message about the remedy.
             return any(parameter.is_inference() for parameter in model.parameters())
 
 
 def away_from(logits: Tensor, predicted: Tensor) -> Tensor:
-    """How far each prediction has been pushed: ``logsumexp`` of the other logits minus its own."""
+    """Return how far each prediction has been pushed: ``logsumexp`` of the other logits minus its own."""
     if logits.shape[1] == 1:
         # One logit: its sign is the prediction.
         return -logits[:, 0] * (2 * predicted - 1).to(logits)
@@ -97,8 +97,8 @@ def _ascend(
     step: float | Tensor,
     steps: int,
 ) -> Tensor:
-    """``steps`` sign steps of size ``step`` within ``epsilon`` of ``unit``, from ``start``."""
-    # The first step from the images themselves finds the prediction on its way.
+    """Take ``steps`` sign steps of size ``step`` from ``start``, within ``epsilon`` of ``unit``."""
+    # A start at the images themselves needs no extra pass: the first step also gives the prediction.
     predicted, current = None, start
     if start is not unit:
         with torch.no_grad():
@@ -112,7 +112,7 @@ def _ascend(
             pushed = away_from(logits, predicted).sum()
         slope = None
         if pushed.requires_grad:
-            # With respect to the input alone: no parameter's .grad is touched.
+            # Only with respect to the input: no parameter's .grad is touched.
             with full_precision(point.device):
                 (slope,) = torch.autograd.grad(pushed, point, allow_unused=True)
         if slope is None:
@@ -133,15 +133,15 @@ def fgsm(
     Args:
         model: classifier, taking images in their own range; it runs in evaluation mode.
         unit: images ``(B, C, H, W)`` in the unit range.
-        epsilon: step in the unit range (8/255 is the customary one), or one for each image ``(B, 1, 1, 1)``.
-        generator: unused; FGSM draws nothing.
+        epsilon: step in the unit range (commonly 8/255), or one for each image ``(B, 1, 1, 1)``.
+        generator: unused; FGSM draws no random numbers.
         pixels: maps the unit range to the one that the model expects.
 
     Returns:
         Attacked images in the unit range.
 
     Raises:
-        TypeError, ValueError: for anything else.
+        TypeError, ValueError: An argument is not as described.
     """
     _check(model, unit, epsilon, pixels)
     with evaluating(model):
@@ -157,7 +157,7 @@ def pgd(
     pixels: PixelRange,
     steps: int = 10,
 ) -> Tensor:
-    """Projected gradient descent (Madry et al. 2018): random start, ``steps`` of ``2.5 epsilon / steps``.
+    """Projected gradient descent (Madry et al. 2018): a random start, then ``steps`` steps of ``2.5 epsilon / steps``.
 
     Arguments and result as for :func:`fgsm`; ``generator`` draws the start.
     """

@@ -1,7 +1,7 @@
 """Corruptions of unit images ``(B, C, H, W)``: black is 0, white is 1; each takes a strength and a generator.
 
-They are simple on purpose. They stand in for what a deployed network meets, and are not the published
-common corruptions, so that a detector trained on these can still be tested on those.
+They are simple stand-ins for what a deployed network meets. They differ from the published common corruptions, so that
+a detector trained on these can still be tested on those.
 """
 
 from __future__ import annotations
@@ -17,52 +17,52 @@ from fastgrad.ops.dispatch import full_precision
 
 
 def _uniform(unit: Tensor, shape: tuple[int, ...], generator: Generator) -> Tensor:
-    """Random numbers drawn on the CPU, so that a seed means the same on every device."""
+    """Draw uniform random numbers on the CPU, so that a seed means the same on every device."""
     return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu").to(unit)
 
 
 def noise(unit: Tensor, sigma: float, generator: Generator) -> Tensor:
-    """White Gaussian noise of standard deviation ``sigma``."""
+    """Add white Gaussian noise of standard deviation ``sigma``."""
     return unit + sigma * torch.randn(unit.shape, generator=generator, dtype=torch.float32, device="cpu").to(unit)
 
 
 def blur(unit: Tensor, sigma: float, generator: Generator) -> Tensor:
-    """Gaussian blur; ``sigma`` in pixels of an image 32 pixels wide, in proportion to the size from 24 pixels on."""
+    """Blur with a Gaussian; ``sigma`` is in pixels of a 32-pixel image, in proportion to the size from 24 pixels on."""
     height, width = unit.shape[-2:]
-    # A Gaussian much narrower than a pixel alters nothing.
+    # Not less than for 24 pixels: a Gaussian much narrower than a pixel alters nothing.
     pixels = sigma * max(24, min(height, width)) / 32
-    # As products with matrices, whose price does not depend on sigma.
+    # The price of products with matrices does not depend on sigma.
     down, along = (_gaussian(length, pixels).to(unit) for length in (height, width))
     with full_precision(unit.device):
         return down @ unit @ along.T
 
 
 def _gaussian(length: int, pixels: float) -> Tensor:
-    """Weights ``(length, length)`` of every position for every blurred one, borders replicated."""
+    """Return the weights ``(length, length)`` of every position for every blurred one, with borders replicated."""
     radius = max(1, math.ceil(3 * pixels))
     steps = torch.arange(-radius, radius + 1, device="cpu")
     taps = torch.exp(-0.5 * (steps.double() / pixels) ** 2)
-    # No dark frame that a detector could learn instead of the blur.
+    # Replicated borders leave no dark frame that a detector could learn instead of the blur.
     places = (torch.arange(length, device="cpu")[:, None] + steps).clamp(0, length - 1)
     return taps.new_zeros(length, length).scatter_add_(1, places, (taps / taps.sum()).expand(length, -1))
 
 
 def contrast(unit: Tensor, factor: float, generator: Generator) -> Tensor:
-    """Distances from each image's mean multiplied by ``factor``."""
+    """Multiply distances from each image's mean by ``factor``."""
     mean = unit.mean((1, 2, 3), keepdim=True)
     return mean + factor * (unit - mean)
 
 
 def brightness(unit: Tensor, shift: float, generator: Generator) -> Tensor:
-    """``shift`` added to or, with equal chance, subtracted from every pixel of an image."""
+    """Add ``shift`` to every pixel of an image or, with equal chance, subtract it."""
     sign = torch.where(_uniform(unit, (unit.shape[0], 1, 1, 1), generator) < 0.5, -1.0, 1.0)
     return unit + shift * sign.to(unit)
 
 
 def compression(unit: Tensor, quality: float | Tensor, generator: Generator) -> Tensor:
-    """One pass through JPEG at ``quality``, one number or one for each image.
+    """Pass images through JPEG at ``quality``, one number or one for each image.
 
-    Three channels are colours; any other number are grey images.
+    Three channels count as colours; any other number counts as separate grey images.
     """
     levels = (unit.detach().float() * 255).round()
     with full_precision(unit.device):
@@ -70,7 +70,7 @@ def compression(unit: Tensor, quality: float | Tensor, generator: Generator) -> 
 
 
 def shuffle(unit: Tensor, grid: float, generator: Generator) -> Tensor:
-    """Each image cut into ``grid`` x ``grid`` patches, which change places; left-over borders stay."""
+    """Cut each image into ``grid`` x ``grid`` patches and exchange their places; left-over borders stay."""
     batch, channels, height, width = unit.shape
     cells = min(round(grid), height, width)
     h, w = height // cells, width // cells
@@ -88,14 +88,14 @@ def shuffle(unit: Tensor, grid: float, generator: Generator) -> Tensor:
 
 
 def inversion(unit: Tensor, amount: float, generator: Generator) -> Tensor:
-    """The negative, blended in by ``amount`` (1 is the plain negative)."""
+    """Blend in the negative by ``amount`` (1 is the plain negative)."""
     return (1 - amount) * unit + amount * (1 - unit)
 
 
 def mixture(unit: Tensor, share: float, generator: Generator) -> Tensor:
-    """Each image mixed with another one of the batch, which keeps ``1 - share``.
+    """Mix each image, which keeps ``1 - share``, with another image of the batch.
 
-    Where the other is the same image, as in a batch of one, its mirror image takes that place.
+    If the other is the same image, as in a batch of one, its mirror image takes that place.
     """
     order = torch.randperm(unit.shape[0], generator=generator, device="cpu")
     partner = torch.empty_like(order).scatter_(0, order, order.roll(1)).to(unit.device)
@@ -105,9 +105,9 @@ def mixture(unit: Tensor, share: float, generator: Generator) -> Tensor:
 
 
 def phase(unit: Tensor, share: float, generator: Generator) -> Tensor:
-    """Fourier phases moved towards random ones, by ``share`` of the way: what is left of an object is its texture.
+    """Move Fourier phases towards random ones, by ``share`` of the way: what is left of an object is its texture.
 
-    All channels move alike, so colours stay together.
+    The phases of all channels move alike, so colours stay together.
     """
     white = _uniform(unit, (unit.shape[0], 1, *unit.shape[-2:]), generator)
     turn = torch.fft.rfft2(white.float()).angle()
@@ -117,7 +117,7 @@ def phase(unit: Tensor, share: float, generator: Generator) -> Tensor:
 
 
 def magnification(unit: Tensor, factor: float, generator: Generator) -> Tensor:
-    """A random part of each image, enlarged ``factor`` times, as images of a lower resolution are."""
+    """Enlarge a random part of each image ``factor`` times, like an image of lower resolution."""
     height, width = unit.shape[-2:]
     h, w = max(1, round(height / factor)), max(1, round(width / factor))
     corners = torch.rand((unit.shape[0], 2), generator=generator, dtype=torch.float32, device="cpu")
@@ -130,7 +130,7 @@ def magnification(unit: Tensor, factor: float, generator: Generator) -> Tensor:
 
 
 def tiling(unit: Tensor, grid: float, generator: Generator) -> Tensor:
-    """Each image made small and repeated ``grid`` x ``grid`` times."""
+    """Shrink each image and repeat it ``grid`` x ``grid`` times."""
     height, width = unit.shape[-2:]
     cells = min(round(grid), height, width)
     small = _resized(unit, (-(-height // cells), -(-width // cells)), "area")
@@ -138,6 +138,6 @@ def tiling(unit: Tensor, grid: float, generator: Generator) -> Tensor:
 
 
 def _resized(images: Tensor, size: tuple[int, int], mode: str) -> Tensor:
-    """In another size, computed in float32 at least: not every mode has a half precision everywhere."""
+    """Resize in at least float32: not every mode supports half precision on every device."""
     wide = images if images.dtype == torch.float64 else images.float()
     return F.interpolate(wide, size=size, mode=mode).to(images)

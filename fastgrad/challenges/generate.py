@@ -1,4 +1,4 @@
-"""A seeded set of challenges from a model and clean images alone."""
+"""Generate challenges, reproducible by a seed, from a model and clean images alone."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from fastgrad import checks
 from fastgrad.challenges import attacks, corruptions
 from fastgrad.challenges.pixels import PixelRange, check_images
 
-#: Steps of a projected gradient attack, and the share of the inputs that are attacked where others are altered. Tuned
-#: on photographs with EfficientNet-Lite0. AUROC of attacks after JPEG: 5 steps .877, 10 steps .894; attacks from .25 of
-#: the inputs .868, from .3 .877, from .4 .895, but then unseen corruptions of a ResNet-20 lose .01. Without one-step
-#: attacks photographs would lose nothing, and near sets of a ResNet-20 .02.
+#: Steps of a projected gradient attack, and the share of inputs that are attacked where others are corrupted. Tuned on
+#: photographs with EfficientNet-Lite0. AUROC of attacks after JPEG: 5 steps .877, 10 steps .894; attacks on .25 of the
+#: inputs .868, on .3 .877, on .4 .895, but then a ResNet-20 loses .01 on unseen corruptions. Without one-step attacks,
+#: photographs would lose nothing, and a ResNet-20 .02 on near sets.
 STEPS, ATTACKED = 10, 0.3
-#: A gradient at the image in forward passes: forward, and backward without weight gradients.
+#: Cost of a gradient at the image, in forward passes: forward, and backward without weight gradients.
 _GRADIENT = 2.4
-#: Numbers in a batch of images that is altered together, on a CPU; elsewhere eight times as many.
+#: Values in a batch of images that is altered together on a CPU; on other devices eight times as many.
 _NUMBERS = 1 << 21
-#: A challenge in which no pixel changes by more than this share of the range, half a level of a byte, is none.
+#: A challenge is left out if no pixel changes by more than this share of the range, half a level of a byte.
 _UNCHANGED = 1 / 510
-#: JPEG qualities that cameras and sites write; attacks survive them, most of their traces in pixels do not.
+#: Lowest and highest JPEG quality that cameras and websites use; attacks survive it, most of their traces do not.
 _QUALITIES = (60, 95)
 _T = TypeVar("_T")
 
@@ -38,8 +38,8 @@ class Kind(NamedTuple):
     Attributes:
         strengths: Mild to severe: shares of the unit range, pixels, JPEG quality, grid cells.
         family: Kinds of one family resemble each other: what finds one finds the others.
-        function: From unit images, strength and generator to altered ones; of an attack also from the model.
-        passes: Forward passes that it takes for each image; 0 for what needs no model.
+        function: Maps unit images, strength and generator to altered images; an attack also takes the model.
+        passes: Forward passes per image; 0 for a kind that needs no model.
         jpeg: Whether JPEG compression follows, which removes most of an attack's traces in the pixels.
     """
 
@@ -90,7 +90,7 @@ class Challenges(NamedTuple):
 
 
 def challenge_names(names: Sequence[str] | None = None, severities: Sequence[int] | None = None) -> list[str]:
-    """Full names such as ``"noise-2"`` (kind and severity, 1 is the mildest).
+    """Return full names such as ``"noise-2"`` (kind and severity; 1 is the mildest).
 
     Args:
         names: kinds (``"noise"``: all its severities) or full names; None for every kind.
@@ -98,8 +98,8 @@ def challenge_names(names: Sequence[str] | None = None, severities: Sequence[int
             severities give the ones they have.
 
     Raises:
-        TypeError: ``names`` or ``severities`` is no sequence.
-        ValueError: for a name that is neither, naming those that exist.
+        TypeError: ``names`` or ``severities`` is not a sequence.
+        ValueError: A name is neither (the message lists those that exist), or a severity is not 1, 2 or 3.
     """
     for what, given in (("names", names), ("severities", severities)):
         if given is not None and (isinstance(given, str) or not isinstance(given, Iterable)):
@@ -121,14 +121,14 @@ def challenge_names(names: Sequence[str] | None = None, severities: Sequence[int
 
 
 def challenge_cost(each: int = 3, *, names: Sequence[str] | None = None) -> float:
-    """Forward passes for each clean input that it takes to make ``each`` challenges and to read them."""
+    """Return how many forward passes per clean input it takes to make ``each`` challenges and to read them."""
     checks.at_least(1, each=each)
     attacked, _, share = _turns(challenge_names(names))
     passes = 0.0
     for turn in range(len(attacked)):
         made: dict[Any, float] = {}
         for kind, strength in map(_row, of_turn(attacked, turn, each)):
-            # As `_altered` has it: JPEG takes what has just been attacked as strongly.
+            # As in `_altered`, JPEG reuses the attack just made if the strength is the same.
             if not kind.jpeg or made.get(kind.function) != strength:
                 passes += kind.passes
             made[kind.function] = strength
@@ -136,15 +136,15 @@ def challenge_cost(each: int = 3, *, names: Sequence[str] | None = None) -> floa
 
 
 def _row(name: str) -> tuple[Kind, float]:
-    """A full name's kind and strength."""
+    """Return the kind and strength of a full name."""
     kind, _, level = name.partition("-")
     return CHALLENGES[kind], CHALLENGES[kind].strengths[int(level) - 1]
 
 
 def _turns(full: Sequence[str]) -> tuple[list[str], list[str], float]:
-    """Names of attacks, the others, each in the order in which inputs get them, and the share of inputs attacked.
+    """Return the names of attacks in the order in which inputs get them, the others, and the share of inputs attacked.
 
-    An attack costs many passes and JPEG none, so one attack is shown as it is, and twice through JPEG.
+    An attack costs many passes and JPEG none, so each attack is used once as it is, and twice through JPEG.
     """
     attacked = [name for name in full for _ in range(1 + _row(name)[0].jpeg) if _row(name)[0].passes]
     attacked.sort(key=lambda name: (name.rpartition("_")[2], _row(name)[0].jpeg))
@@ -153,7 +153,7 @@ def _turns(full: Sequence[str]) -> tuple[list[str], list[str], float]:
 
 
 def of_turn(kinds: Sequence[_T], turn: int, each: int) -> list[_T]:
-    """What an input gets of all kinds when it is its turn."""
+    """Return the ``each`` kinds of the input whose turn it is."""
     return [kinds[place % len(kinds)] for place in range(turn * each, (turn + 1) * each)]
 
 
@@ -170,23 +170,23 @@ def iter_challenges(
 ) -> Iterator[Challenges]:
     """Yield ``each`` challenges of every clean input, in batches of mixed kinds.
 
-    Kinds take turns over the inputs, so that few inputs get to all of them. What would stay as it is, a flat image that
-    is blurred for example, is left out. Everything is checked before the first batch is made. The model is run in
+    Kinds take turns over the inputs, so that a few inputs cover all of them. A challenge that equals its clean input,
+    such as a blurred flat image, is left out. Everything is checked before the first batch is made. The model is run in
     evaluation mode and left as it was.
 
     Args:
-        model: classifier ``(B, C, H, W) -> (B, N)`` logits; None where no attack is asked for.
+        model: classifier ``(B, C, H, W) -> (B, N)`` logits; None if ``names`` has no attack.
         inputs: clean images ``(B, C, H, W)``, any floating dtype, any normalisation.
-        each: challenges of one clean input; of an attacked one all come from attacks.
+        each: challenges per clean input; those of an attacked input are all attacks.
         names: kinds or full names (see :func:`challenge_names`); None for every kind.
-        first: how many clean inputs came in earlier calls: kinds go on with their turns, ``sources`` count on.
+        first: number of clean inputs in earlier calls, from which the turns of kinds and ``sources`` continue.
         seed: same seed, same kinds; with the same ``batch_size`` and calls, same challenges.
-        pixels: range of the images; None to read it from ``inputs``, which then must be the whole sample.
+        pixels: range of the images; None to read it from ``inputs``, which must then be the whole sample.
         batch_size: images at a time; None for what fits the device's caches.
 
     Raises:
-        TypeError: ``inputs`` is not floating, or ``model`` is no module.
-        ValueError: unknown names, wrong shapes, non-finite images, attacks without a model.
+        TypeError: ``inputs`` is not floating, or ``model`` is not a module.
+        ValueError: Names are unknown, shapes are wrong, images are not finite, or an attack has no model.
     """
     full = challenge_names(names)
     _check(model, inputs, full, batch_size)
@@ -248,7 +248,7 @@ def generate_challenges(
     std: Sequence[float] | None = None,
     batch_size: int | None = None,
 ) -> dict[str, Tensor]:
-    """Every challenge of every image: corruptions, and attacks on the model's own predictions.
+    """Return every challenge of every image: corruptions, and attacks on the model's own predictions.
 
     The model is run in evaluation mode and left as it was: modes, gradients, hooks, buffers.
 
@@ -268,14 +268,14 @@ def generate_challenges(
         the pixel range, and image i of each challenge comes from image i of ``images``.
 
     Raises:
-        TypeError, ValueError: as of :func:`iter_challenges`.
+        TypeError, ValueError: As for :func:`iter_challenges`.
     """
     full = challenge_names(names, severities)
     _check(model, images, full, batch_size)
     checks.at_least(0, seed=seed)
     pixels = PixelRange.of(images, clip=clip, mean=mean, std=std)
     inputs, size = images.detach(), int(batch_size or _fitting(images))
-    # A seed for every name: what one challenge looks like does not depend on which others are made.
+    # With a seed for every name, a challenge does not depend on which others are made.
     return {
         name: _altered(model, inputs, [(place, name) for place in range(len(images))], f"{seed}/{name}", pixels, size)
         for name in full
@@ -286,14 +286,14 @@ def generate_challenges(
 def _altered(
     model: nn.Module | None, inputs: Tensor, wanted: Sequence[tuple[int, str]], draw: str, pixels: PixelRange, size: int
 ) -> Tensor:
-    """Inputs at places altered as names say, of one kind or one attack, on ``size`` at a time; ``draw`` is the seed."""
+    """Alter inputs at the ``wanted`` places by one kind or one attack, ``size`` at a time; ``draw`` is the seed."""
     if not wanted:
         return inputs[:0]
     generator = Generator().manual_seed(zlib.crc32(draw.encode()))
     rows = [_row(name) for _, name in wanted]
     own = [(place, strength) for (place, _), (_, strength) in zip(wanted, rows, strict=True)]
     through = torch.tensor([kind.jpeg for kind, _ in rows], device="cpu")
-    # What goes through JPEG is the attacked image before it, where that is of the same input and strength.
+    # JPEG takes the attacked image before it in the list if that has the same input and strength.
     begun = ~through | torch.tensor([i == 0 or own[i] != own[i - 1] for i in range(len(own))], device="cpu")
     chosen = [pair for pair, new in zip(own, begun.tolist(), strict=True) if new]
     unit = pixels.to_unit(inputs[torch.tensor([place for place, _ in chosen], device=inputs.device)])
@@ -310,7 +310,7 @@ def _altered(
         qualities = torch.randint(low, high + 1, (len(made),), generator=generator, device="cpu")
         if through.any():
             made[through] = corruptions.compression(made[through], qualities[through], generator)
-    # White may come back one rounding above itself.
+    # Rounding may put white slightly above its value.
     return pixels.from_unit(made).clamp(pixels.low, pixels.high)
 
 
@@ -331,6 +331,6 @@ def _check(model: nn.Module | None, images: Tensor, names: Sequence[str], batch_
 
 
 def _fitting(images: Tensor) -> int:
-    """Images in a batch."""
+    """Return how many images to alter at a time."""
     numbers = _NUMBERS if images.device.type == "cpu" else 8 * _NUMBERS
     return max(8, min(256, numbers // max(1, images[:1].numel())))

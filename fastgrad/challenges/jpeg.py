@@ -1,4 +1,4 @@
-"""What JPEG does to pixels, as tensor operations: the steps of the standard that lose information.
+"""The effect of JPEG on pixels, as tensor operations: the steps of the standard that lose information.
 
 ITU-T T.81 with the tables of its Annex K, scaled by quality as libjpeg does; colour at half resolution (4:2:0). The
 rest of a codec is lossless and changes no pixel.
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Quantization of luminance and of chrominance at quality 50.
+#: Quantization tables of luminance and of chrominance at quality 50.
 _TABLES = (
     (16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56,
      14, 17, 22, 29, 51, 87, 80, 62, 18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92,
@@ -20,7 +20,7 @@ _TABLES = (
     (17, 18, 24, 47, 99, 99, 99, 99, 18, 21, 26, 66, 99, 99, 99, 99, 24, 26, 56, 99, 99, 99, 99, 99,
      47, 66, 99, 99, 99, 99, 99, 99, *[99] * 32),
 )  # fmt: skip
-#: Rows: luminance, blue and red difference, of red, green and blue.
+#: Rows: luminance, blue and red difference. Columns: red, green and blue.
 _YCC = ((0.299, 0.587, 0.114), (-0.168735892, -0.331264108, 0.5), (0.5, -0.418687589, -0.081312411))
 _RGB = ((1.0, 0.0, 1.402), (1.0, -0.344136286, -0.714136286), (1.0, 1.772, 0.0))
 
@@ -28,8 +28,8 @@ _RGB = ((1.0, 0.0, 1.402), (1.0, -0.344136286, -0.714136286), (1.0, 1.772, 0.0))
 def recompressed(levels: Tensor, quality: Tensor) -> Tensor:
     """Return images ``(B, C, H, W)`` of whole levels 0 to 255 as they come out of JPEG; ``quality`` is ``(B,)``.
 
-    Three channels are colours, any other number is so many grey images. Between colours it interpolates, as libjpeg
-    does in images of more than four columns.
+    Three channels count as colours; any other number counts as separate grey images. Chrominance is interpolated, as
+    libjpeg does in images of more than four columns.
     """
     x = levels.float()
     if x.shape[1] != 3:
@@ -61,7 +61,7 @@ def _plane(plane: Tensor, tables: Tensor) -> Tensor:
     blocks = padded.view(batch, -1, high, 8, wide, 8).transpose(3, 4).reshape(batch, -1, 64)
     dct, tables = _cosines().to(plane), tables.view(batch, 1, 64)
     steps = blocks @ dct.T / tables
-    # Halves, which are frequent, away from zero.
+    # Round halves, which are frequent, away from zero.
     kept = steps.add_(torch.sign(steps).mul_(0.5)).trunc_().mul_(tables)
     pixels = (kept @ dct).add_(128).round_().clamp_(0, 255).view(batch, -1, high, wide, 8, 8)
     return pixels.transpose(3, 4).reshape(batch, -1, 8 * high, 8 * wide)[..., :height, :width]
@@ -76,7 +76,7 @@ def _cosines() -> Tensor:
 
 
 def _halved(plane: Tensor) -> Tensor:
-    """Return the means of 2 x 2 pixels, of whole blocks; halves round up in every other column, as libjpeg has it."""
+    """Return the means of 2 x 2 pixels, of whole blocks; halves round up in every other column, as in libjpeg."""
     plane = F.pad(plane, (0, -plane.shape[3] % 16, 0, plane.shape[2] % 2), mode="replicate")
     bias = torch.arange(plane.shape[3] // 2, dtype=plane.dtype, device=plane.device) % 2 * 0.25 + 0.25
     return (F.avg_pool2d(plane, 2) + bias).floor()

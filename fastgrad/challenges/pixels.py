@@ -1,4 +1,4 @@
-"""Where black and white lie in a sample of images, so that strengths mean the same for every normalisation."""
+"""Find black and white in a sample of images, so that strengths mean the same for every normalisation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgrad import checks
 
-#: Values may lie this share of the range outside it: rounding of a normalisation in half precision.
+#: Values may exceed the range by this share of it, because a normalisation in half precision rounds.
 _ROUNDING = 0.01
 
 
@@ -27,7 +27,7 @@ class PixelRange:
     high: Tensor
 
     def __post_init__(self) -> None:
-        """Refuse what is no range."""
+        """Refuse values that are not a range."""
         checks.is_float("low", self.low)
         checks.is_float("high", self.high)
         checks.same_device("high", self.high, "low", self.low)
@@ -36,11 +36,11 @@ class PixelRange:
             raise ValueError(f"low must be below high everywhere; they were {_words(self.low, self.high)}")
 
     def to_unit(self, images: Tensor) -> Tensor:
-        """Images ``(B, C, H, W)`` with black at 0 and white at 1, clipped to that range."""
+        """Return images ``(B, C, H, W)`` with black at 0 and white at 1, clipped to that range."""
         return ((images - self.low) / (self.high - self.low)).clamp(0, 1)
 
     def from_unit(self, unit: Tensor) -> Tensor:
-        """The inverse of :meth:`to_unit`."""
+        """Return unit images in the original range, the inverse of :meth:`to_unit`."""
         return self.low + unit * (self.high - self.low)
 
     @classmethod
@@ -52,22 +52,22 @@ class PixelRange:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> PixelRange:
-        """The range of a whole sample, as told by the arguments and checked, else as read from the data.
+        """Return the range of a whole sample: what the arguments say, checked, or else what the images show.
 
         Args:
-            images: ``(B, C, H, W)``, floating, or batches of such images; all of the sample.
+            images: ``(B, C, H, W)``, floating, or batches of such images; the whole sample.
             clip: values of black and white, the same for all channels; with ``mean`` and ``std``, the values
                 before normalisation.
             mean: per-channel mean that was subtracted from images whose black is 0 and white 1 (or ``clip``).
             std: per-channel standard deviation by which they were divided afterwards.
 
-        Without any of them: values within [0, 1] are unit images. Values from 0 on are bytes where the largest lies
-        above 16, up to 255. All others are normalised images, with every channel's smallest and largest value as its
-        range. A constant channel gets a range of width one around its value.
+        Without these arguments, values within [0, 1] are unit images. Values are bytes if none is negative and the
+        largest is above 16 and at most 255. All others are normalised images, and a channel's range is from its
+        smallest to its largest value. A constant channel gets a range of width one around its value.
 
         Raises:
             TypeError: ``images`` holds no floating tensors.
-            ValueError: for other shapes, a lone ``mean`` or ``std``, lengths other than C, or an empty range. Also for
+            ValueError: For other shapes, a lone ``mean`` or ``std``, lengths other than C, or an empty range. Also for
                 images outside the given range by more than a hundredth of it, or a mixture of bytes and unit images.
         """
         batches = checks.tensors("images", images)
@@ -79,7 +79,7 @@ class PixelRange:
         filled = [batch for batch in batches if batch.numel()]
         if not filled:
             return told or cls(like.new_zeros((1, 1, 1, 1)), like.new_ones((1, 1, 1, 1)))
-        # Of each image: a loader may mix ranges.
+        # For each image, because a loader may mix ranges.
         smallest = torch.cat([batch.amin((2, 3)) for batch in filled])
         largest = torch.cat([batch.amax((2, 3)) for batch in filled])
         low, high = (value.view(1, -1, 1, 1) for value in (smallest.amin(0), largest.amax(0)))
@@ -91,7 +91,7 @@ class PixelRange:
                     f"reached {_words(low, high)}"
                 )
             return told
-        # Four bits or an overshoot above 1 are no bytes, of which a whole sample has brighter ones.
+        # A largest value in (1, 16] is an overshoot or four bits: a whole sample of bytes has brighter pixels.
         if low.min() < 0 or 1 < high.max() <= 16 or high.max() > 255:
             flat = high <= low
             return cls(torch.where(flat, low - 0.5, low), torch.where(flat, high + 0.5, high))
@@ -108,7 +108,7 @@ class PixelRange:
 def _told(
     like: Tensor, clip: tuple[float, float] | None, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> PixelRange | None:
-    """The range that the arguments give, or None."""
+    """Return the range that the arguments give, or None."""
     channels = like.shape[1]
     if (mean is None) != (std is None):
         raise ValueError("mean and std must be given together; one of them was None")

@@ -1,8 +1,8 @@
-"""Challenges made from token ids: some left out, moved, or replaced (Wei and Zou, "EDA", EMNLP 2019).
+"""Make challenges from token ids by leaving out, moving or replacing some (Wei and Zou, "EDA", EMNLP 2019).
 
-The sample tells what its ids are. What stands where the attention mask is 0, or else repeated at an end of the inputs,
-is padding. Ids that every input holds are a tokenizer's marks, and stay. Where these would be most of the tokens, as
-the letters of a small alphabet, only those are marks that every input holds equally often.
+The roles of ids are inferred from the sample. Padding is the id where the attention mask is 0 or, without one, the id
+repeated at an end of the inputs. Ids that every input holds are the tokenizer's special tokens, here *marks*, and stay.
+If these were most of the tokens, as with a small alphabet, marks are the ids that every input holds equally often.
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ from fastgrad.batches import batch_size, take
 from fastgrad.challenges.generate import of_turn
 
 IDS, MASK, SEGMENTS = "input_ids", "attention_mask", "token_type_ids"
-#: Shares of an input's tokens that are altered, mild to severe. By components of activations alone, .05 to .3: .940
-#: for .941, and the risk's AUROC of errors .760 for .784.
+#: Shares of an input's tokens that are altered, mild to severe. With components of activations alone, shares of .05 to
+#: .3 gave .940 instead of .941, and the risk's AUROC of errors was .760 instead of .784.
 SHARES = (0.1, 0.25, 0.5)
-#: Other tokens that a moved one passes at most.
+#: Largest number of other tokens that a moved token passes.
 FAR = 3
 Ids = NDArray[np.int64]
 Places = NDArray[np.intp]
 
 
 class Row(NamedTuple):
-    """The tokens of one input without padding ``(L,)``, the columns where they stand, and the places of no marks."""
+    """The tokens of one input without padding ``(L,)``, their columns, and the places of tokens that are not marks."""
 
     ids: Ids
     columns: Places
     movable: Places
 
 
-#: From a row, places of it, tokens of the sample and a generator to the places that are left, in their new order, and
-#: the ids that stand there.
+#: Maps a row, chosen places in it, tokens of the sample and a generator to the places that are left, in their new
+#: order, and the ids there.
 Alter = Callable[[Row, Places, Ids, np.random.Generator], tuple[Places, Ids]]
 
 
 def omission(row: Row, chosen: Places, pool: Ids, rng: np.random.Generator) -> tuple[Places, Ids]:
-    """Some tokens left out; the others close up."""
+    """Leave out the chosen tokens and close the gaps."""
     places = np.delete(np.arange(len(row.ids)), chosen)
     return places, row.ids[places]
 
 
 def transposition(row: Row, chosen: Places, pool: Ids, rng: np.random.Generator) -> tuple[Places, Ids]:
-    """Some tokens moved past one to three others."""
+    """Move the chosen tokens past one to three others."""
     key = np.arange(len(row.ids), dtype=np.float64)
     key[chosen] += rng.choice([-1, 1], len(chosen)) * (rng.integers(1, FAR + 1, len(chosen)) + 0.5)
     places = np.arange(len(row.ids))
@@ -60,7 +60,7 @@ def transposition(row: Row, chosen: Places, pool: Ids, rng: np.random.Generator)
 
 
 def substitution(row: Row, chosen: Places, pool: Ids, rng: np.random.Generator) -> tuple[Places, Ids]:
-    """Some tokens replaced by those of the whole sample, as frequent as there."""
+    """Replace the chosen tokens by tokens of the whole sample, in proportion to their frequency there."""
     ids = row.ids.copy()
     ids[chosen] = rng.choice(pool, len(chosen))
     return np.arange(len(ids)), ids
@@ -74,7 +74,7 @@ TOKEN_CHALLENGES: Mapping[str, Alter] = {
 
 
 def ids_of(x: Any) -> Tensor | None:
-    """Token ids ``(B, T)`` of a batch: itself or its ``input_ids``, of an integer dtype; None where it has none."""
+    """Return a batch's token ids ``(B, T)``: itself or its ``input_ids``, if they have an integer dtype; else None."""
     ids = x.get(IDS) if isinstance(x, Mapping) else x
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         return None
@@ -86,20 +86,20 @@ def iter_token_challenges(
 ) -> Iterator[tuple[Any, list[str], list[int]]]:
     """Yield ``each`` challenges of every chosen input, in batches of the clean inputs' form, with kinds and sources.
 
-    Kinds and shares take turns over the inputs. What would stay as it is, an input of one token for example, is left
-    out.
+    Kinds and shares take turns over the inputs. A challenge that equals its clean input, such as one of a single token,
+    is left out.
 
     Args:
         batches: All clean inputs, on the CPU, each with ids (see :func:`ids_of`).
-        chosen: Numbers of the inputs that challenges are made of, in order.
-        each: Challenges of one input.
+        chosen: Numbers of the inputs to make challenges from, in order.
+        each: Challenges per input.
         seed: Same seed, same challenges.
 
     Raises:
-        ValueError: An attention mask holds negative values, as one that is added to scores.
+        ValueError: An attention mask holds negative values, like a mask that is added to attention scores.
     """
     corpus, rng = Corpus(batches), np.random.default_rng(seed)
-    # Where nothing is padding, all inputs must stay as long as they are.
+    # Without padding, all inputs must keep their length.
     names = [name for name in TOKEN_CHALLENGES if corpus.padding is not None or name != "omission"]
     turns = [(name, share) for name in names for share in SHARES]
     turns = [turns[place] for place in rng.permutation(len(turns))]
@@ -122,11 +122,11 @@ def iter_token_challenges(
 
 
 class Corpus:
-    """What the inputs of a sample tell of their tokens.
+    """The roles of tokens, inferred from the inputs of a sample.
 
     Attributes:
         rows: The inputs without padding.
-        padding: Its id; None where there is none.
+        padding: The id of padding; None if there is none.
     """
 
     def __init__(self, batches: Sequence[Any]) -> None:
@@ -139,7 +139,7 @@ class Corpus:
         real = [ids[own] for (ids, _), own in zip(inputs, columns, strict=True)]
         held = [Counter(ids.tolist()) for ids in real if len(ids)]
         marks = set[int]().union(*held[:1]).intersection(*held)
-        # Of a small alphabet, such as the letters of DNA, most inputs hold every id, and marks are held equally often.
+        # With a small alphabet, such as the letters of DNA, most inputs hold every id, but only marks equally often.
         if 2 * sum(count[token] for count in held for token in marks) > sum(map(len, real)):
             marks = {token for token in marks if len({count[token] for count in held}) == 1}
         movable = [np.flatnonzero(~np.isin(ids, list(marks))) for ids in real]
@@ -148,15 +148,15 @@ class Corpus:
         # Columns of padding before the tokens, and after them.
         ends = [(own[0], len(ids) - 1 - own[-1]) for (ids, _), own in zip(inputs, columns, strict=True) if len(own)]
         self._before = sum(before - after for before, after in ends) > 0
-        # A tensor may be a table, whose columns have vocabularies of their own. A larger id than all of a column could
-        # be beyond its vocabulary.
+        # A tensor may be a table whose columns have vocabularies of their own. An id above the largest one of a column
+        # could be outside its vocabulary.
         self._table = any(isinstance(x, Tensor) for x in batches)
         self._largest = np.full(max(len(ids) for ids, _ in inputs), -1)
         for ids, _ in inputs:
             np.maximum(self._largest[: len(ids)], ids, out=self._largest[: len(ids)])
 
     def altered(self, number: int, name: str, share: float, rng: np.random.Generator) -> tuple[Places, Ids]:
-        """What is left of the places of an input, in their new order, and all its ids, padding for what is gone."""
+        """Return an input's remaining places in their new order, and all its ids, with padding for tokens left out."""
         row = self.rows[number]
         count = min(math.ceil(share * len(row.movable)), len(row.ids) - 1)
         chosen = rng.choice(row.movable, max(0, count), replace=False)
@@ -168,16 +168,16 @@ class Corpus:
         return places, ids
 
     def _kept(self, row: Row, count: int) -> slice:
-        """The tokens of a row whose columns ``count`` tokens take."""
+        """Return which places of a row ``count`` tokens take: the last ones if padding comes before tokens."""
         return slice(len(row.ids) - count, None) if self._before else slice(count)
 
     def written(self, x: Any, first: int, made: Sequence[tuple[int, str, Places, Ids]]) -> Any:
-        """A batch of altered inputs in the form of ``x``, whose first input has the number ``first``."""
+        """Return a batch of altered inputs in the form of ``x``, whose first input has the number ``first``."""
         taken = take(x, torch.tensor([number - first for number, *_ in made], device="cpu"), batch_size(x))
         for name in (IDS, MASK, SEGMENTS):
             if (values := _part(taken, name)) is None:
                 continue
-            # NumPy has no bfloat16, in which a mask may be.
+            # A mask may be bfloat16, which NumPy lacks.
             lines = (values.double() if name == MASK else values).numpy()
             for line, (number, _, places, ids) in zip(lines, made, strict=True):
                 row = self.rows[number]
@@ -191,14 +191,14 @@ class Corpus:
 
 
 def _part(x: Any, name: str) -> Tensor | None:
-    """The ids of a batch, or what it has beside each of them under a name."""
+    """Return the ids of a batch, or its entry ``name`` if that has one value per id; else None."""
     ids = ids_of(x)
     value = x.get(name) if isinstance(x, Mapping) else ids if name == IDS else None
     return value if isinstance(value, Tensor) and ids is not None and value.shape == ids.shape else None
 
 
 def _inputs(x: Any) -> Iterator[tuple[Ids, NDArray[Any] | None]]:
-    """The ids of every input of a batch, and its attention mask, if there is one."""
+    """Yield the ids of every input of a batch, and its attention mask, if there is one."""
     ids, mask = _part(x, IDS), _part(x, MASK)
     assert ids is not None  # asked for
     seen = None if mask is None else mask.double().numpy()
@@ -211,10 +211,10 @@ def _inputs(x: Any) -> Iterator[tuple[Ids, NDArray[Any] | None]]:
 
 
 def _repeated(ids: Ids) -> Ids:
-    """What stands at an end at least twice."""
+    """Return the ids that stand at an end at least twice in a row."""
     return np.array([ids[end] for end, beside in ((0, 1), (-1, -2)) if len(ids) > 1 and ids[end] == ids[beside]], int)
 
 
 def _between(marked: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Places from the first marked one to the last."""
+    """Mark all places from the first marked one to the last."""
     return np.logical_or.accumulate(marked) & np.logical_or.accumulate(marked[::-1])[::-1]

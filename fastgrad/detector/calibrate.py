@@ -1,17 +1,17 @@
-"""From scores to one calibrated uncertainty: p-values by folds, their weighted sum, and what the sum means.
+"""Turn scores into one calibrated uncertainty: p-values by folds, their weighted sum, and the p-value of the sum.
 
-Two forms say what the sum means.
+The sum is calibrated in one of two ways.
 
-*Split*: clean inputs on which nothing was fitted and nothing chosen. The p-value of a new one is below a with
-probability a at every multiple of ``1 / (n + 1)`` (split conformal prediction: Papadopoulos et al., 2002; Vovk,
-Gammerman and Shafer, 2005). This is exact, whatever the scores, but for those that nearly coincide: their p-values are
-raised (`fastgrad.scores.conformal.STEEPEST`), and fewer are below a.
+*Split*: on clean inputs on which nothing was fitted and nothing chosen. The p-value of a new clean one is below a with
+probability a, for every multiple a of ``1 / (n + 1)`` (split conformal prediction: Papadopoulos et al., 2002; Vovk,
+Gammerman and Shafer, 2005). This is exact for all scores, except where they nearly coincide: there p-values are raised
+(`fastgrad.scores.conformal.STEEPEST`), and fewer are below a.
 
-*Folds and refit*, where there are too few inputs to hold any out: each clean input is scored by what was fitted without
-its fold, new inputs by what was fitted on all. Its p-values before the sum come from the inputs of the other folds. For
-stable scores its error vanishes as n grows (Steinberger and Leeb, "Conditional predictive inference for stable
-algorithms", 2023); for few inputs it is conservative as a rule, because more inputs to fit on make a clean one look
-less unusual (Barber, Candes, Ramdas and Tibshirani, "Predictive inference with the jackknife+", 2021, compare both).
+*Folds and refit*, if there are too few inputs to hold any out: each clean input is scored by a fit without its fold,
+and new inputs by a fit on all. An input's p-values before the sum come from the inputs of the other folds. For stable
+scores the error vanishes as n grows (Steinberger and Leeb, "Conditional predictive inference for stable algorithms",
+2023). For few inputs it is usually conservative: a fit on more inputs makes a clean one look less unusual (Barber,
+Candes, Ramdas and Tibshirani, "Predictive inference with the jackknife+", 2021, compare both).
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from fastgrad.scores.fitted import Fitted, Sequence
 
 
 class Score(Fitted):
-    """One score: what it reads of the blocks, and what it makes of it.
+    """One score: the rows that it reads from the blocks, and the module that scores them.
 
-    Options: ``source``, the block or `CHALLENGE_CLASSIFIER`; ``weight``, how much its evidence counts beside others'.
+    Options: ``source``, the block or `CHALLENGE_CLASSIFIER`; ``weight``, the factor of its evidence in the sum.
     """
 
     rows: Fitted
     score: Fitted
 
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
-        """Scores ``(B,)`` before calibration; the classifier's log probabilities ``(B, C)``."""
+        """Return scores ``(B,)`` before calibration, or the challenge classifier's log probabilities ``(B, C)``."""
         result: Tensor = self.score(self.rows(blocks))
         return result
 
@@ -53,8 +53,8 @@ class Score(Fitted):
 class DetectorModule(Fitted):
     """Every score's p-value, the weighted sum of their logarithms, and the p-value of the sum.
 
-    Calling it with named blocks gives the uncertainty ``(B,)``, float64: -log of the probability that a clean sample
-    looks at least so unusual. Where a score is NaN, because a block failed, it is infinite.
+    Calling it with named blocks returns the uncertainty ``(B,)``, float64: -log of the probability that a clean sample
+    looks at least this unusual. It is infinite if a score is NaN because a block failed.
     """
 
     scores: Sequence
@@ -63,33 +63,33 @@ class DetectorModule(Fitted):
     calibration_scores: Tensor
 
     def evidence(self, raw: Tensor, *, cap: float = CAP) -> Tensor:
-        """Weighted -log p, at most ``cap``, ``(B, K)`` of all scores' ``raw`` values ``(K, B)``."""
+        """Return the weighted -log p, capped before weighting, ``(B, K)``, of all scores' ``raw`` values ``(K, B)``."""
         return weighted(self.p_values(raw).t(), cap, [score.options["weight"] for score in self.scores])
 
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
-        """Uncertainty ``(B,)``, at least 0."""
+        """Return the uncertainty ``(B,)``, at least 0."""
         return self.explain(blocks)[0]
 
     def explain(self, blocks: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Uncertainty ``(B,)``, evidence ``(B, S)`` of `sources` and log p ``(B, C)`` of challenges, "clean" first."""
+        """Return uncertainty ``(B,)``, evidence ``(B, S)`` of `sources`, log p ``(B, C)`` of "clean" and challenges."""
         raw, log_p = values_of(self.scores, blocks)
         evidence = self.evidence(raw)
-        # A comparison with NaN is false, and would pass for reliable.
+        # A comparison with NaN is false, so NaN would pass for reliable.
         total, parts = (v.where(~v.isnan(), torch.inf) for v in (self.total(evidence), self.by_source(evidence)))
         return total, parts, log_p
 
     def total(self, evidence: Tensor) -> Tensor:
-        """-log p ``(B,)`` of the sum of ``evidence`` ``(B, K)``."""
+        """Return -log p ``(B,)`` of the sum of ``evidence`` ``(B, K)``."""
         log_p: Tensor = self.final(evidence.sum(-1).unsqueeze(0))
         return -log_p.squeeze(0)
 
     @property
     def sources(self) -> list[str]:
-        """The blocks that have a score, and the classifier of challenges."""
+        """The blocks that have a score, and the challenge classifier if there is one."""
         return list(dict.fromkeys(score.options["source"] for score in self.scores))
 
     def by_source(self, evidence: Tensor) -> Tensor:
-        """The evidence ``(B, K)`` of scores, summed over those of one source: ``(B, S)``."""
+        """Return the scores' evidence ``(B, K)`` summed by source, ``(B, S)``."""
         each = [score.options["source"] for score in self.scores]
         columns: dict[str, Tensor] = {}
         for source, column in zip(each, evidence.unbind(-1), strict=True):
@@ -97,13 +97,13 @@ class DetectorModule(Fitted):
         return torch.stack(list(columns.values()), -1)
 
     def classifier_blocks(self) -> list[str]:
-        """The blocks that the classifier of challenges reads; none without it."""
+        """Return the blocks that the challenge classifier reads; none if there is no such classifier."""
         if CHALLENGE_CLASSIFIER not in self.scores._modules:
             return []
         return [name for name, _ in self.scores.get_submodule(f"{CHALLENGE_CLASSIFIER}.rows.parts").named_children()]
 
     def threshold(self, false_alarm_rate: float | None = None) -> float:
-        """-log of the rate, by default the estimator's in `fit`; warns where too few calibrate to promise it."""
+        """Return -log of the rate, by default the estimator's in `fit`; warn if too few inputs calibrate for it."""
         rate = self.options["false_alarm_rate"] if false_alarm_rate is None else false_alarm_rate
         checks.lies_in("(0, 1)", false_alarm_rate=rate)
         n = self.options["sources"]
@@ -118,7 +118,7 @@ class DetectorModule(Fitted):
 
 
 def values_of(scores: Iterable[Score], blocks: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """What K scores say ``(K, B)``, and the classifier's log probabilities ``(B, C)``; C is 0 without one."""
+    """Return K scores ``(K, B)``, and the challenge classifier's log probabilities ``(B, C)``; C is 0 without one."""
     values: list[Tensor] = []
     log_p = None
     for score in scores:
@@ -135,23 +135,23 @@ class Table:
     """Blocks of clean samples and challenges, n in all."""
 
     blocks: dict[str, Tensor]  # (n, ...) by name
-    known: Blocks  # what says how each block is scored
+    known: Blocks  # the blocks by name, which define how each is scored
     kinds: NDArray[np.intp]  # (n,): 0 for clean samples, 1 and up for kinds of challenge
-    groups: NDArray[np.intp]  # (n,): the source of each; of a challenge the clean sample that it was made of
-    held_out: NDArray[np.bool_]  # (n,): clean samples that calibrate the sum and nothing else
-    log: bool  # whether the logarithms of squared norms are to be taken
+    groups: NDArray[np.intp]  # (n,): the source of each; a challenge has that of the clean sample it was made from
+    held_out: NDArray[np.bool_]  # (n,): clean samples that only calibrate the sum
+    log: bool  # whether to take the logarithms of squared norms
 
     @property
     def classes(self) -> int:
-        """Clean, and kinds of challenge."""
+        """Number of classes: clean, and each kind of challenge."""
         return int(self.kinds.max()) + 1
 
 
 class Calibrated(NamedTuple):
-    """A detector and what it was made of.
+    """A detector and what it was fitted on.
 
-    ``evidence`` ``(n, S)`` and ``log_p`` ``(n, C)`` are what `DetectorModule.explain` gives of every sample of the
-    table by what was fitted without it and its source; C is 0 without a classifier of challenges.
+    ``evidence`` ``(n, S)`` and ``log_p`` ``(n, C)`` are what `DetectorModule.explain` returns for every sample of the
+    table, from a fit without the sample and its source. C is 0 without a challenge classifier.
     """
 
     module: DetectorModule
@@ -161,7 +161,7 @@ class Calibrated(NamedTuple):
 
 
 def fit_scores(table: Table, chosen: NDArray[np.bool_], count: int) -> dict[str, Score]:
-    """One score or more a block on the clean samples among the ``chosen``, and the classifier of challenges on all."""
+    """Fit the scores of all blocks on the clean samples among the ``chosen``, and the challenge classifier on all."""
     settings = Settings(table.log, count)
     clean = {name: values.numpy() for name, values in take(table.blocks, chosen & (table.kinds == 0)).items()}
     scores: dict[str, Score] = {}
@@ -179,7 +179,7 @@ def fit_scores(table: Table, chosen: NDArray[np.bool_], count: int) -> dict[str,
 
 
 def deal(table: Table, folds: int, random: np.random.RandomState) -> NDArray[np.intp]:
-    """The fold ``(n,)`` of each sample, all of one source in one fold; -1 for those held out and their challenges."""
+    """Return the fold ``(n,)`` of each sample, one fold per source; -1 for the sources of samples held out."""
     apart = np.isin(table.groups, table.groups[table.held_out])
     clean = np.unique(table.groups[(table.kinds == 0) & ~apart])
     if len(clean) < 2:
@@ -201,17 +201,17 @@ def deal(table: Table, folds: int, random: np.random.RandomState) -> NDArray[np.
 
 
 def with_p_values(scores: Mapping[str, Score], raw: Tensor, counted: NDArray[np.bool_]) -> DetectorModule:
-    """A detector with the p-values of ``raw`` scores ``(K, n)`` among those ``counted``; its sum means nothing yet."""
+    """Return a detector with p-values among the ``counted`` of ``raw`` scores ``(K, n)``; its sum is uncalibrated."""
     two_sided = [bool(score.score.options.get("two_sided")) for score in scores.values()]
     p_values = PValues.fit(raw[:, torch.from_numpy(counted)], two_sided)
     return DetectorModule(scores=Sequence(**scores), p_values=p_values)
 
 
 def fit_detector(table: Table, folds: int, random: np.random.RandomState) -> Calibrated:
-    """Fit scores by folds and once more on all, and calibrate their sum."""
+    """Fit scores by folds and once more on all folds, and calibrate their sum."""
     fold = deal(table, folds, random)
     fitting, clean = fold >= 0, table.kinds == 0
-    # What scores each fold is fitted without it; what scores those in none, and new samples, on all.
+    # A fit without a fold scores that fold; the fit on all folds, number -1, scores samples in none and new samples.
     fits = {number: fitting & (fold != number) for number in (*range(fold.max() + 1), -1)}
     smallest = min(int((clean & chosen).sum()) for chosen in fits.values())
     if smallest < 2:
@@ -228,24 +228,24 @@ def fit_detector(table: Table, folds: int, random: np.random.RandomState) -> Cal
     missing = raw[:, torch.from_numpy(clean)].isnan().sum(1).tolist()
     if failed := {name: count for name, count in zip(final, missing, strict=True) if count}:
         raise ValueError(f"clean samples must have finite scores to calibrate on; these were NaN: {failed}")
-    # p-values come from the clean samples of the other folds, so that none helps to call itself usual.
+    # p-values come from the clean samples of the other folds, so that no sample makes itself look usual.
     evidence = raw.new_empty(len(fold), len(final))
     modules = {number: with_p_values(final, raw, clean & chosen) for number, chosen in fits.items()}
     for number, others in modules.items():
         rows = torch.from_numpy(fold == number)
         evidence[rows] = others.evidence(raw[:, rows])
     module = modules[-1]
-    # What the sum means: counted on what was held out, or else on every clean sample.
+    # The p-value of the sum is counted on the samples held out, or else on every clean sample.
     calibrates = table.held_out if table.held_out.any() else clean & fitting
     calibrating = evidence[torch.from_numpy(calibrates)]
     module.add_module("final", PValues.fit(calibrating.sum(-1).unsqueeze(0), [False], counted=True))
     module.register_buffer("calibration_scores", module.total(calibrating))
     module.options["exact"] = bool(table.held_out.any())
-    # Samples of one source may all say the same: no smaller rate can be promised than from one of each.
+    # Samples of one source may be alike, so only one of each source counts for the smallest rate that can be promised.
     module.options["sources"] = len(np.unique(table.groups[calibrates]))
     return Calibrated(module.eval(), module.by_source(evidence), log_p, table)
 
 
 def _parts(chosen: NDArray[np.bool_]) -> list[NDArray[np.intp]]:
-    """The places of what is chosen, a few at a time, so that a large set needs little memory."""
+    """Return the chosen places, some at a time, so that a large set needs little memory."""
     return np.array_split(np.flatnonzero(chosen), -(-int(chosen.sum()) // 1024))

@@ -1,8 +1,8 @@
-"""The classifier of challenges: one multinomial logistic regression of clean inputs and kinds of challenge.
+"""The challenge classifier: one multinomial logistic regression of clean inputs and kinds of challenge.
 
-Its score is minus the log probability of "clean". Telling the kinds apart makes a better "clean or not" than that
-question alone. Clean and challenging samples weigh the same in all. The weights of a linear map can be read, and the
-objective has one minimum, so that no seed decides anything.
+Its score is minus the log probability of "clean". It detects challenges better if it learns their kinds than if it
+learns two classes. Clean and challenging samples have the same total weight. The weights of a linear map can be read,
+and the objective has one minimum, so that nothing depends on a seed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class JointRows(Fitted):
     parts: Sequence
 
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
-        """Standardised rows, cut at 50 standard deviations."""
+        """Return standardised rows, clipped at 50 standard deviations."""
         return clipped(torch.cat([rows(blocks) for rows in self.parts], -1), LIMIT)
 
 
@@ -39,11 +39,11 @@ class ChallengeClassifier(Fitted):
 
     @classmethod
     def fit(cls, rows: Tensor, kinds: NDArray[np.intp], classes: int) -> ChallengeClassifier:
-        """Minimise the weighted cross-entropy plus ``||W||^2 / (2 C n)`` of rows ``(n, d)``.
+        """Minimise the weighted cross-entropy plus ``||W||^2 / (2 c n)`` of rows ``(n, d)``; c is `INVERSE_PENALTY`.
 
-        ``kinds`` ``(n,)`` are 0 for clean and others for challenges; both must be there. Of the C ``classes`` those not
-        there get probability 0. Products are in float32: L-BFGS (Liu and Nocedal, "On the limited memory BFGS method
-        for large scale optimization", 1989) ends long before their rounding matters.
+        ``kinds`` ``(n,)`` are 0 for clean samples and other numbers for challenges; both must occur. Those of the C
+        ``classes`` that do not occur get probability 0. Products are in float32: L-BFGS (Liu and Nocedal, "On the
+        limited memory BFGS method for large scale optimization", 1989) ends long before their rounding matters.
         """
         codes = torch.from_numpy(kinds).unsqueeze(1)
         challenging = (codes > 0).float()
@@ -70,5 +70,5 @@ class ChallengeClassifier(Fitted):
         return cls(weight=values[:-1].contiguous(), bias=values[-1] + absent)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Log probabilities ``(B, C)`` of ``rows`` ``(B, d)``."""
+        """Return log probabilities ``(B, C)`` of ``rows`` ``(B, d)``."""
         return torch.log_softmax(rows @ self.weight + self.bias, -1)

@@ -26,22 +26,22 @@ class Drawn:
 
     batches: list[Inputs]  # on the CPU; those of one batch have one shape
     beside: list[Any]  # what came beside each input: a label, the kind of a challenge, or None
-    keys: list[int]  # a hash of each input: equal inputs have one
+    keys: list[int]  # a hash of each input; equal inputs have the same
     seen: int  # how many inputs the loader gave
 
     def __len__(self) -> int:
         return len(self.beside)
 
     def images(self) -> list[Tensor]:
-        """The batches where they are images ``(B, C, H, W)``, floating; none where they are not."""
+        """Return the batches if all are floating images ``(B, C, H, W)``, else none."""
         images = [x for x in self.batches if isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point()]
         return images if len(images) == len(self.batches) else []
 
 
 def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bool | None = False) -> Drawn:
-    """At most ``limit`` inputs of a loader, each as likely as any other, in one pass (a reservoir; Vitter, 1985).
+    """Draw at most ``limit`` inputs of a loader with equal probability, in one pass (reservoir sampling; Vitter, 1985).
 
-    Its batches are ``x``, ``(x, something beside each input)``, or mappings with labels among the inputs.
+    Its batches are ``x``, ``(x, something for each input)``, or mappings with labels among the inputs.
     """
     rng = np.random.default_rng(seed)
     kept: list[tuple[int, str, tuple[bool, ...], Inputs, Any]] = []
@@ -52,7 +52,7 @@ def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bo
         size = max(size, count)
         beside, (leaves, structure) = _beside(name, given, count), pytree.tree_flatten(x)
         carriers = carrying(leaves, count)
-        # Inputs of one kind can share a batch: keys have one order, rows one shape, and all else is the same.
+        # Inputs of one kind can share a batch: keys have the same order, rows the same shape, and all else is equal.
         kind = str([structure, *map(_kind, leaves, carriers)])
         for i in range(count):
             place = seen if seen < limit else int(rng.integers(seen + 1))
@@ -79,7 +79,7 @@ def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bo
             joined = [torch.cat(column) if carries else column[0] for carries, *column in columns]
             batches.append(pytree.tree_unflatten(joined, pytree.tree_structure(rows[0])))
     dimensions = sorted({x.dim() for x in batches if isinstance(x, Tensor)})
-    # A network may itself add a dimension that some inputs lack, but one number for each is a label.
+    # A network may add a dimension that some inputs lack, but inputs of one number each are labels.
     if len(dimensions) > 1 and dimensions[0] == 1:
         raise ValueError(
             f"{name} must give inputs of one number of dimensions; they had {dimensions}. Labels stand beside their "
@@ -93,16 +93,16 @@ def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bo
 class Sample:
     """Clean inputs, n in all, and challenges."""
 
-    clean: list[Drawn]  # from the first loader, and from that of the calibration, if there is one
-    challenges: Drawn | None  # of the user's
+    clean: list[Drawn]  # from the loader of clean inputs, and from the calibration loader if there is one
+    challenges: Drawn | None  # the user's
     labels: NDArray[np.int64]  # (n,), -1 for none
-    sources: NDArray[np.intp]  # (n,), a number of each: equal inputs have one, and stay on one side of each fit
-    held_out: NDArray[np.bool_]  # (n,): those that calibrate and nothing else
+    sources: NDArray[np.intp]  # (n,): equal inputs have the same number, and stay on one side of each fit
+    held_out: NDArray[np.bool_]  # (n,): those that only calibrate
     fresh: NDArray[np.bool_]  # (n,): those that no introspective classifier is trained on; they calibrate it
-    each: int  # challenges that are generated of each of those not held out; 0 for none
+    each: int  # challenges to generate from each input that is not held out; 0 for none
     pixels: PixelRange | None  # of images
-    tokens: Sequence[Batch] = ()  # challenges of token ids, which no network is needed for
-    normalisation: list[list[float]] | None = None  # that the user told: mean and standard deviation by channel
+    tokens: Sequence[Batch] = ()  # challenges of token ids, which need no network
+    normalisation: list[list[float]] | None = None  # mean and standard deviation by channel, if the user gave them
 
 
 def _beside(name: str, value: Any, count: int) -> list[Any]:
@@ -118,14 +118,14 @@ def _beside(name: str, value: Any, count: int) -> list[Any]:
 
 
 def _kind(leaf: Any, carries: bool) -> Any:
-    """What two inputs that can share a batch have alike."""
+    """Return what two inputs must have in common to share a batch."""
     if not isinstance(leaf, Tensor):
         return leaf
     return leaf.dtype, leaf.shape[1:] if carries else (leaf.shape, hash(bytes_of(leaf)))
 
 
 def labels_of(name: str, drawn: Drawn, classes: int) -> NDArray[np.int64]:
-    """Class indices ``(n,)``, checked; all -1 where the loader gave no labels."""
+    """Return checked class indices ``(n,)``; all -1 if the loader gave no labels."""
     given = [value for value in drawn.beside if value is not None]
     if not given:
         return np.full(len(drawn), -1)
@@ -157,7 +157,7 @@ class Features:
     blocks: dict[str, Tensor]  # (n, ...) by name
     logits: Tensor  # (n, N)
     kinds: NDArray[np.str_]  # of each; empty for clean inputs
-    groups: NDArray[np.intp]  # the clean input that each is or was made from; -1 for a challenge of the user's
+    groups: NDArray[np.intp]  # the clean input that each is or was made from; -1 for the user's challenges
 
 
 #: Inputs, the kind of each and the number of its source, both as `Features` has them.
@@ -165,7 +165,7 @@ Batch = tuple[Inputs, Sequence[str], Sequence[int]]
 
 
 def drawn_batches(sample: Sample, verbose: bool | None) -> Iterator[Batch]:
-    """Clean inputs, and challenges of the user's, whose kinds are told apart by what came beside them."""
+    """Yield clean inputs, and the user's challenges, whose kinds are the values that came beside them."""
     first = 0
     for x in bar([x for drawn in sample.clean for x in drawn.batches], "clean inputs", verbose):
         count = batch_size(x)
@@ -182,7 +182,7 @@ def drawn_batches(sample: Sample, verbose: bool | None) -> Iterator[Batch]:
 def generated_batches(
     sample: Sample, model: nn.Module, device: torch.device, seed: int, verbose: bool | None
 ) -> Iterator[Batch]:
-    """Challenges generated of the inputs that are not held out, if any; attacks where gradients reach the images."""
+    """Yield challenges, if any, generated from inputs not held out; attacks only if gradients reach the images."""
     if not sample.each:
         return
     if sample.pixels is None:
@@ -207,14 +207,14 @@ def generated_batches(
 
 
 def read(extraction: Extraction, device: torch.device, batches: Iterable[Batch]) -> Features:
-    """Read the blocks of all batches; raise ValueError where the network gives no answer."""
+    """Read the blocks of all batches; raise ValueError if the network gives no answer or a block is not finite."""
     parts: list[tuple[Tensor, dict[str, Tensor]]] = []
     kinds: list[str] = []
     groups: list[int] = []
     for x, own_kinds, sources in batches:
         logits, blocks = extraction(to_device(x, device))
         what = "challenges" if own_kinds[0] else "clean and calibration"
-        # A class may be masked out, by minus infinity; not all of them.
+        # A class may be masked out by minus infinity, but not all classes.
         if failed := int((~logits.float().logsumexp(1).isfinite()).sum()):
             made = own_kinds[0] and sources[0] >= 0
             hint = ". They were generated: give the clip of the images, a loader of challenges, or None" if made else ""

@@ -39,11 +39,11 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
     Args:
         log: True takes the logarithm of a plain array, or of a block of gradient norms: they are squared norms. False
             takes features of any sign as they are, such as logarithms of norms.
-        folds: Folds of the clean data, each scored by a fit on the others. None for ten below 300 samples, five from
-            there on, three where a part is held out.
-        calibration_fraction: Share of the clean data used for calibration alone: the false-alarm rate is then exact.
-            None for a fifth from 1,000 clean samples on, and none below. Where samples share sources (``groups``), it
-            is a share of the sources, and one sample of each calibrates.
+        folds: Folds of the clean data, each scored by a fit on the others. None means ten below 300 samples, five from
+            300 on, and three if a part is held out.
+        calibration_fraction: Share of the clean data used only for calibration, which makes the false-alarm rate exact.
+            None means a fifth from 1,000 clean samples on, and no share below. If samples share sources (``groups``),
+            it is a share of the sources, and one sample of each calibrates.
         false_alarm_rate: Share of clean data that `predict` flags.
         random_state: Seed of the folds and the held-out part.
 
@@ -83,12 +83,12 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
             X: Feature matrix ``(B, P)`` or ``(B, S, P)``, or named blocks. Prefer samples that the network was not
                 trained on: it is more certain of its training data.
             y: ``(B,)``, 0 for in-distribution, 1 for challenging; None when all are in-distribution.
-            kinds: ``(B,)``, names or numbers of the kinds of challenge; clean samples' are not read. The classifier
+            kinds: ``(B,)``, names or numbers of the kinds of challenge; ignored for clean samples. The classifier
                 learns more from ten kinds than from one label.
-            held_out: ``(B,)`` of bool, the in-distribution samples that calibrate, on which nothing is fitted; None as
-                ``calibration_fraction`` says.
-            groups: ``(B,)``, integers of sources, such as a clean image and its challenges. One source is never on both
-                sides of a fit. A negative number is its own source. None where all samples are.
+            held_out: ``(B,)`` of bool, the in-distribution samples that calibrate, on which nothing is fitted; None
+                follows ``calibration_fraction``.
+            groups: ``(B,)``, the source of each sample as an integer; a clean image and its challenges share one. No
+                source is on both sides of a fit. Negative numbers, and None for all, are sources of their own.
 
         Raises:
             ValueError: X or y is malformed, or there are fewer than 4 in-distribution samples.
@@ -99,9 +99,9 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
     def _fit_table(
         self, X: Features, y: Given, *, kinds: Given, held_out: Given, groups: Given, known: inputs.Blocks | None = None
     ) -> Calibrated:
-        """As `fit`; returns also what the fitted parts say of each sample without having seen it.
+        """Fit as `fit` does; return also what fits without each sample say about it.
 
-        ``known`` are the blocks by name, where some are not those of `fastgrad.blocks`.
+        ``known`` are blocks by name that replace those of `fastgrad.blocks` or add to them.
         """
         checks.is_bool(log=self.log)
         if self.folds is not None and (not isinstance(self.folds, (int, np.integer)) or self.folds < 2):
@@ -119,7 +119,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         usual = constants.FOLDS_OF_FEW if count - challenging.sum() < constants.FEW else constants.FOLDS
         folds = self.folds or (constants.FOLDS_OF_SPLIT if calibrating.any() else usual)
         table = Table(blocks, self._known, codes, numbers, calibrating, self.log)
-        # Of small products. NumPy's threads and PyTorch's, which spin, would wait for each other: three times as long.
+        # Products are small: the spinning threads of NumPy and PyTorch would wait for each other, three times as long.
         with threadpool_limits(limits=1):
             calibrated = fit_detector(table, int(folds), random)
         self.module_ = calibrated.module
@@ -127,38 +127,38 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         return calibrated
 
     def decision_function(self, X: Features) -> Array:
-        """Uncertainty ``(B,)``: -log of the p-value. Higher is less reliable; compare with `threshold`."""
+        """Return the uncertainty ``(B,)``: -log of the p-value. Higher is less reliable; compare with `threshold`."""
         module, blocks = self.to_module(), self._blocks(X, reset=False)
-        # A few at a time, so that a large set needs little memory.
+        # Some samples at a time, so that a large set needs little memory.
         parts = zip(*(values.split(4096) for values in blocks.values()), strict=True)
         result: Array = torch.cat([module(dict(zip(blocks, part, strict=True))) for part in parts]).numpy()
         return result
 
     def predict(self, X: Features) -> NDArray[Any]:
-        """``(B,)``: the label of "unreliable" above the threshold, else that of "reliable"."""
+        """Return labels ``(B,)``: the second of ``classes_`` above the threshold, else the first."""
         checks.lies_in("(0, 1)", false_alarm_rate=self.false_alarm_rate)
         flagged = self.decision_function(X) > -np.log(self.false_alarm_rate)
         result: NDArray[Any] = self.classes_[flagged.astype(np.intp)]
         return result
 
     def threshold(self, false_alarm_rate: float | None = None) -> float:
-        """The `decision_function` value that a share ``false_alarm_rate`` of clean data exceeds.
+        """Return the `decision_function` value that a share ``false_alarm_rate`` of clean data exceeds.
 
         Args:
-            false_alarm_rate: In (0, 1); the estimator's own when None. A rate below ``1 / (n + 1)`` for calibration
-                samples of n sources warns, as they cannot promise it.
+            false_alarm_rate: In (0, 1); the estimator's own if None. A warning is given for a rate below
+                ``1 / (n + 1)``, which calibration samples of n sources cannot promise.
         """
         return self.to_module().threshold(self.false_alarm_rate if false_alarm_rate is None else false_alarm_rate)
 
     def score(self, X: Features, y: ArrayLike) -> float:
-        """AUROC of `decision_function` for labels ``y``: what model selection maximises."""
+        """Return the AUROC of `decision_function` for labels ``y``, which model selection maximises."""
         from sklearn.metrics import roc_auc_score
 
         scores = self.decision_function(X)
         values = np.asarray(y).ravel()
         if len(values) != len(scores):
             raise ValueError(f"y must have one label per row of X, {len(scores)}; it had {len(values)}")
-        # In the order of the data a fold may have one: scikit-learn would score it NaN.
+        # A fold of ordered data may have one label only, which scikit-learn would score as NaN.
         if not np.array_equal(np.unique(values), self.classes_):
             raise ValueError(
                 f"y must hold labels of fit, {self.classes_.tolist()}; it held {np.unique(values)[:5]}. Both must be "
@@ -167,17 +167,17 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         return float(roc_auc_score(values == self.classes_[1], scores))
 
     def explain(self, X: Features) -> dict[str, Array]:
-        """The evidence ``(B,)`` by name of block, and of the classifier as ``"challenges"``.
+        """Return the evidence ``(B,)`` by name of block, and of the challenge classifier as ``"challenges"``.
 
-        It is the capped, weighted -log p of each of the block's scores, summed; `decision_function` rises with the sum
-        of all evidence.
+        A block's evidence is the sum of the capped, weighted -log p of its scores. `decision_function` increases with
+        the sum of all evidence.
         """
         module = self.to_module()
         _, evidence, _ = module.explain(self._blocks(X, reset=False))
         return {name: values.numpy() for name, values in zip(module.sources, evidence.T, strict=True)}
 
     def to_module(self) -> DetectorModule:
-        """The fitted detector as a traceable module: named blocks of tensors in, `decision_function` out."""
+        """Return the fitted detector as a traceable module: named blocks of tensors in, `decision_function` out."""
         check_is_fitted(self, "module_")
         return self.module_
 
@@ -190,8 +190,8 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         return tags
 
     def _blocks(self, X: Features, *, reset: bool) -> dict[str, Tensor]:
-        """X as named blocks, checked against those seen in `fit` unless ``reset``."""
-        # One of SciPy's sparse formats is a dictionary.
+        """Return X as named blocks, checked against those seen in `fit` unless ``reset``."""
+        # One of SciPy's sparse formats is a dictionary, too.
         if isinstance(X, Mapping) and not issparse(X):
             blocks = inputs.check_blocks(X, self._known, log=self.log)
         else:

@@ -37,14 +37,14 @@ from fastgrad.scores.temperature import Temperature
 if TYPE_CHECKING:
     from fastgrad.detector.model import TwoStageModel
 
-#: The modules that a fit makes, or None for what it has no use for.
+#: The modules that a fit makes; those that it does not need are None.
 FITTED = ("detector", "classifier", "gate", "temperature", "risk")
-#: Two computations of a block agree to the root of it: networks in half precision round to some hundredths.
+#: Two computations of a block agree up to its square root: networks in half precision round to some hundredths.
 _ROUNDING = 2.5e-3
 
 
 def fit(two_stage: TwoStageModel, options: loaders.FitOptions) -> None:
-    """Fit ``two_stage``, which changes once everything has worked."""
+    """Fit ``two_stage``, which changes only after everything has worked."""
     refuse_devices(two_stage.model)
     base = two_stage.detector or UncertaintyDetector(log=False, random_state=two_stage.seed)
     clean, given = loaders.draw_all(options, two_stage.seed, base.calibration_fraction)
@@ -62,7 +62,7 @@ def fit(two_stage: TwoStageModel, options: loaders.FitOptions) -> None:
     _require_own(extraction, x)
     generated = collect.generated_batches(sample, two_stage.model, device, two_stage.seed, verbose)
     features = collect.read(extraction, device, itertools.chain(collect.drawn_batches(sample, verbose), generated))
-    # A challenge has the label of the clean input that it was made of; what is held out has no challenges.
+    # A challenge has the label of the clean input it was made from; inputs held out have no challenges.
     labels = np.where(features.groups >= 0, sample.labels[features.groups], -1)
     held_out = (features.kinds == "") & sample.held_out[features.groups]
     challenging, labelled = torch.from_numpy(features.kinds != ""), torch.from_numpy(labels >= 0)
@@ -70,12 +70,12 @@ def fit(two_stage: TwoStageModel, options: loaders.FitOptions) -> None:
     if known.sum() >= constants.FEWEST_LABELLED:
         temperature = Temperature.fit(features.logits[known], torch.from_numpy(labels)[known]).to(device)
     classifier = _classifier(two_stage, features, labels, sample.fresh)
-    # Where the classifier was trained on challenges, how much it counts is learned.
+    # If the classifier was trained on challenges, its share of an answer is learned.
     gated = classifier is not None and bool((challenging & labelled).any())
 
     @functools.cache
     def complete(names: tuple[str, ...]) -> tuple[TwoStageModel, Calibrated, str]:
-        """What would answer with these blocks, what its detector was made of, and where its risk comes from."""
+        """Return the model with these blocks, what its detector was fitted on, and where its risk comes from."""
         detector: UncertaintyDetector = clone(base)
         calibrated = detector._fit_table(
             {name: features.blocks[name] for name in names},
@@ -101,7 +101,7 @@ def fit(two_stage: TwoStageModel, options: loaders.FitOptions) -> None:
             answer=lambda some: complete(tuple(block.name for block in some))[0],
         )  # fmt: skip
     else:
-        # What was named is kept at whatever price.
+        # Blocks that were named are kept at any price.
         names, predicted = tuple(block.name for block in blocks), 1 + sum(block.price(subject) for block in blocks)
         price = PriceReport(names, predicted, math.nan, (), math.inf, math.nan, batch_size(x), math.nan)
     result, calibrated, why = complete(price.blocks)
@@ -112,12 +112,12 @@ def fit(two_stage: TwoStageModel, options: loaders.FitOptions) -> None:
 
 
 def _blocks(two_stage: TwoStageModel, subject: Subject) -> list[Block]:
-    """The blocks that were asked for, or those of the preset."""
+    """Return the blocks that were asked for, or those of the preset."""
     if two_stage.classifier is not None and subject.head is None:
         raise ValueError("the introspective classifier needs a model that ends in a linear layer")
     if two_stage.blocks is None:
         names = EXTENDED_BLOCKS if two_stage.budget >= EXTENDED_FROM else DEFAULT_BLOCKS
-        return [BLOCKS[name]() for name in names]  # what cannot be served is dropped with the price
+        return [BLOCKS[name]() for name in names]  # `fit_to_budget` reports those that cannot be served
     for block in two_stage.blocks:
         why = block.refusal(subject)
         if why is not None:
@@ -127,11 +127,11 @@ def _blocks(two_stage: TwoStageModel, subject: Subject) -> list[Block]:
 
 
 def _require_own(extraction: Extraction, x: Inputs) -> None:
-    """Raise ValueError where a block of some inputs changes with others in their batch; warn of random numbers."""
+    """Raise ValueError if a block of an input changes with other inputs in the batch; warn of random numbers."""
     samples, before = batch_size(x), RandomState(extraction.model.modules())
     whole, *parts = (extraction(take(x, slice(*ends), samples))[1] for ends in ((0, 8), (0, 2), (2, 8)))
     if not before.same():
-        # They come in another order.
+        # The comparison below would fail: parts of a batch get other random numbers.
         warnings.warn(
             "model draws random numbers in evaluation mode: an input that is given again gets another answer, "
             "uncertainty and risk",
@@ -150,13 +150,13 @@ def _require_own(extraction: Extraction, x: Inputs) -> None:
 def _classifier(
     two_stage: TwoStageModel, features: collect.Features, labels: NDArray[np.int64], fresh: NDArray[np.bool_]
 ) -> IntrospectiveNetwork | None:
-    """The classifier, trained on clean inputs and challenges, and calibrated on those that it was not trained on."""
+    """Return the classifier, trained on clean inputs and challenges, and calibrated on others of them."""
     if two_stage.classifier is None:
         return None
 
     def rows(sources: NDArray[np.bool_]) -> tuple[Tensor, NDArray[np.int64], NDArray[np.intp]]:
         places = np.flatnonzero((labels >= 0) & sources[features.groups])
-        # h alone: on challenges the contrast rows gained less, on three networks of CIFAR-10.
+        # h alone: on three networks of CIFAR-10, contrast rows gained less on challenges.
         return features.blocks[Features.name][torch.from_numpy(places)], labels[places], features.groups[places]
 
     h, targets, groups = rows(~fresh)
@@ -175,7 +175,7 @@ def _risk(
     fitted: Calibrated,
     asked: bool | None,
 ) -> tuple[Risk | None, str]:
-    """The risk, from labelled clean inputs that the answer was not trained on and challenges made from them."""
+    """Return the risk, from labelled clean inputs that the answer was not trained on and from their challenges."""
     if asked is False:
         return None, "none: not asked for"
     if (labels < 0).all():
@@ -196,7 +196,7 @@ def _risk(
     alone = features.logits[chosen].argmax(-1) != truth
 
     def errors(rows: Tensor) -> str:
-        # A classifier that has seen few inputs answers worse than the network.
+        # Both are given, because a classifier trained on few inputs answers worse than the network.
         beside = "" if two_stage.classifier_ is None else f", {int(alone[rows].sum())} by the network alone"
         return f"{int(wrong[rows].sum())} answered wrongly{beside}"
 
@@ -212,7 +212,7 @@ def _risk(
 def _report(sample: Sample, features: collect.Features, price: PriceReport, fitted: Calibrated, risk: str) -> Report:
     made, counts = np.unique(features.kinds[features.kinds != ""], return_counts=True)
     challenges = dict(zip(made.tolist(), counts.tolist(), strict=True))
-    # Those of token ids need no model.
+    # Challenges of token ids are made without the model.
     names = [name for name in challenges if name in CHALLENGES]
     making = challenge_cost(sample.each, names=names) / sample.each - 1 if sample.each else 0
     return Report(

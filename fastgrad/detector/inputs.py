@@ -1,4 +1,4 @@
-"""What a detector is given, checked and brought into one form: features, labels, kinds, groups, rates."""
+"""Check what a detector is given and bring it into one form: features, labels, kinds and held-out samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Blocks = Mapping[str, Block | type[Block]]
 
 
 def check_blocks(X: Mapping[str, Any], known: Blocks, *, log: bool) -> dict[str, Array]:
-    """Named blocks as arrays of one length, float64 or float32, in the order of ``known``."""
+    """Return named blocks as arrays of one length, float64 or float32, in the order of ``known``."""
     unknown = sorted(map(str, set(X) - set(known)))
     if unknown or not X:
         raise ValueError(f"X must have blocks named {', '.join(known)}; it had {', '.join(map(repr, X)) or 'none'}")
@@ -45,7 +45,7 @@ def check_blocks(X: Mapping[str, Any], known: Blocks, *, log: bool) -> dict[str,
 
 
 def check_squared(name: str, array: Array) -> None:
-    """Raise ValueError where a squared norm is negative."""
+    """Raise ValueError if a squared norm is negative."""
     if (array < 0).any():
         raise ValueError(
             f"Negative values in data passed to UncertaintyDetector: {name} must hold squared norms, or set "
@@ -54,7 +54,7 @@ def check_squared(name: str, array: Array) -> None:
 
 
 def challenging_of(y: ArrayLike | None, count: int) -> tuple[NDArray[np.bool_], NDArray[Any]]:
-    """Which of ``count`` samples ``y`` calls challenging, and the two labels, the clean one first."""
+    """Return which of ``count`` samples ``y`` calls challenging, and the two labels, the clean one first."""
     neither = np.zeros(count, dtype=bool), np.array([0, 1])
     if y is None:
         return neither
@@ -63,7 +63,7 @@ def challenging_of(y: ArrayLike | None, count: int) -> tuple[NDArray[np.bool_], 
         values = column_or_1d(values, warn=True)
     if values.shape != (count,):
         raise ValueError(f"y must have shape ({count},), one label per row of X; it was {values.shape}")
-    # Of two words nothing says which is clean: the first of the alphabet would be.
+    # Words are refused: nothing says which of two is clean, and the first in the alphabet would be.
     to_array("y", values)
     classes = np.unique(values)
     if classes.tolist() == [-1, 1]:
@@ -79,7 +79,7 @@ def challenging_of(y: ArrayLike | None, count: int) -> tuple[NDArray[np.bool_], 
 
 
 def kinds_of(kinds: ArrayLike | None, challenging: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """0 for clean samples, 1 and up for kinds of challenge; one kind where ``kinds`` is None."""
+    """Return 0 for clean samples, and 1 and up for kinds of challenge; only one kind if ``kinds`` is None."""
     if kinds is None:
         return challenging.astype(np.intp)
     values = np.asarray(kinds)
@@ -97,9 +97,9 @@ def held_out_of(
     share: float | None,
     random: np.random.RandomState,
 ) -> NDArray[np.bool_]:
-    """Which clean samples calibrate and nothing else: as told, or one of each of a random ``share`` of their sources.
+    """Return which clean samples only calibrate: those given, or one from each of a random ``share`` of their sources.
 
-    A share of None is a fifth where there are many sources, and none where there are few.
+    A share of None means a fifth from 1,000 sources on, and no sample below.
     """
     clean = np.flatnonzero(~challenging)
     if len(clean) < 4:
@@ -119,7 +119,7 @@ def held_out_of(
                 f"{used} and left {len(clean) - used}"
             )
         return mask
-    # Of one source one sample alone: others of it would repeat what it says, and count as if they did not.
+    # Only one sample per source: others would repeat it, but count as if they were independent.
     sources = len(np.unique(groups[clean]))
     if share is None and sources >= constants.SPLIT_FROM:
         share = constants.SPLIT_SHARE
@@ -131,5 +131,5 @@ def held_out_of(
 
 
 def take(blocks: Mapping[str, Tensor], chosen: NDArray[Any]) -> dict[str, Tensor]:
-    """The chosen rows of every block."""
+    """Return the chosen rows of every block."""
     return {name: values[torch.from_numpy(chosen)] for name, values in blocks.items()}

@@ -1,4 +1,4 @@
-"""What `TwoStageModel.fit` is given: loaders, drawn once, and refused before any challenge is made."""
+"""The loaders given to `TwoStageModel.fit`: drawn once, and checked before anything is fitted."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class FitOptions:
     verbose: bool | None
 
     def normalisation(self, channels: int) -> list[list[float]] | None:
-        """Mean and standard deviation that made images of pixels from 0 to 1, as ``clip``, ``mean``, ``std`` tell."""
+        """Return, from ``clip``, ``mean`` and ``std``, the mean and standard deviation that normalised unit images."""
         if self.clip is None and self.mean is None:
             return None
         black, white = (0.0, 1.0) if self.clip is None else self.clip
@@ -45,7 +45,7 @@ class FitOptions:
 
 
 def draw_all(options: FitOptions, seed: int, fraction: float | None) -> tuple[list[Drawn], Drawn | None]:
-    """All loaders, read once: `Sample.clean` and `Sample.challenges`."""
+    """Read all loaders once and return `Sample.clean` and `Sample.challenges`."""
     checks.at_least(constants.FEWEST_CLEAN, max_samples=options.max_samples)
     challenges, each = options.challenges, options.challenges_per_input
     if isinstance(challenges, str) and challenges != "generate":
@@ -86,7 +86,7 @@ def checked(
     *,
     answered: bool,
 ) -> Sample:
-    """Labels, images, the held-out part and the number of challenges; ``answered``, whether by a classifier."""
+    """Check what was drawn and decide what is held out and challenged; ``answered``: whether a classifier answers."""
     clean, *others = drawn
     count = len(clean)
     labels = collect.labels_of("clean", clean, classes)
@@ -136,7 +136,7 @@ def checked(
 
 
 def _pixels(drawn: list[Drawn], options: FitOptions) -> PixelRange | None:
-    """Black and white of the images, if the inputs are images."""
+    """Return black and white of the images, or None if the inputs are not images."""
     told = any(value is not None for value in (options.clip, options.mean, options.std))
     images = drawn[0].images()
     if not images:
@@ -147,7 +147,7 @@ def _pixels(drawn: list[Drawn], options: FitOptions) -> PixelRange | None:
         raise ValueError("clean must give finite images; some held NaN or infinity")
     if all(bool((x.amax((2, 3)) == x.amin((2, 3))).all()) for x in images):
         raise ValueError("clean must give images that show something; every one was constant")
-    # Those that calibrate have no part in reading a range.
+    # A range is not read from images of the calibration loader.
     ranged = [x for one in (drawn if told else drawn[:1]) for x in one.images()]
     pixels = PixelRange.of(ranged, clip=options.clip, mean=options.mean, std=options.std)
     if isinstance(options.challenges, str):
@@ -162,7 +162,7 @@ def _pixels(drawn: list[Drawn], options: FitOptions) -> PixelRange | None:
 
 
 def _require_kind(clean: Drawn, images: list[Tensor]) -> None:
-    """Raise ValueError where challenges cannot be generated from inputs of this kind."""
+    """Raise ValueError if challenges cannot be generated from inputs of this kind."""
     if not images and any(ids_of(x) is None for x in clean.batches):
         raise ValueError(
             "challenges can be generated from images (B, C, H, W) or token ids (B, T) only; give challenges=None "
@@ -178,7 +178,7 @@ def _require_kind(clean: Drawn, images: list[Tensor]) -> None:
 
 
 def _token_challenges(clean: Drawn, fitting: NDArray[np.bool_], each: int, seed: int) -> list[collect.Batch]:
-    """Challenges of token ids, ``each`` of those that are fitted on; they need no network."""
+    """Return challenges of token ids, ``each`` from every input that is fitted on; they need no network."""
     tokens: list[collect.Batch] = list(
         iter_token_challenges(clean.batches, np.flatnonzero(fitting).tolist(), each=each, seed=seed)
     )

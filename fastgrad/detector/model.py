@@ -40,11 +40,11 @@ class Explanation(NamedTuple):
     Attributes:
         prediction: The result of a call.
         evidence: ``(B,)`` by name of block: the capped, weighted sum of -log p of its scores. ``"challenges"`` is the
-            challenge classifier. 0 is none; infinite where it cannot be computed. The uncertainty is -log of the share
+            challenge classifier. 0 means none; infinite if it cannot be computed. The uncertainty is -log of the share
             of clean inputs with at least this sum of all evidence.
-        raised: ``(B,)`` by the same names: by how much this evidence raises the risk; ``"challenges"``, by how much
-            the resemblance to a challenge does. None without risk. Where two pieces of evidence cannot be computed,
-            both are 0: without either one alone the risk would still be 1.
+        raised: ``(B,)`` by the same names: by how much this evidence raises the risk; for ``"challenges"``, by how much
+            the resemblance to a challenge does. None without risk. If two pieces of evidence cannot be computed, both
+            are 0 here: without either one alone, the risk would still be 1.
     """
 
     prediction: Prediction
@@ -56,17 +56,17 @@ class TwoStageModel(nn.Module):
     """A trained classifier that also says how unusual each input is, and how likely each answer is wrong.
 
     Torchvision, timm and Hugging Face classifiers work as they are. The network is only read: it runs in evaluation
-    mode, and its mode, gradients and hooks stay what they were. `fit` leaves its buffers, too.
+    mode, and its mode, gradients and hooks stay as they were. `fit` does not change its buffers, either.
 
     Args:
         model: The trained network, from a batch or a mapping of keyword arguments to logits ``(B, N)``: a tensor,
             ``.logits``, or the first item of a tuple.
         detector: An `UncertaintyDetector` whose parameters are used; it is not changed. One that is already fitted on
             named blocks needs no `fit`. None for the default one.
-        classifier: An `IntrospectiveClassifier` that answers unusual inputs; it is not changed. `fit` trains it on
-            h, the last layer's input, of clean inputs and challenges, with the clean input's label. One that is
-            already fitted, on h or on pairs of h and logits, needs no `fit` and answers all inputs. None for the
-            softmax.
+        classifier: An `IntrospectiveClassifier` that answers unusual inputs; it is not changed. `fit` trains a copy on
+            h, the input of the last layer, for clean inputs and challenges, with the labels of the clean inputs. One
+            that is already fitted, on h or on pairs of h and logits, needs no `fit` and answers all inputs. None for
+            the softmax.
         budget: Cost limit of an answer, in forward passes of this network as measured by `fit`. The forward pass that
             gives the logits is the first. ``math.inf`` for no limit.
         blocks: Names or instances of the blocks, without a cost limit; None for the preset of the budget.
@@ -75,18 +75,18 @@ class TwoStageModel(nn.Module):
     Attributes:
         detector_: The fitted `DetectorModule`.
         classifier_: The fitted network of the classifier, or None.
-        gate_: The probability that an input is a challenge, from its evidence, or None: the classifier answers all.
-        temperature_: Of the softmax, from labels, or None.
-        risk_: The probability that the answer is wrong, from its own and the evidence, or None.
+        gate_: The probability that an input is a challenge, from its evidence; None if the classifier answers all.
+        temperature_: The temperature of the softmax, fitted on labels, or None.
+        risk_: The probability that the answer is wrong, from its own probability and the evidence, or None.
         report_: The `Report` of the last fit, or None.
-        extraction_: What reads the blocks.
+        extraction_: The `Extraction` that reads the blocks.
 
     Raises:
-        TypeError, ValueError: For an argument that is not one of the above; two blocks of one name; a budget below 1,
+        TypeError, ValueError: An argument is not as described, two blocks have the same name, or the budget is below 1,
             the network's own forward pass.
     """
 
-    #: It evaluates its network whatever modes its modules are in.
+    #: The network runs in evaluation mode, whatever the modes of its modules are.
     evaluates = True
 
     def __init__(
@@ -122,7 +122,7 @@ class TwoStageModel(nn.Module):
         self.risk_: Risk | None = None
         self.report_: Report | None = None
         self._gains: Callable[[], dict[str, Gain]] | None = None
-        # Of what was given fitted it takes copies.
+        # Fitted arguments are copied, so that this module and the user's do not share state.
         if detector is not None and hasattr(detector, "module_"):
             known: dict[str, Block] = {block.name: block for block in self.blocks or ()}
             self.extraction_ = self._extraction([known.get(key) or BLOCKS[key]() for key in detector.shapes_], None)
@@ -140,7 +140,7 @@ class TwoStageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the network's parameters are."""
+        """The device of the network's parameters."""
         return device_of(self.model)
 
     def forward(self, x: Inputs) -> Prediction:
@@ -170,7 +170,7 @@ class TwoStageModel(nn.Module):
         return Explanation(prediction, named(evidence), raised)
 
     def _predict(self, x: Inputs) -> tuple[Prediction, Tensor, Tensor, Tensor]:
-        """The prediction, 1 - its largest probability ``(B,)``, evidence ``(B, S)``, log p of kinds ``(B, C)``."""
+        """Return prediction, 1 - its largest probability ``(B,)``, evidence ``(B, S)``, log p of kinds ``(B, C)``."""
         detector, extraction = self._fitted()
         logits, blocks = extraction(x)
         with torch.no_grad():
@@ -182,13 +182,13 @@ class TwoStageModel(nn.Module):
         return prediction, doubts, evidence, kinds
 
     def _log_probabilities(self, logits: Tensor, h: Tensor | None, evidence: Tensor) -> Tensor:
-        """Log probabilities ``(B, N)``: the network's and the classifier's, mixed by the gate."""
+        """Return log probabilities ``(B, N)``: the network's and the classifier's, mixed by the gate."""
         precise = logits.to(compute_dtype(logits.dtype))
         network = precise if self.temperature_ is None else self.temperature_(precise)
         first: Tensor = network.log_softmax(-1)
         if self.classifier_ is None:
             return first
-        assert h is not None  # read for it
+        assert h is not None  # a model with a classifier reads it
         second = self.classifier_.answer(h.to(precise.dtype), precise).log_softmax(-1)
         if second.shape[1] != first.shape[1]:
             raise ValueError(
@@ -229,20 +229,20 @@ class TwoStageModel(nn.Module):
         Args:
             clean: Batches of clean inputs, ``x`` or ``(x, labels)``, or mappings with the key ``"labels"``; read once.
                 Prefer data that the network was not trained on: it is more certain of its training data. Equal inputs
-                are one source: all are fitted on, or none.
+                are one source: each fit uses all of them or none.
             challenges: ``"generate"`` makes them from the clean inputs (`fastgrad.challenges`): images
                 ``(B, C, H, W)``, or token ids ``(B, T)`` of an integer dtype, alone or as ``input_ids``. Images get no
-                attacks where no gradient of the logits reaches them (``torch.no_grad`` or integers inside). None fits
-                on clean data alone. Else batches of your own challenging inputs, ``x`` or ``(x, kinds)``. Only
+                attacks if no gradient of the logits reaches them (``torch.no_grad`` or integers inside). None fits on
+                clean data alone. Otherwise, give batches of your own challenging inputs, ``x`` or ``(x, kinds)``. Only
                 generated challenges, which have labels, let unusual inputs raise the risk.
             calibration: Clean batches on which nothing is fitted: false-alarm rates are then exact. None holds out a
                 fifth of ``clean`` from 1,000 inputs on; below, it cross-validates (`fastgrad.detector.calibrate`).
             max_samples: Largest number of inputs used from each loader, drawn uniformly.
-            challenges_per_input: How many challenges are generated from one clean input; None: three, or fewer where
+            challenges_per_input: How many challenges are generated from one clean input. None means three, or fewer if
                 there are many inputs.
-            risk: True refuses data without labels, False fits no risk; None fits it where at least 30 labels allow it.
-            clip: Values of black and white of the images, before ``mean`` and ``std``. None: 0 and 1 with ``mean``,
-                else read from all drawn images.
+            risk: True refuses data without labels, False fits no risk, None fits it if at least 30 labels allow it.
+            clip: Values of black and white of the images, before ``mean`` and ``std``. None means 0 and 1 with
+                ``mean``, or else the range of the images drawn from ``clean``.
             mean: Per-channel mean that normalised the images.
             std: Per-channel standard deviation that normalised the images.
             verbose: Whether to show progress bars; None: in a terminal.
@@ -251,11 +251,11 @@ class TwoStageModel(nn.Module):
             The module itself.
 
         Raises:
-            TypeError, ValueError: A loader is empty, malformed or too small. Labels are missing or no classes. Images
-                are outside the given range. Challenges cannot be made from the inputs, or from images that take next to
-                nothing of the range. A named block is impossible. The network returns probabilities in place of logits.
-                The network or a block mixes samples of a batch.
-                All of it is checked before the first challenge is made.
+            TypeError, ValueError: A loader is empty, malformed or too small. Labels are missing or are not classes.
+                Images are outside the given range. Challenges cannot be made from the inputs, or from images that span
+                almost none of the range. A named block is impossible. The network returns probabilities instead of
+                logits. The network or a block mixes samples of a batch.
+                All of it is checked before the first challenge is read.
         """
         checks.is_bool(**{name: v for name, v in (("risk", risk), ("verbose", verbose)) if v is not None})
         options = loaders.FitOptions(
@@ -271,7 +271,7 @@ class TwoStageModel(nn.Module):
         ``gains`` measures what each block adds to the AUROC on kinds of challenge left out of training.
 
         Raises:
-            RuntimeError: Before `fit`, or ``gains`` in another process than that of the fit.
+            RuntimeError: Before `fit`, or ``gains`` that were not measured before the model was copied or saved.
             ValueError: ``gains`` without challenges of two families.
         """
         checks.is_bool(gains=gains)
@@ -284,15 +284,15 @@ class TwoStageModel(nn.Module):
         return self.report_
 
     def threshold(self, false_alarm_rate: float | None = None) -> float:
-        """The uncertainty that a share ``false_alarm_rate`` of clean inputs exceeds; by default the detector's rate.
+        """Return the uncertainty that a share ``false_alarm_rate`` of clean inputs exceeds; default: the detector's.
 
-        Warns of a rate below ``1 / (n + 1)`` for n calibration inputs, which cannot promise it.
+        Warn of a rate below ``1 / (n + 1)``, which n calibration inputs cannot promise.
         """
         return self._fitted()[0].threshold(false_alarm_rate)
 
     @property
     def calibration_scores(self) -> Tensor:
-        """Uncertainties ``(n,)`` of the clean inputs of the calibration, each by what was fitted without it."""
+        """Uncertainties ``(n,)`` of the clean inputs that calibrate, each from a fit without it."""
         return self._fitted()[0].calibration_scores
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -323,11 +323,11 @@ class TwoStageModel(nn.Module):
     def load(cls, path: str | os.PathLike[str], model: nn.Module) -> TwoStageModel:
         """Return the saved two-stage model; ``model`` is the network it was saved with, with the same weights.
 
-        Another `fit` of it takes the default detector and blocks, whatever the saved one was given.
+        If it is fitted again, it uses the default detector and blocks, whatever the saved model was given.
 
         Raises:
             FileNotFoundError: There is no such file.
-            TypeError: ``model`` is no module.
+            TypeError: ``model`` is not a module.
             ValueError: The file is foreign, changed or damaged, ``model`` is not the network it was saved with, or a
                 block's class is not registered.
         """
@@ -357,16 +357,16 @@ class TwoStageModel(nn.Module):
         return self.detector_, self.extraction_
 
     def _extraction(self, blocks: Sequence[Block], subject: Subject | None) -> Extraction:
-        # Logarithms of norms keep their range; a detector of the user's may want the norms themselves.
+        # Logarithms of norms cannot underflow, but the user's detector may expect the norms themselves.
         return Extraction(self.model, blocks, log=self.detector is None or not self.detector.log, known=subject)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the features of the fit."""
+        """Leave out the features of the fit, which only gains need."""
         return {**super().__getstate__(), "_gains": None}  # type: ignore[no-untyped-call]
 
 
 def named_blocks(blocks: Sequence[str | Block]) -> list[Block]:
-    """Blocks from names and instances, checked."""
+    """Return blocks from names and instances, checked."""
     if isinstance(blocks, str) or not isinstance(blocks, Iterable):
         raise TypeError(f"blocks must be a sequence of names or blocks; it was {blocks!r}")
     result: list[Block] = []

@@ -1,8 +1,8 @@
-"""The price of a set of blocks, measured as it will run, and the part of the set that fits a limit.
+"""Measure the price of a set of blocks as they will run, and find the part of the set that fits a limit.
 
-A price is the time of an answer over that of the plain network, on the same inputs and device, measured in turns. It
-holds for batches of the loader's size: the fixed cost of each call weighs most for fast networks on single inputs. So
-the price of single inputs is measured too, and reported if it exceeds the limit; leaving out a block lowers it little.
+A price is the time of an answer divided by that of the plain network, on the same inputs and device, measured in turns.
+It holds for batches of the measured size: the fixed cost of a call weighs most for fast networks on single inputs. So
+the price of single inputs is measured too, and printed if it exceeds the limit; leaving out a block lowers it little.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from fastgrad.blocks.extraction import Inputs
 from fastgrad.blocks.subject import Subject
 from fastgrad.challenges.attacks import evaluating
 
-#: In the order of their AUROC gain for their price; where a set is above its limit, blocks are taken off the end. Tuned
-#: on photographs with EfficientNet-Lite0 and Lite1, with an earlier form of image statistics and roughness: without
+#: In the order of AUROC gain per price: if a set is above its limit, blocks are dropped from the end. Tuned on
+#: photographs with EfficientNet-Lite0 and Lite1, with an earlier form of image statistics and roughness. Without
 #: roughness the mean AUROC of unseen cases fell by .008, without image statistics by .006. Contrasts, h and gradient
-#: norms added nothing to these.
+#: norms added nothing to these blocks.
 DEFAULT_BLOCKS: tuple[str, ...] = ("logits", "activations", "image", "roughness")
-#: With a second forward pass on the enlarged centre: AUROC of attacks that went through JPEG gained .03 to .05.
+#: With a second forward pass, on the enlarged centre: AUROC of attacks that went through JPEG gained .03 to .05.
 EXTENDED_BLOCKS: tuple[str, ...] = (*DEFAULT_BLOCKS, "view")
-#: Forward passes from which on the second one is affordable.
+#: Budget from which on a second forward pass is affordable.
 EXTENDED_FROM = 2.0
-#: Standard error of a price that ends its measurement, rounds at least, seconds at most once there are so many.
+#: Measuring ends at this standard error after so many rounds, or after so many seconds and at least three rounds.
 ERROR, ROUNDS, SECONDS = 0.03, 7, 4.0
-#: Seconds that the plain network may take for the measured inputs: larger batches are cut.
+#: Seconds that the plain network may take for the measured inputs; larger batches are cut.
 PASS = 0.1
 
 
 @dataclass(frozen=True)
 class PriceReport:
-    """The blocks that fit a limit, and their price in forward passes, the one that gives the logits included.
+    """The blocks that fit a limit, and their price in forward passes, including the one that gives the logits.
 
     Attributes:
         blocks: Names, in the order of the preset.
-        predicted: Price by counted operations.
+        predicted: 1 plus the predicted prices of the blocks.
         measured: Price by the clock: a median over rounds.
         dropped: Names of the other blocks, each with the reason.
         limit: The largest price allowed, the budget.
         error: Standard error of ``measured``.
-        batch: Inputs at a time while it was measured.
-        single: The price of one input at a time.
+        batch: Batch size of the measurement.
+        single: Measured price for one input at a time.
     """
 
     blocks: tuple[str, ...]
@@ -73,10 +73,10 @@ def fit_to_budget(
     subject: Subject,
     answer: Callable[[tuple[Block, ...]], Callable[[Inputs], object]],
 ) -> PriceReport:
-    """Take blocks off the end until the measured price of the others, as what ``answer`` makes of them, fits the limit.
+    """Drop blocks from the end until the measured price of the others, run as ``answer`` returns them, fits the limit.
 
-    Blocks that the network or its inputs cannot serve are dropped first. The first of the others stays in any case; a
-    warning says so where it is above the limit. ``x`` is a batch on the network's device.
+    Blocks that the network or its inputs cannot serve are dropped first. The first of the others is always kept, with a
+    warning if it is above the limit. ``x`` is a batch on the network's device.
     """
     dropped = [(block.name, why) for block in blocks if (why := block.refusal(subject)) is not None]
     kept = [block for block in blocks if block.refusal(subject) is None]
@@ -103,17 +103,17 @@ def fit_to_budget(
 
 
 def price(model: nn.Module, run: Callable[[Inputs], object], x: Inputs, limit: float = math.inf) -> tuple[float, float]:
-    """Time of ``run`` over that of the plain ``model`` on ``x``: the median over rounds, and its standard error.
+    """Return the time of ``run`` divided by that of the plain ``model`` on ``x``: median over rounds, standard error.
 
-    Measuring ends earlier where the price is certainly above ``limit``.
+    Measuring ends earlier if the price is certainly above ``limit``.
     """
     with evaluating(model), torch.no_grad():
-        # Watching, planning and warming up are no part of the price.
+        # Watching, planning and warming up are not part of the price.
         _seconds(lambda: run(x), model), _plain(model, x)
         ratios: list[float] = []
         begun = time.perf_counter()
         while len(ratios) < 3 or time.perf_counter() - begun < SECONDS:
-            # Whichever comes second finds memory and caches as the first has left them.
+            # The order alternates, because the second finds memory and caches as the first has left them.
             if len(ratios) % 2:
                 taken, base = _seconds(lambda: run(x), model), _plain(model, x)
             else:
@@ -126,18 +126,18 @@ def price(model: nn.Module, run: Callable[[Inputs], object], x: Inputs, limit: f
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the network's parameters are."""
+    """Return the device of the network's parameters."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _plain(model: nn.Module, x: Inputs) -> float:
-    """Seconds of the plain network."""
+    """Return the seconds that the plain network takes."""
     args, kwargs = as_call(copied(x))
     return _seconds(lambda: logits_of(model(*args, **kwargs)), model)
 
 
 def _part(model: nn.Module, x: Inputs) -> Inputs:
-    """The first 1, 2, 4, ... inputs of a batch that the plain network takes at most a tenth of a second for."""
+    """Return the first 1, 2, 4, ... inputs of a batch, as many as the plain network answers in `PASS` seconds."""
     samples = batch_size(x)
     part: Inputs = take(x, slice(0, 1), samples)
     with evaluating(model), torch.no_grad():
@@ -152,7 +152,7 @@ def _part(model: nn.Module, x: Inputs) -> Inputs:
 
 
 def _error(ratios: Sequence[float]) -> float:
-    """Standard error of the median, from the order statistics one standard deviation of the rank below and above."""
+    """Return the standard error of the median, from order statistics one standard deviation of the rank around it."""
     ordered, count = sorted(ratios), len(ratios)
     rank = math.sqrt(count) / 2
     low, high = max(0, math.floor(count / 2 - rank)), min(count - 1, math.ceil(count / 2 + rank) - 1)
@@ -160,9 +160,9 @@ def _error(ratios: Sequence[float]) -> float:
 
 
 def _seconds(run: Callable[[], object], model: nn.Module) -> float:
-    """Of one call where ``model`` is; on a CPU with one thread, of that thread alone, whatever else is running."""
+    """Return the seconds of a call on the model's device; on a CPU with one thread, only the time of that thread."""
     device = device_of(model)
-    # Windows counts a thread's time in steps of 16 ms, in which a small network takes none.
+    # Windows counts a thread's time in steps of 16 ms, and a small network takes less than one.
     alone = device.type == "cpu" and torch.get_num_threads() == 1 and hasattr(time, "CLOCK_THREAD_CPUTIME_ID")
     clock = time.thread_time if alone else time.perf_counter
     backend = torch.get_device_module(device)

@@ -1,4 +1,4 @@
-"""What `TwoStageModel.fit` did, and what each block adds to the detection of kinds of challenge that it never saw."""
+"""What `TwoStageModel.fit` did, and what each block adds to the detection of challenges of kinds left out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastgrad.scores.conformal import PValues, weighted
 
 
 class Gain(NamedTuple):
-    """AUROC gain of a block beside all others, and half the width of its 95 % interval over inputs."""
+    """AUROC gain from adding a block to all others, and half the width of its 95 % interval over inputs."""
 
     auroc: float
     interval: float
@@ -32,17 +32,17 @@ class Report:
     """Summary of a fit; prints as text.
 
     Attributes:
-        price: The blocks, what was dropped and why, and the price. Where blocks were named nothing was measured.
+        price: The blocks, what was dropped and why, and the price. If blocks were named, nothing was measured.
         drawn: Clean inputs that were used.
         seen: Clean inputs that the loader gave.
         challenges: How many challenges of each kind.
-        passes: Forward passes of the clean inputs that reading and challenges took, as counted.
+        passes: Predicted cost of making challenges and reading everything, in forward passes over the clean inputs.
         calibrating: Clean inputs behind the false-alarm rates; ``1 / (calibrating + 1)`` is the smallest they promise.
-        exact: Whether nothing was fitted on them.
+        exact: Whether nothing was fitted on these inputs.
         risk: What the risk was learned from, or why there is none.
-        gains: What each block adds, by name; None until it was asked for.
-        normalisation: Mean and standard deviation by channel that made the images of pixels from 0 to 1, as ``clip``,
-            ``mean`` and ``std`` told `fit`; None where the range was read from the images.
+        gains: What each block adds, by name; None until it is asked for.
+        normalisation: Mean and standard deviation by channel that normalised unit images, from ``clip``, ``mean`` and
+            ``std`` of `fit`; None if the range was read from the images, or if inputs are not images.
     """
 
     price: PriceReport
@@ -63,7 +63,7 @@ class Report:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Report:
-        """From what `dataclasses.asdict` made of one."""
+        """Return the report that `dataclasses.asdict` stored."""
         price = dict(stored["price"])
         price["blocks"], price["dropped"] = tuple(price["blocks"]), tuple(map(tuple, price["dropped"]))
         gains = None if stored["gains"] is None else {name: Gain(*gain) for name, gain in stored["gains"].items()}
@@ -96,12 +96,12 @@ class Report:
 
 
 def gains(table: Table, kinds: NDArray[np.str_]) -> dict[str, Gain]:
-    """AUROC with all blocks less AUROC without each, on families of challenges that the classifier did not learn.
+    """Return by block the AUROC of all blocks minus that without it, on families that the classifier did not learn.
 
-    Half of the sources fit, the other half judges, and the other way round.
+    Half of the sources are fitted on and the other half tests; then the halves swap.
 
-    ``kinds`` ``(n,)`` names the kinds of the table; empty for clean samples. ValueError where there are challenges of
-    less than two families, so that none can be left out.
+    ``kinds`` ``(n,)`` names the kinds of the table; empty for clean samples. ValueError if there are fewer than two
+    blocks, or fewer than two families of challenge, so that none can be left out.
     """
     family = np.array([CHALLENGES[kind].family if kind in CHALLENGES else kind for kind in kinds])
     families = sorted(set(family) - {""})
@@ -143,7 +143,7 @@ def gains(table: Table, kinds: NDArray[np.str_]) -> dict[str, Gain]:
     result = {}
     for name in table.blocks:
         difference = joined[""] - joined[name]
-        # Challenges of one source are no independent samples.
+        # Challenges of one source are not independent samples.
         error = np.sqrt(np.square(np.bincount(source, difference - difference.mean())).sum()) / len(difference)
         result[name] = Gain(float(difference.mean()), float(1.96 * error))
     return result

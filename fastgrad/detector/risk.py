@@ -1,16 +1,16 @@
 """Risk: the probability that the answer is wrong, from its own probability and the evidence against its input.
 
-An answer is wrong because the network is unsure of it, or because the input misleads the network, whichever it is: a
-noisy-or (Pearl, *Probabilistic Reasoning in Intelligent Systems*, 1988) of two causes,
+An answer is wrong because the network is unsure of it, or because the input misleads the network. The risk is a
+noisy-or (Pearl, *Probabilistic Reasoning in Intelligent Systems*, 1988) of these two causes,
 
     risk = 1 - p (1 - m),    m = sigmoid(b + sum_s w_s e_s),    w_s >= 0
 
-p the largest probability, e_s the evidence of source s. So risk is never below 1 - p, and no evidence lowers it. In
-place of the classifier's evidence stands log(1 + o / `FLOOR`), o the odds of sum_k q_k r_k: q_k the probability that
-the input is a challenge of kind k, r_k the share of these that the network answers wrongly. Kinds differ: of attacks
-nearly all are, of brighter images few. b and w minimise ``||w||^2 / (2 n)`` plus the mean of minus the log likelihood
-on n clean inputs and challenges, both weighing the same in all. A challenge keeps the label of the clean input that it
-is made from: it does not change what is seen.
+where p is the largest probability and e_s the evidence of source s. So the risk is never below 1 - p, and no evidence
+lowers it. The evidence of the challenge classifier is replaced by log(1 + o / `FLOOR`), where o are the odds of
+sum_k q_k r_k: q_k is the probability that the input is a challenge of kind k, r_k the share of wrong answers to that
+kind. Kinds differ: nearly all answers to attacks are wrong, few to brighter images. b and w minimise
+``||w||^2 / (2 n)`` plus the mean negative log likelihood on n clean inputs and challenges, which have equal total
+weights. A challenge keeps the label of its clean input, because it does not change what is shown.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class NoisyOr(Fitted):
 
     @classmethod
     def fit(cls, known: Tensor | None, evidence: Tensor, event: Tensor, challenging: Tensor) -> NoisyOr:
-        """Maximise the penalised likelihood; without challenges the evidence counts nothing.
+        """Maximise the penalised likelihood; without challenges, the evidence has no effect.
 
-        ``known`` ``(n,)`` is the probability of the other cause; None makes a logistic regression of the ``evidence``
-        ``(n, S)``, which is of each input by what was fitted without it and its source.
+        ``known`` ``(n,)`` is the probability of the other cause; None means a logistic regression on the evidence. The
+        ``evidence`` ``(n, S)`` of an input comes from a fit without it and its source.
         """
         count = evidence.shape[1]
         if not challenging.any():
@@ -65,11 +65,11 @@ class NoisyOr(Fitted):
         return cls(weight=values[:count], bias=values[-1])
 
     def log_odds(self, evidence: Tensor) -> Tensor:
-        """Log odds ``(B,)`` by the evidence alone; infinite where some is not finite."""
+        """Return log odds ``(B,)`` by the evidence alone; infinite if some evidence is not finite."""
         return torch.where(evidence.isfinite().all(1), evidence @ self.weight + self.bias, torch.inf)
 
     def forward(self, known: Tensor, evidence: Tensor) -> Tensor:
-        """Probabilities ``(B,)`` from ``known`` ``(B,)`` and ``evidence`` ``(B, S)``; 1 where one is no number."""
+        """Return probabilities ``(B,)`` from ``known`` ``(B,)`` and ``evidence`` ``(B, S)``; 1 instead of NaN."""
         p = known + (1 - known) * torch.sigmoid(self.log_odds(evidence))
         return torch.where(p.isnan(), 1.0, p)
 
@@ -77,29 +77,29 @@ class NoisyOr(Fitted):
 class Risk(Fitted):
     """P(wrong) from the answer's own doubt and the evidence against its input."""
 
-    rates: Tensor  # (C,), the share of wrong answers to each kind of challenge, 0 of "clean"; C is 0 without any
+    rates: Tensor  # (C,), the share of wrong answers to each kind of challenge, 0 for "clean"; C is 0 without any
     cause: NoisyOr
 
     @classmethod
     def fit(cls, doubt: Tensor, evidence: Tensor, log_p: Tensor, wrong: Tensor, kinds: Tensor) -> Risk:
         """Fit on n clean inputs, of kind 0, and challenges.
 
-        ``doubt`` is 1 less the largest probability, ``wrong`` whether the answer is. ``evidence`` ``(n, S)`` and
-        ``log_p`` ``(n, C)`` of kinds are by what was fitted without the input and its source.
+        ``doubt`` is 1 minus the largest probability; ``wrong`` says whether the answer is wrong. ``evidence``
+        ``(n, S)`` and ``log_p`` ``(n, C)`` of kinds come from fits without the input and its source.
         """
         classes = log_p.shape[1]
         counts, errors = (torch.bincount(kinds[rows], minlength=classes)[:classes] for rows in (kinds >= 0, wrong))
-        # By Laplace's rule, so that few inputs make nothing certain.
+        # Laplace's rule keeps a few inputs from making a rate 0 or 1.
         rates = (torch.arange(classes, device="cpu") > 0) * (errors + 1).to(evidence.dtype) / (counts + 2)
         return cls(rates=rates, cause=NoisyOr.fit(doubt, misleading(evidence, log_p, rates), wrong, kinds > 0))
 
     def forward(self, doubt: Tensor, evidence: Tensor, log_p: Tensor) -> Tensor:
-        """Probabilities ``(B,)`` from ``(B,)``, ``(B, S)`` and ``(B, C)``; 1 where one is no number."""
+        """Return probabilities ``(B,)`` from ``(B,)``, ``(B, S)`` and ``(B, C)``; 1 instead of NaN."""
         p: Tensor = self.cause(doubt, misleading(evidence, log_p, self.rates))
         return p
 
     def raised(self, doubt: Tensor, evidence: Tensor, log_p: Tensor) -> Tensor:
-        """By how much each source raises the risk ``(B, S)``: without its evidence it would be so much less."""
+        """Return by how much each source raises the risk, ``(B, S)``: the risk minus that without its evidence."""
         evidence = misleading(evidence, log_p, self.rates)
         columns = torch.arange(evidence.shape[1], device=evidence.device)
         without = [self.cause(doubt, torch.where(columns == k, 0.0, evidence)) for k in range(len(columns))]
@@ -108,7 +108,7 @@ class Risk(Fitted):
 
 
 def misleading(evidence: Tensor, log_p: Tensor, rates: Tensor) -> Tensor:
-    """``evidence`` ``(B, S)`` with the odds of an error, as kinds of challenge go, in place of the classifier's."""
+    """Return ``evidence`` ``(B, S)`` with the classifier's replaced by log(1 + odds of an error by kinds / `FLOOR`)."""
     if not len(rates):
         return evidence
     wrong = log_p.exp() @ rates
@@ -116,7 +116,7 @@ def misleading(evidence: Tensor, log_p: Tensor, rates: Tensor) -> Tensor:
 
 
 def doubt(log_probabilities: Tensor) -> Tensor:
-    """The sum of all probabilities but the largest ``(B,)``, float64, from ``(B, N)``: exact where it is tiny, too."""
+    """Return the sum of all probabilities but the largest, ``(B,)``, float64, from ``(B, N)``: exact even if tiny."""
     log_p = log_probabilities.double()
     others = torch.arange(log_p.shape[1], device=log_p.device) != log_p.argmax(-1, keepdim=True)
     return torch.where(others, log_p, -torch.inf).logsumexp(-1).exp()

@@ -1,7 +1,7 @@
 """Fitted modules on disk: safetensors with JSON metadata and a digest over every byte. No pickle, no code.
 
-The metadata of the ``.safetensors`` have one entry, ``fastgrad``, a JSON text with the SHA-256 of the whole file,
-computed with 64 zeros in its own place, the format number, the description of the modules
+The metadata of the ``.safetensors`` has one entry, ``fastgrad``, a JSON text. It holds the SHA-256 of the whole file
+(computed with 64 zeros in its place), the format number, the description of the modules
 (`fastgrad.scores.fitted.Fitted.spec`), and whatever else the caller stores.
 """
 
@@ -52,7 +52,7 @@ def save(path: str | os.PathLike[str], modules: Mapping[str, Fitted], extra: Map
 
 
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, Fitted], dict[str, Any]]:
-    """Modules and extras of a file; ValueError if `save` did not write it, or another version, or it was changed."""
+    """Return modules and extras of a file; ValueError if it was changed, or not written by `save` of this format."""
     from safetensors import SafetensorError
     from safetensors.torch import load as deserialise
 
@@ -79,7 +79,7 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Fitted], dict[str, Any
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of a network's parameters and buffers: names, shapes, dtypes and bytes."""
+    """Return the SHA-256 of a network's parameters and buffers: names, shapes, dtypes and bytes."""
     digest = hashlib.sha256()
     for name, value in sorted(original(model).state_dict().items()):
         if isinstance(value, Tensor):

@@ -37,7 +37,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
 
     Its input is row k of the last layer's gradient for contrast class k, for all k: ``delta^(k)_k h``, N*D numbers.
     The source is Prabhushankar and AlRegib, "Introspective Learning", 2022. Give these rows, or ``{"features": h,
-    "logits": z}``: then `fastgrad.contrast_rows_linear` computes the first layer, and the rows are never stored.
+    "logits": z}``, for which `fastgrad.contrast_rows_linear` computes the first layer without storing the rows.
 
     The defaults are the published shape: three linear layers with sigmoids, N*D-300-100-N, which for D = 64
     and N = 10 is 640-300-100-10.
@@ -46,20 +46,20 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         hidden: Widths of the hidden layers.
         activation: ``"sigmoid"``, ``"tanh"`` or ``"relu"``.
         loss: The loss whose contrast rows are formed from features and logits.
-        learning_rate: Of AdamW.
-        weight_decay: Of AdamW.
-        batch_size: Samples in a step.
-        max_epochs: Passes over the data, at most.
+        learning_rate: Learning rate of AdamW.
+        weight_decay: Weight decay of AdamW.
+        batch_size: Samples per step.
+        max_epochs: Largest number of passes over the data.
         patience: Epochs without improvement before training stops.
         validation_fraction: Share of samples held out to decide when to stop; 0 watches the training loss.
-        device: Where to train, ``"cpu"`` or ``"cuda"``; the fitted network lies on the CPU.
+        device: Where to train, ``"cpu"`` or ``"cuda"``; the fitted network is on the CPU.
         verbose: Whether to show a progress bar.
         random_state: Seed of the initial weights, the split and the order of the samples.
 
     Attributes:
         classes_: The labels.
         network_: The fitted `IntrospectiveNetwork`, its logits divided by ``temperature_``.
-        temperature_: What `calibrate` found; 1 before.
+        temperature_: The temperature that `calibrate` found; 1 before.
         history_: The watched loss of every epoch.
     """
 
@@ -99,8 +99,8 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         Args:
             R: Rows ``(B, N*D)`` or ``(B, N, D)``, or ``{"features": (B, D), "logits": (B, N)}``.
             y: Labels ``(B,)``.
-            groups: ``(B,)``, integers of sources, such as a clean image and its challenges: those of one source are
-                either trained on or decide when to stop. Negative ones and None: each sample its own.
+            groups: ``(B,)``, the source of each sample as an integer; a clean image and its challenges share one.
+                Samples of one source are all trained on or all held out. Negative or None: a source of its own.
 
         Raises:
             ValueError: A parameter is out of range, or shapes of R, y and groups do not fit.
@@ -117,7 +117,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         sources = np.unique(checks.groups_of(groups, len(codes)), return_inverse=True)[1]
         place = np.argsort(random.permutation(sources.max() + 1))[sources]
         order = torch.from_numpy(np.argsort(place, kind="stable"))
-        # Some source is trained on, however few there are.
+        # At least one source is trained on.
         held_out = int((place < min(round(self.validation_fraction * (sources.max() + 1)), sources.max())).sum())
         # A handful of held-out samples says nothing about when to stop.
         held_out = held_out if held_out >= 20 else 0
@@ -132,7 +132,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         return self
 
     def calibrate(self, R: ArrayLike | Pairs, y: ArrayLike) -> IntrospectiveClassifier:
-        """Calibrate the probabilities by a temperature (`fastgrad.scores.Temperature`); return the classifier itself.
+        """Calibrate the probabilities by a temperature (`fastgrad.scores.temperature`); return the classifier itself.
 
         The network and the classifier are more certain of their training samples, so give samples that neither was
         trained on. The temperature becomes part of ``network_``; the predicted labels stay as they are.
@@ -196,8 +196,8 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
             raise ValueError(f"device must be one that PyTorch computes on; it was {self.device!r}: {error}") from error
 
     def _inputs(self, R: ArrayLike | Pairs, *, reset: bool) -> Inputs:
-        """R as one tensor of rows or as features and logits, float64."""
-        # One of SciPy's sparse formats is a dictionary.
+        """Return R as one tensor of rows or as features and logits, float64."""
+        # One of SciPy's sparse formats is a dictionary, too.
         if isinstance(R, Mapping) and not issparse(R):
             if set(R) != {"features", "logits"}:
                 raise ValueError(f"R must have the entries 'features' and 'logits'; it had {list(R)}")
@@ -230,10 +230,10 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
     def _train(
         self, inputs: Inputs, targets: Tensor, chosen: Tensor, watched: Tensor, seed: int
     ) -> tuple[list[Tensor], list[float]]:
-        """Train on the samples ``chosen``; those ``watched`` decide when to stop.
+        """Train on the ``chosen`` samples; the ``watched`` ones decide when to stop.
 
-        Gives weights and biases in turn of the best epoch, the rows' standardisation inside the first layer, and the
-        watched loss of every epoch: the training loss itself where no samples are watched.
+        Return the best epoch's weights and biases in turn, with the rows' standardisation inside the first layer, and
+        the watched loss of every epoch, which is the training loss if no samples are watched.
         """
         device, generator = torch.device(self.device), torch.Generator().manual_seed(seed)
         mean, scale = (value.float() for value in network.mean_and_scale(inputs, self.loss))
@@ -275,7 +275,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
 
     @torch.no_grad()
     def _logits(self, R: ArrayLike | Pairs) -> Array:
-        """Class logits ``(B, classes)``; a wide first layer runs in float32."""
+        """Return class logits ``(B, classes)``; a wide first layer runs in float32."""
         network_, inputs = self.to_module(), self._inputs(R, reset=False)
         wide = network_.get_buffer("weight0").numel() > _DOUBLE_LIMIT
         parts = zip(*(torch.split(value.float() if wide else value, network.CHUNK) for value in inputs), strict=True)
@@ -284,6 +284,6 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
 
 
 def _folded(parameters: list[Tensor], mean: Tensor, scale: Tensor) -> list[Tensor]:
-    """The parameters with the standardisation inside the first layer."""
+    """Return the parameters with the standardisation inside the first layer."""
     weight = parameters[0] / scale
     return [weight, parameters[1] - weight @ mean, *parameters[2:]]

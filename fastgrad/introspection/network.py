@@ -33,9 +33,9 @@ class IntrospectiveNetwork(Fitted):
     """
 
     def forward(self, rows: Tensor, logits: Tensor | None = None) -> Tensor:
-        """Class logits ``(B, classes)`` of ``rows`` ``(B, N*D)`` or ``(B, N, D)``, in the rows' dtype.
+        """Return class logits ``(B, classes)`` of ``rows`` ``(B, N*D)`` or ``(B, N, D)``, in the rows' dtype.
 
-        With ``logits`` ``(B, N)`` the first argument is the features ``(B, D)`` that make the rows.
+        With ``logits`` ``(B, N)``, the first argument is the features ``(B, D)`` from which the rows are made.
         """
         names = [f"{kind}{index}" for index in range(self.options["layers"]) for kind in ("weight", "bias")]
         parameters = [self.get_buffer(name).to(rows.dtype) for name in names]
@@ -44,13 +44,13 @@ class IntrospectiveNetwork(Fitted):
             return class_logits(parameters, inputs, self.options["activation"], self.options["loss"])
 
     def answer(self, features: Tensor, logits: Tensor) -> Tensor:
-        """Class logits from ``features`` alone where it was fitted on them, else from the rows."""
+        """Return class logits from ``features`` alone if the network was fitted on them, else from contrast rows."""
         alone = self.get_buffer("weight0").shape[1] == features.shape[-1]
         return self.forward(features, None if alone else logits)
 
 
 def class_logits(parameters: Sequence[Tensor], inputs: Inputs, activation: str, loss: str) -> Tensor:
-    """Class logits ``(B, classes)`` of rows ``(B, N*D)``, or of features and logits, whose rows are never stored.
+    """Return class logits ``(B, classes)`` of rows ``(B, N*D)``, or of features and logits without storing rows.
 
     ``parameters`` are weights and biases in turn.
     """
@@ -65,7 +65,7 @@ def class_logits(parameters: Sequence[Tensor], inputs: Inputs, activation: str, 
 
 
 def new_layers(sizes: list[int], activation: str, seed: int) -> list[Tensor]:
-    """Weights and biases in turn for layers of the given sizes, from a seed."""
+    """Return random weights and zero biases in turn for layers of the given sizes, from a seed."""
     generator = torch.Generator().manual_seed(seed)
     parameters: list[Tensor] = []
     for index, (inputs, outputs) in enumerate(pairwise(sizes)):
@@ -77,10 +77,10 @@ def new_layers(sizes: list[int], activation: str, seed: int) -> list[Tensor]:
 
 
 def mean_and_scale(inputs: Inputs, loss: str) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation ``(F,)`` of the rows, the latter 1 where the column is constant.
+    """Return mean and standard deviation ``(F,)`` of the rows, the latter 1 for constant columns.
 
-    Of features and logits they need no rows: the entry of class k and feature j is d_k h_j, so over a batch its sum is
-    (d^T h)[k, j] and the sum of its squares (d*d)^T (h*h).
+    Features and logits suffice, without rows: the entry of class k and feature j is d_k h_j. So over a batch its sum is
+    (d^T h)[k, j], and the sum of its squares is this entry of (d*d)^T (h*h).
     """
     total = squares = torch.zeros(1, dtype=torch.float64, device="cpu")
     for rows, *logits in zip(*(torch.split(value.double(), CHUNK) for value in inputs), strict=True):

@@ -1,4 +1,4 @@
-"""Fitted parts as modules: arrays and options in, an ``nn.Module`` that can be traced, moved and stored.
+"""Make a fitted part, from its arrays and options, an ``nn.Module`` that can be traced, moved and stored.
 
 A fitted detector is then one graph for `torch.export` and one state dictionary for safetensors.
 """
@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 
 def as_buffer(values: object) -> Tensor:
-    """``values`` as a float64 tensor with memory of its own, for a buffer."""
+    """Return ``values`` as a float64 tensor with its own memory, for a buffer."""
     return torch.from_numpy(np.array(values, dtype=np.float64))
 
 
 class Fitted(nn.Module):
     """A module whose whole state is named tensors, JSON options and other `Fitted` children.
 
-    Arguments become buffers (tensors), children (modules) or ``options`` (anything JSON can hold): a subclass is stored
-    and restored without code of its own. Buffers keep their dtype when the module is moved: a detector inside a
+    Arguments become buffers (tensors), children (modules) or ``options`` (anything JSON can hold), so a subclass needs
+    no code of its own to be stored and restored. Buffers keep their dtype when the module is moved: a detector inside a
     half-precision network still scores in float64.
     """
 
@@ -40,7 +40,7 @@ class Fitted(nn.Module):
         self.options: dict[str, Any] = {}
         for name, value in parts.items():
             if isinstance(value, Tensor):
-                # One memory layout before and after storage: products round alike. What was learned needs no gradients.
+                # With one memory layout, products round alike before and after storage. Fitted values need no gradient.
                 self.register_buffer(name, value.detach().contiguous())
             elif isinstance(value, nn.Module):
                 self.add_module(name, value)
@@ -57,7 +57,7 @@ class Fitted(nn.Module):
         return self
 
     def spec(self) -> dict[str, Any]:
-        """What JSON must hold to rebuild this module around its stored tensors."""
+        """Return what JSON must hold for `rebuild` to restore this module around its stored tensors."""
         return {
             "kind": type(self).__name__,
             "options": self.options,
@@ -74,7 +74,7 @@ class Sequence(Fitted):
 
 
 def rebuild(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str = "") -> Fitted:
-    """The module of a `Fitted.spec` around ``tensors``; ValueError for an unknown kind."""
+    """Return the module that a `Fitted.spec` describes, with its ``tensors``; ValueError for an unknown kind."""
     kind = Fitted.kinds.get(str(spec.get("kind")))
     if kind is None:
         raise ValueError(f"the stored estimator has an unknown part {spec.get('kind')!r}")

@@ -26,12 +26,12 @@ class GaussianMixture(Fitted):
 
     @classmethod
     def fit(cls, rows: NDArray[np.float64], components: int) -> GaussianMixture:
-        """From ``rows`` ``(n, d)`` of unit variance; a hundredth of it is added to every variance."""
+        """Fit on ``rows`` ``(n, d)`` of unit variance; a hundredth is added to every variance."""
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.mixture import GaussianMixture as Mixture
 
         mixture = Mixture(components, reg_covar=1e-2, random_state=0, max_iter=200, tol=1e-3)
-        # Of equal rows, or more rounds to go: the density is one all the same.
+        # Raised for equal rows, or if more iterations would help; the result is a density in any case.
         with checks.without_warnings(ConvergenceWarning):
             mixture.fit(rows)
         factors = as_buffer(mixture.precisions_cholesky_)
@@ -40,7 +40,7 @@ class GaussianMixture(Fitted):
         return cls(means=as_buffer(mixture.means_), factors=factors, constants=constants)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Scores ``(B,)`` of ``rows`` ``(B, d)``."""
+        """Return scores ``(B,)`` of ``rows`` ``(B, d)``."""
         centred = rows.unsqueeze(0) - self.means.unsqueeze(1)
         distance = torch.bmm(centred, self.factors).square().sum(-1)
         return -torch.logsumexp(self.constants.unsqueeze(1) - 0.5 * distance, 0)

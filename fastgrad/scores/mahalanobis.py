@@ -1,4 +1,4 @@
-"""Mahalanobis distance with a shrunk covariance, in few dimensions or in many more than there are samples."""
+"""Mahalanobis distance with a shrunk covariance, also for more dimensions than samples."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from fastgrad.scores.fitted import Fitted, as_buffer
 
-#: Leading directions that have a variance of their own. From 16 to 400 of them the AUROC of photographs was the same to
-#: .002, of EfficientNet-Lite1 and Lite2; each costs time with every input.
+#: Leading directions with a variance of their own. On photographs, with EfficientNet-Lite1 and Lite2, 16 to 400 of them
+#: gave the same AUROC within .002; each costs time for every input.
 DIRECTIONS = 32
 
 
 class Mahalanobis(Fitted):
-    """Squared Mahalanobis distance to the mean, its covariance shrunk towards a multiple of the identity.
+    """Squared Mahalanobis distance to the mean, with the covariance shrunk towards a multiple of the identity.
 
     With the sample covariance's eigenvalues ``lambda_i``, their mean m over all d columns, directions ``v_i`` and
     the shrinkage rho of Ledoit and Wolf ("A well-conditioned estimator for large-dimensional covariance
@@ -23,8 +23,8 @@ class Mahalanobis(Fitted):
 
         ``s(z) = sum_i w_i (v_i z)^2 + w (||z||^2 - sum_i (v_i z)^2)``, ``w_i = 1 / ((1 - rho) lambda_i + rho m)``,
 
-    z being the row minus the mean. The second term holds all directions but the r leading ones; they share the
-    mean of their eigenvalues (Tipping and Bishop, "Probabilistic principal component analysis", 1999).
+    where z is the row minus the mean. The second term covers the directions after the r leading ones, which all get
+    the mean of their eigenvalues (Tipping and Bishop, "Probabilistic principal component analysis", 1999).
     """
 
     mean: Tensor  # (d,)
@@ -34,14 +34,14 @@ class Mahalanobis(Fitted):
 
     @classmethod
     def fit(cls, rows: NDArray[np.float64], directions: int = DIRECTIONS) -> Mahalanobis:
-        """From clean rows ``(n, d)``; at most so many directions."""
+        """Fit on clean rows ``(n, d)``, with at most so many ``directions``."""
         values = as_buffer(rows)
         d = values.shape[1]
         mean = values.mean(0)
         centred = values - mean
         variances, leading = principal(centred, directions)
         rho, average = shrinkage(variances, centred)
-        # Where nothing varies, any scale does.
+        # If nothing varies, any scale will do.
         floor = max(rho * average, 1e-10 * float(variances[0])) or 1.0
         rank = leading.shape[1]
         outside = (d * average - variances[:rank].sum()).clamp(min=0) / max(1, d - rank)
@@ -54,7 +54,7 @@ class Mahalanobis(Fitted):
         )
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Scores ``(B,)`` of ``rows`` ``(B, d)``, float64."""
+        """Return scores ``(B,)`` of ``rows`` ``(B, d)``, float64."""
         centred = rows - self.mean
         squares = (centred @ self.directions).square()
         outside = (centred.square().sum(-1) - squares.sum(-1)).clamp(min=0)
@@ -62,17 +62,17 @@ class Mahalanobis(Fitted):
 
 
 def principal(centred: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Eigenvalues ``(min(n, d),)`` and leading eigenvectors ``(d, r)`` of ``centred^T centred / n``, largest first.
+    """Return eigenvalues ``(min(n, d),)`` and leading eigenvectors ``(d, r)`` of ``centred^T centred / n``, descending.
 
-    They come from the products of rows where those are fewer than the columns. Each vector's largest entry is positive,
-    so that the same rows give the same directions. Those without variance beyond rounding are left out: r is from 1 to
+    If there are fewer rows than columns, they come from products of rows. Each vector's largest entry is positive, so
+    that the same rows give the same directions. Directions whose variance is only rounding are left out: r is from 1 to
     ``rank``. ``centred`` ``(n, d)`` has mean zero.
     """
     n, d = centred.shape
     wide = d > n
     values, vectors = torch.linalg.eigh((centred @ centred.T if wide else centred.T @ centred) / n)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    # An eigenvalue is known to some eps of the largest one.
+    # Eigenvalues are accurate to some eps of the largest one.
     known = int((values > 10 * max(n, d) * torch.finfo(values.dtype).eps * values[0]).sum())
     vectors = vectors[:, : max(1, min(rank, known))]
     if wide:
@@ -82,10 +82,10 @@ def principal(centred: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def shrinkage(values: Tensor, centred: Tensor) -> tuple[float, float]:
-    """Rho in [0, 1] and m, the mean variance, by which a covariance S is shrunk as by Ledoit and Wolf (2004).
+    """Return rho in [0, 1] and the mean variance m for shrinking a covariance S as Ledoit and Wolf (2004) do.
 
-    ``(1 - rho) S + rho m I`` is nearest to the true covariance in expected Frobenius norm. The trace of ``S^2`` is the
-    sum of its squared eigenvalues, the ``values`` of `principal` of the rows ``centred`` ``(n, d)``: S is not needed.
+    ``(1 - rho) S + rho m I`` is nearest to the true covariance in expected Frobenius norm. ``values`` are the
+    eigenvalues of S from `principal` for the rows ``centred`` ``(n, d)``: their squares sum to the trace of ``S^2``.
     """
     n, d = centred.shape
     mean = float(values.sum()) / d

@@ -1,4 +1,4 @@
-"""From a block to rows for a score: order by logit rank, logarithm, standardisation, projection."""
+"""Turn a block into rows for a score: order by logit rank, logarithm, standardisation, projection."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fastgrad.ops.dispatch import full_precision
 from fastgrad.scores.fitted import Fitted
 from fastgrad.scores.mahalanobis import principal
 
-#: Squared norms that underflowed to zero get the logarithm of this: they stay extreme without being infinite.
+#: Squared norms that underflowed to zero get the logarithm of this value: it is extreme, but finite.
 SMALLEST = float(np.finfo(np.float32).tiny)
 _EPS = float(np.finfo(np.float32).eps)
-# Rounding of what a float32 network computes, relative: some units in the last place.
+# Relative rounding error of what a float32 network computes: some units in the last place.
 _ROUNDING = 8 * _EPS
-#: Projections of blocks with more columns are held, and multiplied, in float32: nothing cancels in them.
+#: Projections of blocks with more columns than this are stored and multiplied in float32: nothing cancels in them.
 WIDE = 1024
-# Variation of clean data below so many times their rounding, a hundredth of the values, is not magnified to variance 1.
+# Clean data that vary by less than so many times their rounding, 1 % of the values, are not scaled up to variance 1.
 _LEAST = 1e4
 
 
@@ -29,16 +29,16 @@ class Rows(Fitted):
     """Rows ``(B, d)`` for a score, from the named blocks.
 
     Options: ``block``, the block's name; ``rank``, whether to order its class axis by logit rank, and ``by_logits``,
-    whether by the block of logits or else by the norms of the last parameter; ``log``, whether to take logarithms;
-    ``top``, how many of the largest entries to keep, in falling order (0 for all, as they come); ``clip``, where
-    standardised values are cut, None for nowhere; ``beside``, how many of the columns, evenly spaced, stand at most
-    beside their projection, with a weight that gives all of them together the variance of the projection.
+    whether by the block of logits instead of the norms of the last parameter; ``log``, whether to take logarithms;
+    ``top``, how many of the largest entries to keep, in descending order (0: all, in their own order); ``clip``, the
+    limit of standardised values, or None; ``beside``, the largest number of columns, evenly spaced, to append to the
+    projection, weighted so that together they have its variance.
     """
 
     mean: Tensor  # (d,), of the clean rows after the logarithm
     scale: Tensor  # (d,)
     projection: Tensor  # (d, e)
-    shift: Tensor  # (e,), what a clean row's projection is on average
+    shift: Tensor  # (e,), the mean projection of the clean rows
 
     @classmethod
     def fit(
@@ -55,16 +55,16 @@ class Rows(Fitted):
         dimensions: int | None = None,
         beside: int = 0,
     ) -> Rows:
-        """From clean ``blocks``; ``norms``: of squared norms; ``dimensions``: so many whitened principal components."""
+        """Fit on clean ``blocks``, squared norms if ``norms``; ``dimensions``: at most so many whitened components."""
         rows = cls(block=block, rank=rank, log=log, top=top, by_logits="logits" in blocks, clip=clip, beside=beside)
         flat = rows.flat({name: as_tensor(array) for name, array in blocks.items()})
         mean, scale = torch.zeros_like(flat[0]), torch.ones_like(flat[0])
-        # Squared norms are logarithms by now: a relative error became an absolute one, stored once more.
+        # Of squared norms, the logarithm turns the relative error into an absolute one; storing it rounds once more.
         size = flat.abs().mean(0)
         rounding = _ROUNDING + _EPS * size if norms else _ROUNDING * size
         if standardise:
             mean, spread = flat.mean(0), flat.std(0, correction=0)
-            # A constant column says nothing while it stays constant; any change then counts in its own unit.
+            # A constant column carries no information until it changes; such a change counts in the column's own unit.
             scale = torch.where(
                 spread > 1e-12 * (1 + mean.abs()), spread.maximum(_LEAST * rounding), torch.ones_like(spread)
             )
@@ -79,13 +79,13 @@ class Rows(Fitted):
         return rows
 
     def flat(self, blocks: Mapping[str, Tensor]) -> Tensor:
-        """The block before standardisation, ``(B, d)``."""
+        """Return the block before standardisation, ``(B, d)``."""
         values = blocks[self.options["block"]].double()
         if self.options["rank"]:
-            # Signals, classes, parameters: the classes in the order of falling logits, so that no column is one class.
+            # (B, signals, classes, parameters), with classes by descending logit, so that no column is one class.
             values = values if values.dim() == 4 else values.unsqueeze(1)
             values = values if values.dim() == 4 else values.unsqueeze(-1)
-            # The last parameter is as a rule the last layer's bias, whose norm falls as the contrast's logit rises.
+            # The last parameter is usually the last layer's bias, whose norm falls as the contrast's logit rises.
             logits = blocks["logits"].double() if self.options["by_logits"] else -values[:, -1, :, -1]
             order = torch.argsort(logits, dim=-1, descending=True, stable=True)
             values = torch.gather(values, 2, order[:, None, :, None].expand_as(values))
@@ -97,7 +97,7 @@ class Rows(Fitted):
         return values
 
     def standardised(self, flat: Tensor) -> Tensor:
-        """Rows of `flat` ``(B, d)`` in units of the clean ones."""
+        """Standardise the rows ``(B, d)`` of `flat` by the mean and scale of the clean ones."""
         if flat.shape[1:] != self.mean.shape:
             raise ValueError(
                 f"the block {self.options['block']!r} must have as many entries a sample as in the detector's fit, "
@@ -108,12 +108,12 @@ class Rows(Fitted):
         return rows if clip is None else clipped(rows, clip)
 
     def of(self, blocks: Mapping[str, Array]) -> Array:
-        """The rows of arrays."""
+        """Return the rows of blocks that are arrays."""
         result: Array = self({name: as_tensor(array) for name, array in blocks.items()}).numpy()
         return result
 
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
-        """Rows ``(B, d)``, ``(B, e)``, or ``(B, e + c)`` with c columns beside the projection, float64."""
+        """Return rows ``(B, d)``, ``(B, e)``, or ``(B, e + c)`` with c columns beside the projection, float64."""
         rows = self.standardised(self.flat(blocks))
         if "projection" not in self._buffers:
             return rows
@@ -126,22 +126,22 @@ class Rows(Fitted):
 
 
 def as_tensor(array: Array) -> Tensor:
-    """``array`` as a tensor, copied only where it is read-only memory or runs backwards."""
+    """Return ``array`` as a tensor, copied only if it is read-only or has negative strides."""
     return torch.from_numpy(array if array.flags.writeable and min(array.strides) >= 0 else array.copy())
 
 
 def clipped(rows: Tensor, limit: float) -> Tensor:
-    """``rows`` within ``limit`` of 0; infinity, which no network means, becomes NaN instead of the limit."""
+    """Clip ``rows`` to within ``limit`` of 0; infinity, a failure and not a large value, becomes NaN instead."""
     return torch.where(rows.isinf(), torch.nan, rows.clamp(-limit, limit))
 
 
 def whitening(rows: Tensor, dimensions: int, rounding: Tensor) -> Tensor:
-    """Projection ``(d, e)`` of standardised ``rows`` on principal components, each of unit variance.
+    """Return the projection ``(d, e)`` of standardised ``rows`` on principal components, each of unit variance.
 
     Components in which the rows vary by little more than their ``rounding`` ``(d,)`` are left out.
     """
     values, directions = principal(rows - rows.mean(0), dimensions)
-    # Variances as statisticians count them: n - 1 degrees of freedom.
+    # Unbiased variances, with n - 1 degrees of freedom.
     spread = (values[: directions.shape[1]] * len(rows) / max(1, len(rows) - 1)).sqrt()
     noise = (directions.square().T @ rounding.square()).sqrt()
     keep = spread > (_LEAST * noise).clamp(min=1e-6 * max(float(spread[0]), 1e-300))
