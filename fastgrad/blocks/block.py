@@ -1,7 +1,8 @@
 """The base class of blocks: features that a detector reads from an input, with their price and one-class scores.
 
-A block says which modules of the network it reads and which gradients it needs; all blocks share one forward pass. It
-also says which one-class scores can be fitted on its tensor, and what the challenge classifier sees of it.
+A block says which modules of the network it reads and which gradients it needs; all blocks share one forward pass, and
+`View` makes a second one. A block also says which one-class scores can be fitted on its tensor, and what the challenge
+classifier sees of it.
 """
 
 from __future__ import annotations

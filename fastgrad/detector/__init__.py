@@ -3,19 +3,19 @@
 The method in fifteen lines, a module or function each:
 
 1.  `collect.draw`: draw clean inputs uniformly from the whole loader, in one pass.
-2.  `price`: take the preset's blocks that the network can serve, and drop the last ones until the rest fits the budget.
-3.  `collect.read`: read the blocks of each clean input from its forward pass.
-4.  `collect.generated_batches`: generate challenges from the clean inputs, and read the same blocks from them.
-5.  `calibrate.deal`: deal clean inputs into folds; a challenge goes with the input that it was made from.
-6.  `calibrate.fit_scores`: score each block by a one-class model of the clean inputs outside a fold.
-7.  `challenge_classifier`: fit one linear classifier of clean inputs and kinds of challenge on the same rows.
-8.  `calibrate.fit_detector`: apply both to the fold left out, and fit them once more on all folds.
-9.  `fastgrad.scores.conformal`: turn a score into a p-value, the chance that a clean input left out scores as high.
-10. `DetectorModule.evidence`: cap -log p; that of the challenge classifier counts three times.
-11. `DetectorModule.explain`: sum the evidence; the uncertainty is -log of its p-value among clean inputs left out.
-12. `fastgrad.scores.temperature`: calibrate the probabilities on labels of clean inputs.
-13. `risk`: an answer is wrong because the network is unsure, or because the input misleads it. How far the evidence and
+2.  `collect.read`: read the preset's blocks that the network can serve, from each clean input's forward pass.
+3.  `collect.generated_batches`: generate challenges from the clean inputs, and read the same blocks from them.
+4.  `calibrate.deal`: deal clean inputs into folds; a challenge goes with the input that it was made from.
+5.  `calibrate.fit_scores`: score each block by a one-class model of the clean inputs outside a fold.
+6.  `challenge_classifier`: fit one linear classifier of clean inputs and kinds of challenge on the same rows.
+7.  `calibrate.fit_detector`: apply both to the fold left out, and fit them once more on all folds.
+8.  `fastgrad.scores.conformal`: turn a score into a p-value, the chance that a clean input left out scores as high.
+9.  `DetectorModule.evidence`: cap -log p; that of the challenge classifier counts three times.
+10. `DetectorModule.explain`: sum the evidence; the uncertainty is -log of its p-value among clean inputs left out.
+11. `fastgrad.scores.temperature`: calibrate the probabilities on labels of clean inputs.
+12. `risk`: an answer is wrong because the network is unsure, or because the input misleads it. How far the evidence and
     the kind of challenge point to the second is learned from inputs and challenges, by fits without each.
+13. `price`: measure an answer; drop the last block and repeat from step 4 until it fits the budget.
 14. `report`: say what was read, drawn and dropped, the price, and on demand what each block adds on kinds left out.
 15. `storage`: save everything that was fitted as named tensors, in one file without code.
 """
