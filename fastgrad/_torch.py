@@ -129,6 +129,21 @@ def saves_elsewhere() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+@contextlib.contextmanager
+def saving_plainly() -> Iterator[None]:
+    """While it lasts, saved tensors go through no hooks of the caller. Without, a checkpoint would count a trial's."""
+    autograd: Any = torch._C._autograd
+    hooks = []
+    while pair := autograd._top_saved_tensors_default_hooks(True):
+        hooks.append(pair)
+        autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
 def storage_key(tensor: Tensor) -> int:
     """Return a key of a tensor's storage, also for fake tensors. Without it, views would count as separate memory."""
     return int(tensor.untyped_storage()._cdata)

@@ -5,15 +5,16 @@ None of the samples may change what the model does with another.
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastgrad._torch import saving_plainly
 from fastgrad.batches import take
 from fastgrad.engine.backward import backward_signals
 from fastgrad.engine.fallback import agree
@@ -193,10 +194,12 @@ class Trial:
         with self._undone(inputs) as inputs:
             return Observation(self._network, inputs, count, **options)
 
-    def _undone(self, inputs: Any) -> AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def _undone(self, inputs: Any) -> Iterator[Any]:
         """`undone` of a pass that begins as the call does: an earlier one may have filled a cache that copies share."""
         self._objects.restore()
-        return undone(self._network.model, inputs, self._copies)
+        with saving_plainly(), undone(self._network.model, inputs, self._copies) as inputs:
+            yield inputs
 
     def _backward(self, seen: Observation, cotangents: Sequence[Tensor]) -> dict[str, Tensor]:
         """The gradients by name of what was observed. The model is left as it was: a checkpoint runs a part again."""

@@ -86,6 +86,12 @@ def test_batched_gradients_behind_a_checkpoint_around_the_model(model: nn.Sequen
     torch.testing.assert_close(found[1], found[0])
 
 
+def test_a_first_call_within_a_checkpoint(model: nn.Sequential) -> None:
+    """The passes that plan it are no part of the checkpoint."""
+    found = recorded(model, lambda: F.cross_entropy(checkpoint(model, X, use_reentrant=False), Y, reduction="sum"))
+    assert_close(found, loop(model))
+
+
 def test_a_branch_on_what_is_trained() -> None:
     def trained(net: Any, x: Tensor) -> Tensor:
         return net.layer(x) + x @ net.scale if net.scale.requires_grad else net.layer(x)
