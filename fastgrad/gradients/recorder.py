@@ -95,6 +95,8 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
             raise ValueError("model must not be compiled in place (model.compile()); compile its parts instead")
         #: Those whose graph lives, and the latest.
         self.calls: list[_Call] = []
+        #: Numbers of the operations of calls that ``torch.func`` transforms, which have no probes.
+        self.transformed: list[range] = []
         #: For each time that it was entered and not left, the thread's recordings and the modules redirected.
         self._entered: list[tuple[list[record], list[nn.Module]]] = []
 
@@ -121,6 +123,7 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         stack, modules = self._entered.pop()
         stack.remove(self)
         self.calls.clear()
+        self.transformed.clear()
         with _lock:
             for module in modules:
                 redirect, count = _open.pop(id(module))
@@ -163,6 +166,15 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         self.calls.append(_Call(keys, weakref.ref(run), outputs, samples, numbers, range(first, run.first)))
         return output
 
+    def _call_transformed(self, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Run a call without probes and note its operations, those of modules inside as part of them."""
+        first = next_number()
+        output = forward(*args, **kwargs)
+        while self.transformed and self.transformed[-1].start >= first:
+            self.transformed.pop()
+        self.transformed.append(range(first, next_number()))
+        return output
+
 
 def _dispatch(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
     for recording in reversed(_active.stack):
@@ -171,7 +183,7 @@ def _dispatch(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
                 break
             # A compiler that follows this call takes the look at transforms for one of them.
             if not torch.compiler.is_compiling() and is_transformed():
-                break
+                return recording._call_transformed(forward, args, kwargs)
             # torch.compile cannot follow a recorded call, which builds modules.
             return outside_of_compilation(recording._call)(module, args, kwargs)
     return forward(*args, **kwargs)
@@ -205,9 +217,10 @@ def grad_sqnorm(
     Raises:
         RuntimeError: Outside of ``record``, or if no recorded call leads to ``outputs``.
         ValueError: If a parameter is not the recorded model's, took part in several calls, or is used outside of
-            calls as well, other than in a term of its own like a weight decay. Also for a gradient penalty: outputs
-            that depend on gradients (``create_graph=True``) which passed the model. And for a parameter without a
-            layer's rule, if outputs depend on it past what modules return, as by an attribute.
+            calls as well, other than in a term of its own like a weight decay. Also for outputs that depend on calls
+            that ``torch.func`` transforms, and for a gradient penalty: outputs that depend on gradients
+            (``create_graph=True``) which passed the model. And for a parameter without a layer's rule, if outputs
+            depend on it past what modules return, as by an attribute.
     """
     outputs, wanted = checks.tensors("outputs", outputs), checks.tensors("params", params)
     gradients = None if grad_outputs is None else checks.tensors("grad_outputs", grad_outputs)
@@ -248,6 +261,7 @@ def recorded_sqnorms(
     ]
     ruled = {key for keys, site, _, _ in probes if not isinstance(site, RecomputedSite) for key in keys}
     taps = {id(probe) for _, site, probe, _ in probes if isinstance(site, RecomputedSite)}
+    _require_plain(outputs, asked, [numbers for each in recordings for numbers in each.transformed])
     _require_returned(outputs, {key: name for key, name in asked.items() if key not in ruled}, taps, calls)
     sqnorms = probe_grads(
         outputs, [probe for _, _, probe, _ in probes], gradients, batched=batched, keep=keep,
@@ -279,6 +293,18 @@ def recorded_sqnorms(
             shape = (*leading, next(iter(rows), recording.calls[-1].samples))
             by_key[id(p)] = torch.zeros(shape, dtype=compute_dtype(p.dtype), device=p.device)
     return tuple(by_key[id(p)] for p in wanted)
+
+
+def _require_plain(outputs: Sequence[Tensor], names: Mapping[int, str], transformed: Sequence[range]) -> None:
+    """Raise ValueError where ``outputs`` reach one of these parameters in a call that ``torch.func`` transforms."""
+    for node in nodes_behind(outputs) if transformed else ():
+        used = names.keys() & {id(getattr(following, "variable", None)) for following, _ in node.next_functions}
+        if used and any(number_of(node) in numbers for numbers in transformed):
+            raise ValueError(
+                f"outputs must depend on {names[used.pop()]!r} through ordinary calls of the recorded model; they "
+                "reach it in a call that torch.func transforms (vmap, jacrev). Make that in the forward of a module of "
+                "your own, and record this"
+            )
 
 
 def _require_returned(

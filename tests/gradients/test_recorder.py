@@ -92,6 +92,18 @@ def test_a_first_call_within_a_checkpoint(model: nn.Sequential) -> None:
     assert_close(found, loop(model))
 
 
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.jacrev, torch.func.grad])
+def test_a_term_through_a_transformed_call_is_refused(transform: Any) -> None:
+    """It has gradients per sample, and would be left out like a weight decay."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    x, parameters = torch.randn(5, 3), list(model.parameters())
+    with fastgrad.record(model):
+        term = transform(lambda x: model(x).square().sum())(x).square().sum()
+        assert len(fastgrad.grad_sqnorm(model(x).sum() + term.detach(), parameters)) == 4
+        with pytest.raises(ValueError, match=r"torch\.func transforms"):
+            fastgrad.grad_sqnorm(model(x).sum() + term, parameters)
+
+
 def test_a_branch_on_what_is_trained() -> None:
     def trained(net: Any, x: Tensor) -> Tensor:
         return net.layer(x) + x @ net.scale if net.scale.requires_grad else net.layer(x)
