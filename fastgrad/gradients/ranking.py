@@ -51,7 +51,7 @@ class SampleTable:
         return len(self.index)
 
     def sort(self, by: str = "grand", count: int | None = None) -> SampleTable:
-        """Return the rows sorted, the most suspicious first.
+        """Return the rows sorted, the most suspicious first: before all others those with NaN.
 
         Args:
             by: ``"grand"``, ``"el2n"`` or ``"loss"``, largest first; or ``"confidence"``, smallest first.
@@ -63,8 +63,8 @@ class SampleTable:
         checks.one_of("by", by, _KEYS)
         if count is not None:
             checks.at_least(0, count=count)
-        values = getattr(self, by)
-        order = np.argsort(-values if _KEYS[by] else values, kind="stable")[:count]
+        values = -getattr(self, by) if _KEYS[by] else getattr(self, by)
+        order = np.argsort(np.where(np.isnan(values), -np.inf, values), kind="stable")[:count]
         return SampleTable(*(getattr(self, field.name)[order] for field in fields(self)))
 
 

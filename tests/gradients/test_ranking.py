@@ -85,6 +85,14 @@ def test_the_suspicious_come_first(model: nn.Module) -> None:
     assert np.array_equal(by_confidence.label, Y.numpy()[by_confidence.index])
 
 
+@pytest.mark.parametrize("by", ["grand", "el2n", "loss", "confidence"])
+def test_samples_without_numbers_come_first(model: nn.Module, by: str) -> None:
+    x = X[:9].clone()
+    x[7] = torch.nan
+    table = fastgrad.rank_samples(model, [(X[:4], Y[:4]), (x[4:], Y[4:9])], verbose=False)
+    assert table.sort(by, 1).index == [7]
+
+
 def test_one_layer_and_mappings() -> None:
     torch.manual_seed(0)
     model = Net(
