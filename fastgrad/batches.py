@@ -43,10 +43,12 @@ def take(tree: Tree, index: Tensor | slice, samples: int, carriers: Sequence[boo
     carriers = carrying(leaves, samples) if carriers is None else carriers
     for leaf in itertools.compress(leaves, carriers):
         holds_values("inputs with a row for each sample", leaf)
-    rows = [
-        same_class(leaf[index.to(leaf.device) if isinstance(index, Tensor) else index], leaf) if carries else leaf
-        for leaf, carries in zip(leaves, carriers, strict=True)
-    ]
+    # What is one tensor stays one: attention asks whether query and key are the same.
+    cut: dict[int, Any] = {}
+    for leaf in itertools.compress(leaves, carriers):
+        if id(leaf) not in cut:
+            cut[id(leaf)] = same_class(leaf[index.to(leaf.device) if isinstance(index, Tensor) else index], leaf)
+    rows = [cut[id(leaf)] if carries else leaf for leaf, carries in zip(leaves, carriers, strict=True)]
     taken: Tree = pytree.tree_unflatten(rows, spec)
     return taken
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gradient_oracle import loss_norms, relative_error, true_norms
-from small_nets import Net, assert_exact, recorded
+from small_nets import Net, assert_exact, check_losses, recorded
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -102,6 +102,14 @@ def test_a_term_through_a_transformed_call_is_refused(transform: Any) -> None:
         assert len(fastgrad.grad_sqnorm(model(x).sum() + term.detach(), parameters)) == 4
         with pytest.raises(ValueError, match=r"torch\.func transforms"):
             fastgrad.grad_sqnorm(model(x).sum() + term, parameters)
+
+
+def test_one_tensor_given_several_times() -> None:
+    """``nn.MultiheadAttention`` projects in another way where query, key and value are one."""
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(4, 2, batch_first=True).double()
+    x = torch.randn(5, 6, 4, dtype=torch.float64)
+    check_losses(model, lambda x: model(x, x, x)[0].square().sum((1, 2)), x)
 
 
 def test_a_branch_on_what_is_trained() -> None:
