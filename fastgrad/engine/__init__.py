@@ -1,1 +1,1 @@
-"""Running a network so that its squared gradient norms leave the backward pass."""
+"""Run a network so that its backward pass yields squared gradient norms."""

@@ -1,4 +1,4 @@
-"""Sending output gradients back through a forward pass and collecting what its probes yield."""
+"""Backpropagate output gradients through a forward pass and collect the gradients of its probes."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def probe_grads(
     looped: bool = False,
     keep: bool | None = None,
 ) -> list[Tensor | None]:
-    """The gradient of each probe, ``(B, m)``; like `torch.autograd.grad`, but what is not asked for is not computed.
+    """Return the gradient ``(B, m)`` of each probe, as `torch.autograd.grad`, and compute no norms of other probes.
 
-    The pass goes back to the earliest of the probes, which may be of any runs. None for one that the outputs do not
-    depend on. ``batched`` gradients have a leading dimension S, and so has the answer; they go back together, unless
-    they must be `looped`. ``keep`` keeps the graph for another call.
+    The pass goes back to the earliest of the probes, which may belong to several runs. A probe that the outputs do not
+    depend on gives None. ``batched`` gradients have a leading dimension S, and so has the result; they go back
+    together, unless ``looped``. ``keep`` keeps the graph for another call.
     """
     if not probes:
         return []
@@ -64,10 +64,10 @@ def probe_grads(
 
 
 def looped(runs: Iterable[Run], sites: Sequence[Site], output: Tensor) -> bool:
-    """Whether several gradients must go back one after the other, where functorch's batched tensors cannot go.
+    """Whether several gradients must go back one after the other, because functorch's batched tensors cannot be used.
 
-    They cannot be traced with a symbolic batch, nor where a replay differentiates; a replay that compares them must
-    read them; functions of autograd that a checkpoint runs once more may not know them. The rest is tried with plans.
+    They cannot be traced with a symbolic batch, nor where a replay differentiates. A replay that compares gradients
+    must read their values. Autograd functions that a checkpoint repeats may fail on them. Trials find the rest.
     """
     return (
         any(is_symbolic(run.samples) or run.one_by_one or (run.plan and run.plan.looped) for run in runs)
@@ -77,9 +77,9 @@ def looped(runs: Iterable[Run], sites: Sequence[Site], output: Tensor) -> bool:
 
 
 def backward_signals(run: Run, outputs: Sequence[Tensor], gradients: Sequence[Tensor], *, keep: bool = False) -> Tensor:
-    """Send S gradients ``(S, B, ...)`` of each output of a run back, for squared norms of its plan's parameters.
+    """Send S gradients ``(S, B, ...)`` of each output of a run back; return squared norms of its plan's parameters.
 
-    These are ``(S, B, P)``, float32 (float64 for float64 gradients); zero for what the outputs do not depend on.
+    They are ``(S, B, P)``, float32 (float64 for float64 gradients); zero if the outputs do not depend on a parameter.
     """
     assert run.plan is not None
     sites, probes = [site for site, _ in run.probes], [probe for _, probe in run.probes]
@@ -101,14 +101,14 @@ def backward_signals(run: Run, outputs: Sequence[Tensor], gradients: Sequence[Te
 
 @torch.no_grad()
 def signal_sqnorms(run: Run, output: Tensor, delta: Tensor, *, log: bool = False, keep: bool = False) -> Tensor:
-    """Squared norms ``(S, B, P)`` of the gradients of a plan's parameters, or logarithms, finite for vanishing ones.
+    """Return squared norms ``(S, B, P)`` of gradients of a plan's parameters, or logarithms, finite even for zeros.
 
-    ``delta`` ``(S, B, N)`` are S gradients of a run's output, in float64 for logarithms, whose squares may lie below
-    float32's range; ``keep`` keeps the graph for another call. ValueError where the pass used parameters past modules.
+    ``delta`` ``(S, B, N)`` holds S gradients of a run's output, in float64 for ``log``, as their squares may underflow.
+    ``keep`` keeps the graph for another call. Raise ValueError if the pass used parameters other than through modules.
     """
     assert run.plan is not None
     refuse_untracked(run.plan.untracked)
-    # Where the backward pass is linear in delta, a unit-sized one keeps every intermediate square in range.
+    # If the backward pass is linear in delta, scaling delta to unit size keeps every intermediate square in range.
     scale = delta.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(delta.dtype).tiny)
     if not run.plan.linear:
         scale = torch.ones_like(scale)
@@ -118,5 +118,5 @@ def signal_sqnorms(run: Run, output: Tensor, delta: Tensor, *, log: bool = False
     if log:
         return norms.clamp_min(torch.finfo(norms.dtype).tiny).log() + (2 * scale.log()).to(norms.dtype)
     scale = scale.to(norms.dtype)
-    # In this order a product within the dtype's range does not leave it on the way.
+    # In this order, no intermediate product leaves the dtype's range if the result is within it.
     return norms * scale * scale

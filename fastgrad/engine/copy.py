@@ -20,9 +20,9 @@ from torch.utils.hooks import RemovableHandle
 from fastgrad import _torch
 from fastgrad.engine.hooks import attach_layouts
 
-#: Types of containers in which parts of a module tree are looked for.
+#: Types of containers that are searched for parts of a module tree.
 CONTAINERS = (list, tuple, set, dict, OrderedDict)
-#: Values of these types hold nothing of a module tree.
+#: Types whose values hold no part of a module tree.
 PLAIN = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Tensor))
 #: Plain attributes of modules, by id of the user's module.
 Settings = dict[int, dict[str, Any]]
@@ -31,20 +31,20 @@ _HOOK_TABLES = frozenset(
     for name, value in vars(nn.Module()).items()
     if isinstance(value, dict) and name.endswith(("hooks", "kwargs", "called"))
 )
-#: Those of calls, not of state dictionaries.
+#: Tables of hooks that run at calls, not for state dictionaries.
 _CALLED = frozenset(name for name in _HOOK_TABLES if "state_dict" not in name)
-#: What `nn.Module` itself keeps.
+#: Names of all tables that `nn.Module` itself keeps.
 TABLES = _HOOK_TABLES | {"_parameters", "_buffers", "_modules"}
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
 def detach_plain(x: Tensor) -> Tensor:
-    """``x`` outside any graph and usable in one: detached, and copied if it was made in inference mode."""
+    """Return ``x`` detached, and copied if it was made in inference mode, so that a graph can use it."""
     return x.clone().detach() if x.is_inference() else x.detach()
 
 
 class Redirect:
-    """What stands in for ``forward`` of a user's module while it is recorded.
+    """A callable that replaces ``forward`` of a user's module while the module is recorded.
 
     ``call`` gets the module, its own ``forward`` and the inputs.
     """
@@ -59,11 +59,11 @@ class Redirect:
         return self._call(self._module, self._forward, args, kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies of the module, and files, hold its own ``forward``: nothing would put it back there."""
+        """Have copies and pickles of the module hold its own ``forward``, because nothing would restore it there."""
         return (getattr, (self._module, "forward")) if self._own is None else (functools.partial, (self._own,))
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Put back the ``forward`` which ``state``, a module's ``__dict__``, had before."""
+        """Restore the earlier ``forward`` in ``state``, a module's ``__dict__``."""
         if self._own is None:
             state.pop("forward", None)
         else:
@@ -75,12 +75,12 @@ class Shadow:
 
     Modules, parameters and bound methods of the tree are replaced wherever an attribute holds them, also inside
     lists, tuples, dicts, ``functools.partial`` and closures. Forward hooks of the user stay: they may change outputs.
-    Backward hooks, which may change gradients, stay on request.
+    Backward hooks, which may change gradients, stay only if ``recorded``.
 
-    ``parameter`` gives what the copy holds in place of a parameter; by default the detached one, so that autograd
-    computes no weight gradient. With ``training``, modules keep their own mode. ``recorded`` says that the user's own
-    call of ``model`` is under way: its hooks on ``model`` itself are at work already, and its parts keep their backward
-    hooks. Lists, dicts and sets in attributes are copies, unless ``apart`` is False.
+    ``parameter`` returns what the copy holds in place of a parameter; by default the detached one, so that autograd
+    computes no weight gradient. With ``training``, modules keep their own mode. ``recorded`` means that the user's own
+    call of ``model`` is under way. Hooks on ``model`` itself run in that call, and submodules keep their backward
+    hooks. Lists, dicts and sets in attributes are copied, unless ``apart`` is False.
     """
 
     def __init__(
@@ -95,12 +95,12 @@ class Shadow:
         self.model, self.training, self.recorded = model, training, recorded
         self._parameter, self._apart, self._graded = parameter, apart, torch.is_grad_enabled()
         self._copies: dict[int, Any] = {}
-        # Lists, dicts and sets by the id of the user's: several modules may hold one.
+        # Replacements of the user's lists, dicts and sets, by id, because several modules may hold one.
         self._containers: dict[int, Any] = {}
-        # Plain attributes that may hold parts of the tree; where something was replaced, what by.
+        # Plain attributes that may hold parts of the tree, and the replacements of those that did.
         self._attributes: list[tuple[dict[str, Any], str, Any]] = []
         self._followed: dict[tuple[int, str], Any] = {}
-        # Tables with hooks of the user's, and those that stand in for them; the latter by the id of the former.
+        # The user's tables of hooks with their replacements, and the replacements by the id of the user's table.
         self._hooks: list[tuple[dict[int, Any], dict[int, Any]]] = []
         self._tables: dict[int, dict[int, Any]] = {}
         #: Hooks with keys from this one on were added after the copy was made.
@@ -110,7 +110,7 @@ class Shadow:
         self._pairs: list[tuple[nn.Module, nn.Module]] = []
         self._named: dict[str, nn.Module] = {}
         self.root: nn.Module = self._module(model, "")
-        # Modules, parameters and methods which a plain attribute holds.
+        # Now that every module has a copy, replace what plain attributes hold.
         for state, name, value in self._attributes:
             replaced = self._replace(value)
             if replaced is not value:
@@ -123,18 +123,18 @@ class Shadow:
         for _, own in self._hooks:
             own.update({key: self._replace(hook) for key, hook in own.items()})
         if recorded:
-            # The work of these hooks on inputs, outputs and gradients is done around the copy.
+            # These hooks run around the copy, in the user's own call.
             state = self.root.__dict__
             for name in ("_forward_hooks", *BACKWARD_HOOKS):
                 state[name] = OrderedDict()
-            # Those that run before may make weights of parameters, as for weight norm, which the copy needs of its own.
+            # Pre-hooks may compute weights from parameters, as weight norm does; the copy needs weights of its own.
             hooks, named = state["_forward_pre_hooks"], state["_forward_pre_hooks_with_kwargs"]
             state["_forward_pre_hooks"] = OrderedDict(
                 (key, functools.partial(_run, hook, key in named)) for key, hook in hooks.items()
             )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the copy. Around that of a recorded call, all is at work already that its class or PyTorch adds."""
+        """Run the copy. In a recorded call, whatever the class or PyTorch adds around ``forward`` already runs."""
         root = self.root
         if not self.recorded:
             return root(*args, **kwargs)
@@ -142,23 +142,23 @@ class Shadow:
             args, kwargs = hook(root, args, kwargs) or (args, kwargs)
         output = root.forward(*args, **kwargs)
         for key, hook in root._forward_hooks.items():
-            # Those that the pass added run in the user's own call, once they are written back.
+            # Hooks that the pass added run in the user's own call, after `write_back`.
             answer = hook(root, args, kwargs, output) if key < 0 else None
             output = output if answer is None else answer
         return output
 
     def submodule(self, path: str) -> nn.Module:
-        """The copy of a module by its name within the model."""
-        # PyTorch's own walks the tree for each, which for all layers takes as long as the copying.
+        """Return the copy of a module by its name within the model."""
+        # get_submodule walks the tree each time, which for all layers takes as long as copying them.
         return self._named[path] if path in self._named else self.root.get_submodule(path)
 
     def stand_ins(self) -> dict[int, int]:
-        """The number of every parameter, by its id and its copy's; another one each unless ``recorded``."""
+        """Return a number for each parameter and its copy, by id; both have the same number if ``recorded``."""
         numbers = {key: 2 * i + (not self.recorded) for i, key in enumerate(self._copies)}
         return numbers | {id(value): 2 * i for i, value in enumerate(self._copies.values())}
 
     def settings(self, module: nn.Module) -> Settings:
-        """What the copies of ``module`` and its descendants hold in attributes without tensors or modules."""
+        """Return attributes without tensors or modules, of the copies of ``module`` and its descendants."""
         known: dict[int, Any] = {}
         return {
             id(part): {
@@ -171,7 +171,7 @@ class Shadow:
         }
 
     def restore(self, settings: Settings, next_hook: int) -> None:
-        """Give the copies what `settings` of another copy held, and leave out hooks that were added after it."""
+        """Set attributes that `settings` of another copy returned, and drop hooks with keys from ``next_hook`` on."""
         known: dict[int, Any] = {}
         for key, values in settings.items():
             state = self.modules[key].__dict__
@@ -183,12 +183,12 @@ class Shadow:
     def write_back(self) -> None:
         """Give the user's modules the attributes, buffers and hooks that the forward pass set on their copies.
 
-        Hooks that it removed are removed, and handles remove those of the user's modules.
+        Hooks that the pass removed are removed, and its handles refer to hooks of the user's modules.
         """
         for table, own in self._hooks:
             for gone in [key for key in table if key < self.next_hook and key not in own]:
                 del table[gone]
-        # Of this thread or another.
+        # Added by this thread or another.
         added = RemovableHandle.next_id != self.next_hook
         for original, copy in self._pairs:
             state, before = copy.__dict__, original.__dict__
@@ -208,7 +208,7 @@ class Shadow:
 
     @functools.cached_property
     def _back(self) -> Shadow:
-        """What replaces parts of the copy by those of the user's."""
+        """The inverse, whose `_replace` replaces parts of the copy by the user's."""
         back = object.__new__(Shadow)
         back.__dict__.update(self.__dict__)
         back.modules, back._copies = {id(copy): original for original, copy in self._pairs}, {}
@@ -222,10 +222,10 @@ class Shadow:
         known = self.modules.get(id(module))
         if known is not None:
             return known
-        # Past the class's own, which may make another class, as for graphs of torch.fx, or give one object each time.
+        # Not the class's own __new__, which may make another class, as torch.fx does, or return one object each time.
         copy: nn.Module = object.__new__(module.__class__)
         state = module.__dict__.copy()
-        # Past nn.Module's own, which looks at what is set: a copy is made for every forward pass.
+        # Not nn.Module's own __setattr__, which checks every value: a copy is made for every forward pass.
         object.__setattr__(copy, "__dict__", state)
         self.modules[id(module)] = copy
         self._pairs.append((module, copy))
@@ -235,9 +235,9 @@ class Shadow:
         if isinstance(forward, Redirect):
             forward.restore(state)
         if "forward" in state and state["forward"] == types.MethodType(type(module).forward, module):
-            # The class's own, as libraries leave it that replaced it for a while.
+            # The class's own method, left here by a library that replaced it for a while.
             del state["forward"]
-        # What torch.compile made of a module runs the user's own module and its tensors.
+        # The compiled call would run the user's own module and its tensors.
         state.pop("_compiled_call_impl", None)
         compiled = _torch.original(module)
         if compiled is not module:
@@ -273,9 +273,9 @@ class Shadow:
         return copy
 
     def _closure(self, function: types.FunctionType) -> Any:
-        """`_replace` of a function, which may hold lists of the tree as well: a hook may keep outputs in them."""
+        """Apply `_replace` to a function. It may share lists with modules: a hook may keep outputs in them."""
         contents = list(map(_content, function.__closure__ or ()))
-        # Wrappers of what was compiled have its name, too, but do not hold it.
+        # Wrappers of a compiled function have this attribute, too, but do not hold the function.
         compiled = vars(function).get("_torchdynamo_orig_callable")
         if compiled is not None and any(it is compiled for it in contents):
             # A compiler cannot follow the hooks of a copy.
@@ -294,7 +294,7 @@ class Shadow:
         return made
 
     def _known(self, value: Any) -> Any:
-        """What stands in for a module, a parameter or a list of the tree; ``value`` itself for all else."""
+        """Return the replacement of a module, parameter or container of the tree; any other ``value`` itself."""
         tables: tuple[dict[int, Any], ...] = (self.modules, self._copies, self._containers)
         return next((table[id(value)] for table in tables if id(value) in table), value)
 
@@ -302,12 +302,12 @@ class Shadow:
         if id(parameter) not in self._copies:
             self._copies[id(parameter)] = value = self._parameter(parameter)
             if value is not parameter:
-                # A module takes nothing else in place of a parameter, as by ``self.weight *= mask``.
+                # A module accepts nothing else in place of a parameter, as in ``self.weight *= mask``.
                 value._is_param = True
         return self._copies[id(parameter)]
 
     def _replace(self, value: Any) -> Any:
-        """``value`` with everything of the tree inside it replaced; ``value`` itself if there is nothing."""
+        """Return ``value`` with all parts of the tree in it replaced; ``value`` itself if there are none."""
         if type(value) in PLAIN:
             return value
         if isinstance(value, nn.Module):
@@ -334,8 +334,8 @@ class Shadow:
         return self._closure(value) if type(value) is types.FunctionType and value.__closure__ else value
 
     def _contained(self, value: Any) -> Any:
-        """`_replace` of a list, tuple, dict or set."""
-        # Item by item a list of words would take longer than the pass.
+        """Apply `_replace` to a list, tuple, dict or set."""
+        # Going through a list of words item by item would take longer than the pass.
         if PLAIN.issuperset(map(type, value.values() if isinstance(value, dict) else value)):
             return type(value)(value) if self._apart else value
         if isinstance(value, dict):
@@ -348,7 +348,7 @@ class Shadow:
 
 
 def _content(cell: types.CellType) -> Any:
-    """What a closure's cell holds, if anything."""
+    """Return the content of a closure's cell; None if it is empty."""
     try:
         return cell.cell_contents
     except ValueError:
@@ -363,17 +363,17 @@ def _are_handles(value: Any) -> bool:
 
 
 def _is_filled_plainly(value: Any) -> bool:
-    """Whether ``value`` is a list, dict or set with nothing of a module tree."""
+    """Whether ``value`` is a list, dict or set without parts of a module tree."""
     if type(value) in (dict, OrderedDict):
         return PLAIN.issuperset(map(type, value.values()))
     return type(value) in (list, set) and PLAIN.issuperset(map(type, value))
 
 
 def _own(value: Any, known: dict[int, Any]) -> Any:
-    """A shallow copy of a list, dict or set, the same for the same ``known``; ``value`` itself otherwise."""
+    """Return a shallow copy of a container, only one for each ``known``; any other ``value`` itself."""
     return known.setdefault(id(value), type(value)(value)) if type(value) in CONTAINERS else value
 
 
 def _run(hook: Callable[..., Any], named: bool, module: nn.Module, args: Any, kwargs: Any) -> None:
-    """Run a hook, which takes inputs by keyword if it is ``named``, and leave its answer aside."""
+    """Run a hook, with inputs by keyword if it is ``named``, and ignore what it returns."""
     hook(module, args, kwargs) if named else hook(module, args)

@@ -3,9 +3,9 @@
 It serves layers without a rule, and parameters that a module holds directly or that are used more than once: all uses
 lie within the module that is computed again, so their gradients add up before the norm is taken.
 
-Whether a sample alone has the gradients that it has in its batch is seen where a model might make a difference, as one
-that reorders samples or looks at values: with random weights, the gradients of the samples must add up to the gradient
-of the batch whose output gradients have these weights.
+A model that reorders samples or looks at values may give a sample alone other gradients than in its batch. Such models
+are checked: the samples' gradients, summed with fixed weights, must equal the gradient of the batch for output
+gradients with these weights.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ Forward = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
 
 
 def floating(outputs: Any) -> list[Tensor]:
-    """The floating-point tensors among a module's outputs, in order."""
+    """Return the floating-point tensors among a module's outputs, in order."""
     return [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
 def batch_first(outputs: Sequence[Tensor], places: Sequence[int]) -> list[Tensor]:
-    """The outputs with these dimensions moved to the front."""
+    """Return the outputs with these dimensions moved to the front."""
     # In training mode a module may have fewer outputs than it was planned with, or more.
     every = (*places, *[0] * len(outputs))
     return [out.movedim(place, 0) if place else out for out, place in zip(outputs, every, strict=False)]
@@ -54,10 +54,9 @@ class FallbackSite(RecomputedSite):
     """A module of any kind, computed again sample by sample."""
 
     batched: tuple[bool, ...]  # for each leaf of the inputs, whether its dimension 0 is the batch, or a multiple of it
-    places: tuple[int, ...]  # the dimension in which each output has the batch, a multiple of it in dimension 0 alone
+    places: tuple[int, ...]  # the batch dimension of each output; dimension 0 may be a multiple of the batch
     vectorize: bool  # whether samples of a chunk run together under ``vmap``, which cannot take all modules
-    # Whether to compare the gradients with those of the whole batch, also where a sample alone gives the outputs that
-    # it gives in its batch.
+    # Whether to compare the gradients with those of the whole batch even if each sample alone has the same outputs.
     verify: bool
     precision: float  # the relative rounding error of the coarsest numbers that the module computes
 
@@ -85,7 +84,7 @@ class FallbackSite(RecomputedSite):
 
 
 class _Again:
-    """One call of a fallback's module, with its ``outputs`` and the ``settings`` with which it began."""
+    """One call of a fallback's module, with its ``outputs`` and the ``settings`` before it."""
 
     def __init__(self, site: FallbackSite, shadow: Shadow, outputs: Sequence[Tensor], settings: Settings) -> None:
         self.site, self.settings, self.outputs = site, settings, batch_first(outputs, site.places)
@@ -96,7 +95,7 @@ class _Again:
         self.read_only = ReadOnly(self.module)
 
     def sqnorms(self, args: Any, kwargs: Any, gradients: list[Tensor], samples: int, verify: bool) -> Tensor:
-        """Squared norms ``(B, P)``; ValueError if a sample alone has other gradients than in its batch."""
+        """Return squared norms ``(B, P)``; ValueError if a sample alone has other gradients than in its batch."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         inputs = [value for value, is_batched in zip(leaves, self.site.batched, strict=True) if is_batched]
 
@@ -140,7 +139,7 @@ class _Again:
         return norms
 
     def _forward(self, values: Sequence[Tensor], args: Any, kwargs: Any) -> list[Tensor]:
-        """The module's outputs, batch first, with these values of the parameters."""
+        """Return the module's outputs, batch first, for these values of the parameters."""
         value_of = {id(p): v for p, v in zip(self.parameters, values, strict=True)}
         shadow = Shadow(
             self.module, lambda p: value_of.get(id(p), detach_plain(p)),
@@ -149,18 +148,18 @@ class _Again:
         shadow.restore(self.settings, self.next_hook)
         for copy in shadow.modules.values():
             if copy.training:
-                # A sample alone may take a branch that writes to buffers, which the batch did not take.
+                # A sample alone may take another branch than the batch, one that writes to buffers.
                 copy._buffers = {name: b if b is None else b.clone() for name, b in copy._buffers.items()}
             else:
                 disable_mha_fastpath(copy)
-        # The inputs come from behind the user's own hooks on the module, and its outputs from before them.
+        # Without the module's hooks: the inputs were saved after its pre-hooks, the outputs before its hooks.
         with own_parametrizations(), self.read_only:
             return batch_first(floating(shadow.root.forward(*args, **kwargs)), self.site.places)
 
     def _each(
         self, forward: Forward, inputs: list[Tensor], gradients: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Outputs and gradients of each sample of a chunk, ``(B, *shape)``."""
+        """Return outputs and gradients of each sample of a chunk, ``(B, *shape)``."""
         if not self.site.vectorize:
             wanted = [leaf(detach_plain(p)) for p in self.parameters]
             alone = [out.unsqueeze(0) for out in forward(wanted, [t[0] for t in inputs])]
@@ -175,7 +174,7 @@ class _Again:
         return _differentiated(outputs, wanted, gradients)
 
     def _require_shapes(self, outputs: list[Tensor], gradients: list[Tensor]) -> None:
-        """Raise ValueError where samples alone do not have the shapes of the gradients that they are sent."""
+        """Raise ValueError if outputs of samples alone have other shapes than the gradients that are sent back."""
         sent = [(out, g) for out, g in zip(outputs, gradients, strict=True) if out.requires_grad]
         if any(out.shape[1:] != g.shape[1:] for out, g in sent):
             raise self._refusal(
@@ -186,7 +185,7 @@ class _Again:
     def _compare(
         self, forward: Forward, inputs: list[Tensor], gradients: list[Tensor], weighted: list[Tensor], norms: Tensor
     ) -> None:
-        """Raise ValueError where ``weighted`` gradients of single samples are not those of the batch."""
+        """Raise ValueError unless the ``weighted`` sums of the samples' gradients equal the batch's gradients."""
         wanted, weights = [leaf(detach_plain(p)) for p in self.parameters], _weights(len(norms), norms.device)
         at = [
             g * weights.repeat_interleave(g.shape[0] // len(weights)).reshape(-1, *[1] * (g.dim() - 1)).to(g)
@@ -198,7 +197,7 @@ class _Again:
             raise self._refusal(
                 "gives other outputs when it is computed again, as with random numbers; give it these as an input"
             )
-        # In the dtype of the norms: squares of gradients in float64 leave the range of float32.
+        # In the dtype of the norms, because squares of float64 gradients may be out of float32's range.
         scales = (weights.to(norms).square() @ norms).sqrt()
         floor = 1e3 * precision * scales.max()
         for scale, one, other in zip(scales, weighted, grads, strict=True):
@@ -215,31 +214,31 @@ class _Again:
 def dense_grads(
     outputs: Sequence[Tensor], wanted: Sequence[Tensor], gradients: Sequence[Tensor], *, keep: bool = False
 ) -> list[Tensor | None]:
-    """The gradient of each of ``wanted`` where ``gradients`` are sent back from those outputs that have a graph."""
+    """Return the gradient of each of ``wanted`` for ``gradients`` sent back from the outputs that have a graph."""
     pairs = [(out, g) for out, g in zip(outputs, gradients, strict=True) if out.requires_grad]
     if not pairs or not wanted:
         return [None] * len(wanted)
     reached, at = zip(*pairs, strict=True)
     found = torch.autograd.grad(reached, wanted, at, allow_unused=True, retain_graph=keep)
-    # Those of embeddings may leave out zeros. Not all are made dense: vmap has no rule for it.
+    # Embeddings may have sparse gradients. Dense ones are left alone, because vmap has no rule for to_dense.
     return [g.to_dense() if g is not None and g.is_sparse else g for g in found]
 
 
 def _differentiated(
     outputs: list[Tensor], wanted: list[Tensor], gradients: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The outputs without their graph, and the gradients of ``wanted``."""
+    """Return the outputs without their graph, and the gradients of ``wanted``."""
     found = zip(dense_grads(outputs, wanted, gradients), wanted, strict=True)
     return [out.detach() for out in outputs], [torch.zeros_like(w) if g is None else g for g, w in found]
 
 
 def _weights(samples: int, device: torch.device) -> Tensor:
-    """Fixed weights of samples, no two alike."""
+    """Return fixed weights of samples, no two alike."""
     return 1.5 + torch.cos(1.7 * torch.arange(samples, device=device))
 
 
 def agree(again: Tensor, output: Tensor, precision: float = 0.0) -> bool:
-    """Whether two computations of one output differ by rounding at most: in half of its digits, or of ``precision``."""
+    """Whether two computations of one output agree in half the digits of its dtype, or of ``precision`` if coarser."""
     if not is_readable(again, output) or again.numel() == 0:
         return True
     tolerance = math.sqrt(max(precision, torch.finfo(output.dtype).eps))
@@ -248,7 +247,7 @@ def agree(again: Tensor, output: Tensor, precision: float = 0.0) -> bool:
 
 
 class _PaddedRows(TorchFunctionMode):
-    """Lets the row of an embedding's padding have no gradient: under ``vmap`` PyTorch does so for one sample alone."""
+    """Keeps gradients from the padding row of embeddings, which PyTorch does for one sample only under ``vmap``."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.nn.functional.embedding:

@@ -1,4 +1,4 @@
-"""Forward hooks of this package on the copy of a model, and those that a norm needs for right gradients."""
+"""Forward hooks of this package on the copy of a model, among them those that norms need for correct gradients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def attach(module: nn.Module, hook: Callable[..., Any], *, before: bool = False)
     """Put a forward hook (with keyword arguments) first on a shadow's module, ahead of the user's own.
 
     With ``before=True`` the hook runs last among the forward pre-hooks, so that it sees what ``forward`` gets. Its key
-    is below those that PyTorch gives.
+    is negative, below those that PyTorch gives.
     """
     kind = "_forward_pre_hooks" if before else "_forward_hooks"
     state, hook = module.__dict__, unnoted(hook)
@@ -27,7 +27,7 @@ def attach(module: nn.Module, hook: Callable[..., Any], *, before: bool = False)
 
 
 def attach_layouts(module: nn.Module) -> None:
-    """Have a norm read inputs and gradients in layouts of which PyTorch's kernels for CPUs compute right gradients."""
+    """Give norms inputs and gradients in memory layouts for which PyTorch's CPU kernels compute correct gradients."""
     if isinstance(module, _torch.NormBase):
         attach(module, _lay_out_gradient)
         if _torch.is_traced():
@@ -37,10 +37,10 @@ def attach_layouts(module: nn.Module) -> None:
 
 
 def _lay_out_gradient(module: nn.Module, _: Any, __: Any, output: Any) -> None:
-    """Have gradients reach a batch norm in the layout of its output, as PyTorch's kernel for CPUs takes them.
+    """Give a batch norm gradients in the memory layout of its output, as PyTorch's CPU kernel assumes.
 
-    That takes channels last for contiguous, or the reverse, where a dimension of size 1 has a stride of its own, as
-    behind a transposition. Its gradients then are silently those of other channels. Instance norm is one of one sample.
+    The kernel mistakes channels last for contiguous, or the reverse, if a dimension of size 1 has its own stride, as
+    after a transposition. It then silently mixes up channels. Instance norm is a batch norm of one sample.
     """
     instance = isinstance(module, _torch.InstanceNorm)
     if isinstance(output, Tensor) and output.requires_grad and (instance or 1 in output.shape):
@@ -53,16 +53,16 @@ def _lay_out_gradient(module: nn.Module, _: Any, __: Any, output: Any) -> None:
 
 
 def _lay_out_input(_: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Have a graph give a norm contiguous inputs there: tensors without data do not tell the layout of its output."""
+    """Make such inputs contiguous in a graph, where tensors without data do not show the layout of the output."""
     if args and isinstance(args[0], Tensor) and 1 in args[0].shape:
         return (args[0].contiguous(), *args[1:]), kwargs
     return None
 
 
 def _put_channels_first(_: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Have a group norm take channels first where its input needs no gradient.
+    """Copy the input of a group norm to channels first if it needs no gradient.
 
-    With channels last, PyTorch's kernel for CPUs writes to a gradient that does not exist, and ends the process.
+    With channels last, PyTorch's CPU kernel would write to a gradient that does not exist, and crash the process.
     """
     x = args[0] if args else None
     if isinstance(x, Tensor) and x.dim() > 3 and x.stride(1) == 1 and not x.requires_grad:

@@ -1,4 +1,4 @@
-"""Where the batch lies in a tensor, found from what changes when it has a sample less."""
+"""Where the batch lies in a tensor, found from what changes if it has one sample less."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-#: Samples that a network is watched on. Only the gradient of one is sent back, so wherever it arrives shows the place
-#: of a sample's numbers in that tensor. Of four, the second is not where a reversed batch has it, and has samples
-#: before and behind it, into which a model that mixes them would carry its gradient.
+#: Samples that a network is observed on. Only the gradient of one is sent back, so where it arrives in a tensor shows
+#: the place of this sample. The second of four is elsewhere in a reversed batch. It also has samples before and after
+#: it, to which a model that mixes samples would carry its gradient.
 SAMPLES = 4
 CHOSEN = 1
 
@@ -27,7 +27,7 @@ class Layout:
     dim: int = 0
 
     def holds(self, x: Tensor, samples: int) -> bool:
-        """Whether ``x`` may hold that many samples there."""
+        """Whether ``x`` may hold this number of samples there."""
         if x.dim() <= self.dim:
             return False
         rows = x.shape[self.dim]
@@ -36,7 +36,7 @@ class Layout:
         return bool(rows == (1 if self.kind == "single" else samples))
 
     def batch_first(self, x: Tensor, samples: int) -> Tensor:
-        """``x`` as a tensor with the batch in dimension 0, further rows of a sample in dimension 1."""
+        """Return ``x`` with the batch in dimension 0, and several rows of one sample in dimension 1."""
         if self.kind == "folded":
             return torch.unflatten(x, 0, (samples, -1))
         if self.kind == "moved":
@@ -47,9 +47,9 @@ class Layout:
 
 
 def find_layout(shape: tuple[int, ...], other: tuple[int, ...], gradient: Tensor | None, samples: int) -> Layout | None:
-    """Where the batch lies in a tensor of this shape at ``samples``, 2 at least, and the other at one less.
+    """Return where the batch lies in a tensor of ``shape`` for ``samples``, 2 at least, and ``other`` for one less.
 
-    ``gradient`` is the tensor's when that of the chosen sample is sent back: zero outside of its rows.
+    ``gradient`` is the tensor's for the chosen sample alone, and must be zero outside of its rows.
     """
     if len(shape) != len(other) or not shape:
         return None
@@ -73,11 +73,11 @@ def find_layout(shape: tuple[int, ...], other: tuple[int, ...], gradient: Tensor
 
 
 def probe_cotangent(out: Tensor, layout: Layout | None, samples: int, chosen: int) -> Tensor:
-    """A fixed gradient for one sample of an output of ``samples``; zero for an output without the batch."""
+    """Return a fixed gradient for one of the ``samples`` of an output; zeros for an output without the batch."""
     if layout is None or layout.kind == "single":
         return torch.zeros_like(out)
     numbers = torch.arange(out.numel(), device=out.device, dtype=torch.float64)
-    # No two alike.
+    # No two values are alike.
     pattern = torch.cos(numbers * 1.7 + 0.3).reshape(out.shape).to(out.dtype)
     rows = out.shape[layout.dim] // samples
     place = (layout.dim, chosen * rows, rows)

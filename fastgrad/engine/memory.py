@@ -1,8 +1,8 @@
-"""Scratch memory that one call leaves for the next, and what is raised where there is none.
+"""Scratch memory that one call leaves for the next, and errors that say that memory ran out.
 
-PyTorch takes a CPU's memory from the C library. That of Linux gives freed memory back to the system above a limit, and
-gets it again page by page, each cleared: a tenth to a quarter of the time of a network with large activations. It
-raises the limit by itself to twice the largest block that the program freed, of at most 32 MiB.
+PyTorch takes CPU memory from the C library. glibc returns freed memory above a limit to the system, and gets it back
+page by page, each cleared. This takes a tenth to a quarter of the time of a network with large activations. glibc
+itself raises the limit to twice the largest block that was freed, of at most 32 MiB.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ _BLOCK = (32 << 20) - (64 << 10)
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Have the C library keep up to 64 MiB: free a block of the size that it learns most from, untouched, once.
+    """Have glibc keep up to 64 MiB: allocate and free the largest block that counts, untouched, once.
 
-    Any program that frees such a block does the same; the plain network and its training profit as well.
+    This holds for the whole process, so the plain network and its training profit as well.
     """
     torch.empty(_BLOCK, dtype=torch.uint8, device="cpu")
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Whether memory ran out, which tells nothing about a model and may not happen again."""
+    """Whether memory ran out, which says nothing about the model and may not happen again."""
     words = ("out of memory", "allocate memory", "not enough memory")
     told = isinstance(error, RuntimeError) and any(each in str(error).lower() for each in words)
     return told or isinstance(error, (MemoryError, torch.OutOfMemoryError))

@@ -1,4 +1,4 @@
-"""A network with its plans: one for each path that it takes, and forward passes with probes by them."""
+"""A network with its plans, one for each path that it takes, and its forward passes with probes by these plans."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fastgrad.engine.state import Snapshot
 from fastgrad.engine.steps import Steps, noting
 from fastgrad.engine.trial import Trial
 
-#: Structures of inputs whose plans are kept, and plans kept for one: paths that no single plan serves.
+#: Structures of inputs whose plans are kept, and plans kept for each, because one may not serve all paths.
 _STRUCTURES_KEPT = 16
 _PLANS_KEPT = 4
 
@@ -34,9 +34,9 @@ _PLANS_KEPT = 4
 class Network:
     """Runs a model with probes; only reads it, and holds it weakly.
 
-    ``names`` gives the wanted parameters, name by id, in order; all by default. ``tensors`` gives the tensors in an
-    output whose gradients matter. With ``recorded``, passes are calls of the user's own: with the model's own
-    parameters, and in its mode instead of evaluation mode.
+    ``names`` returns names of the wanted parameters by id, in order; by default of all. ``tensors`` returns the tensors
+    of an output whose gradients matter. With ``recorded``, passes are the user's own calls. They use the model's own
+    parameters, and its mode instead of evaluation mode.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class Network:
         return model
 
     def plan(self, args: Any, kwargs: Any, samples: int) -> Plan:
-        """The plan for inputs of this structure, made and checked at their first appearance; ValueError for none."""
-        # A layer may have been given another mode, or lost its statistics, since the model was given.
+        """Return the plan for inputs of this structure, made and checked at a first call; ValueError if none holds."""
+        # A layer's mode or statistics may have changed since the network was made.
         refuse_mixing(self.model, training=self.recorded)
         known = self._structure((args, kwargs), samples)
         with self._lock:
@@ -72,12 +72,12 @@ class Network:
             known.plans.clear()
         with objects_kept(self.model) as objects:
             plan = self._first_plan(known, (args, kwargs), samples, objects)
-        # At once: compiled passes, which have a graph already, do not come to `forward`.
+        # Not left to `forward`, which compiled passes do not call once they have a graph.
         self._keep(plan)
         return plan
 
     def routes(self) -> list[Route]:
-        """Routes of the latest plan; RuntimeError where there is none yet."""
+        """Return the routes of the latest plan; RuntimeError if there is none yet."""
         with self._lock:
             plans = [plan for known in reversed(self._known.values()) for plan in known.plans]
         if not plans:
@@ -85,11 +85,11 @@ class Network:
         return list(plans[0].routes.values())
 
     def forward(self, plan: Plan | None, run: Run, args: Any, kwargs: Any, *, readings: Sequence[Reading] = ()) -> Any:
-        """One forward pass of a private copy, with probes and readings, which ``run`` takes up.
+        """Run a forward pass of a private copy, and collect its probes and readings in ``run``.
 
-        Where the pass leaves its plan, another plan is taken or made, and the pass begins again. Without a plan it has
-        no sites, and needs no observation and no trial. ValueError if no plan holds for its path, RuntimeError if a
-        module that was to be read was not called.
+        A pass that leaves its plan begins again with another one, known or new. Without a plan, a pass has no sites and
+        needs neither observation nor trial. ValueError if no plan holds for its path, RuntimeError if a module to be
+        read was not called.
         """
         if plan is None:
             output, shadow = self.once(None, run, (args, kwargs), readings)
@@ -100,7 +100,7 @@ class Network:
         return output
 
     def _on_plan(self, plan: Plan, run: Run, inputs: Any, readings: Sequence[Reading]) -> tuple[Any, Shadow]:
-        """Make a pass by ``plan``, or by others until it keeps to one."""
+        """Run a pass by ``plan``, or by other plans until it keeps to one."""
         modules = [module for ref in plan.known.modules if (module := ref()) is not None]
         before = Snapshot(modules, training=self.recorded, inputs=inputs)
         objects, late = Objects(self.model) if plan.known.counts else None, False
@@ -121,7 +121,7 @@ class Network:
             except Exception as error:
                 if not candidate.replaces or is_traced() or lacks_memory(error):
                     raise
-                # It may be that the model does not bear what the plan gives it in place of a parameter.
+                # The model may fail on what the plan gives it in place of a parameter.
                 raised, reason = error, f"raises {type(error).__name__}: {error}"
             if is_traced():
                 raise ValueError(
@@ -135,7 +135,7 @@ class Network:
             try:
                 before.restore()
             except ValueError:
-                # The same call again has a plan of its own.
+                # So the same call, made again, gets a plan of its own.
                 plan.known.plans.clear()
                 raise
             tried.append(candidate)
@@ -146,7 +146,7 @@ class Network:
             )
         plan.known.counts = objects is not None and bool(objects.changed())
         if objects is not None and late and plan.known.counts:
-            # Of what the first pass wrote nothing is known.
+            # What the first pass wrote is not known, so it cannot be undone.
             objects.restore()
             raise ValueError(
                 "model must not write to lists, dicts or counters in a call whose path was not seen before, where no "
@@ -155,7 +155,7 @@ class Network:
         return output, shadow
 
     def _first_plan(self, known: Known, inputs: Any, samples: int, objects: Objects) -> Plan:
-        """A new plan. Of inputs in doubt those carry the batch with which the model treats its samples alike."""
+        """Make a plan. Ambiguous inputs are taken to carry the batch such that the model treats its samples alike."""
         refusal: ValueError | None = None
         plans: list[Plan] = []
         options = list(choices(pytree.tree_leaves(inputs), samples))
@@ -167,7 +167,7 @@ class Network:
                     if len(options) == 1 or trial.holds_in_batch():
                         return plans[-1]
                 except ValueError as error:
-                    # One of those that the model bears, if there are any.
+                    # Prefer the refusal of an option that the model can run with, if there is one.
                     if refusal is None or (refusal.__cause__ is not None and error.__cause__ is None):
                         refusal = error
             if plans:
@@ -175,11 +175,11 @@ class Network:
             assert refusal is not None
             raise refusal
         finally:
-            # It would hold itself.
+            # Its traceback refers to this frame, which would be a cycle.
             del refusal
 
     def _candidates(self, plan: Plan, tried: Sequence[Plan], inputs: Any, samples: int) -> Iterator[Plan]:
-        """``plan``, others that are known, and at last new ones, none of them twice on the paths that it has."""
+        """Yield ``plan``, other known plans, and then new ones; a plan comes again only with new paths."""
         yield plan
         while others := [other for other in plan.known.plans if all(other is not one for one in tried)]:
             yield others[0]
@@ -194,7 +194,7 @@ class Network:
             elif not made.paths <= same.paths:
                 same.paths.update(made.paths)
                 yield same
-        # Where the batch lies is seen on two samples at least, which a loop over samples makes another path.
+        # Finding the batch takes two samples at least, on which a loop over samples has another path.
         with objects_kept(self.model):
             serves = samples == 1 and trial.serves_one(made)
         if serves:
@@ -203,7 +203,7 @@ class Network:
     def once(
         self, plan: Plan | None, run: Run, inputs: Any, readings: Sequence[Reading] = (), *, trial: bool = False
     ) -> tuple[Any, Shadow]:
-        """One try at a forward pass; its output and the copy that ran. A ``trial`` leaves parameters as they are."""
+        """Try a forward pass; return its output and the copy that ran. A ``trial`` runs on detached parameters."""
         run.begin(plan)
         sites = () if plan is None else plan.sites
         spread = {id(self.model.get_parameter(s.parameters[0])): s for s in sites if isinstance(s, BroadcastSite)}
@@ -212,7 +212,7 @@ class Network:
         def stand_in(parameter: nn.Parameter) -> Tensor:
             value = parameter if own else detach_plain(parameter)
             if self.recorded and trial:
-                # PyTorch's layers take the path of parameters that need gradients, as in the user's own call.
+                # So that PyTorch's layers take the same path as in the user's own call.
                 value.requires_grad_(parameter.requires_grad)
             return spread[id(parameter)].spread(run, value) if id(parameter) in spread else value
 
@@ -221,7 +221,7 @@ class Network:
             if not self.recorded:
                 for copy in shadow.modules.values():
                     disable_mha_fastpath(copy)
-            # Of two hooks on a module the one attached later runs earlier: readings read what the module returned.
+            # A hook attached later runs earlier, so readings see what the module itself returned.
             for place in (*sites, *readings):
                 place.attach(run, shadow)
             if plan is None or is_traced():
@@ -236,10 +236,10 @@ class Network:
         return output, shadow
 
     def _structure(self, inputs: Any, samples: int) -> Known:
-        """What is known for inputs of this structure, and of a model with these modules and modes."""
+        """Return what is known for inputs of this structure, with the model's present modules, modes and hooks."""
         names, modules = self.names(), list(self.model.modules())
         modes = tuple(module.training and self.recorded for module in modules)
-        # What hooks do to gradients shows in no function that a model calls.
+        # Functions that the model calls do not show what hooks do to gradients.
         tables = ("_forward_pre_hooks", "_forward_hooks", *(BACKWARD_HOOKS if self.recorded else ()))
         hooks = tuple(
             (id(module), getattr(hook, "__code__", type(hook)))
@@ -248,16 +248,16 @@ class Network:
             for hook in vars(module)[table].values()
         )
         key = (_kind(inputs, samples), tuple(map(id, modules)), tuple(names.items()), modes, hooks)
-        # A trial of one sample does not see whether others change what it gives. A graph makes no trial.
+        # A trial of one sample cannot see whether other samples change its outputs. A graph makes no trial.
         keys = [(*key, False), (*key, True)] if is_traced() or samples == 1 else [(*key, False)]
         with self._lock:
             for one in keys:
                 known = self._known.get(one)
-                # A module that is gone may have left its id to another one.
+                # Another module may have got the id of one that is gone.
                 if known and all(ref() is not None for ref in known.modules) and (known.plans or one is keys[-1]):
                     self._known.move_to_end(one)
                     return known
-        # They may have become parts since the model was given.
+        # Parameters may have been sharded since the network was made.
         refuse_parts(self.model)
         known = Known(any(modes), names, list(map(weakref.ref, modules)))
         with self._lock:
@@ -267,7 +267,7 @@ class Network:
         return known
 
     def _keep(self, plan: Plan) -> None:
-        """Have ``plan`` be the first to be tried."""
+        """Make ``plan`` the first to be tried."""
         plans = plan.known.plans
         if not plans or plans[0] is not plan:
             with self._lock:
@@ -275,9 +275,9 @@ class Network:
 
 
 def _kind(inputs: Any, samples: int) -> Any:
-    """What a plan depends on: the structure of the inputs, not their sizes, other than none; switches, not numbers.
+    """Return what a plan depends on: the structure of the inputs and their switches, not numbers, nor sizes except 0.
 
-    Where a graph has no edges, its nodes do not meet.
+    A graph without edges, for example, does not mix its nodes.
     """
     leaves, spec = pytree.tree_flatten(inputs)
     kinds = tuple(

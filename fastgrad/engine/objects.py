@@ -1,4 +1,4 @@
-"""What a model counts or keeps in lists, dicts and objects of its attributes, and how that is given back."""
+"""Save and restore what a model counts or keeps in lists, dicts and objects of its attributes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import nn
 
 from fastgrad.engine.copy import PLAIN, TABLES
 
-#: Types of what `refill` takes.
+#: Types that `refill` accepts.
 _FILLED = frozenset((list, set, deque, dict, OrderedDict, defaultdict, Counter))
 
 
 class Objects:
-    """What objects in attributes of modules hold, as counters and lists of logs: copies of the model share them.
+    """Saved contents of objects in attributes of modules, as counters and logs, which copies of the model share.
 
-    A copy of such an object would no longer be the one that a hook, a function or another object holds.
+    They are shared, because a hook, a function or another object may hold the same object.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -30,18 +30,18 @@ class Objects:
                     _find_filled(value, self._found)
 
     def changed(self) -> list[tuple[Any, Any]]:
-        """Those that hold something else now, each with a copy as it was."""
+        """Return the objects that hold something else now, each with a copy of what it held."""
         return [(part, before) for part, before in self._found.values() if not _same(part, before)]
 
     def restore(self) -> None:
-        """Give them back what they held."""
+        """Restore what the objects held."""
         for part, before in self.changed():
             refill(part, before)
 
 
 @contextlib.contextmanager
 def objects_kept(model: nn.Module) -> Iterator[Objects]:
-    """The `Objects` of a model, restored at the end."""
+    """Yield the `Objects` of a model, and restore them at the end."""
     objects = Objects(model)
     try:
         yield objects
@@ -50,11 +50,11 @@ def objects_kept(model: nn.Module) -> Iterator[Objects]:
 
 
 def _find_filled(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
-    """Put into ``found`` by id what ``value`` consists of and may be filled again, each with a shallow copy."""
+    """Add to ``found``, by id, the containers within ``value`` that `refill` accepts, each with a shallow copy."""
     if type(value) in PLAIN or isinstance(value, nn.Module):
         return
     held = getattr(value, "__dict__", None)
-    # An object that holds others may be part of a program, which runs meanwhile, as a trainer.
+    # An object that holds other objects, as a trainer, may change meanwhile for reasons of its own.
     plain = type(held) is dict and all(type(item) in PLAIN or type(item) in _FILLED for item in held.values())
     parts: list[Any] = [value, held] if plain else [value]
     for part in parts:
@@ -63,7 +63,7 @@ def _find_filled(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
         elif type(part) is not tuple:
             continue
         items = part.values() if isinstance(part, dict) else part
-        # Item by item a list of words would take longer than a pass.
+        # Going through a list of words item by item would take longer than a pass.
         for item in () if PLAIN.issuperset(map(type, items)) else items:
             _find_filled(item, found)
 
@@ -77,6 +77,6 @@ def _same(part: Any, before: Any) -> bool:
 
 
 def refill(target: Any, items: Any) -> None:
-    """Have what can be emptied and filled again hold these items."""
+    """Replace the contents of a container with these items."""
     target.clear()
     (target.update if isinstance(target, (dict, set)) else target.extend)(items)

@@ -1,7 +1,7 @@
-"""Watching a network: which module calls use which parameter, and where in their tensors the batch lies.
+"""Observe a network: which module calls use which parameter, and where in their tensors the batch lies.
 
-It runs on some samples and on one less, in reverse order: what changes, and in what order, is the batch. The gradient
-of a chosen sample is sent back.
+It runs on some samples, and on one less in reverse order. The dimension that changes its size and order is the batch.
+The gradient of a chosen sample is sent back.
 """
 
 from __future__ import annotations
@@ -34,39 +34,39 @@ if TYPE_CHECKING:
 
 # Functions that broadcast a parameter over the batch, by name without underscores.
 _BROADCASTING = frozenset({"add", "iadd", "radd", "sub", "isub", "rsub", "mul", "imul", "rmul", "div", "expand"})
-#: By name without underscores, functions whose first argument takes up rows and keeps its own.
+#: Functions that write rows into their first argument, which keeps its other rows, by name without underscores.
 _SCATTERING = frozenset({
     "setitem", "index_add", "index_put", "index_copy", "index_reduce", "masked_scatter", "scatter", "scatter_add",
     "scatter_reduce",
 })  # fmt: skip
-#: Of these, those that write each row once.
+#: Those of them that write each row once.
 _WRITING = frozenset({"setitem", "index_put", "index_copy", "scatter"})
-#: Those that gather along a dimension by an index.
+#: Functions that gather along a dimension by an index.
 _GATHERING = frozenset({"index_select", "gather", "take_along_dim"})
-#: Those that put rows together.
+#: Functions that join rows.
 _JOINING = frozenset({"cat", "concat", "concatenate", "stack", "vstack", "pad_sequence"})
-#: Those that give values to Python, which may choose rows by them.
+#: Functions that return values to Python, which may choose rows by them.
 _ARRAYS = frozenset({"numpy", "__array__"})
 _READING = _ARRAYS | {"tolist", "item", "__bool__", "__float__", "__index__", "__int__"}
-#: Those that make tensors of Python's values.
+#: Functions that make tensors from Python's values.
 _MAKING = frozenset({"tensor", "as_tensor", "asarray"})
-#: Those that draw.
+#: Functions that draw random numbers.
 _DRAWING = frozenset({"randperm", "randint", "rand", "randn", "multinomial", "bernoulli"})
 
 
 class Rows:
-    """Whose rows the tensors of a forward pass on ``inputs`` hold: some are reordered, or gathered by a computed index.
+    """Tracks tensors of a forward pass on ``inputs`` whose rows are reordered, or gathered by a computed index.
 
-    A mixture of experts hands each expert the tokens that chose it, of whichever samples, by an index or by a product
-    with zeros and ones; a model may sort its samples by length. How many rows such a tensor has, and in what order,
-    says nothing about where a sample lies in it.
+    A mixture of experts hands each expert the tokens that chose it, of any samples, by an index or a product with zeros
+    and ones. A model may sort its samples by length. The number and order of rows in such a tensor do not show
+    where a sample lies in it.
     """
 
     def __init__(self, inputs: Any, fewer: Rows | None = None) -> None:
-        # By id. They are held, so that no other tensor gets the id of one.
+        # By id. The tensors are held, so that no other one gets the same id.
         self._computed = _tensors_in(inputs)
         self._gathered: dict[int, Tensor] = {}
-        # By what Python has read values that were computed from the batch.
+        # Names of functions by which Python has read values that were computed from the batch.
         self._read: set[str] = set()
         # Numbers of rows among which Python may have chosen, here and with ``fewer`` samples.
         self._lengths: list[tuple[int, ...]] = []
@@ -82,15 +82,15 @@ class Rows:
         return not self._gathered.keys().isdisjoint(_tensors_in(tree))
 
     def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Take up a call of a function."""
+        """Take note of a call of a function."""
         full = getattr(function, "__name__", "")
         name = full.strip("_")
-        # Of a tensor given for its shape, no value is used.
+        # expand_as uses the shape of its second argument, not the values.
         made = name in _DRAWING or (self._read and name in _MAKING)
         if not made and not self._computed_in(args[:1] if name == "expand_as" else (args, kwargs)):
             return
         self._read |= {full} & _READING
-        # What is written to in place comes from what is written.
+        # A tensor that is written to in place is then computed from what is written.
         first = args[0] if args else None
         written = (result, first) if in_place(full) else result
         self._computed |= _tensors_in(written)
@@ -106,7 +106,7 @@ class Rows:
             first = [term[0] for term, tensor in pairs if term and id(tensor) in self._computed]
             return any(first.count(letter) > 1 and letter not in kept for letter in first)
         if name in _WRITING and len(args) > 2:
-            # What is written in another order, unless it goes back to its own. A mask keeps the order.
+            # Rows are written in another order, unless gathered rows are put back. A mask keeps the order.
             *dim, index, source = args
             moved = [i for i in _tensors_in(_leading(index)).values() if i.dtype != torch.bool]
             of_rows = len(dim) < 2 or dim[1] in (0, -args[0].dim())
@@ -133,12 +133,12 @@ class Rows:
 
     def _chosen(self, rows: Tensor, index: Any, *types: type) -> bool:
         """Whether an index of ``rows``, also one of ``types``, may come from values that Python read."""
-        # A tensor that shares an array's memory is made unseen.
+        # No function is seen that makes a tensor share an array's memory.
         types = (*types, Tensor) if self._read & _ARRAYS else types
         return bool(self._read) and isinstance(_leading(index), (list, np.ndarray, *types)) and self._grows(rows)
 
     def _grows(self, rows: Tensor) -> bool:
-        """Whether there are fewer rows with fewer samples, or that is not known: steps or layers are as many."""
+        """Whether fewer samples have fewer rows, or this is not known; the number of steps or layers stays the same."""
         self._lengths.append(rows.shape[:1])
         return rows.shape[:1] not in self._fewer[len(self._lengths) - 1 :][:1]
 
@@ -147,7 +147,7 @@ class Rows:
 
 
 def _leading(index: Any) -> Any:
-    """What of an index selects along the first dimension."""
+    """Return the part of an index that selects along the first dimension."""
     return next((i for i in index if i is not None), ()) if isinstance(index, tuple) else index
 
 
@@ -162,43 +162,43 @@ class Call:
     module: nn.Module  # the user's, in whose place ``copy`` ran
     copy: nn.Module
     path: str  # the module's name within the model
-    chain: tuple[int, ...]  # numbers of the calls that it was made in, outermost first, and its own
-    ordinal: int  # how many calls of the module came before
+    chain: tuple[int, ...]  # numbers of the enclosing calls, outermost first, and its own
+    ordinal: int  # how many earlier calls of the module there were
     inputs: list[tuple[int, ...] | None]  # shape of every leaf of its inputs, None for what is no tensor
     gathered: bool  # whether rows of inputs or outputs were gathered, see `Rows`
     outputs: list[Tensor] = field(default_factory=list)  # floating-point ones, without their graph
     precision: float = 0.0  # the relative rounding error of the coarsest numbers that it computed
     hooked: bool = False  # whether it, or a call within it, has hooks of gradients
-    # Of outputs, by their number, the gradient of the chosen sample, once that was sent back.
+    # By number of the output, its gradient, once that of the chosen sample was sent back.
     gradients: dict[int, Tensor] = field(default_factory=dict)
 
 
 def _keep(passes: list[None], gradients: dict[int, Tensor], position: int, gradient: Tensor) -> None:
-    """Add up one output's gradients of the first backward pass; later ones are of other samples."""
+    """Add up one output's gradients in the first backward pass; later passes are for other samples."""
     if len(passes) == 1:
         known = gradients.get(position)
         gradients[position] = gradient if known is None else known + gradient
 
 
 class Observation(TorchFunctionMode):
-    """What a network's model does with a few samples; what differs from ``fewer``, with ``less`` of them, is the batch.
+    """What a network's model does with a few samples; ``fewer`` has observed one less, those in ``less``.
 
-    ``training`` as for `Shadow`. ``rounded`` changes every parameter by a last place or so.
+    ``training`` as for `Shadow`. ``rounded`` changes every parameter by about one unit in the last place.
 
     Attributes:
         calls: All calls of modules; ``stack`` has the numbers of those under way.
-        bytes: Of all calls' outputs.
+        bytes: Size of all calls' outputs.
         precision: The relative rounding error of the coarsest numbers that functions computed from others.
         parameters: By name, the leaf that stood in for each parameter.
         uses: By name, the numbers of the calls that use a parameter.
-        ranks: By name, the numbers of dimensions in which it is broadcast over the batch, and None where it is not.
-        rows: Whose rows tensors hold.
-        functions: Names of all functions that gave tensors, in order.
+        ranks: By name, the numbers of dimensions of results that broadcast it over the batch, and None for other uses.
+        rows: Which tensors hold gathered rows.
+        functions: Names of all functions that returned tensors, in order.
         drew: Whether random numbers were drawn.
-        outputs: The tensors that matter in what the model returned.
-        made: Names of parameters that it made.
-        untracked: Names of parameters used from elsewhere than modules' attributes: from a closure, or through a tensor
-            that an earlier call computed of them and kept.
+        outputs: The tensors whose gradients matter in what the model returned.
+        made: Names of parameters that the model made in forward.
+        untracked: Names of parameters used other than through modules' attributes: from a closure, or through a tensor
+            that an earlier call computed from them and kept.
     """
 
     def __init__(
@@ -226,8 +226,8 @@ class Observation(TorchFunctionMode):
         self._times: Counter[str] = Counter()
         self._fewer = {} if fewer is None else {(call.path, call.ordinal): call for call in fewer.calls}
         self._less = list(less)
-        # Names by id: of the user's own parameters, and of what stands in for them.
-        # A model may name some alone, as those for an optimizer, or in a way of its own.
+        # Names by id: of the user's own parameters, and of their stand-ins. A model may override named_parameters, to
+        # return only some of them, as for an optimizer, or other names.
         named = (*nn.Module.named_parameters(model), *model.named_parameters())
         self._originals = names = {id(p): name for name, p in named}
         self._tracked: dict[int, str] = {}
@@ -253,24 +253,24 @@ class Observation(TorchFunctionMode):
             output = shadow(*inputs[0], **inputs[1])
         self.drew = not before.same()
         own = set(map(id, self.parameters.values()))
-        # What it computed and put in place of a parameter is none.
+        # A computed tensor that the model puts in place of a parameter is not a parameter that it made.
         leaves = ((name, p) for name, p in nn.Module.named_parameters(shadow.root) if p.requires_grad and p.is_leaf)
         self.made = [name for name, p in leaves if id(p) not in own]
-        # Values of other samples may choose another path. A loop over samples calls the same functions less often.
+        # Other values may choose another path. Sets, because a loop over fewer samples calls functions less often.
         self._alike = fewer is not None and set(fewer.functions) == set(self.functions) and not self.drew
         self.outputs = network.tensors(output)
         reached = (id(getattr(node, "variable", None)) for node in nodes_behind(floating(output)))
         self.untracked |= {names[key] for key in reached if key in names}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a function, and note which calls hand a parameter to a differentiable one."""
+        """Call a function, and note in which module call it uses a parameter differentiably."""
         result = func(*args, **(kwargs or {}))
         leaves = pytree.tree_leaves((args, kwargs))
         found = [self._tracked[id(leaf)] for leaf in leaves if id(leaf) in self._tracked]
         tensors = [r for r in pytree.tree_leaves(result) if isinstance(r, Tensor)]
         if tensors:
             self.functions.append(getattr(func, "__name__", ""))
-            # A mask of zeros is no computation. Models in float64 have parts in float32.
+            # Making a mask of zeros computes nothing. Models in float64 may have parts in float32.
             if floating(args):
                 eps = max((torch.finfo(t.dtype).eps for t in floating(tensors)), default=0.0)
                 self.precision = max(self.precision, eps)
@@ -278,7 +278,7 @@ class Observation(TorchFunctionMode):
                     call.precision = max(call.precision, eps)
             self.untracked |= {self._originals[id(leaf)] for leaf in leaves if id(leaf) in self._originals}
         elif isinstance(result, (RemovableHandle, Node)):
-            # Who asks for a node of the graph may put a hook on it, as PyTorch does for hooks of modules.
+            # Code that asks for a node of the graph may put a hook on it, as PyTorch does for modules' hooks.
             for call in map(self.calls.__getitem__, self.stack[1:]):
                 call.hooked = True
         gathered = bool(found) and self.rows.gathered((args, kwargs))
@@ -305,7 +305,7 @@ class Observation(TorchFunctionMode):
             own._times[path] += 1
 
         def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            # Calls that raised, as their callers caught, did not leave.
+            # Calls that raised an error, which their callers caught, did not leave.
             while (call := own.calls[own.stack.pop()]).copy is not copy:
                 pass
             call.gathered = call.gathered or own.rows.gathered(output)
@@ -313,20 +313,20 @@ class Observation(TorchFunctionMode):
                 call.outputs.append(tensor.detach())
                 own.bytes += tensor.numel() * tensor.element_size()
                 if tensor.requires_grad:
-                    # The hook must not lead to the graph, which holds it: neither sees the other's garbage.
+                    # The graph holds the hook. If the hook held the graph, no garbage collector would find the cycle.
                     tensor.register_hook(functools.partial(_keep, own._passes, call.gradients, position))
 
         attach(copy, enter, before=True)
         attach(copy, leave)
 
     def backward(self, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Send one sample's gradient back, first that of the chosen one; returns its gradient of every parameter."""
+        """Send one sample's gradient back, first the chosen one's, and return gradients of parameters by name."""
         self._passes.append(None)
         leaves = {n: p for n, p in self.parameters.items() if p.requires_grad}
         try:
             found = dense_grads(self.outputs, list(leaves.values()), gradients, keep=True)
         except RuntimeError as error:
-            # The first pass raises what any would.
+            # An error of the first pass does not come from repeating it.
             if len(self._passes) == 1 or "Trying to backward" not in str(error):
                 raise
             raise ValueError(
@@ -336,16 +336,16 @@ class Observation(TorchFunctionMode):
         return {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
 
     def once(self, call: Call) -> bool:
-        """Whether the call's module is called no other time."""
+        """Whether the call's module is called only once."""
         return self._times[call.path] == 1
 
     def enclosing(self, uses: set[int]) -> list[Call]:
-        """Calls that contain all of ``uses``, innermost first."""
+        """Return the calls that contain all of ``uses``, innermost first."""
         first, *rest = [self.calls[index].chain if index >= 0 else () for index in uses]
         return [self.calls[index] for index in reversed(first) if all(index in chain for chain in rest)]
 
     def output_layouts(self, call: Call) -> list[Layout | None]:
-        """Where the batch lies in each floating-point output of a call."""
+        """Return where the batch lies in each floating-point output of a call."""
         other = self._fewer.get((call.path, call.ordinal))
         if other is None or len(other.outputs) != len(call.outputs):
             return [None]
@@ -356,8 +356,8 @@ class Observation(TorchFunctionMode):
             layout = find_layout(tuple(out.shape), tuple(less.shape), gradient, self.samples)
             decided = self._alike and call.path and gradient is not None
             if layout and layout.kind != "single" and (decided or not shown):
-                # Gradients show no order that values decide. It is that of the inputs where others leave the same rows,
-                # of which one alone has no order.
+                # Gradients do not show an order that values decide. It is that of the inputs if a sample's rows are the
+                # same among fewer samples. A single row has no order.
                 rows, fewer = layout.batch_first(out, self.samples), layout.batch_first(less, self.samples - 1)
                 same = (len(fewer) > 1 or not decided) and agree(fewer, rows[self._less], self.precision)
                 layout = layout if same else None
@@ -365,7 +365,7 @@ class Observation(TorchFunctionMode):
         return layouts
 
     def batched_leaves(self, call: Call) -> tuple[bool, ...] | None:
-        """Which input leaves of a call carry the batch in dimension 0; None where it lies elsewhere."""
+        """Return which input leaves of a call carry the batch in dimension 0; None if it lies elsewhere."""
         other = self._fewer.get((call.path, call.ordinal))
         if other is None or len(call.inputs) != len(other.inputs):
             return None

@@ -1,4 +1,4 @@
-"""Deciding, parameter by parameter, how its squared norms are found."""
+"""Choose for each parameter how its squared norms are computed."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Known:
 
     training: bool  # whether a module runs in training mode
     names: dict[int, str]  # the wanted parameters, names by id
-    # The model's. As long as they live, their ids are theirs. Parameters are known by name: a weak reference would keep
-    # torch.utils.swap_tensors from them.
+    # The model's modules: while they live, no others have their ids. Parameters are known by name, because a weak
+    # reference would keep torch.utils.swap_tensors from swapping them.
     modules: list[weakref.ref[nn.Module]]
     plans: list[Plan] = field(default_factory=list)  # most recently used first
     counts: bool = True  # whether a pass may change objects in attributes, as lists of logs; the first one shows it
@@ -44,15 +44,15 @@ class Known:
 
 @dataclass(frozen=True)
 class Plan:
-    """The sites of one model for one structure of inputs, and why.
+    """The sites of one model for one structure of inputs, with the reasons for them.
 
     Attributes:
-        sites: What serves the wanted parameters.
-        routes: Of each of these by name, in their order.
+        sites: The sites that serve the wanted parameters.
+        routes: The route of each wanted parameter by name, in order.
         bytes_per_element: Bytes of layer outputs per input element, to estimate memory.
-        untracked: Names of those that the model used from elsewhere than its modules' attributes, past a copy.
+        untracked: Names of wanted parameters that the model used other than through its modules' attributes.
         outputs: Where the batch lies in each tensor of the output whose gradient matters; None where it is not found.
-        paths: Those on which it agreed with autograd, see `fastgrad.engine.steps`.
+        paths: The paths on which it agreed with autograd, see `fastgrad.engine.steps`.
         zeros: Names of parameters that were zero in the trial, if others that were used had no gradient there.
         carriers: For each leaf of the inputs, whether it carries the batch.
         linear: Whether gradients are in proportion to those of the outputs.
@@ -72,25 +72,25 @@ class Plan:
     looped: bool = False
 
     def outdated(self, model: nn.Module) -> bool:
-        """Whether gradients flow by now that the trial could not see: behind a layer that began with zeros."""
+        """Whether gradients may flow now that the trial could not see, because a layer had only zeros then."""
         if is_traced() or not self.zeros:
             return False
         return any(bool(p.any()) for name, p in model.named_parameters() if name in self.zeros)
 
     @property
     def replaces(self) -> bool:
-        """Whether the model is given copies, one per sample, of a parameter or an output, which it may not bear."""
+        """Whether the model gets one copy per sample of a parameter or an output, on which it may fail."""
         return any(
             isinstance(site, BroadcastSite) or (isinstance(site, LayerSite) and site.layout.kind == "single")
             for site in self.sites
         )
 
     def unused(self) -> list[str]:
-        """Names of parameters that no path used so far."""
+        """Return names of parameters that no path used so far."""
         return [name for name, route in self.routes.items() if route.route == "zero"]
 
     def joined(self, other: Plan) -> Plan:
-        """This plan, with the sites of ``other`` for parameters that this one takes for unused."""
+        """Return this plan, with the sites of ``other`` for parameters that are unused in this plan."""
         idle = set(self.unused())
         sites = [
             replace(site, parameters=tuple(name for name in site.parameters if name in idle))
@@ -104,36 +104,36 @@ class Plan:
             self,
             sites=tuple(_outermost([*self.sites, *sites], routes)),
             routes=routes,
-            # A path is the same only where it comes to the same sites.
+            # A path includes the sites that it reaches, so paths of either plan match only with the same sites.
             paths=self.paths | other.paths,
         )
 
 
 @dataclass(frozen=True)
 class PlanConstraints:
-    """What a plan does without, because a trial failed."""
+    """What a plan has to avoid, because a trial failed."""
 
     copies: bool = True  # whether parameters that are broadcast, and outputs of one row, may get one copy per sample
     no_vmap: frozenset[str] = frozenset()  # paths of modules which ``vmap`` cannot take
-    hooked: frozenset[str] = frozenset()  # those with hooks of gradients, which ``vmap`` leaves out without a word
+    hooked: frozenset[str] = frozenset()  # paths of modules with hooks of gradients, which ``vmap`` silently skips
     at_root: frozenset[str] = frozenset()  # parameters that must take the fallback at the model itself
 
     def after_failure(self, plan: Plan) -> PlanConstraints | None:
-        """The next step after a trial of ``plan`` that no other route mends; None if nothing that may fail is left."""
+        """Return what to avoid next, after a trial of ``plan`` failed; None if nothing is left to avoid."""
         if plan.replaces:
             return replace(self, copies=False)
         mapped = {site.path for site in plan.sites if isinstance(site, FallbackSite) and site.vectorize}
         if mapped:
             return replace(self, no_vmap=self.no_vmap | mapped)
-        # One sample's rows may be no input for a part alone, as offsets into those of all. A function of autograd may
-        # not bear that parameters need no gradient, unless the whole model is computed again.
+        # One sample's rows may be no valid input for a part alone, as with offsets into all rows. An autograd function
+        # may fail if parameters need no gradient, unless the whole model is computed again.
         parts = {p for site in plan.sites if isinstance(site, FallbackSite) and site.path for p in site.parameters}
         at_root = self.at_root.union(parts or plan.routes)
         return None if at_root == self.at_root else replace(self, at_root=at_root)
 
 
 class Planner:
-    """Makes the plans of one model, from what it does with a few samples, gradients included."""
+    """Makes the plans of one model from an observation of a few samples and their gradients."""
 
     def __init__(self, observation: Observation, known: Known) -> None:
         self.seen, self.known, self.names = observation, known, known.names
@@ -144,7 +144,7 @@ class Planner:
         routes: dict[str, Route] = {}
         chosen = set(self.names.values() if names is None else names)
         for name in self.names.values():
-            # One that training mode alone uses has come to the fallback by a trial in that mode.
+            # A parameter that only training mode uses comes to at_root by a trial in that mode.
             if name not in chosen or (not self.seen.uses[name] and name not in constraints.at_root):
                 routes[name] = Route(name, "zero", "", "the forward pass does not use it")
                 continue
@@ -163,7 +163,7 @@ class Planner:
         )
 
     def _choose(self, name: str, constraints: PlanConstraints) -> tuple[PlannedSite, Route]:
-        """A site for one parameter: its layer's rule, a copy per sample, or the fallback."""
+        """Return a site for one parameter, with its layer's rule, a copy per sample or the fallback, and its route."""
         uses = self.seen.uses[name]
         if name in constraints.at_root:
             uses, reason = {0}, "its rule disagreed with autograd on this model, or could not run"
@@ -179,7 +179,7 @@ class Planner:
         return site, Route(name, "fallback", site.path, reason)
 
     def _ruled(self, use: int, name: str, constraints: PlanConstraints) -> tuple[LayerSite | ReplaySite | None, str]:
-        """A site with the rule of the module that is called, or the reason against it."""
+        """Return a site with the rule of the module that is called, or the reason against it."""
         if use < 0:
             return None, "a hook of the model uses it"
         call = self.seen.calls[use]
@@ -211,7 +211,7 @@ class Planner:
         return LayerSite(call.path, (name,), local, layout, rule), ""
 
     def _broadcast(self, name: str) -> BroadcastSite | None:
-        """A site for a parameter that every use broadcasts over the batch: one copy per sample serves as well."""
+        """Return a site with one copy per sample of a parameter, if every use broadcasts it over the batch."""
         rank, *others = self.seen.ranks[name] or [None]
         parameter = self.seen.parameters[name]
         if others or rank is None or rank < parameter.dim() or (rank == parameter.dim() and parameter.shape[0] != 1):
@@ -219,7 +219,7 @@ class Planner:
         return BroadcastSite(name.rpartition(".")[0], (name,), rank)
 
     def _fallback(self, uses: set[int], name: str, constraints: PlanConstraints) -> FallbackSite:
-        """The innermost module, called once, that contains all uses and is given the batch in dimension 0."""
+        """Return a site of the innermost module called once that contains all uses and has batched inputs."""
         for call in self.seen.enclosing(uses):
             if not self.seen.once(call) or (call.gathered and call.path):
                 continue
@@ -227,7 +227,7 @@ class Planner:
             if batched is None or not any(batched):
                 continue
             layouts = self.seen.output_layouts(call)
-            # One with the batch elsewhere may stand beside others, as states of all steps.
+            # Some outputs may have the batch in another dimension, as states of all steps do.
             places = tuple(x.dim for x in layouts if x is not None and x.kind != "single")
             if layouts and len(places) == len(layouts):
                 # A function that vmap cannot take may look at values.
@@ -242,7 +242,7 @@ class Planner:
 
 
 def _outermost(sites: list[PlannedSite], routes: dict[str, Route]) -> list[PlannedSite]:
-    """Serve nested fallbacks by the outermost: it computes the inner ones again anyway."""
+    """Merge nested fallbacks into the outermost, which computes the inner ones again anyway."""
     kept: dict[str, FallbackSite] = {}
     for site in sorted((s for s in sites if isinstance(s, FallbackSite)), key=lambda s: len(s.path)):
         outer = next((k for k in kept.values() if not k.path or site.path.startswith(k.path + ".")), None)

@@ -1,4 +1,4 @@
-"""The identity node that lets squared norms leave the backward pass as the gradient of a probe."""
+"""An identity node whose backward pass returns squared norms as the gradient of a probe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastgrad.ops.dispatch import full_precision
 #: ``(saved tensors, output gradients) -> (B, m)`` squared norms.
 Norms = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
-# Operations that add up, and those by a constant, by the names of their nodes.
+# Names of the graph nodes of sums, and of copies and products with a constant.
 _SUMS, _FACTORS = frozenset({"Add", "Sub"}), frozenset({"Mul", "Div", "Neg", "ToCopy"})
 # Ids of the probes whose gradients backward passes under way ask for. A pass to an early probe crosses the nodes of
 # later ones, and autograd does not tell a node which of its inputs' gradients are wanted.
@@ -24,7 +24,7 @@ _requested: set[int] = set()
 
 @contextlib.contextmanager
 def requesting_norms(probes: Iterable[Tensor]) -> Iterator[None]:
-    """While it lasts, backward passes compute the norms of these probes; of others they compute none."""
+    """Have backward passes in this context compute the norms of these probes, and of no others."""
     ids = {id(probe) for probe in probes}
     _requested.update(ids)
     try:
@@ -34,11 +34,11 @@ def requesting_norms(probes: Iterable[Tensor]) -> Iterator[None]:
 
 
 class _Tap(torch.autograd.Function):
-    """``outputs -> outputs``; backward passes the gradients on and gives the probe the squared norms."""
+    """``outputs -> outputs``; ``backward`` passes the gradients on and returns squared norms for the probe."""
 
     @staticmethod
     def forward(ctx: Any, norms: Norms, count: int, in_place: bool, *tensors: Tensor) -> Any:
-        # The outputs come first: autograd takes the first input of a node that modifies a view for that view.
+        # The outputs come first: if a node modifies a view, autograd assumes that its first input is this view.
         outputs, probe, saved = tensors[:count], tensors[count], tensors[count + 1 :]
         ctx.norms, ctx.probe, ctx.saved_count = norms, probe, len(saved)
         ctx.save_for_backward(*saved)
@@ -61,7 +61,7 @@ class _Tap(torch.autograd.Function):
 
 
 class _Graphed(torch.autograd.Function):
-    """``gradients -> gradients`` of a backward pass that has a graph; what layers do in that graph, no probe sees."""
+    """``gradients -> gradients`` of a backward pass with a graph; no probe sees what layers do in that graph."""
 
     @staticmethod
     def forward(ctx: Any, probe: Tensor, *gradients: Tensor) -> Any:
@@ -82,12 +82,12 @@ class _Graphed(torch.autograd.Function):
 def tap(
     outputs: Sequence[Tensor], saved: Sequence[Tensor], probe: Tensor, norms: Norms, *, in_place: bool
 ) -> list[Tensor]:
-    """Route a layer's floating-point ``outputs`` through an identity node, and return those to go on with.
+    """Route a layer's floating-point ``outputs`` through an identity node, and return the node's outputs.
 
-    The gradient of ``probe``, zeros ``(B, m)`` that require gradients, will be the squared norms, where a backward pass
-    asks for them (`requesting_norms`). ``norms`` computes them from ``saved``, which is kept by reference and checked
-    against later modification, and the output gradients; it may run under ``vmap`` over gradients. ``in_place`` passes
-    outputs on without a copy, which the operation that made them must not need for its own backward.
+    ``probe`` holds zeros ``(B, m)`` that require gradients. Its gradient is the squared norms, if a backward pass asks
+    for them (`requesting_norms`). ``norms`` computes them from ``saved`` and the output gradients, also under ``vmap``
+    over gradients. ``saved`` is kept by reference and checked for later modification. ``in_place`` passes outputs on
+    without a copy; the operation that made them must not need them for its own backward.
     """
     saved = [t.detach() for t in saved]
     if in_place:
@@ -96,7 +96,7 @@ def tap(
 
 
 def nodes_behind(outputs: Iterable[Any], stops: Container[int] = ()) -> Iterator[Any]:
-    """Nodes of the graph of ``outputs``, tensors or nodes, where it is not behind the taps of probes with these ids."""
+    """Yield the nodes of the graph of ``outputs`` (tensors or nodes), up to taps of probes with ids in ``stops``."""
     waiting: list[Any] = [out.grad_fn if isinstance(out, Tensor) else out for out in outputs]
     seen = set()
     while waiting:
@@ -109,12 +109,12 @@ def nodes_behind(outputs: Iterable[Any], stops: Container[int] = ()) -> Iterator
 
 
 def nodes_by_term(outputs: Iterable[Tensor]) -> Iterator[Iterator[Any]]:
-    """The same for each term alone of what is a sum of numbers, as of a loss and a weight decay."""
+    """Yield the nodes behind each term of outputs that are sums of scalars, as of a loss and a weight decay."""
     waiting: list[tuple[Any, bool]] = [(out.grad_fn, not out.dim()) for out in outputs]
     while waiting:
         node, number = waiting.pop()
         terms = [] if node is None else [other for other, _ in node.next_functions if other is not None]
-        # What these give is a number without dimensions only where all that they are given is.
+        # These return a scalar only if all their arguments are scalars.
         if number and terms and node.name().removesuffix("Backward0") in (_SUMS if terms[1:] else _SUMS | _FACTORS):
             waiting += [(other, True) for other in terms]
         else:

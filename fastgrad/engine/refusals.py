@@ -1,4 +1,4 @@
-"""Models that are refused before any work: their gradients are not whole, or their samples depend on each other."""
+"""Refuse models before any work, if their gradients are not whole or their samples depend on each other."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def refuse_devices(model: nn.Module) -> None:
 
 
 def refuse_parts(model: nn.Module) -> None:
-    """Raise for a model that has no squared norm of each parameter here.
+    """Raise if this process cannot compute a squared norm of each parameter of the model.
 
-    TypeError if a parameter is complex or one part of several, of which one process alone knows no norm, or a module
-    scripted; ValueError if a parameter holds no values, or its device has no float64.
+    TypeError if a parameter is complex or sharded over processes, or a module is scripted. ValueError if a parameter
+    holds no values, or its device has no float64.
     """
     refuse_scripted(model)
     refuse_devices(model)

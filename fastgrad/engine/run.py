@@ -1,4 +1,4 @@
-"""One forward pass: the places where numbers leave it, what they left, and whether it kept to its plan."""
+"""One forward pass: the sites of its probes, what they and readings collect, and whether it kept to its plan."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from fastgrad.engine.plan import Plan
 
 
-#: ``(args, kwargs, output gradients) -> (B, m)`` of a module computed again.
+#: ``(args, kwargs, output gradients) -> (B, m)`` squared norms of a module computed again.
 Replay = Callable[[Any, Any, Sequence[Tensor]], Tensor]
 
 
 class OffPlanError(Exception):
-    """A forward pass uses parameters in a way that its plan does not know; given what it does, and these."""
+    """A forward pass uses parameters in a way unknown to its plan. Arguments: what it does, and the parameters."""
 
 
 class Run:
@@ -43,14 +43,14 @@ class Run:
 
     def begin(self, plan: Plan | None) -> None:
         """Begin a forward pass, or begin it again, by ``plan``."""
-        #: The number of its first operation in a graph.
+        #: The sequence number of its first operation in autograd's graph.
         self.first = next_number()
         #: Site and probe, in the order in which the forward pass reached them.
         self.probes: list[tuple[Site, Tensor]] = []
         self.readings: dict[Reading, Tensor] = {}
         #: The plan that the forward pass kept to; None for a pass without one.
         self.plan = plan
-        #: Whether gradients cannot go back together: parts are computed again to get at what autograd did not save.
+        #: Whether gradients must go back one by one, because saved tensors go through hooks, as in a checkpoint.
         self.one_by_one = False
         #: Why the forward pass left its plan.
         self.left: OffPlanError | None = None
@@ -60,7 +60,7 @@ class Run:
         self.steps: Steps | None = None
 
     def probe(self, site: Site, output: Tensor) -> Tensor:
-        """A new probe of a site: zeros ``(B, m)`` for m parameters, float32 (float64 for a float64 ``output``)."""
+        """Return a site's new probe: zeros ``(B, m)`` for m parameters, float32 (float64 for a float64 ``output``)."""
         if self.steps is not None:
             self.steps.note(type(site).__name__, site.path, site.parameters)
         dtype = compute_dtype(output.dtype)
@@ -73,7 +73,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Site:
-    """One place where numbers leave the backward pass: as the gradient of a probe, see `fastgrad.engine.probe`."""
+    """One place where squared norms leave the backward pass as the gradient of a probe (`fastgrad.engine.probe`)."""
 
     path: str  # the module's name within the model (empty for the model itself)
     parameters: tuple[str, ...]  # names within the model, one for each column of the probe's gradient
@@ -86,20 +86,20 @@ class Site:
 class RuledSite(Site):
     """A layer with a rule."""
 
-    local: Mapping[str, str]  # of all the module's parameters, the names that the rule gives them by those in the model
+    local: Mapping[str, str]  # the rule's names of all the module's parameters, by their names in the model
     layout: Layout  # where the batch lies in the layer's input and first output
     rule: LayerRule | ReplayRule
 
     def require_layout(self, run: Run, output: Tensor) -> None:
-        """Leave the plan if the batch is not where it was."""
+        """Raise OffPlanError if the batch is not where the plan has it."""
         if not self.layout.holds(output, run.samples):
-            # The model may catch it, but the pass remembers.
+            # Noted, because the model may catch the error.
             reason = f"gives {self.path!r} inputs with the batch in another place than before"
             run.left = OffPlanError(reason, self.parameters)
             raise run.left
 
     def norms(self, run: Run, *given: Any) -> Tensor:
-        """The rule's answer as ``(B, m)``."""
+        """Return the squared norms ``(B, m)`` that the rule computes."""
         with bind_contextvar(implementation, run.impl), own_parametrizations():
             norms = self.rule.function(*given)
         return torch.stack([norms[self.local[name]] for name in self.parameters], 1)
@@ -138,14 +138,14 @@ class BroadcastSite(Site):
     rank: int  # the number of dimensions that the copies are given
 
     def spread(self, run: Run, value: Tensor) -> Tensor:
-        """The copies of ``value``, which stand in for the parameter."""
+        """Return the copies of ``value``, which stand in for the parameter."""
         shape = (1,) * (self.rank - value.dim()) + tuple(value.shape)
         copies = value.reshape(shape).expand(run.samples, *shape[1:])
         return tap([copies], [], run.probe(self, copies), functools.partial(_squares, run), in_place=False)[0]
 
 
 def _squares(run: Run, saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    # The pass lives as long as its graph holds this.
+    # ``run`` is bound here so that it lives as long as the graph.
     (g,) = upcast(gradients[0])
     return sqnorm(g).unsqueeze(1)
 
@@ -154,17 +154,17 @@ def _squares(run: Run, saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> 
 class RecomputedSite(Site):
     """A module that the backward pass computes once more, because its parameters act in the middle of what it does.
 
-    In training mode that must give the same again, see `fastgrad.engine.state.NotRepeatableError`.
+    In training mode both must give the same, see `fastgrad.engine.state.NotRepeatableError`.
     """
 
     def attach(self, run: Run, shadow: Shadow) -> None:
         copy, original = shadow.submodule(self.path), shadow.model.get_submodule(self.path)
         trains = shadow.training and any(m.training for m in copy.modules())
-        # Of calls under way: their inputs, and what else computing them again depends on.
+        # For each call under way, its inputs and whatever else computing it again depends on.
         begun: list[tuple[list[Any], Any, Settings, Repeatable | None]] = []
 
         def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-            # Copied: the module may overwrite its inputs, and change its settings, as a counter of calls.
+            # Copied, because the module may overwrite its inputs or change its settings, as a counter of calls.
             leaves, spec = pytree.tree_flatten((args, kwargs))
             leaves = [_kept(t.detach()) if isinstance(t, Tensor) else apart(t, detach_plain) for t in leaves]
             begun.append((leaves, spec, shadow.settings(original), Repeatable(copy) if trains else None))
@@ -201,12 +201,12 @@ class RecomputedSite(Site):
         attach(copy, after)
 
     def _replay(self, run: Run, shadow: Shadow, outputs: list[Tensor], settings: Settings) -> Replay:
-        """What the backward pass does, made when the module, of these ``settings`` before, has computed ``outputs``."""
+        """Return what the backward pass runs; the module had these ``settings`` before it computed ``outputs``."""
         raise NotImplementedError
 
 
 def _kept(x: Tensor) -> Tensor:
-    """A copy with channels first: vmap takes no other format, nor do all kernels where an input needs no gradient."""
+    """Return a copy with channels first: vmap needs it, and so do some kernels if an input needs no gradient."""
     return x.clone(memory_format=torch.contiguous_format if x.layout == torch.strided else torch.preserve_format)
 
 
@@ -225,7 +225,7 @@ class ReplaySite(RecomputedSite, RuledSite):
 class Reading:
     """What a module saw in the forward pass of a batch, in the order of the logits' rows.
 
-    Only the batch itself counts: trials and replays are never read. Of several calls of the module the last one counts.
+    Trials and replays are never read. If a module is called several times, the last call counts.
 
     Attributes:
         path: The module's name within the model (empty for the model itself).

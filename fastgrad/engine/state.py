@@ -23,19 +23,19 @@ from fastgrad.engine.steps import in_place
 
 
 class Versions:
-    """Tensors at one time, to see which were modified in place since; without those of inference mode, and None."""
+    """Versions of tensors, to see which were modified in place since; leaves out inference tensors and None."""
 
     def __init__(self, tensors: Iterable[Tensor | None]) -> None:
         self._tensors = [t for t in tensors if t is not None and not t.is_inference()]
         self._versions = [t._version for t in self._tensors]
 
     def modified(self) -> list[Tensor]:
-        """Those that were modified."""
+        """Return the tensors that were modified."""
         return [t for t, version in zip(self._tensors, self._versions, strict=True) if t._version != version]
 
 
 class RandomState:
-    """The generators that a model of these modules may draw from: PyTorch's where it lies, NumPy's and Python's."""
+    """State of the generators that these modules may draw from: PyTorch's on their devices, NumPy's and Python's."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         devices = {p.device for module in modules for p in module._parameters.values() if p is not None}
@@ -58,7 +58,7 @@ class RandomState:
         )
 
     def restore(self) -> None:
-        """Put the states back."""
+        """Restore the states."""
         torch.set_rng_state(self._torch[0])
         for device, state in zip(self._devices, self._torch[1:], strict=True):
             torch.get_device_module(device).set_rng_state(state, device)
@@ -66,15 +66,15 @@ class RandomState:
         random.setstate(self._python)
 
 
-#: By the id of what was copied, it and its copy. It is held, so that nothing else gets its id.
+#: Originals and their copies, by id of the original, which is held so that nothing else gets its id.
 Copied = dict[int, tuple[Any, Any]]
 
 
 def apart(value: Any, tensor: Callable[[Tensor], Tensor], known: Copied | None = None) -> Any:
-    """A copy of an object that a module is given and may write to, as a cache of keys and values, at all depths.
+    """Return a deep copy of an object that a module is given and may write to, as a cache of keys and values.
 
-    ``tensor`` gives what it holds in place of each tensor. Modules, functions and classes are shared. What is one
-    object stays so, also in several calls with the same ``known``.
+    ``tensor`` returns what it holds in place of each tensor. Modules, functions and classes are shared. Each object is
+    copied only once, also in several calls with the same ``known``.
     """
     known = {} if known is None else known
     if id(value) in known:
@@ -90,9 +90,9 @@ def apart(value: Any, tensor: Callable[[Tensor], Tensor], known: Copied | None =
     try:
         made = shallow_copy(value)
     except Exception:
-        # What cannot be copied is shared, as a handle of the system's.
+        # Objects that cannot be copied are shared, as handles of the system.
         return value
-    # Objects may lead back to themselves.
+    # Before its items, because objects may refer back to themselves.
     known[id(value)] = value, made
     if type(value) is tuple:
         made = tuple(apart(item, tensor, known) for item in value)
@@ -107,7 +107,7 @@ def _itself(tensor: Tensor) -> Tensor:
 
 
 def _fill(target: Any, source: Any, each: Callable[[Any], Any]) -> None:
-    """Have an object hold what another of its type holds, item by item."""
+    """Fill an object with what another of its type holds, item by item."""
     if type(getattr(source, "__dict__", None)) is dict:
         held = {name: each(item) for name, item in source.__dict__.items()}
         target.__dict__.clear()
@@ -121,10 +121,10 @@ def _fill(target: Any, source: Any, each: Callable[[Any], Any]) -> None:
 
 
 class Snapshot:
-    """Random numbers, buffers and inputs before a forward pass, to take back what it does to them.
+    """Random numbers, buffers and inputs before a forward pass, to undo its changes.
 
-    In ``training``, buffers of modules in that mode are expected to change; the others are copied only with ``every``.
-    Objects among the inputs, as a cache of keys and values, get back what they held.
+    With ``training``, buffers of modules in training mode are copied; other buffers, and tensors in attributes, only
+    with ``every``. Objects among the inputs, as a cache of keys and values, get back what they held.
     """
 
     def __init__(
@@ -149,10 +149,10 @@ class Snapshot:
         self._inputs = Versions(value for value, _ in known.values() if isinstance(value, Tensor))
 
     def restore(self) -> None:
-        """Put everything back; ValueError where a buffer was written that had not been copied, or a tensor given."""
+        """Restore everything; ValueError if an input tensor or a buffer without a copy was written to."""
         self._random.restore()
         _put_back((tensor, self._values[id(tensor)]) for tensor in self._copied.modified())
-        # Objects may lead back to themselves.
+        # Objects may refer back to themselves.
         known: Copied = {id(copy): (copy, leaf) for leaf, copy in self._objects}
         for leaf, copy in self._objects:
             _fill(leaf, copy, lambda item: apart(item, _itself, known))
@@ -167,7 +167,7 @@ class Snapshot:
 class Copies:
     """Copies of tensors for passes that may write to them.
 
-    Those in ``shared`` may be large: one copy serves all passes until it is written to. Whoever has this holds them.
+    Those in ``shared`` may be large: one copy serves all passes until it is written to. The caller keeps them alive.
     """
 
     def __init__(self, shared: Any = ()) -> None:
@@ -177,7 +177,7 @@ class Copies:
         self._made: dict[int, tuple[Tensor, Versions]] = {}
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """A copy out of any graph, of the same class."""
+        """Return a copy outside of any graph, of the same class."""
         known = self._made.get(id(tensor))
         if known and not known[1].modified():
             return same_class(known[0].detach(), tensor)
@@ -187,15 +187,14 @@ class Copies:
         return same_class(made.detach(), tensor)
 
 
-#: Functions that write no other numbers. Of a table whose rows have a largest norm, those that are looked up come to be
-#: the same each time.
+#: Functions that write no numbers, or the same at every call: embedding_renorm_ limits the norms of looked-up rows.
 _SPARING = frozenset({"embedding_renorm_", "requires_grad_", "detach_"})
-#: Those that may change nothing more when they are called again, as a product with a mask.
+#: Functions that may change nothing more when called again, as a product with a mask.
 _BOUNDING = frozenset({"mul_", "masked_fill_", "clamp_", "clamp_min_", "clamp_max_", "clip_"})
 
 
 class ReadOnly(TorchFunctionMode):
-    """Refuses what changes the parameters of ``model``: a pass that is run again would do so each time."""
+    """Refuses functions that would change parameters of ``model`` each time that a pass runs again."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -203,7 +202,7 @@ class ReadOnly(TorchFunctionMode):
         self._names = {pointer: name for pointer, name in pointers if pointer}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Make the call, unless it would change no parameter; ValueError before one that would change it each time."""
+        """Make a call, unless it writes to parameters without a change; ValueError if it could change one each time."""
         name, named = getattr(func, "__name__", ""), kwargs or {}
         target = args[:1] if in_place(name) and name not in _SPARING else ()
         leaves = input_tensors(target, named.get("out")) if target or named else []
@@ -212,7 +211,7 @@ class ReadOnly(TorchFunctionMode):
             again = changed = True
             with torch.no_grad():
                 once, twice = (pytree.tree_map_only(Tensor, Tensor.clone, target) for _ in range(2))
-                # A graph that is recorded has no numbers to compare.
+                # While a graph is traced, there are no numbers to compare.
                 if target and not any(map(is_fake, input_tensors(once))):
                     for tried in (once, twice, twice):
                         func(*tried, *args[1:], **named)
@@ -225,37 +224,37 @@ class ReadOnly(TorchFunctionMode):
                     "so, make it before"
                 )
             if not changed:
-                # A new version would part graphs from what they have saved.
+                # Writing would raise the version, and graphs would refuse the tensor that they saved.
                 return args[0] if isinstance(args[0], Tensor) and name != "__setitem__" else None
         return func(*args, **named)
 
 
 def _differ(one: Any, other: Any) -> bool:
-    """Whether any number does in two trees of tensors."""
+    """Whether two trees of tensors differ in any number."""
     return not all(map(torch.equal, pytree.tree_leaves(one), pytree.tree_leaves(other)))
 
 
 def _pointer(tensor: Tensor) -> int:
-    """Where the numbers of a plain tensor lie; 0 for another."""
+    """Return the address of a plain tensor's storage; 0 for any other tensor."""
     return tensor.untyped_storage().data_ptr() if _is_plain(tensor) else 0
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is of no other class or layout, on a device with values, and under no transform."""
+    """Whether a tensor is strided, of no subclass but Parameter, on a device with values, and under no transform."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
     return plain and not tensor.is_meta and not is_wrapped(tensor)
 
 
 def _may_be_written(tensor: Tensor) -> bool:
-    """Whether a plain tensor has memory for each of its numbers; copies of those that do not may be large."""
+    """Whether a plain tensor has memory for each of its numbers; a copy of any other may be larger than its memory."""
     return _is_plain(tensor) and tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 @contextlib.contextmanager
 def undone(model: nn.Module, inputs: Any = (), copies: Copies | None = None) -> Iterator[Any]:
-    """Take back what passes do to random numbers and buffers; gives a copy of ``inputs``, which they may write to.
+    """Undo what passes do to random numbers and buffers; yield a copy of ``inputs``, which they may write to.
 
-    ValueError before one writes to a parameter.
+    Raise ValueError before a pass writes to a parameter in a way that `ReadOnly` refuses.
     """
     before = Snapshot(list(model.modules()), every=True)
     copy, known = copies or Copies(), Copied()
@@ -268,12 +267,12 @@ def undone(model: nn.Module, inputs: Any = (), copies: Copies | None = None) -> 
 
 @contextlib.contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Give modules back their buffers, and these their numbers.
+    """Restore the buffers of modules and their numbers.
 
-    Observers of a network to be quantized change them in evaluation mode, too, and a forward pass may replace them.
+    Quantization observers change buffers in evaluation mode, too, and a forward pass may replace them.
     """
     before = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if _may_be_written(buffer)]
-    # A scripted module's cannot be replaced.
+    # Buffers of a scripted module cannot be replaced.
     held = [(m._buffers, dict(m._buffers)) for m in model.modules() if isinstance(m._buffers, dict)]
     try:
         yield
@@ -284,23 +283,23 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _have_changed(tensor: Tensor, value: Tensor) -> bool:
-    """Whether numbers are others than before; their version does not say so, which observers' kernels leave."""
+    """Whether a tensor's numbers differ from ``value``; kernels of observers change them without a new version."""
     try:
         return not torch.equal(tensor, value)
     except NotImplementedError:
-        # Of formats that no function writes to, as of four bits.
+        # Formats that cannot be compared, as of four bits, are not written to by any function.
         return False
 
 
 def _put_back(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Give tensors the values that they had, and their size."""
+    """Restore the values and sizes of tensors."""
     with torch.no_grad():
         for tensor, value in pairs:
             (tensor if tensor.shape == value.shape else tensor.resize_(value.shape)).copy_(value)
 
 
 class Unchanged:
-    """A module's own parameters and buffers at its call: the backward pass must read the same. ``path`` names it."""
+    """A module's own parameters and buffers at its call, to be unchanged in the backward pass; ``path`` names it."""
 
     def __init__(self, path: str, module: nn.Module) -> None:
         self._path, self._module = path, module
@@ -318,11 +317,11 @@ class Unchanged:
 
 
 class NotRepeatableError(ValueError):
-    """A module that is computed again in the backward pass would not give the same again."""
+    """A module that is computed again in the backward pass would not give the same result."""
 
 
 class Repeatable:
-    """Random numbers and buffers of a module before its call, which computing it again must find as they were."""
+    """Random numbers and buffers before a module's call, which computing it again must find unchanged."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -331,7 +330,7 @@ class Repeatable:
         self._versions = Versions(self._buffers)
 
     def differs(self) -> str | None:
-        """What another call would do, if the module drew numbers or changed a buffer since."""
+        """Return what another call would do, if the module drew numbers or changed a buffer since; else None."""
         if not self._random.same():
             return "draw other random numbers"
         replaced = [id(b) for b in self._module.buffers()] != [id(b) for b in self._buffers]

@@ -1,4 +1,4 @@
-"""The path of a forward pass: which functions it calls on which parameters, one after the other, as Python sees it."""
+"""The path of a forward pass: the sequence of functions that Python calls, and on which parameters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastgrad.ops.dispatch import bind_contextvar
 
 _INDEXING = frozenset({"__getitem__", "__setitem__"})
 _SEQUENCES = frozenset({tuple, list})
-#: Functions whose whole numbers name dimensions, also where they are given by place.
+#: Functions whose integer arguments are dimensions, even if given by position.
 _OF_DIMENSIONS = frozenset(
     name + end
     for end in ("", "_")
@@ -32,15 +32,15 @@ _OF_DIMENSIONS = frozenset(
 )  # fmt: skip
 
 
-#: Where functions are noted now.
+#: The steps in which functions are noted now.
 _current: ContextVar[Steps | None] = ContextVar("fastgrad_steps", default=None)
 
 
 class Steps(TorchFunctionMode):
-    """Notes every function that gives a tensor: its name, the dimensions that it is told, and those of what it gives.
+    """Notes every function that returns a tensor: its name, its arguments that are dimensions, and the result's rank.
 
     It notes hooks of tensors, too, which may change gradients. Sizes are not noted: a plan that was tried on a few
-    samples serves batches of any size. ``parameters`` tells by id which parameter a tensor is.
+    samples serves batches of any size. ``parameters`` maps the id of a tensor to the number of the parameter it is.
     """
 
     def __init__(self, parameters: dict[int, int]) -> None:
@@ -50,21 +50,21 @@ class Steps(TorchFunctionMode):
         self._replaced: list[tuple[Tensor, Tensor]] = []
 
     def note(self, *what: Hashable) -> None:
-        """Take up what else belongs to the path."""
+        """Note something else that belongs to the path."""
         self._noted.append(what)
 
     def path(self) -> int:
-        """What distinguishes one path from another."""
+        """Return a hash that distinguishes one path from another."""
         return hash(tuple(self._noted))
 
     def settle(self, *, undo: bool) -> None:
-        """Give parameters back the numbers that ``weight.data = ...`` took the place of, or let go of them."""
+        """Restore the data of parameters that ``weight.data = ...`` replaced, if ``undo``, and release it."""
         for parameter, data in reversed(self._replaced) if undo else ():
             parameter.data = data
         self._replaced.clear()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note the call, and make it."""
+        """Make the call and note it."""
         name = func.__name__
         if name == "__set__" and id(args[0]) in self.parameters:
             self._replaced.append((args[0], args[0].data))
@@ -102,13 +102,13 @@ class Steps(TorchFunctionMode):
 
 @contextlib.contextmanager
 def noting(steps: Steps | None) -> Iterator[Steps | None]:
-    """While it lasts, functions are noted in ``steps`` alone, also within another pass; for None nowhere."""
+    """Note functions in ``steps`` alone, also within another pass; with None, note them nowhere."""
     with bind_contextvar(_current, steps), steps or contextlib.nullcontext():
         yield steps
 
 
 def unnoted(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """``hook``, whose functions are no steps of the model's."""
+    """Return ``hook`` such that its functions are not noted as steps of the model."""
 
     def run(*args: Any) -> Any:
         with without_modes():
@@ -118,20 +118,20 @@ def unnoted(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def in_place(name: str) -> bool:
-    """Whether functions of this name write to the first of their arguments."""
+    """Whether functions of this name write to their first argument."""
     augmented = name.startswith("__i") and name not in ("__int__", "__index__", "__invert__")
     return name == "__setitem__" or augmented or (name.endswith("_") and not name.endswith("__"))
 
 
 def _whole_numbers(values: Any) -> Hashable:
-    """The whole numbers among arguments."""
+    """Return the integers among arguments."""
     return tuple(
         _whole_numbers(v) if isinstance(v, (tuple, list)) else v for v in values if isinstance(v, (int, tuple, list))
     )
 
 
 def _shape_of_index(index: Any) -> Hashable:
-    """An index without its sizes."""
+    """Return an index without its sizes."""
     if isinstance(index, tuple):
         return tuple(map(_shape_of_index, index))
     if isinstance(index, slice):

@@ -1,4 +1,4 @@
-"""Passes compiled from flat graphs, and the sizes of a batch while such a graph is recorded."""
+"""Passes compiled from flat graphs, and the sizes of a batch while such a graph is traced."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fastgrad._torch import flat_graph, pytree, require_cpp_compiler
 from fastgrad.batches import input_tensors
 from fastgrad.ops.dispatch import bind_contextvar, opaque_ops
 
-#: Graphs kept. Inputs of ever new sizes are not worth a compilation each.
+#: Number of graphs kept. Inputs of ever new sizes are not worth a compilation each.
 GRAPHS = 16
 
-#: Of plain attributes, the types of what a forward pass may choose its path by.
+#: Types of plain attributes by which a forward pass may choose its path.
 _SWITCHES = frozenset((bool, int, float, str, type(None)))
 
 
@@ -34,25 +34,25 @@ def is_fixed(size: object) -> bool:
 class CompiledPasses:
     """Compiles a pass at its first call on inputs of a size, and calls what it compiled from then on.
 
-    What is pointwise is fused across layers and Python's part of every layer is gone. The operators of norms stay
-    whole: at run time they choose their route and see where one would lose digits, as they do without compilation.
+    Pointwise operations are fused across layers, and Python's overhead for every layer is gone. The operators of norms
+    stay opaque: at run time they choose their route and check where it would lose digits, as without compilation.
 
-    A graph reads the model's tensors where they lie, so steps of an optimizer and ``load_state_dict`` change what it
-    computes; where tensors, modules, or numbers and names that modules hold were replaced, another one is compiled.
-    What a forward pass takes from elsewhere is as it was at the first call.
+    A graph reads the model's tensors in place, so it follows steps of an optimizer and ``load_state_dict``. If tensors,
+    modules, or numbers and strings that modules hold were replaced, another graph is compiled. Anything else that a
+    forward pass reads stays as it was at the first call.
     """
 
     def __init__(self) -> None:
-        #: What their keys name by id stands beside the graphs, so that nothing else has that id.
+        #: Each graph is kept with the structure that its key names by id, so that nothing else gets that id.
         self._graphs: OrderedDict[Any, tuple[object, Callable[..., Any]]] = OrderedDict()
         self._lock = threading.Lock()
 
     def __call__(
         self, model: nn.Module, structure: object, make: Callable[[], Callable[..., Any]], inputs: Any
     ) -> tuple[Tensor, ...]:
-        """Compile or find the graph of the pass that ``make`` gives, which uses nothing but model and inputs; call it.
+        """Compile or find the graph of the pass that ``make`` returns, which uses only model and inputs; call it.
 
-        ``structure`` stands for the model's modules and the structure of the inputs, by its identity.
+        The identity of ``structure`` stands for the model's modules and the structure of the inputs.
         """
         tensors = input_tensors(inputs)
         device = tensors[0].device.type
@@ -73,7 +73,7 @@ class CompiledPasses:
                 function = make()
                 with bind_contextvar(opaque_ops, True):
                     graph = flat_graph(function, inputs, None)
-                # Norms of convolutions gather from channels first.
+                # Norms of convolutions gather patches from tensors with channels first.
                 options: dict[str, Any] = {"layout_optimization": False}
                 self._graphs[key] = structure, torch.compile(graph, dynamic=False, options=options)
             self._graphs.move_to_end(key)

@@ -1,6 +1,6 @@
-"""Making a plan: choose routes for what a model does with a few samples, and compare what they find with autograd.
+"""Make a plan: choose routes for what a model does with a few samples, and compare their norms with autograd.
 
-None of the samples may change what the model does with another.
+No sample may change what the model does with another.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from fastgrad.engine.network import Network
 
 
-#: Observations of samples among others, and for each of these which of all samples it is.
+#: Observations of some samples, each with the numbers of its samples among all of them.
 _Others = Sequence[tuple[Observation, list[int]]]
 
 
 class Check(NamedTuple):
-    """By name, the gradients ``truth`` of one sample, where ``cotangents`` are sent back: zero but in its rows."""
+    """The gradients ``truth`` of one sample by name, for ``cotangents`` that are zero outside of its rows."""
 
     sample: int
     cotangents: list[Tensor]
@@ -43,11 +43,11 @@ class Check(NamedTuple):
 
 
 class Trial:
-    """What a model does with ``count`` samples of its inputs, the last one again where there are fewer.
+    """A trial of a model on ``count`` samples of its inputs, the last one repeated if there are fewer.
 
-    ``carriers`` says for each leaf of the inputs whether it carries the batch. Each pass begins with the ``objects``.
+    ``carriers`` says for each leaf of the inputs whether it carries the batch. Each pass restores ``objects`` first.
 
-    ValueError if other samples change what the model returns for one, or its gradients.
+    Raise ValueError if other samples change what the model returns for one, or its gradients.
     """
 
     def __init__(
@@ -61,17 +61,17 @@ class Trial:
         count: int = SAMPLES,
     ) -> None:
         self._network, self._known, self._carriers, self._count = network, known, tuple(carriers), count
-        # In the order that they have, which may be that of their lengths.
+        # In their own order, because the model may need them sorted by length.
         index = torch.arange(count, device="cpu").clamp(max=samples - 1)
         self._copies, self._objects = Copies(inputs), objects
         self._inputs = take(inputs, index, samples, carriers)
-        # One is not enough where it is among the others as well.
+        # If the last one is repeated, it is among the others as well, so the first one is needed, too.
         self._singles = [[i] * count for i in ((0, count - 1) if samples < count else (count - 1,))]
         self._alone, self._whole = samples == 1, (inputs, samples)
         self._planners = []
         with torch.enable_grad():
-            # What may be used is planned in evaluation mode, which skips no layer by chance. Whether it holds is seen
-            # in the mode that will run, with the same random numbers as the trial.
+            # Plans start from evaluation mode, which skips no layer at random. They are checked in the mode that will
+            # run, with the same random numbers as the trial.
             for training in (False, True) if known.training else (False,):
                 seen, others = self._observe(training=training)
                 self._planners.append(Planner(seen, known))
@@ -82,15 +82,15 @@ class Trial:
         self._zeros = frozenset(n for n, p in network.model.named_parameters() if unseen and not p.any())
 
     def plan(self, older: Plan | None = None) -> Plan:
-        """A plan that agrees with autograd; ValueError if the model mixes samples, or is not alike each time.
+        """Return a plan that agrees with autograd; ValueError if the model mixes samples, or varies between calls.
 
-        ``older`` serves parameters which the present path does not use; it is left out if it does not agree.
+        ``older`` serves parameters that the present path does not use; it is left out if it does not agree.
         """
         calls = [call for planner in self._planners for call in planner.seen.calls]
         hooked = frozenset(call.path for call in calls if call.hooked)
         constraints: PlanConstraints | None = PlanConstraints(hooked=hooked)
         wrong: frozenset[str] = frozenset()
-        # Each turn gives up more of what may fail, of which there is finitely much.
+        # Each turn gives up more of what may fail, so the loop ends.
         while constraints is not None:
             plan = self._candidate(constraints, older)
             failure: Exception | None = None
@@ -98,16 +98,16 @@ class Trial:
                 found = [self._disagreeing(plan, [check], self._inputs, self._count) for check in self._checks]
                 wrong = frozenset().union(*found)
             except OffPlanError as error:
-                # Behind a layer whose output of one row is given copies, as on embeddings of positions.
+                # As after a layer whose output of one row was copied for each sample, as embeddings of positions are.
                 wrong = frozenset(error.args[1])
             except Exception as error:
                 if lacks_memory(error) or isinstance(error, NotRepeatableError):
                     raise
-                # Whatever a model raises that is given one copy of a parameter per sample, or mapped over samples; and
-                # what sites raise where the model itself takes gradients, as forces are those of an energy.
+                # A model may raise anything if it gets one copy of a parameter per sample or runs under vmap. So may
+                # sites if the model itself takes gradients, as forces from an energy.
                 failure = error
             if failure is None and not wrong:
-                # Functions may not bear several gradients at once, or get them wrong.
+                # Autograd functions may fail on several gradients at once, or return wrong ones.
                 together = self._agrees(plan, self._checks, self._inputs, self._count)
                 return replace(plan, looped=not together)
             if older is not None:
@@ -115,7 +115,7 @@ class Trial:
             elif failure is None and not wrong <= constraints.at_root:
                 constraints = replace(constraints, at_root=constraints.at_root | wrong)
             else:
-                # What vmap cannot take may raise, or have wrong gradients, as another view of a parameter's memory.
+                # Under vmap a module may raise, or have wrong gradients, as with another view of a parameter's memory.
                 constraints = constraints.after_failure(plan)
                 if constraints is None and isinstance(failure, ValueError):
                     raise failure
@@ -130,7 +130,7 @@ class Trial:
         )
 
     def holds_in_batch(self) -> bool:
-        """Whether the samples have the same outputs in the whole batch: other inputs may decide by later rows."""
+        """Whether the samples have the same outputs in the whole batch, where later rows of other inputs may matter."""
         inputs, samples = self._whole
         with torch.enable_grad():
             whole = self._observed(inputs, samples, training=self._known.training)
@@ -138,14 +138,14 @@ class Trial:
         return whole.drew or self._alike(whole, self._seen, index)
 
     def serves_one(self, plan: Plan) -> bool:
-        """Whether ``plan`` agrees with autograd on one sample alone as well; that path then is one of the plan's."""
+        """Whether ``plan`` agrees with autograd on one sample alone as well; adds that path to the plan's."""
         one = take(self._inputs, slice(0, 1), self._count, self._carriers)
         with torch.enable_grad():
             check = self._check(self._observed(one, 1, training=self._known.training), 0)
         return self._agrees(plan, [check], one, 1)
 
     def _agrees(self, plan: Plan, checks: Sequence[Check], inputs: Any, count: int) -> bool:
-        """Whether a pass by ``plan``, and one back with all of these checks together, give what autograd gives."""
+        """Whether a pass by ``plan``, and one backward pass for all ``checks`` together, agree with autograd."""
         try:
             return not self._disagreeing(plan, checks, inputs, count)
         except Exception as error:
@@ -162,9 +162,9 @@ class Trial:
         return plan if older is None else plan.joined(older)
 
     def _disagreeing(self, plan: Plan, checks: Sequence[Check], inputs: Any, count: int) -> frozenset[str]:
-        """Parameters whose squared norms are not those of one sample's true gradient, and zero for the others.
+        """Return parameters whose squared norms are not the true ones of a check's sample, or not zero for others.
 
-        Gradients of several checks go back together. The path of a pass by ``plan`` becomes one of the plan's.
+        Gradients of several checks go back together. The path of the pass is added to the plan's.
         """
         run = Run(count)
         with torch.enable_grad(), self._undone(inputs) as inputs:
@@ -183,26 +183,26 @@ class Trial:
             # A wrong route is wrong by a factor; this is no test of accuracy.
             precision = max(self._precision, precision_of(check.truth))
             tolerance = min(0.5, max(1e-2, 1e4 * precision))
-            # What no function is seen to use has a gradient where one that was not seen uses it, as under a transform.
+            # No rounding is allowed for unused parameters: an unseen function, as under a transform, may use them.
             used = features.new_tensor([route.route != "zero" for route in plan.routes.values()])
             right = ((features - expected).abs() <= tolerance * expected + rounding(check.truth) * used).all(0)
             wrong |= {name for name, good in zip(plan.routes, right.tolist(), strict=True) if not good}
         return frozenset(wrong)
 
     def _observed(self, inputs: Any, count: int, **options: Any) -> Observation:
-        """What the model does with ``inputs``; ``options`` as for `Observation`. It is left as it was."""
+        """Observe the model on ``inputs``, and leave it as it was; ``options`` as for `Observation`."""
         with self._undone(inputs) as inputs:
             return Observation(self._network, inputs, count, **options)
 
     @contextlib.contextmanager
     def _undone(self, inputs: Any) -> Iterator[Any]:
-        """`undone` of a pass that begins as the call does: an earlier one may have filled a cache that copies share."""
+        """Begin a pass as the call does, and undo it: an earlier pass may have filled a cache that copies share."""
         self._objects.restore()
         with saving_plainly(), undone(self._network.model, inputs, self._copies) as inputs:
             yield inputs
 
     def _backward(self, seen: Observation, cotangents: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The gradients by name of what was observed. The model is left as it was: a checkpoint runs a part again."""
+        """Return gradients by name, and leave the model as it was, because checkpoints run parts of it again."""
         with undone(self._network.model):
             return seen.backward(cotangents)
 
@@ -213,7 +213,7 @@ class Trial:
         return Check(sample, cotangents, self._backward(seen, cotangents))
 
     def _observe(self, *, training: bool) -> tuple[Observation, _Others]:
-        """What the model does with the samples, and with some of them among others."""
+        """Observe the model on the samples, and on some of them among others."""
 
         def observe(samples: list[int], **options: Any) -> Observation:
             index = torch.tensor(samples, device="cpu")
@@ -223,7 +223,7 @@ class Trial:
             except Exception as error:
                 if lacks_memory(error):
                     raise
-                # Raises what the model raises for all samples, if it does.
+                # If the model raises for all samples as well, raise that error.
                 with self._undone(self._whole[0]) as whole:
                     self._network.once(None, Run(self._whole[1]), whole, trial=True)
                 raise ValueError(
@@ -236,7 +236,7 @@ class Trial:
         try:
             fewer = observe(less)
         except ValueError:
-            # The order may matter, as that of lengths.
+            # The order may matter, as by length.
             less.reverse()
             fewer = observe(less)
         seen = observe(list(range(self._count)), fewer=fewer, less=less)
@@ -256,16 +256,16 @@ class Trial:
         )
         if self._alone:
             return seen, []
-        # One sample may decide for all, as the largest: it is not among both the first samples and the last alone.
+        # One sample may decide for all, as the largest; not both the first samples and the last one alone contain it.
         others = [(fewer, less)]
         others += [(observe(samples), samples) for samples in self._singles]
-        # Values of a batch may choose another path; random numbers come in another order.
+        # Not all are comparable: values may choose another path, and random numbers come in another order.
         others = [pair for pair in others if not seen.drew and seen.functions == pair[0].functions]
         self._require_own_outputs(seen, others)
         return seen, others
 
     def _require_own_outputs(self, seen: Observation, others: _Others) -> None:
-        """Raise ValueError unless samples have the same outputs among others: gradients show no detached statistics."""
+        """Raise ValueError unless samples have the same outputs among others; gradients hide detached statistics."""
         if not all(self._alike(seen, other, samples) for other, samples in others):
             raise ValueError(
                 "model must treat the samples of a batch independently; what it returns for a sample changes "
@@ -289,12 +289,12 @@ class Trial:
         for other, samples in others:
             check = next((check for check in self._checks if check.sample in samples), None)
             if check and (changed := _changed(check.truth, self._again(other, samples, check))):
-                # Gradients that vanish in exact arithmetic, as those of a saturated softmax, are rounding alone.
+                # Gradients that vanish in exact arithmetic, as those of a saturated softmax, are nothing but rounding.
                 rounded = self._observed(self._inputs, self._count, training=training, rounded=True)
                 _refuse(changed - _changed(check.truth, self._again(rounded, range(self._count), check)))
 
     def _again(self, seen: Observation, samples: Sequence[int], check: Check) -> dict[str, Tensor]:
-        """The gradients of a check's sample among others, as many or fewer: ``samples``."""
+        """Return the gradients of a check's sample in an observation of ``samples``."""
         cotangents = [torch.zeros_like(out) for out in seen.outputs]
         for rows, whole, layout in zip(cotangents, check.cotangents, self._layouts, strict=True):
             if layout is not None:
@@ -305,11 +305,11 @@ class Trial:
         return self._backward(seen, cotangents)
 
     def _gradients(self, seen: Observation) -> tuple[list[Check], bool]:
-        """The gradients of some samples, and whether a parameter that is used has none in all of them.
+        """Return checks of some samples, and whether a used parameter has only rounding in them, and zeros in one.
 
-        The chosen sample comes first, whose gradient shows where modules have the batch. A second one follows: where
-        one sample decides for all, as by the largest value in the batch, the gradient of that one reaches no other.
-        Others follow as long as a parameter is left that none of them has a gradient of, beyond rounding.
+        The chosen sample comes first: its gradient shows where modules have the batch. A second one follows, because
+        one sample may decide for all, as by the largest value, and its own gradient then reaches no other. More follow
+        while a used parameter has no gradient beyond rounding in any of them.
         """
         if all(layout is None or layout.kind == "single" for layout in self._layouts):
             raise ValueError(
@@ -332,11 +332,11 @@ class Trial:
         return checks, bool(idle) and not all(bool(gradient.any()) for gradient in gradients)
 
     def _is_linear(self, seen: Observation) -> bool:
-        """Whether larger gradients of the outputs give gradients of parameters that are larger by the same factor.
+        """Whether gradients of parameters are in proportion to those of the outputs.
 
-        ValueError if not, and other samples decide, as where gradients are divided by their largest.
+        Raise ValueError if they are not and depend on other samples, as when gradients are divided by their largest.
         """
-        # The last one shows what begins at a size.
+        # The last one shows effects that begin at a certain size, as of clipping.
         factors = (1, 8) if seen.precision > 1e-6 else (1, 32, 1024)
 
         def at(factor: int, check: Check) -> list[Tensor]:
@@ -350,9 +350,9 @@ class Trial:
             return True
         if self._alone:
             return False
-        # At one size alone, what mixes may be saturated, or less than the rounding of parameters that it spares.
+        # At a single size, mixing may be saturated, or smaller than the rounding of parameters that it leaves alone.
         for factor in factors:
-            # Of another size each, so that one decides.
+            # Of different sizes, so that one of the two samples decides.
             one, other = at(factor, first), at(2 * factor, others[0])
             sums = self._backward(seen, one)
             sums = {name: sums[name] + gradient for name, gradient in self._backward(seen, other).items()}
@@ -361,7 +361,7 @@ class Trial:
 
 
 def _require_finite(truth: dict[str, Tensor], wanted: set[str]) -> None:
-    """Raise ValueError unless the squared norms of all wanted gradients are numbers: nothing agrees with others."""
+    """Raise ValueError unless the squared norms of all wanted gradients are finite: NaN agrees with nothing."""
     sizes = {n: g.to(torch.promote_types(g.dtype, torch.float32)).square().sum() for n, g in truth.items()}
     if lost := [name for name, size in sizes.items() if name in wanted and not size.isfinite()]:
         raise ValueError(
@@ -372,14 +372,14 @@ def _require_finite(truth: dict[str, Tensor], wanted: set[str]) -> None:
 
 
 def _changed(truth: dict[str, Tensor], sums: dict[str, Tensor]) -> set[str]:
-    """Names of gradients that differ by more than a hundredth or so."""
+    """Return names of gradients whose difference has more than a hundredth of their squared norm."""
     floor = rounding(truth)
     pairs = {name: (sums.get(name, torch.zeros_like(gradient)), gradient) for name, gradient in truth.items()}
     return {name for name, (other, one) in pairs.items() if _size(other - one) > 0.01 * _size(one) + floor}
 
 
 def _refuse(changed: set[str]) -> None:
-    """Raise ValueError if there are any."""
+    """Raise ValueError if any gradients changed."""
     if changed:
         raise ValueError(
             "model must treat the samples of a batch independently; a sample's gradients of "
@@ -388,17 +388,17 @@ def _refuse(changed: set[str]) -> None:
 
 
 def precision_of(tensors: dict[str, Tensor]) -> float:
-    """The relative rounding error of the coarsest of the tensors."""
+    """Return the relative rounding error of the coarsest of the tensors' dtypes."""
     return max((torch.finfo(tensor.dtype).eps for tensor in tensors.values()), default=0.0)
 
 
 def rounding(truth: dict[str, Tensor]) -> float:
-    """The squared norm up to which a gradient is rounding, as where it vanishes in exact arithmetic (a key's bias)."""
+    """Return the squared norm below which a gradient may be rounding of an exact zero, as that of a key's bias."""
     largest = max(map(_size, truth.values()), default=0.0)
-    # In half precision it would be more than all of them.
+    # In half precision the first bound would be as large as the gradients.
     return min(1e3 * precision_of(truth), 0.03) ** 2 * largest
 
 
 def _size(gradient: Tensor) -> float:
-    """The squared norm."""
+    """Return the squared norm."""
     return float(gradient.double().square().sum())

@@ -1,4 +1,4 @@
-"""``clip_gradients``: every sample's gradient clipped (Abadi et al., 2016), without any of them being stored.
+"""``clip_gradients``: clip every sample's gradient (Abadi et al., 2016) without storing any of them.
 
 The norms come from one backward pass. A second one, of the losses times ``min(1, max_norm / norm)``, sums the clipped
 gradients (Li et al., 2022, arXiv:2110.05679).
@@ -18,32 +18,32 @@ from fastgrad.engine.fallback import floating
 from fastgrad.engine.layout import Layout
 from fastgrad.gradients.recorder import record, recorded_sqnorms
 
-#: Rounding, in units of the dtype's precision, that operations of no fixed order may add.
+#: Rounding that operations without a fixed order may add, in units of the dtype's epsilon.
 _UNITS = 16
 
 
 class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_gradients(model, 1.0):``
-    """Context of a training step whose gradients are clipped sample by sample (Abadi et al., 2016).
+    """Context of a training step that clips gradients sample by sample (Abadi et al., 2016).
 
-    Inside, call ``model`` once, compute one loss for each sample and call `backward`. It adds the sum of the samples'
+    Inside, call ``model`` once, compute one loss per sample and call `backward`, which adds the sum of the samples'
     clipped gradients to ``.grad``. Micro-batches accumulate: each is one more call of the model and of `backward`.
-    Noise and privacy accounting are not done here; Opacus' optimizers take this ``.grad``.
+    Noise and privacy accounting are left to others; Opacus' optimizers accept this ``.grad``.
 
     Modules keep their mode: with dropout, norms and gradients have the same mask. Frozen parameters are left out of
-    norms and gradients. Under ``DistributedDataParallel`` ranks average, as always. The limit holds up to rounding:
+    norms and gradients. ``DistributedDataParallel`` averages over ranks, as always. The limit holds up to rounding:
     compute the losses in float32 where the model runs in half precision.
 
     Args:
         model: The model to be called inside; as for `record`.
         max_norm: The largest L2 norm that a sample's gradient keeps, over all trainable parameters together. A mapping
             from names of parameters or modules to norms clips groups separately. A parameter belongs to the longest
-            name that it begins with. Each group costs a backward pass.
+            name that is a prefix of its own. Each group costs a backward pass.
 
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If a norm is not positive and finite, a group has no trainable parameter or a trainable parameter
-            no group. Also for ``DistributedDataParallel`` with ``static_graph=True``, and for a model that `record`
-            refuses, such as batch norm in training mode: there one sample changes the gradients of all others.
+            has no group. Also for ``DistributedDataParallel`` with ``static_graph=True``, and for a model that `record`
+            refuses, such as batch norm in training mode. There, one sample changes the gradients of all others.
 
     Example::
 
@@ -75,8 +75,8 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
         return type(self), (self.model, self._limits[""] if self._joint else self._limits)
 
     def _call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """As `record`; also keep the outputs, from which the losses are computed."""
-        # Calls of modules that a closure makes on the way, as in the blocks of minGPT, are part of this one.
+        """Run a call as `record` does, and keep the outputs, from which the losses are computed."""
+        # Calls that a closure makes within this one, as in the blocks of minGPT, are part of it.
         before = self._count
         try:
             output = super()._call(module, args, kwargs)
@@ -98,26 +98,26 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
         """Add the clipped gradients to ``.grad`` of the trainable parameters.
 
         Args:
-            losses: ``(B,)``, one loss a sample (``reduction="none"``). Each is computed from that sample's row of the
-                model's output, of one call since the last `backward`. A factor on all losses, as of a mean or of loss
-                scaling, is a factor on the norms.
+            losses: ``(B,)``, one per sample (``reduction="none"``), each computed from that sample's row of the output
+                of the one call since the last `backward`. A factor on all losses, as of a mean or of loss scaling,
+                also scales the norms.
 
         Returns:
             The norms before clipping, ``(B,)``, or ``(B, G)`` for G groups, in the order of ``max_norm``; float32
             (float64 for a float64 model). A norm whose square is beyond the dtype's range is 0 (its sample is not
-            clipped) or infinite (its sample counts nothing).
+            clipped) or infinite (its sample adds nothing).
 
         Raises:
             TypeError: If ``losses`` is no floating-point tensor.
             ValueError: If ``losses`` is not ``(B,)``, mixes samples, or depends on parameters other than through the
                 model's output, as a weight decay does. Also if a trainable parameter has a hook
                 (``Tensor.register_hook``), which changes gradients after they are clipped.
-            RuntimeError: If the model was not called exactly once since the last `backward`, or without gradients.
+            RuntimeError: If the model was not called exactly once, with gradients, since the last `backward`.
         """
         try:
             norms = outside_of_compilation(self._backward)(losses)
         except (TypeError, ValueError):
-            # Refused: other losses of the same call may do.
+            # Other losses of the same call may be accepted, so it is kept.
             raise
         except BaseException:
             self._forget()
@@ -161,7 +161,7 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
 
 
 def _groups(model: nn.Module, limits: Mapping[str, float]) -> list[list[nn.Parameter]]:
-    """The trainable parameters under each name, in the order of ``limits``."""
+    """Return the trainable parameters under each name, in the order of ``limits``."""
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in limits}
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -181,9 +181,9 @@ def _groups(model: nn.Module, limits: Mapping[str, float]) -> list[list[nn.Param
 def _require_separate(
     model: nn.Module, losses: Tensor, outputs: Sequence[Tensor], layouts: Sequence[Layout | None]
 ) -> None:
-    """Raise ValueError unless ``losses[i]`` is made of row i of the outputs, and of parameters through them alone.
+    """Raise ValueError unless ``losses[i]`` uses row i of the outputs alone, and parameters only through it.
 
-    Then, and only then, a factor on the loss clips that sample. ``layouts`` say where the batch lies in the outputs.
+    Only then does a factor on the loss clip that sample. ``layouts`` tell where the batch lies in the outputs.
     """
     places = {_edge(out): i for i, out in enumerate(outputs) if out.grad_fn is not None}
     names = {id(p): name for name, p in model.named_parameters()}
@@ -204,7 +204,7 @@ def _require_separate(
                 )
     if not reached:
         raise ValueError("losses must be computed from the output of the model's latest call; they were not")
-    # Powers of two scale without rounding: a sample's gradient that is its own is scaled by exactly its own factor.
+    # Powers of two scale without rounding: the gradient of a row that only its own loss uses scales exactly.
     samples = losses.shape[0]
     exponents = torch.randint(1, 4, (samples,), generator=torch.Generator().manual_seed(0), device="cpu")
     exponents[:1] = 0
@@ -232,5 +232,5 @@ def _require_separate(
 
 
 def _edge(tensor: Tensor) -> tuple[Any, int]:
-    """The place in the graph of gradients where a tensor was made."""
+    """Return the node of the autograd graph that made a tensor, and the number of the output there."""
     return tensor.grad_fn, tensor.output_nr

@@ -1,7 +1,7 @@
 """Stateless functions on the last layer ``z = W h + b``: squared gradient norms of all contrasts, introspective rows.
 
 One sample's gradient of that layer is rank one, ``delta h^T`` with ``delta = dL/dz``. So all of this follows from the
-``D`` features and ``N`` logits, without a backward pass. The losses stand in :mod:`fastgrad.losses`.
+``D`` features and ``N`` logits, without a backward pass. The losses are in :mod:`fastgrad.losses`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastgrad.ops.dispatch import full_precision
 
 
 class ContrastStats(NamedTuple):
-    """Statistics over the N contrasts of a sample's squared norms; each of the leading shape.
+    """Statistics of each sample's squared norms over its N contrasts; each field has the leading shape.
 
     ``expected`` weighs contrast k by its softmax probability; ``predicted`` is the contrast of the predicted class.
     """
@@ -40,7 +40,7 @@ def contrast_sqnorm(
     log: bool = False,
     impl: str = "auto",
 ) -> Tensor:
-    """Squared L2 norm of the last layer's gradient for every one-hot contrast: "why P, rather than k?".
+    """Return the squared L2 norm of the last layer's gradient for every one-hot contrast: "why P, rather than k?".
 
     The relative error is a few units in the last place of float32, even where a confident network leaves autograd no
     correct digit. Differentiable with respect to both tensors.
@@ -50,14 +50,14 @@ def contrast_sqnorm(
         logits: ``(..., N)``, its output; same leading shape and device.
         loss: ``"cross_entropy"``, ``"bce"`` (with logits), ``"mse"`` (on logits) or ``"brier"`` (mse on softmax).
         bias: Whether the layer's bias gradient belongs to the norm: ``||delta||^2 (||h||^2 + 1)`` or without the 1.
-        reduction: Of the loss over classes, ``"sum"`` or ``"mean"``.
+        reduction: How the loss is reduced over classes, ``"sum"`` or ``"mean"``.
         log: Return the natural logarithm. ``||delta||^2`` is computed in log space, so that it does not underflow;
-            ``||h||^2`` is not. With ``"brier"`` it may where logits tie for the highest and all others are 40 below.
+            ``||h||^2`` is not. ``"brier"`` may underflow where logits tie for the highest and all others are 40 below.
         impl: ``"auto"``, ``"triton"`` or ``"eager"``; an explicit choice never falls back.
 
     Returns:
         ``(..., N)``, float32 (float64 for float64 logits). NaN or infinity in one row reaches that row only. Where
-        ``||h||^2`` is beyond the dtype's range (a feature of 1.8e19 in float32), all of the row is infinite or NaN.
+        ``||h||^2`` is beyond the dtype's range (a feature of 1.8e19 in float32), the whole row is infinite or NaN.
 
     Raises:
         TypeError: A tensor is missing or not floating, or only one of them is float64.
@@ -79,7 +79,7 @@ def target_sqnorm(
     log: bool = False,
     impl: str = "auto",
 ) -> Tensor:
-    """Squared L2 norm of the last layer's gradient for one label a sample.
+    """Return the squared L2 norm of the last layer's gradient for one label per sample.
 
     ``target`` is ``"ones"``, ``"uniform"`` (1/N), ``"predicted"``, class indices ``(...)`` or soft targets
     ``(..., N)``. ``"ones"`` is the confounding label, 1 for every class. The other arguments are those of
@@ -146,7 +146,7 @@ def linear_contrast_stats(
     reduction: str = "sum",
     impl: str = "auto",
 ) -> ContrastStats:
-    """Statistics over all contrasts without ever storing ``(..., N)``: for vocabularies of 128k and more.
+    """Compute statistics over all contrasts without storing ``(..., N)``: for vocabularies of 128k and more.
 
     The Triton kernel needs memory in proportion to B. The eager form holds 4 million logits at a time, or one row;
     compiled, all of them. Arguments and errors are those of :func:`linear_contrast_sqnorm`.
@@ -160,7 +160,7 @@ def linear_contrast_stats(
 
 
 def contrast_rows(features: Tensor, logits: Tensor, *, loss: str = "mse", rows: str = "diagonal") -> Tensor:
-    """Introspective features: for every contrast k the row k of its weight gradient, ``delta^(k)_k h``.
+    """Return introspective features: for every contrast k, row k of its weight gradient, ``delta^(k)_k h``.
 
     For ``bce`` and ``mse`` these rows are exactly the rows of the one gradient under the all-ones label; for
     ``cross_entropy`` and ``brier`` they are not. The rows left out are not small in general: ``rows="full"``, not
@@ -182,11 +182,12 @@ def contrast_rows(features: Tensor, logits: Tensor, *, loss: str = "mse", rows: 
 def contrast_rows_linear(
     features: Tensor, logits: Tensor, weight: Tensor, bias: Tensor | None = None, *, loss: str = "mse"
 ) -> Tensor:
-    """A linear layer over the flattened :func:`contrast_rows`, which are stored only where they are small.
+    """Apply a linear layer to the flattened :func:`contrast_rows`, which are stored only if they are small.
 
-    Equal to ``linear(contrast_rows(features, logits).flatten(-2), weight, bias)``. In place of many rows the features
-    are multiplied with the weight, some units at a time, in the backward pass too. The weight is ``(U, N * D)`` and the
-    bias ``(U,)`` or None, on the device of the features. The other arguments are those of :func:`contrast_sqnorm`.
+    Equal to ``linear(contrast_rows(features, logits).flatten(-2), weight, bias)``. If there are many rows, the
+    features are multiplied with the weight instead, some units at a time, also in the backward pass. The weight is
+    ``(U, N * D)`` and the bias ``(U,)`` or None, on the device of the features. Other arguments are those of
+    :func:`contrast_sqnorm`.
 
     Returns:
         ``(..., U)``, float32 (float64 for float64 features).
@@ -212,7 +213,7 @@ class NoClassError(ValueError):
 def check_target(target: str | Tensor, logits: Tensor, *, wait: bool = False) -> None:
     """Raise unless ``target`` is a known label name, class indices ``(...)`` or soft targets ``(..., N)``.
 
-    NoClassError for an index of no class; on a GPU only if it may ``wait`` for that, else the device raises an error.
+    An index without a class raises NoClassError. On a GPU this needs ``wait``, else the device raises an error.
     """
     if isinstance(target, str):
         checks.one_of("target", target, losses.TARGETS)
@@ -229,10 +230,10 @@ def check_target(target: str | Tensor, logits: Tensor, *, wait: bool = False) ->
     classes, target = logits.shape[-1], unwrapped(target)
     wanted = f"target must hold class indices from 0 to {classes - 1}"
     if is_traced() or type(target) is not torch.Tensor or not (wait or target.device.type == "cpu"):
-        # Reading the labels here would synchronise with the device or break the graph; this check runs with them.
+        # Reading the labels here would synchronise with the device or break the graph; this check runs there.
         check_later(((target >= 0) & (target < classes)).all(), wanted)
     elif target.numel():
-        # PyTorch finds no extremes of wider unsigned integers.
+        # PyTorch has no aminmax of wider unsigned integers.
         low, high = map(int, target.long().aminmax())
         if low < 0 or high >= classes:
             raise NoClassError(f"{wanted}; it held {low if low < 0 else high}")
@@ -249,7 +250,7 @@ def _features_and_options(features: Tensor, loss: str, reduction: str, flags: di
 
 
 def _matrix(tensor: Tensor) -> Tensor:
-    """``(..., M)`` as ``(B, M)``; a view wherever the strides allow one."""
+    """Reshape ``(..., M)`` to ``(B, M)``; a view wherever the strides allow one."""
     return tensor if tensor.dim() == 2 else tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 

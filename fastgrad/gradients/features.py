@@ -28,8 +28,8 @@ from fastgrad.ops.dispatch import IMPLEMENTATIONS, choose
 Target = str | int | Tensor | Callable[[Tensor], Tensor]
 
 
-# On a CPU the pages of large tensors come fresh from the system at every call; pieces of the batch of about this many
-# bytes (and at least so many samples) are reused.
+# On a CPU, large tensors get new memory pages from the system at every call. Pieces of the batch of about this many
+# bytes, and at least this many samples, reuse their memory.
 _CPU_WORKING_SET = 640 << 20
 _CPU_SAMPLES = 16
 
@@ -41,7 +41,7 @@ class GradientFeatures:
     tensors. Frozen parameters get features too, and several threads may use one model. Forward hooks of modules run,
     backward hooks do not.
 
-    The first call on a new structure of inputs runs the model a few times, on four of the samples or three, and
+    The first call on a new structure of inputs runs the model a few times, on three or four of the samples, and
     chooses a route for each parameter. It compares the result with autograd once.
 
     Args:
@@ -54,13 +54,13 @@ class GradientFeatures:
         signals: Several ``(loss, target)`` pairs in place of ``loss`` and ``target``: one forward and one batched
             backward pass.
         layers: Only these parameters: names or shell patterns of parameters, or names of modules; None for all.
-        log: Natural logarithms of the norms, finite also where the norms underflow or vanish.
-        chunk_size: Samples at a time; None for the whole batch on a GPU, for what runs fastest on a CPU.
+        log: Return natural logarithms of the squared norms, finite even where these underflow or vanish.
+        chunk_size: Samples at a time; None for the whole batch on a GPU, and a fast size on a CPU.
         memory_budget: Bytes a call may add, from which the chunk size is estimated if ``chunk_size`` is None.
         impl: ``"auto"``, ``"triton"`` or ``"eager"``, for the layers that have kernels.
         compile: Have ``torch.compile`` compile the pass at the first call on inputs of each size, which takes seconds
-            to minutes. Worth it for many calls on networks of many small layers. A target function, and what modules
-            hold beside tensors, stay what they were at that call.
+            to minutes. Worth it for many calls on networks of many small layers. A target function, and objects and
+            lists that modules hold, stay as they were at that call.
 
     Raises:
         TypeError, ValueError: For an argument that is not one of the above, a model that mixes samples, or one that
@@ -117,7 +117,7 @@ class GradientFeatures:
         self._compiled = CompiledPasses() if compiled else None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without plans and graphs, which are made anew: copies and pickles work."""
+        """Leave out plans and graphs, which are made anew, so that copies and pickles work."""
         return {**self.__dict__, "_network": None, "_compiled": self._compiled is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -148,8 +148,8 @@ class GradientFeatures:
         Args:
             *args: The model's inputs; every tensor whose dimension 0 equals that of the first is a batch, unless some
                 of the samples alone would then give other outputs (a mask of T by T positions where T = B).
-            target: Targets of this batch in place of ``target``: class indices ``(B,)`` or soft targets ``(B, N)``.
-            **kwargs: Likewise inputs.
+            target: Targets of this batch instead of the extractor's: class indices ``(B,)`` or soft targets ``(B, N)``.
+            **kwargs: The model's inputs by keyword.
 
         Returns:
             Logits ``(B, N)`` as the model gives them, and features in float32 (float64 for a float64 model):
@@ -181,7 +181,7 @@ class GradientFeatures:
             return torch.cat([logits for logits, _ in parts]), torch.cat([features for _, features in parts])
 
     def _of_batch(self, target: Tensor | None, samples: int) -> Tensor | None:
-        """The targets of a call, checked as far as can be without logits."""
+        """Return the targets of a call, checked as far as possible without logits."""
         if target is None:
             return None
         if self.contrast or self.joint:
@@ -203,8 +203,8 @@ class GradientFeatures:
         """Trace the extraction, backward pass included, to one flat graph that can be compiled or exported.
 
         The batch stays dynamic where the model reads its size as ``x.shape[0]``, not as ``len(x)``. Other sizes are
-        those of the example. The graph holds the model's present parameters. Joined signals and contrasts become one
-        backward pass each.
+        those of the example. The graph holds the model's present parameters. Each of several signals or
+        contrasts becomes a backward pass of its own.
 
         Args:
             *args: An example batch of at least two samples on the model's device.
@@ -226,14 +226,14 @@ class GradientFeatures:
             return flat_graph(functools.partial(self._pass, plan, target=None), (args, kwargs), samples)
 
     def _settled(self, args: Any, kwargs: Any, samples: int) -> Plan:
-        """The plan of the path that the model takes now, for a graph, which cannot go over to another."""
+        """Return the plan of the path that the model takes now, because a graph cannot switch to another."""
         run = Run(samples)
         self._network.forward(self._network.plan(args, kwargs, samples), run, args, kwargs)
         assert run.plan is not None
         return run.plan
 
     def _piece(self, plan: Plan, args: Any, kwargs: Any, target: Tensor | None) -> tuple[Tensor, Tensor]:
-        """One forward and backward pass, compiled if asked for."""
+        """Run one forward and backward pass, compiled if asked for."""
         if self._compiled is None:
             return self._pass(plan, args, kwargs, target)
 
@@ -244,7 +244,7 @@ class GradientFeatures:
         return logits, features
 
     def _pass(self, plan: Plan, args: Any, kwargs: Any, target: Tensor | None) -> tuple[Tensor, Tensor]:
-        """One forward and backward pass of a batch that is not cut, as it is traced."""
+        """Run one forward and backward pass of an undivided batch; graphs are traced from it."""
         samples = batch_size(args, kwargs)
         run = Run(samples, self.impl)
         with torch.enable_grad():
@@ -254,7 +254,7 @@ class GradientFeatures:
         return z, features.movedim(0, 1) if self.contrast or self.joint else features[0]
 
     def _deltas(self, logits: Tensor, target: Tensor | None) -> Tensor:
-        """Output gradients of all signals, ``(S, B, N)``, in float64 where logarithms of their norms are wanted."""
+        """Return the output gradients of all signals, ``(S, B, N)``, in float64 if logarithms are wanted."""
         z = logits.double() if self.log else logits
         if self.contrast:
             return losses.contrast_delta(z, loss=self.signals[0][0], reduction=self.reduction).movedim(-2, 0)
@@ -301,13 +301,13 @@ def _check_target(target: object, names: Sequence[str]) -> None:
 
 
 def _checked(target: Target, logits: Tensor) -> str | Tensor:
-    """A target for each row of ``logits``; refused before any kernel reads what it has no class for."""
+    """Return a target for each row of ``logits``, checked before any kernel reads an index without a class."""
     value = target(logits) if callable(target) else target
     if isinstance(value, int):
         value = torch.tensor(value, device="cpu")
     if isinstance(value, Tensor):
         value = value.to(logits.device)
-        # A function's floats in one dimension could be meant for the samples.
+        # Floats that a function returns in one dimension could be one per sample.
         if value.dim() == value.is_floating_point() and not (callable(target) and value.dim()):
             value = value.expand(logits.shape[0], *value.shape)
     check_target(value, logits, wait=True)

@@ -21,7 +21,7 @@ class NoiseScale:
         |G|^2 = (B b - s) / (B - 1)        tr(Sigma) = B (s - b) / (B - 1)
 
     Args:
-        decay: Of the exponential moving averages, by batch, at least 0 and below 1; None averages all batches alike.
+        decay: Factor per batch of the exponential moving averages, in [0, 1); None weights all batches equally.
 
     Raises:
         TypeError, ValueError: For any other ``decay``.
@@ -45,11 +45,11 @@ class NoiseScale:
         self._gradient = self._trace = self._weight = 0.0
 
     def update(self, sqnorms: Tensor, batch_sqnorm: Tensor | float) -> None:
-        """Add a batch to the averages. Waits for the device.
+        """Add a batch to the averages; this waits for the device.
 
         Args:
             sqnorms: ``(B,)``, B at least 2: each sample's squared gradient norm, over all parameters together.
-            batch_sqnorm: Squared norm of the batch's gradient, of the **sum** over the same samples
+            batch_sqnorm: Squared norm of the gradient of the loss **summed** over the same samples
                 (``reduction="sum"``). Multiply that of a mean by B squared.
 
         Raises:
@@ -73,7 +73,7 @@ class NoiseScale:
                 f"batch_sqnorm must be that of the sum of gradients, at most {largest:.6g} here; it was {total:.6g}"
             )
         single, batch = float(norms.mean()), total / count**2
-        # The mean of squares is at least the square of the mean; where samples are nearly alike, rounding may deny it.
+        # The mean of squares is at least the square of the mean, but rounding may break this if samples are alike.
         single = max(single, batch)
         keep, add = (1.0, 1.0) if self._decay is None else (self._decay, 1 - self._decay)
         self._gradient = keep * self._gradient + add * (count * batch - single) / (count - 1)
@@ -82,7 +82,7 @@ class NoiseScale:
 
     @property
     def gradient_sqnorm(self) -> float:
-        """The average estimate of ``|G|^2``; may be negative while there are few batches. NaN before the first."""
+        """The average estimate of ``|G|^2``; may be negative after few batches. NaN before the first."""
         return self._gradient / self._weight if self._weight else math.nan
 
     @property

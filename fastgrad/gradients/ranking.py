@@ -1,6 +1,6 @@
 """``rank_samples``: GraNd and EL2N of every sample (Paul et al., 2021, arXiv:2107.07075).
 
-A sample whose gradient is large long after training has begun is rare, hard, or labelled wrongly.
+A sample whose gradient is still large late in training is rare, hard, or labelled wrongly.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _KEYS = {"grand": True, "el2n": True, "loss": True, "confidence": False}
 
 @dataclass(frozen=True)
 class SampleTable:
-    """Losses and norms of each sample of a data set; arrays ``(n,)``, one row a sample.
+    """Losses and norms of each sample of a data set; arrays ``(n,)``, one row per sample.
 
     Attributes:
         index: The sample's position in the data set, int64.
@@ -51,7 +51,7 @@ class SampleTable:
         return len(self.index)
 
     def sort(self, by: str = "grand", count: int | None = None) -> SampleTable:
-        """Return the rows sorted, the most suspicious first: before all others those with NaN.
+        """Return the rows sorted, the most suspicious first; rows with NaN come before all others.
 
         Args:
             by: ``"grand"``, ``"el2n"`` or ``"loss"``, largest first; or ``"confidence"``, smallest first.
@@ -85,7 +85,7 @@ def rank_samples(
         verbose: Whether to show a progress bar.
 
     Returns:
-        One row a sample, in the loader's order.
+        One row per sample, in the loader's order.
 
     Raises:
         TypeError: If the loader gives something else.
@@ -115,7 +115,7 @@ def rank_samples(
             raise ValueError(f"loader must give labels that are classes of the model: {error}") from error
         refuse_probabilities(logits)
         z = logits.double()
-        # From the other classes' logits: 1 - p has no digits left where p is nearly 1.
+        # Computed from the other classes' logits, because 1 - p has no digits left where p is nearly 1.
         others = z.scatter(1, labels.unsqueeze(1), -torch.inf).logsumexp(1)
         log_p = F.logsigmoid(z.gather(1, labels.unsqueeze(1)).squeeze(1) - others)
         batch_columns = {
@@ -134,14 +134,14 @@ def rank_samples(
 
 
 def _labelled(batch: Any) -> tuple[Tensor | dict[str, Any], Tensor]:
-    """The inputs of a batch without its labels, and those."""
+    """Return the inputs of a batch without its labels, and the labels."""
     x, labels = split_batch("loader", batch)
     if labels is None:
         raise ValueError("loader must give labels beside the inputs: (x, labels) or a mapping with 'labels'")
     wanted = f"loader must give integer labels of shape ({batch_size(x)},)"
     try:
         labels = labels if isinstance(labels, Tensor) else torch.as_tensor(labels, device="cpu")
-    # Of words, None and ragged lists.
+    # Raised for words, None and ragged lists.
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{wanted}: {error}") from error
     if labels.is_floating_point() or labels.is_complex() or labels.shape != (batch_size(x),):

@@ -1,4 +1,4 @@
-"""``record`` and ``grad_sqnorm``: per-sample squared gradient norms where ``torch.autograd.grad`` was."""
+"""``record`` and ``grad_sqnorm``: per-sample squared gradient norms in place of ``torch.autograd.grad``."""
 
 from __future__ import annotations
 
@@ -25,45 +25,45 @@ from fastgrad.losses import compute_dtype
 
 
 class _Active(threading.local):
-    """The recordings that a thread is in, innermost last."""
+    """The open recordings of a thread, innermost last."""
 
     def __init__(self) -> None:
         self.stack: list[record] = []
 
 
 _active = _Active()
-# Redirections by the id of the module: how many recordings of it are open, in all threads.
+# By the id of a module, its redirection and how many recordings of it are open in all threads.
 _open: dict[int, tuple[Redirect, int]] = {}
 _networks: weakref.WeakKeyDictionary[nn.Module, Network] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
 class _Call(NamedTuple):
-    """One call from outside."""
+    """One recorded call."""
 
     keys: dict[str, int]  # ids of the recorded model's parameters by their names within the called module
-    run: weakref.ref[Run]  # its probes, as long as the graph of its outputs
-    outputs: tuple[Layout | None, ...]  # where the batch lies in them
+    run: weakref.ref[Run]  # its probes; it lives as long as the graph of its outputs
+    outputs: tuple[Layout | None, ...]  # where the batch lies in each output
     samples: int
-    numbers: range  # of the operations in its graph; none of an empty batch
-    tried: range  # of those in graphs of passes that came before, to plan it
+    numbers: range  # of the operations in its graph; empty for an empty batch
+    tried: range  # of the operations of earlier passes that planned it
 
 
 _Recording = TypeVar("_Recording", bound="record")
 
 
 class record:  # noqa: N801 - reads as a statement: ``with record(model):``
-    """Context in which `grad_sqnorm` takes norms of this thread's calls of ``model`` or its submodules.
+    """Context in which `grad_sqnorm` computes norms for this thread's calls of ``model`` or its submodules.
 
     Inside, ordinary calls and backward passes work as always, and modules keep their mode (batch norm must be in
     evaluation mode). ``forward`` of the model's modules is redirected on the instances for this thread; leaving the
     context puts it back. Activation checkpointing (``use_reentrant=False``) and gradient accumulation work as always,
-    and so do hooks of modules. Hooks of parameters (``Tensor.register_hook``) see summed gradients: norms are without
+    and so do hooks of modules. Hooks of parameters (``Tensor.register_hook``) see summed gradients; norms ignore
     them.
 
     Args:
-        model: The model to be called inside. Of ``DistributedDataParallel`` the module it wraps is recorded, and of
-            ``DataParallel`` on one device.
+        model: The model to be called inside. If it is ``DistributedDataParallel``, or ``DataParallel`` on one device,
+            the module that it wraps is recorded.
 
     Raises:
         TypeError: If ``model`` is not an ordinary ``torch.nn.Module``, or holds scripted modules, complex parameters or
@@ -93,15 +93,15 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         self.model: nn.Module = whole
         if getattr(self.model, "_compiled_call_impl", None) is not None:
             raise ValueError("model must not be compiled in place (model.compile()); compile its parts instead")
-        #: Those whose graph lives, and the latest.
+        #: Calls whose graph is alive, and the latest one.
         self.calls: list[_Call] = []
-        #: Numbers of the operations of calls that ``torch.func`` transforms, which have no probes.
+        #: Sequence numbers of operations in calls that ``torch.func`` transforms, which have no probes.
         self.transformed: list[range] = []
-        #: For each time that it was entered and not left, the thread's recordings and the modules redirected.
+        #: For each entry that was not yet left, the thread's recordings and the redirected modules.
         self._entered: list[tuple[list[record], list[nn.Module]]] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles, of the model as well, begin outside of the context."""
+        """Have copies and pickles, which hold the model as well, begin outside of the context."""
         return type(self), (self.model,)
 
     def __enter__(self: _Recording) -> _Recording:
@@ -119,7 +119,7 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         return self
 
     def __exit__(self, *error: object) -> None:
-        # Another thread may be the one to leave, as where it collects a generator that nobody went on with.
+        # Another thread may leave the context, as when it collects an abandoned generator.
         stack, modules = self._entered.pop()
         stack.remove(self)
         self.calls.clear()
@@ -133,7 +133,7 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
                     redirect.restore(module.__dict__)
 
     def _call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Run one call from outside with probes."""
+        """Run one call with probes."""
         keys: dict[str, int] = {}
         for name, parameter in module.named_parameters():
             if parameter.grad_fn is not None:
@@ -143,20 +143,20 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
             keys[name] = id(parameter)
         with _lock:
             network = _networks.get(module)
-            # Modules may call themselves equal to others.
+            # The dictionary compares by equality, which modules may define.
             if network is None or network.model is not module:
                 network = _networks[module] = Network(module, recorded=True)
         samples = batch_size(args, kwargs)
-        # A cast of a parameter that autocast kept would be of another call, or of none.
+        # A cast of a parameter in autocast's cache would belong to the graph of another call, or to none.
         torch.clear_autocast_cache()
-        # An empty batch, which random sampling may draw, has nothing to be planned on and no norms.
+        # An empty batch, which random sampling may draw, has no samples to plan with and no norms.
         run, earlier, first = Run(samples), list(self.calls), next_number()
         with noting(None):
             plan = network.plan(args, kwargs, samples) if samples else None
             output = network.forward(plan, run, args, kwargs)
         torch.clear_autocast_cache()
         if run.plan is not None and run.plan.untracked:
-            # Modules that a closure calls are the user's own, and such calls are recorded like any other.
+            # A closure calls the user's modules instead of their copies; such calls are recorded like any other.
             inner = [call for call in self.calls if not any(call is other for other in earlier)]
             seen = {key for call in inner for key in call.keys.values()}
             refuse_untracked([name for name in run.plan.untracked if keys[name] not in seen])
@@ -167,7 +167,7 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         return output
 
     def _call_transformed(self, forward: Any, args: Any, kwargs: Any) -> Any:
-        """Run a call without probes and note its operations, those of modules inside as part of them."""
+        """Run a call without probes and note its operations, including those of calls within it."""
         first = next_number()
         output = forward(*args, **kwargs)
         while self.transformed and self.transformed[-1].start >= first:
@@ -181,7 +181,7 @@ def _dispatch(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if any(module is own for _, modules in recording._entered for own in modules):
             if not torch.is_grad_enabled() or not any(True for _ in module.parameters()):
                 break
-            # A compiler that follows this call takes the look at transforms for one of them.
+            # While torch.compile traces this call, it would mistake the check for a transform.
             if not torch.compiler.is_compiling() and is_transformed():
                 return recording._call_transformed(forward, args, kwargs)
             # torch.compile cannot follow a recorded call, which builds modules.
@@ -197,7 +197,7 @@ def grad_sqnorm(
     is_grads_batched: bool = False,
     retain_graph: bool | None = None,
 ) -> tuple[Tensor, ...]:
-    """Squared L2 norm of each sample's gradient, where ``torch.autograd.grad`` would give the sum of gradients.
+    """Return the squared L2 norm of each sample's gradient, where ``torch.autograd.grad`` returns their sum.
 
     Args:
         outputs: A loss that is a *sum* over samples, or any tensors computed from the recorded model's outputs. A mean
@@ -219,8 +219,8 @@ def grad_sqnorm(
         ValueError: If a parameter is not the recorded model's, took part in several calls, or is used outside of
             calls as well, other than in a term of its own like a weight decay. Also for outputs that depend on calls
             that ``torch.func`` transforms, and for a gradient penalty: outputs that depend on gradients
-            (``create_graph=True``) which passed the model. And for a parameter without a layer's rule, if outputs
-            depend on it past what modules return, as by an attribute.
+            (``create_graph=True``) which passed the model. And for a parameter that no layer rule serves, if outputs
+            depend on it other than through what modules return, as through an attribute.
     """
     outputs, wanted = checks.tensors("outputs", outputs), checks.tensors("params", params)
     gradients = None if grad_outputs is None else checks.tensors("grad_outputs", grad_outputs)
@@ -240,15 +240,15 @@ def recorded_sqnorms(
     batched: bool,
     keep: bool,
 ) -> tuple[Tensor, ...]:
-    """`grad_sqnorm` of a given recording."""
+    """Compute `grad_sqnorm` for a given recording."""
     names = {id(p): name for name, p in recording.model.named_parameters()}
     for i, p in enumerate(wanted):
         if id(p) not in names:
             raise ValueError(f"params must be parameters of the recorded model; number {i} is not one")
     if not recording.calls or not any(out.requires_grad for out in outputs):
         raise RuntimeError("outputs must be computed from calls of the recorded model, with gradients enabled")
-    # Only the probes of sites that serve a wanted parameter: the backward pass need not go further. Calls of other
-    # models that are being recorded count, too, where they share a parameter.
+    # Only the probes of sites that serve a wanted parameter, so that the backward pass goes no further. Calls of other
+    # recorded models count, too, if they share a parameter.
     asked = {id(p): names[id(p)] for p in wanted}
     recordings = dict.fromkeys((*_active.stack, recording))
     alive = [(call, run) for each in recordings for call in each.calls if (run := call.run()) is not None]
@@ -279,7 +279,7 @@ def recorded_sqnorms(
                 )
             if key in asked:
                 by_key[key] = norms[..., column]
-    # Gradients of parameters that the outputs do not depend on are zero, in rows of the calls that they depend on.
+    # Parameters that the outputs do not depend on get zeros, one per sample of the calls that the outputs reach.
     rows = {run.samples for _, _, _, run, _ in reached}
     rows = rows if len(rows) == 1 else sizes
     leading = (gradients[0].shape[0],) if batched and gradients is not None else ()
@@ -310,9 +310,9 @@ def _require_plain(outputs: Sequence[Tensor], names: Mapping[int, str], transfor
 def _require_returned(
     outputs: Sequence[Tensor], names: Mapping[int, str], taps: Container[int], calls: Sequence[_Call]
 ) -> None:
-    """Raise ValueError where ``outputs`` reach one of these parameters in a call, past the taps on what modules return.
+    """Raise ValueError if ``outputs`` reach one of these parameters in a call, not through a recomputed module's tap.
 
-    What a call does not compute, as a weight decay, has other numbers.
+    Operations outside of calls, as for a weight decay, have other sequence numbers.
     """
     inside = _uses(nodes_behind(outputs, taps), calls)[1] & names.keys() if names else set()
     if inside:
@@ -327,11 +327,11 @@ def _require_returned(
 def _require_called(
     outputs: Sequence[Tensor], names: Mapping[int, str], calls: Sequence[_Call], *, empty: bool
 ) -> set[int]:
-    """The sizes of the batches of calls that ``outputs`` reach.
+    """Return the batch sizes of the calls that ``outputs`` reach.
 
-    Raise RuntimeError where they reach none; those of an ``empty`` batch show none. Raise ValueError where they reach
-    one of these parameters past the calls that they reach beside it. Alone in a term, as in a weight decay, a parameter
-    has no gradient per sample.
+    Raise RuntimeError if they reach none, unless the batch is ``empty``, which shows none. Raise ValueError if a term
+    of the outputs reaches both a call and, outside of calls, one of these parameters. A term without calls, as a weight
+    decay, is allowed, because it has no gradient per sample.
     """
     sizes, _, beside = _uses(nodes_behind(outputs), calls)
     if not sizes and not empty:
@@ -348,13 +348,13 @@ def _require_called(
 
 
 def _uses(nodes: Iterable[Any], calls: Sequence[_Call]) -> tuple[set[int], set[int], set[int]]:
-    """Batch sizes of the calls that ``nodes`` belong to, ids of parameters that these use, and of those others use."""
+    """Return batch sizes of the calls that ``nodes`` belong to, and ids of parameters used in calls and outside."""
     sizes: set[int] = set()
     inside: set[int] = set()
     beside: set[int] = set()
     for node in nodes:
         leaves = {id(getattr(following, "variable", None)) for following, _ in node.next_functions} - {id(None)}
-        # Other threads, as of a loss, give the same numbers; what they add seldom uses a parameter.
+        # Nodes from other threads, as of a loss, may have the same numbers, but seldom use a parameter.
         if leaves and any(number_of(node) in call.tried for call in calls):
             raise ValueError(
                 "outputs must be computed from what the recorded call itself gave; they reach an earlier pass, which a "

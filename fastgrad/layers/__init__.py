@@ -1,7 +1,7 @@
-"""Rules: from a layer's input and the gradient at its output to one squared norm per parameter.
+"""Layer rules: they compute per-sample squared norms of parameters from a layer's input and output gradient.
 
-A class of another library is named, so that it need not be installed. A subclass takes the rule of its nearest base
-class here unless it has a ``forward`` of its own. What no rule serves takes the general fallback, as exact and slower.
+Classes of other libraries are given by name, so that these need not be installed. A subclass takes the rule of its
+nearest base class here unless it overrides ``forward``. Layers without a rule take the fallback, as exact but slower.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Multi-head attention, whose projections are parameters of its own rather than linear layers."""
+"""Multi-head attention, which uses the weights of its projections itself, without calling linear layers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from fastgrad.losses import compute_dtype
 _OPTIONS = (
     "query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal",
 )  # fmt: skip
-#: Projection weights that are not packed in one.
+#: Names of the projection weights if they are not packed in one tensor.
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as a term of the attention scores; boolean masks are true where attention is forbidden."""
+    """Return a mask as a term to add to scores; boolean masks are true where attention is forbidden."""
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
     return mask.to(dtype)
@@ -34,8 +34,8 @@ def multihead_attention(
 ) -> dict[str, Tensor]:
     """Rule for ``torch.nn.MultiheadAttention``.
 
-    Attention is computed again from its projected queries, keys and values; their gradients, and that of the
-    output projection, are gradients at the outputs of four linear maps.
+    Attention is computed again from its projected queries, keys and values. The gradients there and at the output are
+    the output gradients of four linear maps.
     """
     assert isinstance(module, nn.MultiheadAttention)
     given = dict(zip(_OPTIONS, args, strict=False)) | kwargs
@@ -70,7 +70,7 @@ def multihead_attention(
         if len(gradients) > 1 or (mask is None and padding is None):
             attended = scores.softmax(-1)
         else:
-            # Where all keys are masked, PyTorch attends to none. Where it returns the weights, it gives NaN.
+            # In PyTorch, a query whose keys are all masked attends to none, but gets NaN if the weights are returned.
             none = scores.isneginf().all(-1, keepdim=True)
             attended = scores.masked_fill(none, 0).softmax(-1).masked_fill(none, 0)
         context = (attended @ value).transpose(1, 2).flatten(2)
@@ -82,7 +82,7 @@ def multihead_attention(
             grads.append(gradients[1].to(dtype))
         found = torch.autograd.grad(outputs, [*leaves, *extra.values()], grads)
     per_projection = [weight_sqnorm(x, g) for x, g in zip(inputs, found[:3], strict=True)]
-    # Of the weights' names the module has one or three.
+    # The module has either the packed weight or the three separate ones, so both forms are given.
     return {
         "out_proj.weight": weight_sqnorm(context.detach(), grad),
         "out_proj.bias": bias_sqnorm(grad),

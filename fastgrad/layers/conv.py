@@ -20,19 +20,19 @@ Padding = Callable[[ConvNd, Tensor], tuple[Tensor, Sequence[int]]]
 
 
 def _geometry(module: ConvNd) -> tuple[tuple[int, ...], ...]:
-    """Kernel, stride and dilation of each axis, as a call reads them now: they may be set after the module is made."""
+    """Return kernel, stride and dilation of each axis as a call reads them: they may be set after construction."""
     kernel = tuple(module.weight.shape[2:])
     axes = len(kernel)
     return kernel, per_axis(module.stride, axes), per_axis(module.dilation, axes)
 
 
 def _split(totals: Sequence[int]) -> list[int]:
-    """So many zeros an axis at both ends, last axis first; an odd one comes after."""
+    """Split the total zeros of each axis over its two ends, last axis first; an odd one comes after."""
     return [part for total in reversed(totals) for part in (total // 2, total - total // 2)]
 
 
 def _zeros(module: ConvNd) -> list[int]:
-    """Those that ``torch.nn`` adds by ``padding``."""
+    """Return the zeros that ``torch.nn`` adds for ``padding``, last axis first."""
     kernel, _, dilation = _geometry(module)
     if module.padding == "same":
         return _split([d * (k - 1) for k, d in zip(kernel, dilation, strict=True)])
@@ -41,7 +41,7 @@ def _zeros(module: ConvNd) -> list[int]:
 
 
 def _own(module: ConvNd, a: Tensor) -> tuple[Tensor, Sequence[int]]:
-    """As ``torch.nn`` pads."""
+    """Pad as ``torch.nn`` does."""
     if module.padding_mode != "zeros":
         pads = padding_pairs(module)
         return F.pad(a, pads, mode=module.padding_mode), [0] * len(pads)
@@ -49,13 +49,13 @@ def _own(module: ConvNd, a: Tensor) -> tuple[Tensor, Sequence[int]]:
 
 
 def _same(module: ConvNd, a: Tensor) -> tuple[Tensor, Sequence[int]]:
-    """TensorFlow's ``SAME``: a stride s leaves ``ceil(n / s)`` places of n."""
+    """Pad as TensorFlow's ``SAME``: a stride s turns n positions into ``ceil(n / s)``."""
     axes = zip(a.shape[2:], *_geometry(module), strict=True)
     return a, _split([max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0) for n, k, s, d in axes])
 
 
 def _stored(module: ConvNd, a: Tensor) -> tuple[Tensor, Sequence[int]]:
-    """Likewise for the image size that was named beforehand, by a layer that pads or one that does nothing."""
+    """Pad by ``static_padding``, made for one image size (a layer that pads, or an identity), and by ``padding``."""
     stored = module.static_padding.padding if isinstance(module.static_padding, nn.ZeroPad2d) else (0, 0, 0, 0)
     return a, [sum(pair) for pair in zip(stored, _zeros(module), strict=True)]
 
@@ -77,8 +77,8 @@ def _norms(padding: Padding, module: nn.Module, a: Tensor, g: Tensor) -> dict[st
     return norms
 
 
-#: Of all convolutions of ``torch.nn``.
+#: For all convolutions of ``torch.nn``.
 CONVOLUTION = LayerRule("convolution", functools.partial(_norms, _own), in_place=True)
-#: Of subclasses that pad in their ``forward``.
+#: For subclasses that pad in their ``forward``.
 SAME_CONVOLUTION = LayerRule("convolution, same padding", functools.partial(_norms, _same), in_place=True)
 STORED_CONVOLUTION = LayerRule("convolution, stored padding", functools.partial(_norms, _stored), in_place=True)

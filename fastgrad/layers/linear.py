@@ -12,7 +12,7 @@ from fastgrad.ops.dispatch import implementation
 
 
 def weight_sqnorm(a: Tensor, g: Tensor) -> Tensor:
-    """Squared norm of each sample's weight gradient ``sum_t g_t a_t^T``, of ``(B, T, C)`` and ``(B, T, O)``."""
+    """Return squared norms ``(B,)`` of weight gradients ``sum_t g_t a_t^T`` from ``(B, T, C)`` and ``(B, T, O)``."""
     if a.shape[1] == 1:
         a, g = upcast(a, g)
         return sqnorm(a) * sqnorm(g)
@@ -20,13 +20,13 @@ def weight_sqnorm(a: Tensor, g: Tensor) -> Tensor:
 
 
 def bias_sqnorm(g: Tensor) -> Tensor:
-    """Squared norm of a bias gradient, the sum of ``g`` over positions: ``(B, T, O) -> (B,)``."""
+    """Return squared norms of bias gradients, the sum of ``g`` over positions: ``(B, T, O) -> (B,)``."""
     (g,) = upcast(g)
     return sqnorm(g[:, 0] if g.shape[1] == 1 else g.sum(1))
 
 
 def linear(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """Rule for ``torch.nn.Linear``, and for its transposed form in language models (of the same norm)."""
+    """Rule for ``torch.nn.Linear``, and for its transposed form in language models, whose norm is the same."""
     a, g = positions_first(a, 1), positions_first(g, 1)
     return {"weight": weight_sqnorm(a, g), "bias": bias_sqnorm(g)}
 
@@ -34,8 +34,8 @@ def linear(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
 def embedding(module: nn.Module, index: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for ``torch.nn.Embedding``: positions with the same index add up before the norm is taken.
 
-    Each position takes the sum ``s_t`` of its index, whose c_t positions count ``||s_t||^2 / c_t`` each. Unlike the sum
-    over pairs of positions, that has no terms of both signs.
+    Position t adds ``||s_t||^2 / c_t``, where ``s_t`` sums ``g`` over the c_t positions with its index. Unlike a sum
+    over pairs of positions, this has no negative terms, so nothing cancels.
     """
     assert isinstance(module, nn.Embedding)
     (g,) = upcast(g)

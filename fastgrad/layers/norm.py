@@ -1,6 +1,6 @@
 """Normalisation layers: the weight's gradient is the sum over positions of ``g * xhat``, the bias's that of ``g``.
 
-PReLU's slope is such a weight, too.
+The slope of PReLU has such a gradient, too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastgrad.layers.registry import LayerRule
 
 
 def _channel_sqnorm(x: Tensor) -> Tensor:
-    """Squared norms ``(B,)`` of ``(B, C, *)``, summed over positions."""
+    """Return squared norms ``(B,)`` of ``(B, C, *)`` summed over positions."""
     return sqnorm(x.flatten(2).sum(2) if x.dim() > 2 else x)
 
 
@@ -46,8 +46,8 @@ def batch_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     if a.dim() == 2 or is_batched(g) or not a.is_contiguous():
         return _channel_norms(F.batch_norm(a, mean, var, eps=module.eps), g)
     samples, channels = a.shape[:2]
-    # Samples folded into channels, the ordinary reduction over (batch, positions) becomes one per sample, and
-    # one pass over the two tensors gives both sums.
+    # With samples folded into channels, the reduction over (batch, positions) becomes one per sample. One pass over the
+    # two tensors then gives both sums.
     g, a = (x.reshape(1, samples * channels, -1) for x in (g, a))
     mean, var = (x.expand(samples, -1).reshape(-1) for x in (mean, var))
     _, weight, bias = torch.ops.aten.native_batch_norm_backward(
@@ -83,7 +83,7 @@ def over_last(normalized: Callable[..., Tensor], module: nn.Module, a: Tensor, g
 
 
 def layer_norm_2d(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """Rule for the layer norms of ``(B, C, H, W)`` over C which image libraries define."""
+    """Rule for layer norms over C of ``(B, C, H, W)``, which image libraries define."""
     return over_last(F.layer_norm, module, a.movedim(1, -1), g.movedim(1, -1))
 
 

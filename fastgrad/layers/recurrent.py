@@ -16,10 +16,10 @@ from fastgrad.losses import compute_dtype
 
 
 class _Direction:
-    """One direction of one layer, unrolled in time: for ``x`` ``(B, T, C)`` and the initial state all hidden states.
+    """One direction of one layer, unrolled in time: all hidden states for ``x`` ``(B, T, C)`` and the initial state.
 
-    The gradients of zeros added to every step's linear maps are the gradients at the outputs of these maps. ``hidden``
-    and ``cell`` become the last state.
+    Zeros are ``added`` to the outputs of every step's linear maps, so that their gradients are those at the outputs.
+    The attributes ``hidden`` and ``cell`` are the last state.
     """
 
     def __init__(self, module: nn.RNNBase, suffix: str, x: Tensor, hidden: Tensor, cell: Tensor) -> None:
@@ -67,7 +67,7 @@ class _Direction:
 def recurrent(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: Sequence[Tensor]
 ) -> dict[str, Tensor]:
-    """Rule for ``torch.nn.RNN``, ``LSTM`` and ``GRU``, computed again step by step."""
+    """Rule for ``torch.nn.RNN``, ``LSTM`` and ``GRU``, which computes them again step by step."""
     assert isinstance(module, nn.RNNBase)
     given = dict(zip(("input", "hx"), args, strict=False)) | kwargs
     x, state = given["input"], given.get("hx")

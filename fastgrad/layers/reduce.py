@@ -1,4 +1,4 @@
-"""Reductions every rule shares; sums run in float32 at least."""
+"""Reductions that the rules share; sums are computed in float32 or float64."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from fastgrad.losses import compute_dtype
 
 
 def upcast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the dtype in which their sums run (no copy where they have it already)."""
+    """Return the tensors in the dtype in which they are summed, without a copy if they have it already."""
     dtype = compute_dtype(*(t.dtype for t in tensors))
     return tuple(t.to(dtype) for t in tensors)
 
 
 def sqnorm(x: Tensor) -> Tensor:
-    """Squared L2 norm over everything but dimension 0: ``(B, ...) -> (B,)``."""
+    """Return the squared L2 norm over everything but dimension 0: ``(B, ...) -> (B,)``."""
     flat = x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
     return flat.square().sum(1)
 
 
 def positions_first(x: Tensor, trailing: int) -> Tensor:
-    """Flatten what stands between the batch and the last ``trailing`` dimensions: ``(B, T, *trailing)``; T may be 1."""
+    """Flatten the dimensions between the batch and the last ``trailing`` ones: ``(B, T, *trailing)``; T may be 1."""
     keep = x.dim() - trailing
     return x.unsqueeze(1) if keep == 1 else x.flatten(1, keep - 1)
 
 
 def leaf(x: Tensor) -> Tensor:
-    """A leaf with the values of ``x`` that requires gradients; also under ``vmap``, which forbids requires_grad_."""
+    """Return a leaf with the values of ``x`` that requires gradients, without requires_grad_: ``vmap`` forbids it."""
     return nn.Parameter(x.detach())

@@ -36,7 +36,7 @@ class LayerRule:
 
 @dataclass(frozen=True)
 class ReplayRule:
-    """How a layer whose parameters act in the middle of its computation gets its squared norms.
+    """How to compute the squared norms of a layer whose parameters act in the middle of its computation.
 
     Such a layer (attention, recurrent) is computed once more in the backward pass, from its recorded inputs.
 
@@ -53,9 +53,9 @@ class ReplayRule:
 
 
 Rule = LayerRule | ReplayRule
-#: The methods in which layers compute; PyTorch's convolutions do so in the second.
+#: Methods in which a layer computes its output; PyTorch's convolutions use the second.
 _COMPUTING = frozenset({"forward", "_conv_forward"})
-#: The rule of each layer, a class or its full dotted name.
+#: The rule of each layer, by its class or full dotted name.
 RULES: dict[type[nn.Module] | str, Rule] = {}
 
 
@@ -99,7 +99,7 @@ def register_rule(
 
 
 def find_rule(module: nn.Module) -> tuple[Rule | None, str]:
-    """Return the rule for a module and an empty string, or None and why the general fallback is needed."""
+    """Return the rule for a module and an empty string, or None and the reason for the general fallback."""
     checks.is_a(nn.Module, module=module)
     if not _COMPUTING.isdisjoint(vars(module)):
         return None, "its forward method was replaced on the instance"
