@@ -2,11 +2,11 @@
 
 A program owns a ``BLOCK_M x BLOCK_N`` tile of ``x W^T + b``. It rounds the tile to the logits' dtype, writes it, and
 reduces *the rounded values* to moments (see ``losses``), so that the result equals that of the ``contrast`` kernels on
-the logits written. The features' squared norm comes from the product's own loads if a row block has few tiles; if it
+the logits written. The features' squared norm comes from the product's own loads if a row block has few tiles. If it
 has many, each tile squares one slice of the features.
 
 The partial moments of a row block are merged in the order of the tiles, so results do not depend on timing. With
-``LAST``, which suits the few rows of a request, the last tile to arrive merges them (a counter in ``sync``), and no
+``LAST``, which suits the few rows of a request, the last tile to arrive (by a counter in ``sync``) merges them. No
 program waits for another. Otherwise ``contrast_finish_kernel`` does, in a second launch of many programs per row.
 """
 

@@ -137,8 +137,8 @@ def _linear_stats(features: Tensor, weight: Tensor, bias: Tensor | None, loss: s
 def rows_linear(features: Tensor, diagonal: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Apply a linear layer ``(U, N * D)`` to contrast rows ``diagonal (B, N) * features (B, D)``: ``(B, U)``.
 
-    Many rows are never formed: the features are multiplied by the weight seen as ``(U N, D)``, some units at a time,
-    and the classes summed with weights from the diagonal, in as many operations. float64 for float64, else float32.
+    Many rows are never formed. The features are multiplied by the weight seen as ``(U N, D)``, some units at a time,
+    and the classes are summed with the diagonal as weights: as many operations. float64 for float64, else float32.
     """
     dtype = compute_dtype(features.dtype)
     h, d = features.to(dtype), diagonal.to(dtype)

@@ -57,8 +57,8 @@ def _block(size: int, largest: int) -> int:
 def contrast(B: int, N: int, D: int, loss: str, arch: Architecture) -> tuple[Options, int]:
     """Choose for features ``(B, D)`` and logits ``(B, N)``; return also how many programs share a row.
 
-    A row up to ``LONGEST_ROW`` stays on chip, with 8 to 32 logits per thread (one or more 16-byte accesses), and
-    several short rows (``ROWS``, set only on chip) share a program as long as the programs still fill the device.
+    A row up to ``LONGEST_ROW`` stays on chip, with 8 to 32 logits per thread (one or more 16-byte accesses). Several
+    short rows (``ROWS``, set only here) share a program as long as the programs still fill the device.
     Longer rows are swept twice, by one program if the batch fills the device, else by several.
     """
     # Brier keeps twice as many numbers per logit.

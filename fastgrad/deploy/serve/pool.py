@@ -70,7 +70,7 @@ class Pool:
         """Return the reply to one input, given in parts. Cancelling this takes the input out of the queue.
 
         ``on_run`` is called with the size of its batch each time that goes to a process. RequestError if the input is
-        refused, or fails for a reason that the log has; ChildDiedError if its process ended repeatedly, or did not
+        refused, or fails for a reason that the log has. ChildDiedError if its process ended repeatedly, or did not
         answer in time.
         """
         item = _Item(parts, asyncio.get_running_loop().create_future(), on_run)

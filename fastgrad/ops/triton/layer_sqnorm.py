@@ -61,7 +61,7 @@ def conv_sqnorm(
 def linear_sqnorm(a: Tensor, g: Tensor) -> Tensor:
     """Return squared norms of all weight gradients, ``(K, B)`` float32, for ``a (B, T, C)`` and ``g (K, B, T, O)``.
 
-    The Gram kernel runs if it takes fewer products; the direct one then recomputes samples whose gradient nearly
+    The Gram kernel runs if it takes fewer products. The direct one then recomputes samples whose gradient nearly
     cancels over positions, without a decision on the host.
     """
     count, batch, positions, outputs = g.shape
