@@ -84,7 +84,7 @@ def bind_contextvar(variable: ContextVar[_T], value: _T) -> Iterator[None]:
 
 #: Whether a graph that is recorded runs in this process: then our operators stay whole, as its nodes.
 opaque_ops: ContextVar[bool] = ContextVar("fastgrad_opaque", default=False)
-#: The ``impl`` that layer rules hand to operators; bound where rules run, as a device's backward pass has own threads.
+#: The ``impl`` that layer rules hand to operators; bound where rules run: backward passes have other threads.
 implementation: ContextVar[str] = ContextVar("fastgrad_impl", default="auto")
 
 

@@ -71,7 +71,7 @@ def _moved(x: Tensor, unit: float) -> Iterator[Tensor]:
 
 
 def difference(ours: Tensor, live: Tensor) -> float:
-    """Return the largest difference, relative to the live value or 1; infinite where just one is finite or NaN."""
+    """Return the largest difference, relative to the live value's size or 1; infinite if one of two is not finite."""
     ours, live = ours.double().cpu(), live.double().cpu()
     relative = (ours - live).abs() / live.abs().clamp(min=1)
     # Equal infinities and NaN in the same place are no difference.

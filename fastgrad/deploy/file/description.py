@@ -105,7 +105,7 @@ class Description:
         return None if self.reference is None else ScoreReference(**self.reference)  # type: ignore[arg-type]
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Return ``(pixel - mean) / std`` for pixels ``(..., C, H, W)`` from 0 to 1, without what is None."""
+        """Return ``(pixel - mean) / std`` for pixels ``(..., C, H, W)`` from 0 to 1; None is left out."""
         for apply, values in ((torch.sub, self.mean), (torch.div, self.std)):
             if values is not None:
                 pixels = apply(pixels, torch.tensor(values, dtype=pixels.dtype, device="cpu").view(-1, 1, 1))

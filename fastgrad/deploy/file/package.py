@@ -155,7 +155,7 @@ def _load_archive(path: Path) -> Callable[[Tensor], Sequence[Tensor]]:
 
 
 def _check_machine(path: str | os.PathLike[str], description: Description) -> None:
-    """Refuse native code for another system, or with instructions that this machine lacks and that would end it."""
+    """Refuse native code for another system, or whose instructions this machine lacks: they would end the process."""
     made = description.versions.get("system", sys.platform)
     if made != sys.platform:
         raise PackageError(f"{path} was compiled on {made}; this system is {sys.platform}; an .onnx runs on both")

@@ -43,7 +43,7 @@ class Guard:
     A page of another site can make a browser send requests here. Its name in ``Origin`` gives it away, or in ``Host``
     if it lets its own name point here. Addresses are no names and always pass.
 
-    Requests must carry ``key`` as ``Authorization: Bearer KEY``, and may name ``hosts`` or ``localhost`` in ``Host``.
+    Requests must carry ``key``, if given, as ``Authorization: Bearer KEY``, and may name ``hosts`` or ``localhost``.
     ValueError for a key that no header can carry, or if ``hosts`` is no list of names.
     """
 

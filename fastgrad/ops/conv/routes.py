@@ -147,7 +147,7 @@ def _overlapping_gram(p: Problem, wide: bool) -> Tensor:
 
 
 def gram(p: Problem, wide: bool = False) -> tuple[Tensor, Tensor]:
-    """Return norms from the patches' Gram matrix, and their diagonal part D; without overlap, T^2 (C taps + K O)."""
+    """Return norms by the patches' Gram matrix, and their diagonal part D; cost T^2 (C taps + K O) without overlap."""
     if p.overlaps:
         return _quadratic_form(_overlapping_gram(p, wide), p)
     x = _samples(p)

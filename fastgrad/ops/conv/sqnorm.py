@@ -2,7 +2,7 @@
 
 ``fastgrad::conv_sqnorm`` is a composition of ATen operators, which compilers see through. It is an operator for its
 batching rule: under ``vmap`` the gradients of one sample stay the K of one call, which shares what depends only on the
-activation. `opaque_ops` makes it one node, which may look at values.
+activation. `opaque_ops` makes it one node, which chooses its route when it runs and may look at values.
 
 On a GPU a Triton kernel takes its place. The kernel has no derivative, so ``impl="auto"`` takes ATen's operators if one
 is needed.
