@@ -2,9 +2,9 @@
 
     python -m bench.audit --data FOLDER
 
-A draw is a subset of the data, the flips, and the networks' beginnings. One network sees all samples and ranks what it
-was trained on. Three more see two thirds each and rank the third that they have not seen; that is what cleanlab is made
-for, and what the other columns are given too. Every score is taken after several epochs.
+A draw is a subset of the data, the flips, and the networks' initial weights. One network sees all samples and ranks its
+own training set. Three more see two thirds each and rank the third that they have not seen. Cleanlab is made for this,
+and the other scores are computed there, too. Every score is taken after several epochs.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def trained(images: Tensor, labels: Tensor) -> Iterator[tuple[int, nn.Module]]:
 
 
 def scores(model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
-    """Return what each way makes of the samples; higher means more suspicious."""
+    """Return each method's scores of the samples; higher means more suspicious."""
     loader = list(zip(images.split(250), labels.split(250), strict=True))
     table = fastgrad.rank_samples(model, loader, verbose=False)
     last = fastgrad.rank_samples(model, loader, layers="5", verbose=False)
@@ -78,7 +78,7 @@ def draw(images: Tensor, truth: Tensor, seed: int) -> Iterator[dict[str, Any]]:
                 whole.setdefault(name, np.empty((len(truth), *values.shape[1:])))[outside.numpy()] = values
     for (samples, epoch), columns in found.items():
         probabilities = columns.pop("probabilities")
-        # Label quality, turned round.
+        # Higher label quality means less suspicious.
         quality = get_label_quality_scores(labels.numpy(), probabilities, method="normalized_margin")
         columns["cleanlab"] = 1 - np.asarray(quality)
         answers = probabilities.argmax(1)

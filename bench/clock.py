@@ -1,4 +1,4 @@
-"""What pytest-benchmark cannot do: calls in turns, a GPU's time, peak memory, and what a machine can do at best."""
+"""What pytest-benchmark cannot do: calls in turns, a GPU's time, peak memory, and the machine's best rates."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Call = Callable[[], Any]
 
 
 def seconds(call: Call, calls: int, clock: Callable[[], float] = time.process_time) -> float:
-    """Return the time of one of so many calls; processor time leaves out what else runs."""
+    """Return the mean time of one of ``calls`` calls; processor time leaves out other processes."""
     start = clock()
     for _ in range(calls):
         call()
@@ -27,10 +27,10 @@ def seconds(call: Call, calls: int, clock: Callable[[], float] = time.process_ti
 
 
 def in_turns(measures: Sequence[Callable[[int], float]], rounds: int, least: float = 0.0) -> list[list[float]]:
-    """Return for each measure the seconds of a call in every round: a slow minute of the machine hits all.
+    """Return for each measure the seconds of a call in every round: a slow minute of the machine hits all measures.
 
     A measure takes a number of calls, which last at least ``least`` seconds together, and returns the seconds of one.
-    Every other round goes backwards.
+    Every other round runs the measures in reverse order.
     """
     # The first calls plan and warm up.
     once = min(measure(1) for measure in (*measures, *measures))
@@ -43,7 +43,7 @@ def in_turns(measures: Sequence[Callable[[int], float]], rounds: int, least: flo
 
 
 def rounded_ratio(taken: Sequence[float], base: Sequence[float]) -> dict[str, Any]:
-    """Return the columns ``ratio`` and ``quartiles`` of a row, of the ratios round by round."""
+    """Return the columns ``ratio`` (the median) and ``quartiles`` of a row, from the ratios round by round."""
     low, middle, high = statistics.quantiles([a / b for a, b in zip(taken, base, strict=True)], n=4)
     return {"ratio": round(middle, 3), "quartiles": [round(low, 3), round(high, 3)]}
 
@@ -55,10 +55,10 @@ def deciles(times: Sequence[float]) -> dict[str, float]:
 
 
 def timed(call: Call, device: str, graph: bool = False, calls: int = 9) -> list[float]:
-    """Return the seconds of each of some calls: on a CPU of so many, on a GPU of what half a second holds.
+    """Return the seconds of each of several calls: on a CPU ``calls``, on a GPU as many as fit half a second.
 
-    A GPU's cache is overwritten before each call, which also hides the launch from the host; ``graph`` takes the call's
-    replay as a CUDA graph.
+    A GPU's cache is overwritten before each call, which also hides the launch from the host. With ``graph``, the call's
+    replay as a CUDA graph is timed.
     """
     if device == "cpu":
         return repeat(call, number=1, repeat=calls)
@@ -68,7 +68,7 @@ def timed(call: Call, device: str, graph: bool = False, calls: int = 9) -> list[
 
 
 def graphed(call: Call) -> Call:
-    """Return the replay of a call as a CUDA graph; the call itself where it cannot be captured."""
+    """Return the replay of a call as a CUDA graph; the call itself if it cannot be captured."""
     try:
         torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):
@@ -86,7 +86,7 @@ def graphed(call: Call) -> Call:
 def peak_bytes(call: Call, device: str) -> int:
     """Return the bytes that the framework's allocator held at most during the call, less those it held before.
 
-    On a CPU from the profiler's record of every allocation. Scratch that a C library allocates by itself is not in it.
+    On a CPU they come from the profiler's record of all allocations, which lacks scratch that a C library allocates.
     """
     gc.collect()
     if device == "cuda":

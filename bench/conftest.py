@@ -19,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Time, although the suite's own configuration does not, and no longer than the size is worth."""
+    """Enable timing, which the suite's own configuration disables, for as long as the size allows."""
     options = config.option
     options.size = options.size or ("gpu" if torch.cuda.is_available() else "quick")
     options.benchmark_disable = False

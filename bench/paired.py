@@ -1,4 +1,4 @@
-"""fastgrad at this revision and at another, in turns: a paired ratio of each case.
+"""Time fastgrad at this revision and at another in turns: a paired ratio for each case.
 
     python -m bench.paired REV                       # quick sizes of all tables
     python -m bench.paired REV --only network --rounds 15
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def _begin(package: Path) -> None:
-    """Have a new process import the package from a folder; ``bench`` is imported already, from this checkout."""
+    """Make a new process import the package from a folder; ``bench`` is imported already, from this checkout."""
     sys.path.insert(0, str(package))
     import fastgrad
 

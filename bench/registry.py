@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 SIZES = ("tiny", "quick", "full", "gpu")
-#: Of models and inputs.
+#: Seed of models and inputs.
 SEED = 0
 Build = Callable[..., Iterable["Implementation"]]
 
@@ -28,8 +28,8 @@ class Implementation(NamedTuple):
     """One way to do a case's task.
 
     Attributes:
-        name: As the table says it.
-        prepare: Returns the call that is measured; what it does first (wrapping a model, compiling) is not.
+        name: Name in the table.
+        prepare: Returns the call that is measured; its own work (wrapping a model, compiling) is not measured.
         check: Returns the relative error of the call's result, at most ``tolerance``; the case says why.
         graph: Whether the call can be captured in a CUDA graph.
     """
@@ -98,7 +98,7 @@ def cases(size: str) -> list[Case]:
 
 
 def relative_error(value: Tensor, reference: Tensor, scaled: bool = False) -> float:
-    """Return the largest relative error; infinite where shapes differ or a value is not finite.
+    """Return the largest relative error; infinite if shapes differ or a value is not finite.
 
     It is relative to each element or, ``scaled``, to the largest magnitude in the reference: for sums that may cancel.
     """

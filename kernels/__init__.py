@@ -1,4 +1,4 @@
-"""Triton device code of fastgrad; imported as ``fastgrad.kernels`` and nothing else.
+"""Triton device code of fastgrad; imported only as ``fastgrad.kernels``.
 
 Another project owns the top-level import name ``kernels``, and libraries look for that project by importing the
 name. In a checkout they find this folder, so under a foreign name it is an empty package without a file or a version,

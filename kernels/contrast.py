@@ -8,8 +8,8 @@ Three ways to the same numbers, chosen by ``fastgrad.ops.tune``:
 - ``contrast_stream_kernel``: a program owns one row and sweeps it twice, moments first.
 - ``contrast_moments_kernel`` then ``contrast_finish_kernel``: few long rows, each shared by several programs.
 
-``ALIGN_*`` are powers of two dividing the row strides, which are passed divided by them: a stride of 1000 elements
-is a multiple of 8, and only a factor the compiler can see makes 16-byte accesses legal.
+``ALIGN_*`` are powers of two that divide the row strides, and strides are passed divided by them. A stride of 1000
+elements is a multiple of 8, but only a factor that the compiler sees makes 16-byte accesses legal.
 """
 
 import triton
@@ -21,7 +21,7 @@ from .moments import contrast_values, load_block, merge_parts, store_part, sweep
 
 @triton.jit
 def features_factor(square, N, BIAS: tl.constexpr, LOG: tl.constexpr, MEAN: tl.constexpr):
-    """``(||h||^2 + bias)``, over N^2 for losses averaged over classes; its logarithm with ``LOG``."""
+    """Return ``(||h||^2 + bias)``, over N^2 for losses averaged over classes; its logarithm with ``LOG``."""
     if BIAS:
         square = square + 1.0
     if MEAN:
@@ -34,7 +34,7 @@ def features_factor(square, N, BIAS: tl.constexpr, LOG: tl.constexpr, MEAN: tl.c
 
 @triton.jit
 def square_sum(h_ptrs, valid, start, stop, stride_d, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Sum of squares over the columns ``[start, stop)`` of the rows at ``h_ptrs``; ``(ROWS,)`` float32."""
+    """Return the sums of squares over columns ``[start, stop)`` of the rows at ``h_ptrs``; ``(ROWS,)`` float32."""
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for d in range(start, stop, BLOCK_D):
         h, _ = load_block(h_ptrs, stride_d, d, stop, valid, BLOCK_D, 0.0)
@@ -116,7 +116,7 @@ def contrast_finish_kernel(
 ):  # fmt: skip
     """Grid ``(B * splits,)``: merge a row's partial moments and write ``chunk_n`` of its values.
 
-    ``work`` holds ``parts`` parts a row in planes of ``plane`` elements.
+    ``work`` holds ``parts`` parts per row in planes of ``plane`` elements.
     """
     N = N_units * ALIGN_N
     split = tl.program_id(0) % splits

@@ -1,4 +1,4 @@
-"""Per-sample squared norms of weight gradients, of which nothing but a number per tile leaves the chip.
+"""Per-sample squared norms of weight gradients; only one number per tile leaves the chip.
 
     G[o, c, d] = sum_t g[o, t] a[c, stride * t + dilation * d - padding]        out = ||G||^2
 
@@ -92,7 +92,7 @@ def gram_tile(
     x_ptr, rows, cols, T, K, stride_t, stride_k,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Products over K channels of the positions ``rows`` with the positions ``cols`` of one sample, of T."""
+    """Return products over K channels of positions ``rows`` and positions ``cols``, of the T of one sample."""
     row_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_t
     col_ptrs = x_ptr + cols.to(tl.int64)[:, None] * stride_t
     acc = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
@@ -117,7 +117,7 @@ def gram_kernel(
 ):  # fmt: skip
     """Grid ``(K * B * pairs,)`` with ``pairs = tiles (tiles + 1) / 2`` pairs of position tiles, first <= second.
 
-    A program writes its share of the norm, and of the terms with t = t', which tells how far the others cancel.
+    A program writes its share of the norm, and its share of the terms with t = t', which shows how far others cancel.
     """
     pid = tl.program_id(0).to(tl.int64)
     pair = (pid % pairs).to(tl.int32)

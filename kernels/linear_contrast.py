@@ -2,12 +2,12 @@
 
 A program owns a ``BLOCK_M x BLOCK_N`` tile of ``x W^T + b``. It rounds the tile to the logits' dtype, writes it, and
 reduces *the rounded values* to moments (see ``losses``), so that the result equals that of the ``contrast`` kernels on
-the logits written. The features' squared norm comes from the product's own loads where a row block has few tiles; where
-it has many, each tile squares one slice of the features.
+the logits written. The features' squared norm comes from the product's own loads if a row block has few tiles. If it
+has many, each tile squares one slice of the features.
 
 The partial moments of a row block are merged in the order of the tiles, so results do not depend on timing. With
-``LAST``, right for the few rows of a request, the last tile to arrive does it (a counter in ``sync``), and no program
-waits for another; else ``contrast_finish_kernel`` in a second launch, many programs a row.
+``LAST``, which suits the few rows of a request, the last tile to arrive (by a counter in ``sync``) merges them. No
+program waits for another. Otherwise ``contrast_finish_kernel`` does, in a second launch of many programs per row.
 """
 
 import triton
@@ -24,7 +24,7 @@ def product_tile(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """``(x W^T, ||x||^2)`` of one tile in float32, the norm only with ``NORM``; rows are given as pointers."""
+    """Return ``(x W^T, ||x||^2)`` of one tile in float32, the norm only with ``NORM``; rows are given as pointers."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     square = tl.zeros([BLOCK_M, BLOCK_K] if NORM else [1, 1], tl.float32)
     for k in range(0, D, BLOCK_K):
@@ -58,13 +58,13 @@ def add_bias(acc, bias_ptr, cols, N, HAS_BIAS: tl.constexpr):
 
 @triton.jit
 def halves(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The left and right half of a tile."""
+    """Return the left and right half of a tile."""
     return tl.split(tl.permute(tl.reshape(tile, [ROWS, 2, COLS // 2]), (0, 2, 1)))
 
 
 @triton.jit
 def arrive(counter):
-    """Publish this program's writes and count it; returns how many came before."""
+    """Publish this program's writes and count it; return how many came before."""
     tl.debug_barrier()
     return tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
 

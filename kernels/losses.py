@@ -1,12 +1,12 @@
 # ruff: noqa: RET505, SIM108 - choices between constants at compile time: a branch not taken is not compiled
-"""Everything the kernels know of a loss, as device functions with a constant ``LOSS``.
+"""Everything that the kernels know about a loss, as device functions with a constant ``LOSS``.
 
 A new loss is a branch in each of them: its sums over a row (``empty_moments``, ``reduce_moments``), the squared norm of
 a contrast from these (``contrast_coefficients``, ``rest_value``), statistics over all contrasts
 (``contrast_statistics``) and an entry of delta for a fixed target (``delta_entry``; softmax losses have sweeps in
 ``target``).
 
-For confident rows ``p_k - 1`` and ``|p|^2 - 2 p_k + 1`` cancel to nothing. So sums leave a row's maximum out. Its
+For confident rows ``p_k - 1`` and ``|p|^2 - 2 p_k + 1`` cancel to nothing, so sums leave a row's maximum out. A row's
 moments are a tuple: ``top`` and ``second``, the two largest logits (equal on a tie), then, with
 ``f_j = exp(z_j - second)``, ``g_j = 1 - exp(z_j - top)`` and every sum over all entries but one maximum,
 
@@ -37,7 +37,7 @@ PLANES = 10
 
 @triton.jit
 def empty_moments(ROWS: tl.constexpr, LOSS: tl.constexpr, STATS: tl.constexpr):
-    """Moments ``[R]`` of rows without entries: the identity of ``reduce_moments``."""
+    """Return moments ``[R]`` of rows without entries: the identity of ``reduce_moments``."""
     zero = tl.zeros([ROWS], tl.float32)
     lowest = zero + float("-inf")
     moments = (lowest, lowest, zero)
@@ -56,9 +56,9 @@ def empty_moments(ROWS: tl.constexpr, LOSS: tl.constexpr, STATS: tl.constexpr):
 def reduce_moments(
     parts, valid, LOSS: tl.constexpr, LOG: tl.constexpr, STATS: tl.constexpr, NESTED: tl.constexpr
 ):  # fmt: skip
-    """Moments of each row of a tile ``[R, C]`` over its axis 1; entries outside ``valid`` do not exist.
+    """Return the moments of each row of a tile ``[R, C]`` over its axis 1; entries outside ``valid`` do not exist.
 
-    ``parts`` are the moments of parts of a row with ``NESTED`` (the empty row's outside ``valid``), else ``(logits,)``.
+    With ``NESTED``, ``parts`` are moments of parts of a row (the empty row's outside ``valid``), else ``(logits,)``.
     """
     lowest = float("-inf")
     z = tl.where(valid, parts[0], lowest)
@@ -145,9 +145,9 @@ def reduce_moments(
 
 @triton.jit
 def contrast_coefficients(moments, LOSS: tl.constexpr, LOG: tl.constexpr):
-    """Of each row the largest logit, the value of its contrast, and what ``rest_value`` takes for every other contrast.
+    """Return each row's largest logit, the value of its contrast, and what ``rest_value`` takes for other contrasts.
 
-    There the squares cancel exactly and leave a polynomial in ``exp(z_k - second)``, ``sigmoid(z_k)`` or ``z_k``.
+    For these the squares cancel exactly and leave a polynomial in ``exp(z_k - second)``, ``sigmoid(z_k)`` or ``z_k``.
     """
     top, second, square = moments[0], moments[1], moments[2]
     if (LOSS == "cross_entropy") or (LOSS == "brier"):
@@ -207,7 +207,7 @@ def contrast_coefficients(moments, LOSS: tl.constexpr, LOG: tl.constexpr):
 
 @triton.jit
 def rest_value(z, coefficients, LOSS: tl.constexpr, LOG: tl.constexpr):
-    """``||delta^(k)||^2`` (or its logarithm) of contrasts whose logit ``z`` is not the maximal one."""
+    """Return ``||delta^(k)||^2`` (or its logarithm) of contrasts whose logit ``z`` is not the maximal one."""
     if LOSS == "cross_entropy":
         _, _, base, constant, slope = coefficients
         v = constant - slope * exp(z - base)
@@ -232,10 +232,10 @@ def rest_value(z, coefficients, LOSS: tl.constexpr, LOG: tl.constexpr):
 
 @triton.jit
 def contrast_statistics(moments, N, LOSS: tl.constexpr):
-    """Minimum, maximum, mean, softmax expectation and the predicted class' value over the contrasts of each row.
+    """Return minimum, maximum, mean, softmax expectation and the predicted class' value over each row's contrasts.
 
-    Of brier, a cubic of the probability, the extremes are not those of the logits: the first two results are then the
-    predicted class' value, and the other contrasts need a sweep.
+    Brier is a cubic of the probability, so its extremes are not at those of the logits: the first two results are then
+    the predicted class' value, and the other contrasts need a sweep.
     """
     coefficients = contrast_coefficients(moments, LOSS, False)
     top, second, square, mass = moments[0], moments[1], moments[2], moments[3]
@@ -275,7 +275,7 @@ def contrast_statistics(moments, N, LOSS: tl.constexpr):
 
 @triton.jit
 def delta_entry(z, y, LOSS: tl.constexpr):
-    """``delta_j`` from ``z_j`` and ``y_j``, for losses of which it depends on nothing else."""
+    """Return ``delta_j``, for losses where it depends only on ``z_j`` and ``y_j``."""
     if LOSS == "bce":
         return tl.where(z > 0.0, (1.0 - y) - sigmoid(-z), sigmoid(z) - y)
     else:

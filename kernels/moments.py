@@ -11,7 +11,7 @@ from .losses import contrast_coefficients, empty_moments, reduce_moments, rest_v
 
 @triton.jit
 def merge_moments(moments, others, LOSS: tl.constexpr, LOG: tl.constexpr, STATS: tl.constexpr):
-    """Moments ``[R]`` of rows of two parts."""
+    """Merge the moments ``[R]`` of two parts of each row."""
     COUNT: tl.constexpr = len(moments)
     pairs = (tl.join(moments[0], others[0]),)
     for i in tl.static_range(1, COUNT):
@@ -21,7 +21,7 @@ def merge_moments(moments, others, LOSS: tl.constexpr, LOG: tl.constexpr, STATS:
 
 @triton.jit
 def add_tile(moments, z, valid, LOSS: tl.constexpr, LOG: tl.constexpr, STATS: tl.constexpr):
-    """Moments ``[R]`` of rows that a tile of logits ``[R, C]`` continues."""
+    """Add a tile of logits ``[R, C]`` to the moments ``[R]`` of its rows."""
     return merge_moments(moments, reduce_moments((z,), valid, LOSS, LOG, STATS, False), LOSS, LOG, STATS)
 
 
@@ -29,7 +29,7 @@ def add_tile(moments, z, valid, LOSS: tl.constexpr, LOG: tl.constexpr, STATS: tl
 def load_block(
     ptrs, stride, n, stop, valid, BLOCK_N: tl.constexpr, other: tl.constexpr, KEEP: tl.constexpr = False
 ):  # fmt: skip
-    """Columns ``[n, n + BLOCK_N)`` of the rows at ``ptrs`` in float32, and which exist; ``KEEP`` keeps them cached."""
+    """Load columns ``[n, n + BLOCK_N)`` of rows at ``ptrs``, float32, and which exist; ``KEEP`` keeps them cached."""
     cols = n + tl.arange(0, BLOCK_N)
     inside = valid[:, None] & (cols < stop)[None, :]
     at = ptrs[:, None] + cols.to(tl.int64)[None, :] * stride
@@ -42,7 +42,7 @@ def sweep_moments(
     z_rows, stride_n, start, stop, valid,
     LOSS: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Moments ``[ROWS]`` of the columns ``[start, stop)`` of rows, which stay in the cache for a second sweep."""
+    """Return moments ``[ROWS]`` of columns ``[start, stop)`` of rows, which stay in the cache for a second sweep."""
     moments = empty_moments(ROWS, LOSS, False)
     for n in range(start, stop, BLOCK_N):
         z, inside = load_block(z_rows, stride_n, n, stop, valid, BLOCK_N, float("-inf"), True)
@@ -93,7 +93,7 @@ def merge_parts(
 
 @triton.jit
 def columns(values):
-    """``[R]`` values as ``[R, 1]``."""
+    """Return ``[R]`` values as ``[R, 1]``."""
     COUNT: tl.constexpr = len(values)
     found = (values[0][:, None],)
     for i in tl.static_range(1, COUNT):
@@ -103,7 +103,7 @@ def columns(values):
 
 @triton.jit
 def contrast_values(z, factor, coefficients, LOSS: tl.constexpr, LOG: tl.constexpr):
-    """Squared norms (or logarithms) for logits ``z`` ``[R, C]`` of any contrasts. A tie is the maximum's equal."""
+    """Return squared norms (or logarithms) of contrasts with logits ``z`` ``[R, C]``; ties count as the maximum."""
     row = columns(coefficients)
     v = tl.where(z == row[0], row[1], rest_value(z, row, LOSS, LOG))
     return v + factor[:, None] if LOG else v * factor[:, None]

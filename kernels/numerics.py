@@ -6,13 +6,13 @@ import triton.language as tl
 
 @triton.jit
 def finite(x):
-    """``x`` with minus infinity replaced by 0, so that differences to it stay defined."""
+    """Return ``x`` with minus infinity replaced by 0, so that differences to it stay defined."""
     return tl.where(x == float("-inf"), 0.0, x)
 
 
 @triton.jit
 def exp(x):
-    """e^x for x up to 88, to about two units in the last place; NaN stays NaN.
+    """Return e^x for x up to 88, to about two units in the last place; NaN stays NaN.
 
     Hardware rounds ``x * log2(e)`` to float32, an error of 2e-6 at x = -40: the argument is reduced first.
     """
@@ -24,7 +24,7 @@ def exp(x):
 
 @triton.jit
 def one_minus(x, e):
-    """``1 - exp(x)`` for x <= 0, given ``e = exp(x)``; relative accuracy also where x is tiny."""
+    """Return ``1 - exp(x)`` for x <= 0, given ``e = exp(x)``, relatively accurate also for tiny x."""
     p = 2.48015873015873e-05 * x + 1.984126984126984e-04
     p = p * x + 1.388888888888889e-03
     p = p * x + 8.333333333333333e-03
@@ -37,24 +37,24 @@ def one_minus(x, e):
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + e^-x) without overflow, relatively accurate on both tails."""
+    """Return 1 / (1 + e^-x) without overflow, relatively accurate on both tails."""
     e = exp(-tl.abs(x))
     return tl.where(x >= 0.0, 1.0, e) / (1.0 + e)
 
 
 @triton.jit
 def log_sigmoid(x):
-    """log(1 / (1 + e^-x)), absolutely accurate."""
+    """Return log(1 / (1 + e^-x)), absolutely accurate."""
     e = exp(-tl.abs(x))
     return tl.where(x < 0.0, x, 0.0) - tl.log(1.0 + e)
 
 
 @triton.jit
 def margin(top, second):
-    """``exp(second - top)``, ``second - top`` and the rounding error of that difference, known exactly (two-sum).
+    """Return ``exp(second - top)``, ``second - top`` and that difference's rounding error, known exactly (two-sum).
 
-    It is half a unit of a number near 40, which a square of the exponential would show. The softmax of a row whose
-    maximum is infinite (either sign) is undefined, as it is to autograd: the exponential is then NaN.
+    The error is half a unit of a number near 40, which would show in a square of the exponential. The softmax of a row
+    whose maximum is infinite (either sign) is undefined, as it is to autograd: the exponential is then NaN.
     """
     r = second - top
     back = r - second

@@ -24,12 +24,12 @@ from .numerics import exp, finite, log_sigmoid, margin, one_minus
 def cross_entropy_soft(
     zs, ys, stride_zn, stride_yn, N, valid, top, base, rho, tail, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """Sum of ``(p_j sum y - y_j)^2``."""
+    """Return the sum of ``(p_j sum y - y_j)^2``."""
     a = 1.0 + tail
     size = tl.zeros([ROWS], tl.float32) + N
     rest = tl.zeros([ROWS], tl.float32)
     tops = tl.zeros([ROWS], tl.float32)
-    # Of the differences to the maximum and to the first label, and the largest of these.
+    # Sums of the differences to the maximum and to the first label, and the largest of the latter.
     gaps = tl.zeros([ROWS], tl.float32)
     steps = tl.zeros([ROWS], tl.float32)
     widest = tl.zeros([ROWS], tl.float32)
@@ -70,7 +70,7 @@ def cross_entropy_soft(
 def cross_entropy_constant(
     zs, stride_zn, N, valid, top, tail, MEAN: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """Sum of ``(N p_j - 1)^2``, over N^2 with ``MEAN``.
+    """Return the sum of ``(N p_j - 1)^2``, over N^2 with ``MEAN``.
 
     ``N p_j - 1`` is the deviation of ``e_j = exp(z_j - top)`` from its mean, over that mean.
     """
@@ -98,10 +98,10 @@ def cross_entropy_constant(
 def brier_terms(
     zs, ys, stride_zn, stride_yn, n, N, valid, top, base, rho, tail, reference, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """``p_j`` and ``h_j = (p_i - y_i) - (p_j - y_j)`` of a block, i the maximum; ``p_j = 0`` outside.
+    """Return ``p_j`` and ``h_j = (p_i - y_i) - (p_j - y_j)`` of a block, i the maximum; ``p_j = 0`` outside.
 
-    delta_j = 2 p_j (sum_l p_l h_l - h_j). For a one-hot target at i the two differences nearly cancel, so that
-    ``(p_i - p_j) - 1 = -(sum over the others + p_j)`` takes the place of the first.
+    delta_j = 2 p_j (sum_l p_l h_l - h_j). For a one-hot target at i the two differences nearly cancel, so h_j is
+    computed from ``(p_i - p_j) - 1 = -(sum over the others + p_j)``.
     """
     z, inside = load_block(zs, stride_zn, n, N, valid, BLOCK_N, float("-inf"))
     y, _ = load_block(ys, stride_yn, n, N, valid, BLOCK_N, 0.0)
@@ -121,7 +121,7 @@ def brier_terms(
 def brier_soft(
     zs, ys, stride_zn, stride_yn, N, valid, top, base, rho, tail, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """Sum of ``(2 p_j (sum_l p_l h_l - h_j))^2``."""
+    """Return the sum of ``(2 p_j (sum_l p_l h_l - h_j))^2``."""
     reference = tl.zeros([ROWS], tl.float32)
     copies = tl.zeros([ROWS], tl.float32)
     for n in range(0, N, BLOCK_N):
@@ -145,7 +145,7 @@ def brier_soft(
 
 @triton.jit
 def log_of_ones(zs, stride_zn, N, valid, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Logarithm of the sum of ``sigmoid(-z_j)^2``, in log space."""
+    """Return the logarithm of the sum of ``sigmoid(-z_j)^2``, computed in log space."""
     low = tl.zeros([ROWS], tl.float32) + float("inf")
     for n in range(0, N, BLOCK_N):
         z, inside = load_block(zs, stride_zn, n, N, valid, BLOCK_N, 0.0)
@@ -163,7 +163,7 @@ def elementwise(
     zs, ys, stride_zn, stride_yn, N, valid,
     KIND: tl.constexpr, LOSS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Sum of squares of ``delta_j`` that depends on ``z_j`` and ``y_j`` alone."""
+    """Return the sum of ``delta_j^2``, for losses where ``delta_j`` depends only on ``z_j`` and ``y_j``."""
     size = tl.zeros([ROWS], tl.float32) + N
     value = tl.zeros([ROWS], tl.float32)
     for n in range(0, N, BLOCK_N):
@@ -184,7 +184,7 @@ def target_value(
     zs, ys, stride_zn, stride_yn, N, valid, moments,
     LOSS: tl.constexpr, KIND: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """``||delta||^2`` (or its logarithm) of each row for the target ``KIND``: ``ones``, ``uniform`` or ``soft``.
+    """Return ``||delta||^2`` (or its logarithm) of each row for the target ``KIND``: ``ones``, ``uniform`` or ``soft``.
 
     Rows are given as pointers.
     """
@@ -228,7 +228,7 @@ def target_sqnorm_kernel(
     factor = features_factor(features, N, BIAS, LOG, MEAN)
     zs = z_ptr + rows * stride_zb * ALIGN_Z
     ys = y_ptr + rows * stride_yb * ALIGN_Y
-    # A sweep of which a loss reads nothing is dropped by the compiler.
+    # The compiler drops this sweep for losses that do not read its moments.
     moments = sweep_moments(zs, stride_zn, 0, N, valid, LOSS, LOG, ROWS, BLOCK_N)
     if (KIND == "predicted") or (KIND == "indices"):
         coefficients = contrast_coefficients(moments, LOSS, LOG)

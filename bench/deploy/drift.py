@@ -1,8 +1,8 @@
-"""Drift monitor: measured false-alarm rate and delay, beside a threshold on the moving mean.
+"""Drift monitor: measured false-alarm rate and delay, compared with a threshold on the moving mean.
 
-The scores are standard normal in distribution; the monitor sees ranks only, so its false alarms do not depend on that.
-The thresholds on the mean know mean and spread of the calibration scores; "tuned" ones have moreover been set, on the
-true distribution, to the monitor's own measured false-alarm rate, which nobody can do in production.
+In-distribution scores are standard normal; the monitor sees only ranks, so its false alarms do not depend on that. The
+thresholds on the mean use the calibration scores' mean and spread. The "tuned" one is moreover set to the monitor's
+measured false-alarm rate on the true distribution, which nobody can do in production.
 ``python -m bench.deploy.drift`` takes two minutes on one core.
 """
 
@@ -22,7 +22,7 @@ from fastgrad.deploy.drift import DriftMonitor, ScoreReference
 Scores = NDArray[np.float64]
 #: Scores to calibrate on and before the change, the mean's window, the rate of false alarms.
 CALIBRATION, BEFORE, WINDOW, ALPHA = 2000, 1000, 100, 0.01
-#: Streams and their length, in distribution; the same with a change, from it on.
+#: Streams in distribution and their length; streams with a change and their length after it.
 STREAMS, LENGTH, SHIFTED, LONGEST = 500, 5000, 60, 4000
 
 SHIFTS: dict[str, Callable[[np.random.Generator, int], Scores]] = {
@@ -36,7 +36,7 @@ SHIFTS: dict[str, Callable[[np.random.Generator, int], Scores]] = {
 
 
 def moving_mean(calibration: Scores, stream: Scores) -> Scores:
-    """Standardised mean of the last WINDOW scores at every step (-inf before the window is full)."""
+    """Return the standardised mean of the last WINDOW scores at every step (-inf before the window is full)."""
     means = np.lib.stride_tricks.sliding_window_view(stream, WINDOW).mean(1)
     z = (means - calibration.mean()) / (calibration.std() / WINDOW**0.5)
     return np.concatenate([np.full(WINDOW - 1, -np.inf), z])
@@ -74,7 +74,7 @@ def false_alarms() -> tuple[list[dict[str, Any]], float]:
             (mean, f"{ALPHA:.0%} a window"),
         )
     ]  # fmt: skip
-    # At least one alarm: a threshold that none passes would not be on the scale of the means.
+    # If the monitor raised no alarm, the threshold is the highest peak, which one stream reaches.
     return rows, float(np.sort(peaks)[-max(alarms["fastgrad, ever"], 1)])
 
 
@@ -98,7 +98,7 @@ def delays(tuned: float) -> Iterator[dict[str, Any]]:
             if not late[:BEFORE].any():
                 found["tuned mean"].append(late[BEFORE:].argmax() + 1 if late.any() else np.inf)
         for method, values in found.items():
-            # None: longer than the stream.
+            # None means longer than the stream.
             median, p90 = (
                 None if np.isinf(value) else int(value)
                 for value in (np.quantile(values, q, method="higher") for q in (0.5, 0.9))

@@ -1,9 +1,9 @@
 """The exported file against the live model: equality, latency, throughput, and what uncertainty costs.
 
 ``python -m bench.deploy.export --data DIR --cache CACHE --networks resnet18`` makes or fits the network, compiles and
-measures; networks are kept in ``--cache``, files made anew there. In one process and interleaved: the plain network and
-the two-stage models with the blocks of `FORMS`, compiled by AOTInductor in the same way; and the same as ONNX files in
-ONNX Runtime. `export` compares each file with what it was made from before it is there to be timed.
+measures. Networks are kept in ``--cache``, and files are made anew there. One process times in turns the plain network
+and the two-stage models with the blocks of `FORMS`, compiled by AOTInductor in the same way. Then it times the same as
+ONNX files in ONNX Runtime. `export` compares each file with its live model before the file appears.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from fastgrad.deploy.file.package import ModelPackage
 from fastgrad.detector.model import TwoStageModel
 from fastgrad.detector.price import DEFAULT_BLOCKS
 
-#: Returns so many test images ``(n, 3, 224, 224)``, from the one of a number on.
+#: Returns test images ``(n, 3, 224, 224)``, given their number and the first one's place.
 Images = Callable[[int, int], Tensor]
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
 NETWORKS = ("resnet18", "resnet50", "efficientnet_lite0", "vit_b_16")
 #: Clean images to fit a detector on.
 FITTED_ON = 160
-#: What the detector of each form reads beside the default blocks, what the default budget keeps of most networks.
+#: Blocks that each form's detector reads beside the default ones, which the default budget keeps for most networks.
 FORMS = {"default": (), "all parameters": ("gradients",)}
-#: Where a file comes from, by its suffix.
+#: The runtime of a file, by its suffix.
 RUNTIMES = {"pt2": "AOTInductor", "onnx": "ONNX Runtime"}
-#: Batches in which a file is compared with the live model, and those that are timed for so many seconds in a runtime.
+#: Batch sizes in which a file is compared with the live model, batch sizes that are timed, and seconds for each.
 CHECKED, BATCHES, SECONDS = (1, 3, 17), (1, 8, 32), 12
 
 
 def photographed(root: Path, count: int, start: int) -> Tensor:
-    """Return photographs, pixels in [0, 1], in random order; those before number 0 are the last ones."""
+    """Return photographs, pixels in [0, 1], in random order; a negative ``start`` counts from the end."""
     images = photographs.photographs(root).images
     order = np.roll(np.random.default_rng(0).permutation(len(images)), -start)
     return sets.to_tensor(images[order[:count]]).contiguous()
@@ -59,14 +59,14 @@ def small(root: Path, part: str, count: int, start: int = 0, size: int = 224) ->
     """Return images of CIFAR-10, normalized and enlarged, and their labels."""
     pixels, labels = sets.load(root, "cifar10", part, count, start).labelled()
     enlarged = nn.functional.interpolate(normalize(pixels, MEAN, STD), (size, size), mode="bilinear")
-    # In another memory layout the live model's sums differ in order.
+    # In another memory layout the live model would sum in another order.
     return enlarged.contiguous(), labels
 
 
 def network(name: str, root: Path, folder: Path) -> tuple[nn.Module, Images, Tensor]:
     """Return a network, its test images, and clean ones that it was not trained on.
 
-    The weights are published ones, or made to know CIFAR-10 and kept in ``folder``.
+    The weights are published ones, or fitted to CIFAR-10 and kept in ``folder``.
     """
     torch.manual_seed(0)
     if name == "efficientnet_lite0":
@@ -91,10 +91,10 @@ def network(name: str, root: Path, folder: Path) -> tuple[nn.Module, Images, Ten
 
 @torch.no_grad()
 def fit_head(net: nn.Module, head: nn.Linear, x: Tensor, y: Tensor) -> None:
-    """Ridge regression of the labels on an untrained network's last features, scaled to logits of deviation 3.
+    """Fit the head by ridge regression of the labels on an untrained network's features; logits have deviation 3.
 
-    The ridge is stronger than the features' variance: directions in which images hardly differ, where rounding is
-    a large part of what they differ in, stay out of the logits, as they do in a trained network.
+    The ridge is stronger than the features' variance. This keeps directions in which images hardly differ, and mostly
+    by rounding, out of the logits, as in a trained network.
     """
     seen: list[Tensor] = []
     with head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
@@ -118,7 +118,7 @@ def equality(live: TwoStageModel, run: ModelPackage, images: Images) -> dict[str
         for name in ("logits", "probabilities", "uncertainty"):
             worst[name] = max(worst[name], float((getattr(ours, name) - getattr(theirs, name)).abs().max()))
         worst["at"] = max(worst["at"], float(theirs.uncertainty.max()))
-    # How far the live model is from itself when the same images come one by one: the rounding of float32 sums.
+    # How much the live model's answers change when the same images come one by one: the rounding of float32 sums.
     single = torch.cat([live(row[None]).uncertainty for row in x])
     return worst | {"live": float((theirs.uncertainty - single).abs().max())}
 
@@ -144,8 +144,8 @@ def measure(name: str, data: Path, cache: Path) -> Iterator[dict[str, Any]]:
         live[form] = TwoStageModel(net, blocks=(*DEFAULT_BLOCKS, *extra)).fit(clean.split(16), None)
     for suffix, runtime in RUNTIMES.items():
         runs = {}
-        # A runtime has sums of its own, which the detector magnifies where only the last layer was fitted. With
-        # gradients, rounding at the kink of a ReLU opens or closes a path.
+        # A runtime sums in an order of its own, and the detector magnifies that if only the last layer was fitted.
+        # With gradients, rounding at the kink of a ReLU opens or closes a path.
         allowed = dict.fromkeys(live, 1e-4 if name in ("resnet18", "efficientnet_lite0") else 1e-2)
         allowed["all parameters"] = 1e-2
         for case, model in live.items():

@@ -1,10 +1,10 @@
-"""What an answer costs live: `TwoStageModel` over the plain network, beside the price that the plan predicts.
+"""What an answer costs live: the time of `TwoStageModel` over the plain network's, beside the predicted price.
 
 ``python -m bench.deploy.price`` measures the blocks that the default budget keeps, and those with a second pass at the
-image, on five networks. Each is fitted as users fit it, with labels and, of images, generated challenges, so that an
-answer has a risk. Every form of one network and batch is timed in turn, on the processor's clock and one thread; the
+image, on five networks. Each is fitted as users fit it, with labels and, for images, generated challenges, so that an
+answer has a risk. All forms of one network and batch are timed in turns, on the processor's clock and one thread; the
 ratio is the median over rounds. Prices do not depend on the weights, which are untrained, nor on how well the detector
-is fitted: a few dozen random inputs do.
+is fitted: a few dozen random inputs are enough.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from fastgrad.batches import logits_of
 from fastgrad.detector.price import DEFAULT_BLOCKS
 
 Inputs = Tensor | dict[str, Tensor]
-#: What each form reads beside the default blocks, and what `TwoStageModel` promises for it, in forward passes.
+#: Blocks that each form reads beside the default ones, and the budget that `TwoStageModel` promises, in forward passes.
 FORMS = {"default": ((), 1.2), "with the view": (("view",), 2.5)}
-#: Rounds of each batch: the larger, the longer one takes and the less its ratio varies.
+#: Rounds by batch size: larger batches take longer, and their ratios vary less.
 ROUNDS = {1: 31, 8: 15, 32: 7}
 
 
@@ -37,7 +37,7 @@ def images(count: int) -> Tensor:
 
 
 def tokens(count: int) -> dict[str, Tensor]:
-    """``(count, 128)``, some of it padding."""
+    """Return token ids ``(count, 128)``, some of them padding."""
     lengths = torch.randint(40, 129, (count, 1))
     mask = (torch.arange(128) < lengths).long()
     return {"input_ids": torch.randint(1000, 20000, (count, 128)), "attention_mask": mask}
@@ -74,7 +74,7 @@ def measure(name: str) -> Iterator[dict[str, Any]]:
         x = inputs(batch)
         calls: list[Callable[[], Any]] = [partial(plain, x), *(partial(model, x) for model in models.values())]
         for call in calls[1:]:
-            # Logits of another value would mean that something else is timed.
+            # Other logits would mean that something else is timed.
             torch.testing.assert_close(call().logits, calls[0](), rtol=1e-3, atol=1e-3)
         base, *taken = in_turns([partial(seconds, call) for call in calls], rounds)
         for (form, model), times in zip(models.items(), taken, strict=True):

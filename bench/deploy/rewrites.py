@@ -1,8 +1,8 @@
-"""What each rewrite of an ONNX graph gives: the time of the file without it over that of the file with all.
+"""What each rewrite of an ONNX graph gains: the time of the file without it over that of the file with all.
 
 ``python -m bench.deploy.rewrites`` translates two-stage models of untrained networks with every rewrite, and again
 without each one. ONNX Runtime runs the files in turns, on the processor's clock and one thread. The ratio is the median
-over rounds. A graph that a rewrite leaves as it is has no row. The weights do not matter to the time.
+over rounds. A graph that a rewrite leaves as it is has no row. The time does not depend on the weights.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "ViT-Tiny/16": (partial(VisionTransformer, 224, 16, 12, 3, 192, 768), (3, 224, 224)),
     "the demo's network": (digit_network, (1, 24, 24)),
 }
-#: How to do without each.
+#: Patches that disable each rewrite.
 REWRITES: Mapping[str, Callable[[], Any]] = {
     "sample_apart": partial(mock.patch.object, onnx_export, "sample_apart", return_value=None),
     "optimize": partial(mock.patch.object, onnx_export, "optimize", return_value=None),
@@ -54,7 +54,7 @@ def measure(name: str) -> Iterator[dict[str, Any]]:
         model = TwoStageModel(build().eval(), blocks=(*DEFAULT_BLOCKS, *extra))
         model.fit([torch.rand(24, *shape) for _ in range(2)], None, verbose=None)
         with tempfile.TemporaryDirectory() as folder:
-            # What differs is said below; rounding is the networks', which are untrained.
+            # Answers are compared below; untrained networks magnify rounding beyond the usual tolerance.
             translated = partial(export, model, torch.rand(2, *shape), max_batch=64, tolerance=math.inf)
             files = {"all": translated(Path(folder, "all.onnx"))}
             for rewrite, without in REWRITES.items():
@@ -66,7 +66,7 @@ def measure(name: str) -> Iterator[dict[str, Any]]:
         for batch in BATCHES:
             x = torch.rand(batch, *shape)
             for run in others:
-                # Another answer would mean that something else is timed.
+                # Other answers would mean that something else is timed.
                 torch.testing.assert_close(run(x)[0], whole(x)[0], rtol=1e-3, atol=1e-3)
             base, *taken = in_turns([partial(seconds, partial(run, x)) for run in (whole, *others)], ROUNDS, least=0.02)
             for rewrite, times in zip(list(files)[1:], taken, strict=True):

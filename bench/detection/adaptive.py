@@ -1,13 +1,13 @@
 """Attacks that know the detector: they seek an image that misleads the network *and* that the detector lets pass.
 
 The white box is the detector's own computation, recorded as one graph whose results keep their derivatives. Two parts
-of it have none, or hide it: p-values are counted, and the line between two counts stands for their slope; what a score
-may say is capped, and the attack follows the uncapped sum (BPDA; Athalye, Carlini and Wagner, 2018). Where the detector
-reads a backward pass, the attack differentiates it a second time.
+have no useful derivative. P-values are counts, and the line between two counts gives their slope. Evidence is capped,
+and the attack follows the uncapped sum (BPDA; Athalye, Carlini and Wagner, 2018). If the detector reads a backward
+pass, the attack differentiates it a second time.
 
-The attacks: on the network alone (*unaware*; AutoAttack); on the margin less lambda times the detector's score;
-selective. An image is *protected* if every one of its attacks fails or is found (Granese et al., MEAD, 2022), at a
-threshold that flags a twentieth of clean photographs.
+The attacks are: on the network alone (*unaware*; AutoAttack); on the margin less lambda times the detector's score;
+and *selective* (see `attack`). The threshold flags a twentieth of clean photographs. An image is *protected* if every
+one of its attacks fails or is found (Granese et al., MEAD, 2022).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FORMS: Mapping[str, Sequence[str]] = {"default": DEFAULT_BLOCKS, "second pass": 
 #: Weights of the detector's score beside the margin; None is selective.
 LAMBDAS: Mapping[str, float | None] = {"lambda 0.1": 0.1, "lambda 1": 1.0, "selective": None}
 DEFAULT_NETWORKS = ("lite0", "resnet20")
-#: By kind of data, photographs being slow: attacked images, random starts of each objective, images at a time.
+#: By kind of data, as photographs are slow: attacked images, random starts of each objective, images at a time.
 EFFORTS = {PHOTOGRAPHS: (100, 5, 8), SMALL: (100, 5, 25)}
 QUICK = {PHOTOGRAPHS: (8, 1, 8), SMALL: (25, 1, 25)}
 #: What happens to images between the attack and the network.
@@ -48,7 +48,7 @@ WAYS: Mapping[str, Callable[[Tensor], Tensor]] = {"": lambda images: images, " a
 
 
 class WhiteBox(NamedTuple):
-    """Logits ``(B, N)`` and uncapped score ``(B,)`` with derivatives; what answers; from where on it is an alarm."""
+    """Logits ``(B, N)`` and uncapped score ``(B,)`` with derivatives, the model itself, and its alarm threshold."""
 
     differentiable: Callable[[Tensor], tuple[Tensor, Tensor]]
     model: nn.Module
@@ -56,7 +56,7 @@ class WhiteBox(NamedTuple):
 
 
 def white_box(model: TwoStageModel, example: Tensor) -> WhiteBox:
-    """A fitted model's, with everything cut out that stops a derivative."""
+    """Return the white box of a fitted model, without the operations that stop derivatives."""
     extraction, detector = model.extraction_, model.detector_
 
     def scores(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +75,7 @@ def white_box(model: TwoStageModel, example: Tensor) -> WhiteBox:
 
 
 def unaware_of(model: nn.Module) -> WhiteBox:
-    """The network's alone: a detector that says nothing."""
+    """Return the white box of the network alone: its detector never raises an alarm."""
     return WhiteBox(lambda x: (model(x), torch.zeros(len(x), dtype=torch.float64)), model, math.inf)
 
 
@@ -88,11 +88,11 @@ def away_from(logits: Tensor, predicted: Tensor) -> Tensor:
 def attack(
     box: WhiteBox, images: Tensor, labels: Tensor, radius: float, weight: float | None, starts: int, seed: int
 ) -> Tensor:
-    """Return for each of ``images`` in [0, 1] the most usual-looking one that misleads; as it was, where none does.
+    """Return for each of ``images`` in [0, 1] the most usual-looking one that misleads; the image itself if none does.
 
     Projected gradient steps on the sign (Madry et al., 2018), at most ``radius`` from each pixel; the best of several
-    random starts counts. ``weight`` is that of the detector's score beside the margin: 0 is unaware of it, None is
-    selective, the margin until the image misleads, from there on the score (Bryniarski et al., 2021).
+    random starts counts. ``weight`` is the weight of the detector's score beside the margin. With 0 the attack is
+    unaware of it. With None it follows the margin until the image misleads, then the score (Bryniarski et al., 2021).
     """
     generator = torch.Generator().manual_seed(seed)
     best, least = images.clone(), torch.full((len(images),), math.inf, dtype=torch.float64)
@@ -107,7 +107,7 @@ def attack(
             selective = torch.where(misled, -score, towards)
             objective = selective if weight is None else towards - weight * score
             (gradient,) = torch.autograd.grad(objective.sum(), x)
-            # Of an attack that does not know the detector, the surest image counts, not the most usual one.
+            # For an attack that does not know the detector, the surest image counts, not the most usual one.
             value = -towards.detach() if weight == 0 else score.detach()
             better = misled & (value < least)
             least = torch.where(better, value, least)
@@ -120,10 +120,10 @@ def attack(
 
 
 def auto_attack(model: nn.Module, images: Tensor, labels: Tensor, radius: float, seed: int) -> Tensor:
-    """AutoAttack on the network alone, standard version (Croce and Hein, 2020), as its authors wrote it."""
+    """Run AutoAttack on the network alone, standard version (Croce and Hein, 2020), as its authors wrote it."""
     from pyautoattack import AutoAttack
 
-    # Other memory layouts stop it.
+    # It fails for other memory layouts.
     model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     strongest = AutoAttack(model, eps=radius, norm="Linf", version="standard", seed=seed)
     return strongest.run_standard_evaluation(images.contiguous(), labels, batch_size=len(images))[0]
@@ -133,7 +133,7 @@ def measure(subject: Subject) -> Iterator[dict[str, Any]]:
     """Yield a row for each radius and detector: how many images mislead, how many of those are found."""
     count, starts, batch = (QUICK if subject.options.quick else EFFORTS)[subject.kind]
     fit, model = Fit(subject), subject.model
-    # Hours, where the second pass is of photographs.
+    # A second pass over photographs would take hours.
     forms = [form for form in FORMS if not (subject.few and form == "second pass")]
     x, labels = (value[subject.right["test"][:count]] for value in subject.parts["test"])
     boxes = {form: white_box(fitted(fit, FORMS[form]), x[:3]) for form in forms}
@@ -147,7 +147,7 @@ def measure(subject: Subject) -> Iterator[dict[str, Any]]:
         return torch.cat([one.logits for one in found]), torch.cat([one.uncertainty for one in found])
 
     for radius in RADII:
-        # What does not depend on the detector is made once.
+        # Attacks that do not depend on the detector are made once.
         shared = {"unaware": every(attack, unaware_of(model), radius, 0.0, starts)}
         try:
             shared["AutoAttack"] = every(auto_attack, model, radius)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-#: A number of each of three channels.
+#: A number for each of three channels.
 Pixel = tuple[float, float, float]
 
 
@@ -30,7 +30,7 @@ def conv(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) -> nn.Conv
 
 
 class Padded(nn.Module):
-    """Every second position, and channels of zeros on both sides: a shortcut without parameters."""
+    """Takes every second position, and adds channels of zeros on both sides: a shortcut without parameters."""
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` to ``(B, 2 C, H / 2, W / 2)``."""
@@ -39,7 +39,7 @@ class Padded(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut (He et al. 2016), which is convolved or ``padded`` where it widens."""
+    """Two 3x3 convolutions beside a shortcut (He et al. 2016), which is convolved or ``padded`` if it widens."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, *, padded: bool = False) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ def residual_network(
 
 
 class DenseLayer(nn.Module):
-    """Narrow by 1x1, convolve by 3x3, and join what came in with what is found (Huang et al. 2017)."""
+    """Narrows by 1x1, convolves by 3x3, and appends the result to its input (Huang et al. 2017)."""
 
     def __init__(self, inputs: int, growth: int) -> None:
         super().__init__()
@@ -109,13 +109,13 @@ class DenseLayer(nn.Module):
 
 
 def transition(inputs: int) -> nn.Module:
-    """Half of the channels on a map of half the height and width."""
+    """Return a layer that halves channels, height and width."""
     layers = {"bn1": nn.BatchNorm2d(inputs), "relu": nn.ReLU(), "conv1": conv(inputs, inputs // 2, kernel=1)}
     return nn.Sequential(OrderedDict(layers, pool=nn.AvgPool2d(2)))
 
 
 def dense_network(growth: int = 12, layers: int = 16) -> Classifier:
-    """DenseNet-BC of three blocks; the defaults make the one of 100 layers, as its published weights expect pixels."""
+    """Return DenseNet-BC of three blocks; the defaults give 100 layers, normalised for the published weights."""
     width = 2 * growth
     parts: list[nn.Module] = []
     for last in (False, False, True):

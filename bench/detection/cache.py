@@ -1,4 +1,4 @@
-"""What is expensive to make, kept in files: written whole or not at all, read only if it is what was asked for."""
+"""Keep expensive results in files: written whole or not at all, read only if they are what was asked for."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Arrays = dict[str, NDArray[Any]]
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Name a file that is there and cannot be read."""
+    """Raise an error that names the file if it cannot be read."""
     try:
         yield
     except Exception as error:  # readers raise many kinds where a file was cut off or overwritten

@@ -1,7 +1,7 @@
 """The cases: attacks, the same after JPEG, other sets, corruptions, and controls.
 
-Images of an attack come from clean images that the network classifies rightly; those count that mislead it. Images
-are kept in the cache, as bytes or, where changes are smaller than the step of a byte, as changes in float16.
+Images of an attack come from clean images that the network classifies rightly; only those that mislead it count. Images
+are kept in the cache, as bytes or, if changes are smaller than the step of a byte, as changes in float16.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bench.detection.registry import FILES, IMAGES, PHOTOGRAPHS, SMALL, TEXTS, S
 from bench.detection.subject import BATCH, Subject, packed
 
 AFTER = " after JPEG"
-#: Of photographs: smaller radii than on CIFAR-10, larger images.
+#: Attacks on photographs: smaller radii than on CIFAR-10, because the images are larger.
 PHOTOGRAPHED: Mapping[str, Mapping[str, Any]] = {
     "FGSM 2/255": {"name": "FGSM", "epsilon": 2 / 255},
     "PGD 2/255": {"name": "PGD", "epsilon": 2 / 255},
@@ -31,18 +31,18 @@ PHOTOGRAPHED: Mapping[str, Mapping[str, Any]] = {
     "C&W": {"name": "C&W", "carlini": (3, 40, 0.01, 1.0)},
     "DeepFool": {"name": "DeepFool"},
 }
-#: In quick mode.
+#: Settings of attacks in quick mode.
 BRIEF: Mapping[str, Mapping[str, Any]] = {"C&W": {"carlini": (1, 20, 0.03, 1.0)}, "DeepFool": {"deepfool": (4, 4)}}
-#: Of CIFAR-10, at a radius of 8/255.
+#: Attacks on CIFAR-10, at a radius of 8/255.
 TESTED = {name: {"name": name} for name in ("FGSM", "BIM", "PGD", "IterLL", "Semantic")}
-#: Kinds that `fastgrad.challenges` generates in a form of its own, and kinds that it has nothing like.
+#: Kinds that `fastgrad.challenges` generates in a form of its own, and kinds unlike those that it generates.
 FAMILIAR = ("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "brightness", "contrast",
             "jpeg_compression")  # fmt: skip
 FAMILIAR_TEXTS, FAMILIAR_FILES = ("dropped words", "shuffled words"), ("flipped bytes",)
 FOREIGN = ("frost", "fog", "snow", "spatter", "pixelate", "elastic_transform", "saturate", "motion_blur")
 CHANGED_TEXTS = ("changed texts like generated ones", "changed texts unlike generated ones")
 CHANGED_FILES = ("changed files like generated ones", "changed files unlike generated ones")
-#: Other sets: of photographs, and near and far of CIFAR-10 as OpenOOD has them.
+#: Other sets for photographs, and near and far ones for CIFAR-10 as in OpenOOD.
 STRANGERS = {"textures": "large textures", "CIFAR-100": "cifar100", "grey scenes": "scenes", "letters": "letters"}
 NEAR, FAR = ("cifar100", "tinyimagenet"), ("svhn", "textures")
 
@@ -52,7 +52,7 @@ def _seed(subject: Subject, *words: str) -> int:
 
 
 def attacked(name: str, how: Mapping[str, Any], jpeg: bool, subject: Subject, part: str, count: int) -> Shown:
-    """Attacked images that mislead the network, as they are or once more through JPEG."""
+    """Return attacked images that mislead the network, as they are or after JPEG."""
     places = subject.right[part][:count]
     clean, labels = (value[places] for value in subject.parts[part])
     how = {**how, **BRIEF.get(how["name"], {})} if subject.options.quick else how
@@ -87,7 +87,7 @@ def corrupted(name: str, severity: int, subject: Subject, part: str, count: int)
 
 
 def other(name: str, subject: Subject, part: str, count: int) -> Shown:
-    """Images of another set; of two draws other ones."""
+    """Return images of another set, different ones for each draw."""
     start = subject.draw * count
     if subject.few:
         images = stranger(subject.options.data, name, count, start)
@@ -112,7 +112,7 @@ for _group, _sets in (("near sets", NEAR), ("far sets", FAR)):
 
 
 def from_source(name: str, subject: Subject, part: str, count: int) -> Shown:
-    """Other texts or files, or changed ones, whose labels stay."""
+    """Return other texts or files, or changed ones, whose labels stay."""
     return Shown(*subject.source.case(name, part, count))
 
 
@@ -126,13 +126,13 @@ for _name in (*files.CHANGED, *files.DISGUISED, *files.UNKNOWN):
 
 @case("JPEG, not attacked", "control", IMAGES)
 def compressed(subject: Subject, part: str, count: int) -> Shown:
-    """What the compression of attacked images does alone."""
+    """Return clean images after the compression of attacked ones, to measure its effect alone."""
     images = sets.compress(subject.parts[part][0][:count])
     return Shown(images, torch.arange(len(images)))
 
 
 @case("grey", "control", IMAGES)
 def grey(subject: Subject, part: str, count: int) -> Shown:
-    """Clean images without colour, for other sets that have none."""
+    """Return clean images without colour, as a control for other sets that have none."""
     images = sets.to_tensor(sets.grey(sets.to_bytes(subject.parts[part][0][:count])))
     return Shown(images, torch.arange(len(images)))

@@ -1,7 +1,7 @@
-"""Which answers are wrong: risk beside what a user has without it, judged by the network's errors.
+"""Which answers are wrong: the risk and other scores, judged by the network's errors.
 
-Clean images, and clean ones together with those of each group of cases; every answer to an image of another set is
-wrong. Resampled intervals draw all copies of an image together.
+They are judged on clean images, and on these together with each group of cases; every answer to an image of another set
+is wrong. Resampled intervals draw all copies of an image together.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastgrad.metrics import aurc, calibration_report
 
 Values = NDArray[np.float64]
 DEFAULT_NETWORKS = (*LITE, *CIFAR, "news", "magika")
-#: Published scores, of one pass.
+#: Scores of one pass.
 RIVALS = (
     "softmax", "entropy", "margin", "energy", "MaxLogit", "GEN", "pNormSoftmax", "GradTrust", "KNN", "ViM",
     "fastgrad, clean only", "fastgrad, default",
@@ -38,26 +38,26 @@ PROBABILITIES = ("softmax", "softmax, temperature", "ensemble of five", "fastgra
 
 
 class Judged(NamedTuple):
-    """Answers of some images: whether they are wrong, and which image each is or was made from."""
+    """Answers to some images: whether each is wrong, and the clean image that the input is or was made from."""
 
     wrong: Values
     source: NDArray[np.int64]
 
 
 def risk(fit: Fit) -> Callable[[Seen], torch.Tensor]:
-    """The risk of a model fitted on labels and generated challenges."""
+    """Return the risk of a model fitted on labels and generated challenges."""
     two_stage = fitted(fit, DEFAULT_BLOCKS)
     return lambda seen: answer(two_stage, seen).risk  # type: ignore[return-value]
 
 
 def scaled(fit: Fit) -> Callable[[Seen], torch.Tensor]:
-    """The softmax over a temperature from the clean images."""
+    """Return 1 - the largest softmax probability at a temperature fitted on the clean images."""
     two_stage = fitted(fit, ("logits",), None)
     return lambda seen: 1 - answer(two_stage, seen).probabilities.amax(1)
 
 
 def ensemble(fit: Fit) -> Callable[[Seen], torch.Tensor]:
-    """1 - the probability of the network's answer, over it and four others of other seeds."""
+    """Return 1 - the mean probability of the network's answer, over it and four networks of other seeds."""
     subject = fit.subject
     name, options, seeds = subject.network, subject.options, range(1, 5)
     if name != "resnet20":  # the one small enough to be trained five times
@@ -82,11 +82,11 @@ OWN = (
 
 
 def judged(subject: Subject, case: str) -> Judged:
-    """Return the errors of a case; an answer to what belongs to no class is one."""
+    """Return the errors of a case; every answer to an image of no class is one."""
     seen, labels = subject.seen(case), subject.parts["test"][1]
     source = seen.shown.source
     wrong = (seen.logits.argmax(1) != labels[source.clamp_min(0)]) | (source < 0)
-    # Images of other sets are each drawn for themselves.
+    # Images of other sets are drawn independently.
     own = torch.where(source < 0, len(labels) + torch.arange(len(source)), source)
     return Judged(wrong.double().numpy(), own.numpy())
 
@@ -97,7 +97,7 @@ def row(scores: Values, found: Judged, probability: bool) -> dict[str, Any]:
     if probability:
         p = np.stack([scores, 1 - scores], 1)
         report = calibration_report(p, (1 - found.wrong).astype(int))
-        # Between the risk that is said and the share of errors, over 15 bins of what is said.
+        # Differences between the stated risk and the errors, summed in 15 bins of the stated risk.
         differences = np.bincount(np.minimum((scores * 15).astype(int), 14), scores - found.wrong)
         made["ece"] = round(float(np.abs(differences).sum() / len(scores)), 4)
         made["log loss"] = round(float(report["nll"]), 4)
@@ -115,7 +115,7 @@ def measure(subject: Subject) -> list[dict[str, Any]]:
         try:
             judgements[case] = judged(subject, case)
         except runner.ABSENT as why:
-            # Where no image misleads the network, there is nothing to judge.
+            # If no image misleads the network, there is nothing to judge.
             lost |= {} if "misleads" in str(why) else {case: str(why)}
     cases = list(judgements)[1:]
     rows = []

@@ -19,7 +19,7 @@ from fastgrad.detector.price import DEFAULT_BLOCKS
 
 
 def histograms(subject: Subject, out: Path) -> None:
-    """Scores of the default detector on clean and challenging images."""
+    """Draw the scores of the default detector on clean and challenging images."""
     two_stage = fitted(Fit(subject), DEFAULT_BLOCKS)
     shown = {
         "clean test images": "clean", "PGD": "PGD", "FGSM": "FGSM", "textures": "textures",
@@ -30,7 +30,7 @@ def histograms(subject: Subject, out: Path) -> None:
 
 
 def layers(subject: Subject, out: Path) -> None:
-    """Squared norms of every parameter's gradient, confounding label, clean against challenging."""
+    """Draw squared norms of every parameter's gradient for the confounding label, clean against challenging."""
     shown = {case: log_norms(subject.seen(case)).double() for case in ("clean", "PGD", "textures", "grey")}
     names = [name for name, _ in subject.model.named_parameters()]
     axes = plots.layer_norms({case: norms.exp() for case, norms in shown.items()}, names)
@@ -43,7 +43,7 @@ def moons(seed: int) -> tuple[Tensor, Tensor]:
 
 
 def manifold(out: Path) -> None:
-    """A 2-D classifier: where its softmax is unsure, and where the detector is."""
+    """Draw where the softmax of a 2-D classifier is unsure, and where the detector is."""
     torch.manual_seed(0)
     points, labels = moons(0)
     model = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))

@@ -1,8 +1,8 @@
 """Introspection where it gains: a second answer from what the last layer reads, trained on generated challenges.
 
-H learns the clean image's label from clean images and from challenges made of them. Its answer joins the network's by
-the gate of `TwoStageModel`, the probability that the image is a challenge; by their mean; or not at all. Beside it what
-one would try first: the last layer trained again on the same images, and batch norm's statistics adapted.
+H learns the clean image's label from clean images and from challenges made from them. Its answer joins the network's by
+the gate of `TwoStageModel`, the probability that the image is a challenge; by their mean; or not at all. Baselines are
+the last layer trained again on the same images, and batch norm with adapted statistics.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from fastgrad.batches import take
 from fastgrad.detector.price import DEFAULT_BLOCKS
 from fastgrad.metrics import calibration_report
 
-#: Splits of the images that the network was not trained on, clean images of each, clean test images, copies of a kind.
+#: Splits of images that the network was not trained on, clean images of each, clean test images, images of each kind.
 SIZES, QUICK = (3, 4000, 1000, 200), (1, 1000, 500, 60)
 NETWORK = "network"
-#: What H reads and on how many images was chosen on the first.
+#: What H reads, and on how many images it is trained, was chosen on the first.
 DEFAULT_NETWORKS = ("resnet20", "resnet18", "resnet56", "densenet", "vit", recipes.NETWORK, "kinds", "news")
 Answers = dict[str, dict[str, Tensor]]
 
 
 def reads(values: Mapping[str, Tensor], layer: nn.Linear) -> dict[str, Any]:
-    """Return by name what H may read; contrast rows are those of the published method."""
+    """Return by name the inputs that H may read; contrast rows are the published method's."""
     h, logits = values["features"], values["logits"]
     norms = contrast_sqnorm(h, logits, bias=layer.bias is not None, log=True)
     return {
@@ -61,7 +61,7 @@ def retrained(layer: nn.Linear, h: Tensor, labels: Tensor, seed: int) -> nn.Line
 
 @torch.no_grad()
 def adapted(model: nn.Module, images: Tensor) -> Tensor:
-    """Return probabilities with batch norm's statistics of the very images (Schneider et al., 2020)."""
+    """Return probabilities with batch norm's statistics taken from ``images`` themselves (Schneider et al., 2020)."""
     own = copy.deepcopy(model)
     update_bn([images], own)
     return probabilities(own, images)
@@ -73,16 +73,16 @@ def probabilities(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def answered(subject: Subject, tests: Mapping[str, Seen], seed: int) -> Answers:
-    """Return probabilities by method and case, of everything fitted on one split."""
+    """Return probabilities by method and case, for all methods fitted on one split."""
     fit = Fit(subject)
-    # The detector and its gate are those of `TwoStageModel.fit`; H is trained below on each thing that it may read.
+    # The detector and its gate are those of `TwoStageModel.fit`; H is trained below on each of its possible inputs.
     H = IntrospectiveClassifier(max_epochs=1)
     two_stage = fitted(fit, DEFAULT_BLOCKS, classifier=H, challenges_per_input=3, max_samples=len(fit.clean.images))
     kept = subject.kept("inputs/generated/fit", dict)
     groups = torch.from_numpy(kept["groups"])
     labels = subject.parts["fit"][1][groups]
     rows = blocks_of(subject, "generated/fit", torch.from_numpy(kept["inputs"]), ("features", "logits"))
-    # A fifth makes probabilities calibrated.
+    # A fifth is kept to calibrate probabilities.
     apart = torch.rand(len(subject.parts["fit"][1]), generator=torch.Generator().manual_seed(seed)) < 0.2
     trained, calibrating = ((~apart)[groups]).nonzero()[:, 0], apart[groups].nonzero()[:, 0]
     second: dict[str, IntrospectiveClassifier] = {}

@@ -62,7 +62,7 @@ def labelled(name: str, year: int, paper: str, columns: Callable[[Fit], Callable
     method(name, year, paper, Protocol.LABELLED)(lambda fit: logistic(columns(fit), fit.clean, fit.challenges))
 
 
-#: What a labelled method may read.
+#: Columns that a labelled method may read.
 COLUMNS: Mapping[str, Callable[[Seen], Tensor]] = {
     "stages": lambda seen: torch.cat(seen.stages, 1),
     "logits": lambda seen: seen.logits.sort(1, descending=True).values[:, :50],
@@ -88,14 +88,14 @@ for _name, _year, _paper, _names in (
 
 
 def local_dimensionality(fit: Fit, neighbours: int = 20, bank: int = 100) -> Callable[[Seen], Tensor]:
-    """Of every stage ``-1 / mean(log(d_i / d_k))`` over the k nearest clean images of a batch."""
+    """Return for every stage ``-1 / mean(log(d_i / d_k))`` over the k nearest clean images of ``bank``."""
     clean = [stage[:bank] for stage in fit.clean.stages]
 
     def of(seen: Seen) -> Tensor:
         columns = []
         for known, values in zip(clean, seen.stages, strict=True):
             distance = torch.cdist(values, known)
-            # A sample is no neighbour of itself.
+            # A sample must not be a neighbour of itself.
             distance[distance < 1e-4] = torch.inf
             nearest = distance.topk(min(neighbours, len(known) - 1), 1, largest=False).values
             columns.append(-1 / (nearest / nearest[:, -1:]).clamp_min(1e-12).log().mean(1).clamp_max(-1e-6))

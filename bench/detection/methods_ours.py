@@ -1,7 +1,7 @@
 """fastgrad's own detectors, through its public interface, and the control that has the same challenges.
 
-What they read is kept, so that forms of the detector share it; all else is done by `TwoStageModel.fit` and a call, as
-for users. Blocks are named, so that a busy machine, on which blocks seem dear, takes none away.
+The blocks that they read are cached, so that forms of the detector share them; `TwoStageModel.fit` and a call do all
+else, as for users. Blocks are named, because timings on a busy machine could make a budget drop some.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastgrad.detector import collect
 from fastgrad.detector.price import DEFAULT_BLOCKS
 from fastgrad.prediction import Prediction
 
-#: What a logistic regression on published scores reads: those of one pass that need no classes.
+#: Published scores that the control's logistic regression reads: those of one pass that need no classes.
 SCORES = (
     "softmax", "energy", "MaxLogit", "entropy", "GEN", "GradNorm", "KNN", "ViM", "DICE", "NCI", "fDBD", "NNGuide",
     "ReAct", "ASH", "SCALE", "VRA", "KLMatching", "Mahalanobis", "Catalyst", "RAS",
@@ -35,7 +35,7 @@ SCORES = (
 
 
 class AllNorms(Gradients):
-    """Squared gradient norms of every parameter for one signal, the published one."""
+    """Squared gradient norms of every parameter for one signal, as published."""
 
     name = "all_norms"
 
@@ -44,18 +44,18 @@ class AllNorms(Gradients):
 
 
 class NormalisationNorms(AllNorms):
-    """The same of vectors alone: weights and biases of normalisation layers, and the last layer's bias."""
+    """The same for vectors alone: weights and biases of normalisation layers, and the last layer's bias."""
 
     name = "normalisation_norms"
 
 
 MADE = {kind.name: kind for kind in (*BLOCKS.values(), AllNorms, NormalisationNorms)}
-#: Blocks that one reading of an image gives.
+#: Groups of blocks that are read, and cached, together.
 READINGS = ((*DEFAULT_BLOCKS, "features", "contrasts"), ("view",), ("all_norms",))
 
 
 def blocks_of(subject: Subject, where: str, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """Return named blocks of inputs, those that can be had, from the cache where they are."""
+    """Return those of the named blocks that the network can serve, read from the inputs or the cache."""
     wanted = {"all_norms" if name == NormalisationNorms.name else name for name in names}
     found: dict[str, Tensor] = {}
     for reading in READINGS:
@@ -80,7 +80,7 @@ def _read(subject: Subject, images: Tensor, names: Sequence[str]) -> dict[str, A
     known = watch(model, (images[:BATCH],), {})
     had = [block for block in (MADE[name]() for name in names) if block.refusal(known) is None]
     extraction = Extraction(model, had)
-    # As a user gives a batch: texts with the mask by which blocks leave out padding.
+    # Given as users give a batch: texts come with the mask by which blocks leave out padding.
     given = (
         {"input_ids": x, "attention_mask": (x != 0).long()} if subject.kind == TEXTS else x
         for x in packed(images).split(BATCH)
@@ -93,7 +93,7 @@ def _read(subject: Subject, images: Tensor, names: Sequence[str]) -> dict[str, A
 def fitted(
     fit: Fit, names: Sequence[str], challenges: Any = "generate", classifier: Any = None, **options: Any
 ) -> TwoStageModel:
-    """Return a model fitted on named blocks, those that can be had, read from the cache where they are."""
+    """Return a model fitted on those of the named blocks that the network can serve; the cache keeps their values."""
     subject = fit.subject
     clean, labels = subject.parts["fit"]
     known = watch(fit.subject.model, (clean[:BATCH],), {})
@@ -102,7 +102,7 @@ def fitted(
 
     def read(extraction: Extraction, device: Any, batches: Any) -> collect.Features:
         def shown() -> dict[str, Any]:
-            # In place of what reads blocks: the inputs themselves.
+            # The inputs themselves are collected instead of blocks.
             made = read_anew(lambda x: (x.flatten(1)[:, :1], {"inputs": x}), device, batches)
             return {"inputs": made.blocks["inputs"].numpy(), "kinds": made.kinds, "groups": made.groups}
 
@@ -119,7 +119,7 @@ def fitted(
 
 
 def answer(two_stage: TwoStageModel, seen: Seen) -> Prediction:
-    """Return what a fitted model says of the inputs of a case."""
+    """Return a fitted model's answers to the inputs of a case."""
     wanted = [*(block.name for block in two_stage.extraction_.blocks), "logits"]
     values = blocks_of(seen.subject, f"{seen.case}/{seen.part}", seen.images, wanted)
     with torch.no_grad(), mock.patch.object(Extraction, "__call__", return_value=(values["logits"], values)):
@@ -173,7 +173,7 @@ class _Generated(Seen):
 
 
 def logistic(columns: Callable[[Seen], Tensor], clean: Seen, other: Seen) -> Score:
-    """Return the score of a logistic regression, of standardised columns and both classes weighing the same."""
+    """Return the score of a logistic regression on standardised columns, with balanced class weights."""
     rows = torch.cat([columns(clean), columns(other)]).double().nan_to_num().numpy()
     model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000))
     model.fit(rows, np.arange(len(rows)) >= len(clean.images))

@@ -40,12 +40,12 @@ def p_norm(logits: Tensor) -> Tensor:
 
 
 def grad_trust(logits: Tensor) -> Tensor:
-    """Ratio of the largest to the mean ``(z_k - 1/N)^4``: what is left of the variance of squared gradients."""
+    """Return the largest over the mean ``(z_k - 1/N)^4``: the variance of squared gradients reduces to it."""
     fourth = (logits.double() - 1 / logits.shape[1]) ** 4
     return fourth.amax(1) / fourth.mean(1)
 
 
-# What is read of the logits alone needs no fit.
+# Scores of the logits alone need no fit.
 for _name, _year, _paper, _read in (
     ("softmax", 2017, "Hendrycks and Gimpel, ICLR", lambda logits: 1 - logits.softmax(1).amax(1)),
     ("entropy", 2020, "Chan et al., ICCV 2021", lambda logits: torch.special.entr(logits.double().softmax(1)).sum(1)),
@@ -126,7 +126,7 @@ def knn(fit: Fit) -> Score:
     return lambda seen: torch.cdist(F.normalize(seen.h, dim=1), bank).kthvalue(k, 1).values
 
 
-#: What a detector of pytorch-ood reads, by the end of the names of its methods.
+#: Input of a detector of pytorch-ood, by the suffix of its methods' names.
 READS: Mapping[str, Callable[[Seen], Tensor]] = {
     "features": lambda seen: seen.h, "feature_maps": lambda seen: seen.h[:, :, None, None],
     "logits": lambda seen: seen.logits,
@@ -194,7 +194,7 @@ def nac(fit: Fit) -> Score:
 
 @method("recovery testing", 2025, "Yun et al., arXiv:2505.12586; linear, without its logit test, five passes")
 def recovery(fit: Fit) -> Score:
-    """Predict every stage's means from the deepest; few stages with large errors are unusual."""
+    """Predict every stage's means from the deepest; large errors in only a few stages are unusual."""
     *early, deepest = fit.clean.stages
     centre = deepest.mean(0)
     inputs = (deepest - centre).double()

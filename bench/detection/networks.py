@@ -19,17 +19,17 @@ from bench.detection.registry import FILES, PHOTOGRAPHS, SMALL, TEXTS, NotRun, O
 from bench.detection.subject import Subject, read
 from bench.detection.train import HELD_OUT, LONG, file, logistic_layer, trained
 
-#: Photographs to fit and to test on, and images of a case: of each draw from the 1,000, and in quick mode.
+#: Photographs to fit and to test on, and images of a case: for each draw from the 1,000, and in quick mode.
 DRAWS = ((600, 400, 120), (400, 200, 60), (400, 200, 60), (240, 160, 40))
 QUICK = (240, 100, 24)
-#: The same of CIFAR-10; draws are other images of one network.
+#: The same for CIFAR-10; draws are other images for one network.
 CIFAR, CIFAR_QUICK = (1000, 500, 100), (800, 400, 60)
-#: The same of news; fewer to fit on would leave the covariance of h, of 384 numbers, singular.
+#: The same for news; with fewer to fit on, the covariance of h, which has 384 numbers, would be singular.
 NEWS, NEWS_QUICK = (data.HELD_OUT, data.HELD_OUT, 300), (data.HELD_OUT, 300, 60)
 
 
 class Published(NamedTuple):
-    """Weights: where a file of them is, its SHA-256, the untrained network, its own names' beginnings by the file's."""
+    """Published weights: the file's URL and SHA-256, the untrained network, its prefixes of names by the file's."""
 
     url: str
     digest: str
@@ -81,7 +81,7 @@ PUBLISHED: Mapping[str, Published] = {
 
 
 def photographed(size: int, options: Options, draw: int) -> Subject:
-    """EfficientNet-Lite with its published weights on a sample of the photographs; larger ones on one of their own."""
+    """Return EfficientNet-Lite with its published weights on a sample of photographs, the same for all larger sizes."""
     count, test, case = QUICK if options.quick else DRAWS[draw]
     split = photographs.photographs(options.data)
     order = np.random.default_rng(draw if size == 0 else 3).permutation(len(split.images))
@@ -95,7 +95,7 @@ for _size, _tuned in ((0, True), (1, True), (2, False)):
     network(f"lite{_size}", _title, tuned=_tuned)(partial(photographed, _size))
 
 
-#: The kinds of ImageNet's classes: the class after the last of each range, and its kind.
+#: Ranges of ImageNet's classes: the class after the last of each range, and its kind.
 RANGES = (
     (7, "cold"), (25, "bird"), (69, "cold"), (80, "spineless"), (101, "bird"), (107, "mammal"), (127, "spineless"),
     (147, "bird"), (151, "mammal"), (269, "dog"), (300, "mammal"), (330, "spineless"), (389, "mammal"), (398, "cold"),
@@ -107,7 +107,7 @@ KINDS = (400, 350, 250)
 
 @network("kinds", "EfficientNet-Lite0 on eight kinds of photographs", tuned=True)
 def kinds(options: Options, draw: int) -> Subject:
-    """A published network whose last layer is trained for few classes, each with many photographs."""
+    """Return a published network whose last layer is trained for few classes, each with many photographs."""
     own = photographed(0, options, 0)
     split = photographs.photographs(options.data)
     names = list(dict.fromkeys(name for _, name in RANGES))
@@ -121,7 +121,7 @@ def kinds(options: Options, draw: int) -> Subject:
 
 @network("news", "all-MiniLM-L6-v2 on AG News", tuned=True)
 def news(options: Options, draw: int) -> Subject:
-    """A published sentence encoder with a linear layer; of draws other splits of the news."""
+    """Return a published sentence encoder with a linear layer; draws are other splits of the news."""
     source = data.News(options.data, options.cache, draw)
     count, test, case = NEWS_QUICK if options.quick else NEWS
     parts = {"fit": source.news("fit", count), "test": source.news("test", test)}
@@ -130,7 +130,7 @@ def news(options: Options, draw: int) -> Subject:
 
 @network("magika", "Magika on files of this installation")
 def magika(options: Options, draw: int) -> Subject:
-    """A published network that tells kinds of files apart; of draws other splits of the folders."""
+    """Return a published network that tells kinds of files apart; draws are other splits of the folders."""
     source = files.Files(draw)
     parts = {part: source.files(part, NEWS[0]) for part in ("fit", "test")}
     count = (NEWS_QUICK if options.quick else NEWS)[2]
@@ -143,7 +143,7 @@ def unseen(name: str) -> str:
 
 
 def small(name: str, options: Options, draw: int) -> Subject:
-    """A network of CIFAR-10; detectors are fitted on images that it was not trained on."""
+    """Return a network of CIFAR-10; detectors are fitted on images that it was not trained on."""
     count, test, case = CIFAR_QUICK if options.quick else CIFAR
     if name in PUBLISHED:
         model = PUBLISHED[name].load(options.cache / f"{name}-cifar10.pth.tar")
@@ -167,7 +167,7 @@ for _name, _title in (
 
 @network("resnet56-training", "ResNet-56 on CIFAR-10, detectors fitted on all of its training images")
 def on_training_images(options: Options, draw: int) -> Subject:
-    """As detectors were published: fitted on the images that the network was trained on."""
+    """Return a network whose detectors are fitted on its training images, as in their publications."""
     own = small("resnet56", options, draw)
     parts = {**own.parts, "fit": sets.load(options.data, "cifar10", "train").labelled()}
     return replace(own, network="resnet56-training", parts=parts)

@@ -1,6 +1,6 @@
-"""Other trainings, which the published tables of Purview and of introspective learning compare with.
+"""Other trainings, with which the published tables of Purview and of introspective learning compare.
 
-Each is one short function and its network is small, so that all of them take an hour.
+Each is one short function, and the network is small, so that all of them take an hour.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ NETWORK = "resnet"
 
 
 def noise(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Gaussian noise of a random strength."""
+    """Add Gaussian noise of a random strength."""
     return (x + 0.2 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x)).clamp(0, 1)
 
 
 def augmix(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """AugMix (Hendrycks et al., ICLR 2020) without its consistency loss; sixteen images share what is drawn."""
+    """Apply AugMix (Hendrycks et al., ICLR 2020) without its consistency loss; sixteen images share random draws."""
     from torchvision.transforms.v2 import AugMix
 
     parts = [AugMix()(part) for part in (255 * x).byte().split(16)]
@@ -35,20 +35,20 @@ def augmix(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def adversarial(model: nn.Module, x: Tensor, y: Tensor, radius: float = 4 / 255) -> Tensor:
-    """One step of the sign of the gradient from a random start (Wong et al., "Fast is better than free", ICLR 2020)."""
+    """Take one gradient sign step from a random start (Wong et al., "Fast is better than free", ICLR 2020)."""
     start = (x + radius * (2 * torch.rand_like(x) - 1)).clamp(0, 1).requires_grad_()
     (slope,) = torch.autograd.grad(F.cross_entropy(model(start), y), start)
     return (x + (start.detach() + 1.25 * radius * slope.sign() - x).clamp(-radius, radius)).clamp(0, 1)
 
 
-#: By name in the table: what is done to every batch of a training.
+#: Changes of every batch of a training, by the name in the table.
 CHANGES: Mapping[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
     "trained on noise": noise, "trained on AugMix": augmix, "trained on attacks": adversarial,
 }  # fmt: skip
 
 
 class Denoised(nn.Module):
-    """A network that sees the median of every 3x3 pixels."""
+    """A network that sees the median of 3x3 pixels around each."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Denoised(nn.Module):
 
 
 def contrastive(model: Any, images: Tensor, labels: Tensor, *, epochs: int = 8) -> None:
-    """SimCLR (Chen et al., ICML 2020): two views of an image attract; then the last layer is trained on labels."""
+    """Train by SimCLR (Chen et al., ICML 2020): two views of an image attract. Then train the last layer on labels."""
     from torchvision.transforms import v2
 
     view = v2.Compose(
@@ -98,23 +98,23 @@ class Centroids(nn.Module):
         self.register_buffer("counts", torch.ones(classes))
 
     def embedded(self, x: Tensor) -> Tensor:
-        """``(B, N, D)``."""
+        """Return an embedding for each class, ``(B, N, D)``."""
         return torch.einsum("nde,be->bnd", self.weight, self.body(x)).float()
 
     def distances(self, z: Tensor) -> Tensor:
-        """Minus the logarithms of kernels of length .1 ``(B, N)``."""
+        """Return minus the logarithms ``(B, N)`` of kernels of length 0.1."""
         return (z - self.sums / self.counts[:, None]).square().mean(2) / 0.02
 
     def forward(self, x: Tensor) -> Tensor:
-        """Kernels ``(B, N)`` in [0, 1]."""
+        """Return kernels ``(B, N)`` in [0, 1]."""
         return (-self.distances(self.embedded(x))).exp()
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """Cross entropy of kernels with its penalty on slopes; then the centroids move."""
+        """Return the cross entropy of kernels with DUQ's gradient penalty, and move the centroids."""
         truth = F.one_hot(y, len(self.counts)).float()
         z = self.embedded(x.requires_grad_())
         d = self.distances(z)
-        # Of logarithms: a kernel that underflows would have no gradient.
+        # Computed from logarithms: a kernel that underflows would have no gradient.
         loss = torch.where(truth > 0, d, -torch.log(-torch.expm1(-d.clamp_min(1e-6)))).sum(1).mean()
         (slope,) = torch.autograd.grad((-d).exp().sum(), x, create_graph=True)
         with torch.no_grad():

@@ -1,11 +1,11 @@
-"""What the tables are made of: networks, methods and cases, each one function with a decorator.
+"""The entries of the tables: networks, methods and cases, each one function with a decorator.
 
     @method("energy", 2020, "Liu et al., NeurIPS")
     def energy(fit: Fit) -> Score:
         return lambda seen: -seen.logits.logsumexp(1)
 
-A score is higher for what is less reliable. What cannot run raises `NotRun`, or lacks a package or a file: its rows say
-so, and no mean leaves it out.
+A score is higher for less reliable answers. An entry that cannot run raises `NotRun`, or lacks a package or a file: its
+rows say so, and its group has no mean.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Any_ = TypeVar("Any_", bound=Callable[..., object])
 
 
 class NotRun(Exception):  # noqa: N818
-    """Why a method or a case says nothing about a network."""
+    """Why a method or a case has no result for a network."""
 
 
 class Protocol(enum.Enum):
-    """What a method was fitted on."""
+    """The data that a method was fitted on."""
 
     CLEAN = "clean data only"
     GENERATED = "with generated challenges"
@@ -37,9 +37,9 @@ class Protocol(enum.Enum):
 
 
 class Shown(NamedTuple):
-    """Images of a case ``(n, C, H, W)`` in [0, 1]; of an attack only those that mislead the network.
+    """Images of a case ``(n, C, H, W)`` in [0, 1]; for an attack only those that mislead the network.
 
-    ``source`` are the places of the clean images of the part that they are made from ``(n,)``; -1 for other sets.
+    ``source`` ``(n,)`` are the places, in their part, of the clean images they are made from; -1 for other sets.
     """
 
     images: Tensor
@@ -47,7 +47,7 @@ class Shown(NamedTuple):
 
 
 class Method(NamedTuple):
-    """A way to tell unusual inputs, with year and source; a slow one takes several passes and no part in quick mode."""
+    """A detector, with year and source; a slow one takes several passes, and quick mode may leave it out."""
 
     name: str
     year: int
@@ -74,7 +74,7 @@ class Network(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What a command was asked for: folders of data and cache, small sets, samples of the data or seeds of networks."""
+    """A command's options: folders of data and cache, small sets, samples of the data or seeds of networks."""
 
     data: Path
     cache: Path
@@ -101,15 +101,15 @@ def _registering(entries: dict[str, Any], name: str, entry: Callable[[Any_], obj
 def method(
     name: str, year: int, paper: str, protocol: Protocol = Protocol.CLEAN, *, slow: bool = False
 ) -> Callable[[Any_], Any_]:
-    """Register what returns a score, fitted."""
+    """Register a function that fits a method on a `Fit` and returns its score."""
     return _registering(METHODS, name, lambda fit: Method(name, year, paper, protocol, fit, slow))
 
 
 def case(name: str, group: str, kinds: tuple[str, ...]) -> Callable[[Any_], Any_]:
-    """Register what makes inputs from ``(subject, part, count)``."""
+    """Register a function that makes inputs from ``(subject, part, count)``."""
     return _registering(CASES, name, lambda make: Case(group, kinds, make))
 
 
 def network(name: str, title: str, *, tuned: bool = False) -> Callable[[Any_], Any_]:
-    """Register what makes a `Subject` from ``(options, draw)``."""
+    """Register a function that makes a `Subject` from ``(options, draw)``."""
     return _registering(NETWORKS, name, lambda make: Network(title, tuned, make))

@@ -1,4 +1,4 @@
-"""Run a table: every method on every case of every network, what cannot run said, groups with intervals."""
+"""Run a table: every method on every case of every network, with reasons for missing results and with intervals."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from bench.detection.tables import Table
 Values = NDArray[np.float64]
 Groups = dict[str, Values]
 Row = dict[str, Any]
-#: What stands for a package, a file or a property of a network that a method needs and does not find.
+#: Errors for a missing package or file, or a property that a network lacks and a method needs.
 ABSENT = (NotRun, ModuleNotFoundError, FileNotFoundError)
 WORST = "worst of the attacks (MEAD)"
-#: Networks that take long: their intervals are over resampled images.
+#: Slow networks with one draw: their intervals are over resampled images.
 ONE_DRAW = ("lite1", "lite2", "densenet", "vit", "resnet56-training")
 
 
 def measure(subject: Subject, method: Method, cases: Sequence[str]) -> tuple[dict[str, Values], dict[str, str]]:
-    """Return a method's scores of the clean test images and of every case, and why cases have none."""
+    """Return a method's scores of the clean test images and of every case, and reasons for missing ones."""
     scores: dict[str, Values] = {}
     absent: dict[str, str] = {}
     fitted = cache(lambda of: method.fit(Fit(subject, of)))
@@ -64,8 +64,8 @@ def head_of(subject: Subject, method: Method) -> Row:
 def rows(table: Table, subject: Subject, method: Method, known: dict[str, Groups]) -> list[Row]:
     """Return a row for each case, and one for each group whose cases all have a number.
 
-    ``known`` holds the groups of the methods before; those of this one are added. A method named ``A + B`` has rows of
-    what B adds to A, from the same resampled images.
+    ``known`` holds the groups of earlier methods; this method's are added. A method named ``A + B`` also has rows of
+    the gain over A, from the same resampled images.
     """
     cases = [name for name, case in CASES.items() if case.group in table.groups and subject.kind in case.kinds]
     slow = dict.fromkeys(("clean", *cases), "left out of quick mode: several passes an image")
@@ -86,7 +86,7 @@ def rows(table: Table, subject: Subject, method: Method, known: dict[str, Groups
         names = [case for case in cases if CASES[case].group == group]
         present = [case for case in names if case in values]
         left = [row["not run"] for row in made[: len(cases)] if row["case"] in names and "not run" in row]
-        # No image of an attack may mislead the network any more: that is a property of the case, not of a method.
+        # If no image of an attack misleads the network, that is a property of the case, not of a method.
         lacking = [why for why in left if "misleads" not in why]
         wholes = [head | {"case": f"mean of {group}", "group": group}]
         if "attacks" in group and method.protocol is not Protocol.LABELLED:
@@ -105,7 +105,7 @@ def rows(table: Table, subject: Subject, method: Method, known: dict[str, Groups
 
 
 def _worst(subject: Subject, scores: Mapping[str, Values], cases: Sequence[str]) -> Values:
-    """AUROC where every image counts with the least unusual of its attacks (Granese et al., MEAD, 2022)."""
+    """Return the AUROC in which each image counts by its least unusual attack (Granese et al., MEAD, 2022)."""
     least: dict[int, float] = {}
     for case in cases:
         for source, score in zip(subject.seen(case).shown.source.tolist(), scores[case].tolist(), strict=True):
@@ -114,7 +114,7 @@ def _worst(subject: Subject, scores: Mapping[str, Values], cases: Sequence[str])
 
 
 def over(networks: Sequence[str], options: Options, measured: Callable[[Subject], list[Row]]) -> list[Row]:
-    """Return the rows of each draw of each network; a network whose files are missing has one that says so."""
+    """Return the rows of each draw of each network; a network whose files are missing has one row that says so."""
     made: list[Row] = []
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -134,7 +134,7 @@ def over(networks: Sequence[str], options: Options, measured: Callable[[Subject]
 
 
 def facts(title: str, options: Options, methods: Mapping[str, Method]) -> dict[str, Any]:
-    """Return what a page says of a table."""
+    """Return the facts that a page gives about a table."""
     return {
         "title": title, "merit": "auroc", "quick": options.quick,
         "networks": {key: [one.title, one.tuned] for key, one in NETWORKS.items()},
@@ -144,7 +144,7 @@ def facts(title: str, options: Options, methods: Mapping[str, Method]) -> dict[s
 
 def run(table: Table, options: Options, networks: Sequence[str] = ()) -> list[Row]:
     methods = [method for method in METHODS.values() if method.protocol in table.protocols]
-    # Those of one pass first, and ours last: the control needs the scores of others.
+    # Methods of one pass first, and ours last.
     methods.sort(key=lambda method: (method.slow, method.name.startswith("fastgrad")))
 
     def measured(subject: Subject) -> list[Row]:

@@ -1,4 +1,4 @@
-"""A network with its clean images, and what is read of the images that it is shown."""
+"""A network with its clean images, and what one pass reads from images."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Subject:
         draw: Which sample of the data, or seed of the training.
         model: From images in [0, 1] to logits; evaluation mode, without gradients.
         parts: ``fit`` and ``test``: clean images and labels.
-        options: Of the command.
-        kind: Of data, which says what cases there are.
+        options: The command's options.
+        kind: Kind of data, which determines the cases.
         count: Images of a case.
-        stages: Modules whose maps are read, from the first to the last, which is pooled.
-        source: What else its cases are made from.
+        stages: Modules whose maps are read, from the first to the last, whose map is pooled.
+        source: Object that makes the cases of texts or files.
     """
 
     network: str
@@ -51,7 +51,7 @@ class Subject:
 
     @cached_property
     def key(self) -> str:
-        """Digest of the weights and of the data."""
+        """Digest of the weights and the data."""
         images = [
             part.double().flatten(2).mean(-1).numpy() if part.ndim > 2 else part.numpy()
             for part, _ in self.parts.values()
@@ -65,7 +65,7 @@ class Subject:
 
     @cached_property
     def layer(self) -> nn.Linear:
-        """The layer that gives the logits."""
+        """The layer that returns the logits."""
         return [module for module in self.model.modules() if isinstance(module, nn.Linear)][-1]
 
     def kept(self, name: str, make: Callable[[], Mapping[str, NDArray[Any]]]) -> cache.Arrays:
@@ -74,7 +74,7 @@ class Subject:
         return cache.arrays(self.options.cache / f"{self.network}-{self.draw}-{self.key}" / f"{slug}.npz", make)
 
     def seen(self, case: str, part: str = "test") -> Seen:
-        """Return what is read of a case's images; ``clean`` gives those of the part themselves."""
+        """Return a case's images with what a pass reads from them; ``clean`` is the part's own images."""
         return self._seen.setdefault((case, part), Seen(self, case, part))
 
     @cached_property
@@ -88,7 +88,7 @@ class Subject:
 
 @dataclass
 class Seen:
-    """Images of a case and what a pass reads of them; made once, features kept in the cache."""
+    """Images of a case and what a pass reads from them; made once, features kept in the cache."""
 
     subject: Subject
     case: str
@@ -99,7 +99,7 @@ class Seen:
         if self.case == "clean":
             images = self.subject.parts[self.part][0]
             return Shown(images, torch.arange(len(images)))
-        # A score asks for the images where it wants no gradients; an attack needs them.
+        # A score may ask for the images under `no_grad`, and an attack needs gradients.
         with torch.enable_grad():
             found = CASES[self.case].make(self.subject, self.part, self.subject.count)
         if not len(found.images):
@@ -108,7 +108,7 @@ class Seen:
 
     @property
     def images(self) -> Tensor:
-        """``(n, C, H, W)`` in the memory layout that is fastest here."""
+        """Images ``(n, C, H, W)`` in the memory layout that is fastest here."""
         return packed(self.shown.images)
 
     @cached_property
@@ -119,7 +119,7 @@ class Seen:
 
     @property
     def logits(self) -> Tensor:
-        """``(n, N)``."""
+        """Logits ``(n, N)``."""
         return self._read["logits"]
 
     @property
@@ -159,7 +159,7 @@ def read(subject: Subject, images: Tensor) -> dict[str, NDArray[np.float32]]:
             parts["h"].append(args[0])
             parts["logits"].append(output)
         else:
-            # Of maps, or of tokens, which have their channels last.
+            # Positions of maps, or of tokens, which have their channels last.
             positions = (2, 3) if output.ndim == 4 else 1
             parts[f"stage{subject.stages.index(module)}"].append(output.mean(positions))
             if module is subject.stages[-1]:
@@ -175,7 +175,7 @@ def read(subject: Subject, images: Tensor) -> dict[str, NDArray[np.float32]]:
 
 @dataclass(frozen=True)
 class Fit:
-    """What a method is fitted on; ``case`` is of labelled challenges, empty for none."""
+    """The data that a method is fitted on; ``case`` names labelled challenges, empty for none."""
 
     subject: Subject
     case: str = ""
@@ -190,7 +190,7 @@ class Fit:
 
     @property
     def labels(self) -> Tensor:
-        """Their classes, for what is fitted to every class."""
+        """Classes of the clean images, for methods fitted to every class."""
         if self.subject.few:
             raise NotRun("needs several images of every class")
         return self.subject.parts["fit"][1]
@@ -201,6 +201,6 @@ class Fit:
         return self.subject.seen(self.case, "fit")
 
     def loader(self, images: Tensor, labels: Tensor | None = None) -> list[tuple[Tensor, ...]]:
-        """Return images in batches as a loader gives them."""
+        """Return images in batches, as a loader yields them."""
         parts = packed(images).split(BATCH)
         return [(x,) for x in parts] if labels is None else list(zip(parts, labels.split(BATCH), strict=True))

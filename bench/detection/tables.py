@@ -1,4 +1,4 @@
-"""The tables: which networks, which cases in which groups, which protocols, which figure of merit."""
+"""The tables: their networks, groups of cases and protocols."""
 
 from __future__ import annotations
 

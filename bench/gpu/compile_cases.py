@@ -1,4 +1,4 @@
-"""What is compiled: one call of a launcher for every shape that `tune` treats differently."""
+"""The cases that are compiled: one call of a launcher for every shape that `tune` treats differently."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastgrad.ops.triton import devices, last_layer, layer_sqnorm
 from fastgrad.ops.tune import Architecture
 
 HALF, SINGLE = torch.bfloat16, torch.float32
-#: Makes a tensor of a shape, of a ``dtype`` and from a ``seed``.
+#: Makes a tensor of a shape, given ``dtype`` and ``seed``.
 Make = Callable[..., Tensor]
 Call = Callable[[], Any]
 
@@ -27,11 +27,11 @@ class Case(NamedTuple):
     """One call of a launcher.
 
     Attributes:
-        name: What tables say.
+        name: Name in the tables.
         inputs: Its tensors, which no kernel may write.
         call: Runs the launcher on them.
-        quick: Whether it is the one of its kernel and path that every test run takes, and that is timed on a device.
-        wide: Whether rows are whole 16 bytes: such loads and stores must then appear.
+        quick: Whether every test run takes this case for its kernel and path, and a device times it.
+        wide: Whether rows are multiples of 16 bytes: 16-byte loads and stores must then appear.
         products: Multiplications on the matrix units.
     """
 
@@ -49,12 +49,12 @@ def meta(*shape: int, dtype: torch.dtype = SINGLE, seed: int = 0) -> Tensor:
 
 
 def as_if_on(architecture: Architecture) -> Any:
-    """Let launchers take meta tensors, as tensors on a device of this kind."""
+    """Let launchers take meta tensors as tensors on a device of this architecture."""
     return mock.patch.object(devices, "architecture", return_value=architecture)
 
 
 def configured(**configs: object) -> Any:
-    """Let launchers run as these say, by name of the function of `tune` that would choose; decorates calls as well."""
+    """Replace functions of `tune`, by name, so that they return these configurations; also decorates calls."""
     return mock.patch.dict(vars(tune), {name: mock.Mock(return_value=config) for name, config in configs.items()})
 
 
@@ -62,7 +62,7 @@ def prepared(
     launcher: Any, make: Make, B: int, N: int, D: int, loss: str, *, kind: str = "", bias: bool = True,
     log: bool = False, mean: bool = False,
 ) -> partial[Any]:  # fmt: skip
-    """Return the call of a launcher of the last layer; ``kind`` is of a target."""
+    """Return the call of a launcher of the last layer; ``kind`` is the target's."""
     h = make(B, D)
     if launcher in (last_layer.contrast_sqnorm, last_layer.target_sqnorm):
         z = make(B, N, seed=1)
@@ -98,7 +98,7 @@ def cases(make: Make = meta) -> Iterator[Case]:
         yield norms(4096, 8192 if loss == "brier" else 16384, 4096, SINGLE, loss)
         yield norms(4096, 262144, 4096, HALF, loss, quick=loss == "cross_entropy")
         yield norms(8, 131072, 4096, HALF, loss, log=True, quick=loss == "brier")
-        # Rows that are no whole 16 bytes.
+        # Rows that are no multiple of 16 bytes.
         yield norms(16, 50257, 768, HALF, loss)
         yield norms(4096, 50257, 768, HALF, loss, log=True)
     for N, dtype in ((16, SINGLE), (128, HALF), (1000, SINGLE), (4096, HALF), (8192, SINGLE), (10, SINGLE)):

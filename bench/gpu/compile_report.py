@@ -1,11 +1,11 @@
-"""Compile every kernel for GPUs that need not be there, and read what came out of it.
+"""Compile every kernel for GPUs that need not be there, and read the machine code.
 
     python -m bench.gpu.compile_report                        # table on the terminal
     python -m bench.gpu.compile_report --out                  # also bench/results/compile.json and compile.md
     python -m bench.gpu.compile_report --only contrast --arch sm_90
 
-A case calls a launcher on meta tensors. Triton compiles each of its launches as on a device, and launches none. What
-the table says is read from the machine code.
+A case calls a launcher on meta tensors. Triton compiles each of its launches as on a device, and launches none. The
+figures of the table are read from the machine code.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from unittest import mock
 if os.environ.get("TRITON_INTERPRET") == "1":
     raise ImportError("kernels are compiled in a process without TRITON_INTERPRET=1, which would interpret them")
 
-# Triton 3.4 asks for ROCm's linker, later ones bring their own. What is read here is the assembly, which comes before.
+# Triton 3.4 asks for ROCm's linker, later ones bring their own. Only the assembly is read here, which comes before.
 os.environ.setdefault("TRITON_HIP_LLD_PATH", shutil.which("true") or "")
 
 import triton
@@ -91,7 +91,7 @@ def compiled(call: Callable[[], object], arch: str) -> list[Any]:
 
 
 def read(asm: Mapping[str, Any]) -> dict[str, int]:
-    """Return what the machine code of a kernel says."""
+    """Return the figures of `LARGEST` and `COUNTED` in a kernel's machine code."""
     kind = "amdgcn" if "amdgcn" in asm else "cubin"
     code = asm["amdgcn"] if kind == "amdgcn" else _disassembled(asm["cubin"])
     row = {name: max(map(int, re.findall(pattern, code)), default=0) for name, pattern in LARGEST[kind].items()}
@@ -108,7 +108,7 @@ def _disassembled(cubin: bytes) -> str:
 
 
 def faults(row: dict[str, Any], wide: bool) -> list[str]:
-    """Return what a row does not keep of the promises made for every kernel; ``wide``: rows are whole 16 bytes."""
+    """Return which promises made for every kernel a row breaks; ``wide``: its rows are multiples of 16 bytes."""
     found = []
     if row["spills"] or row["local"]:
         found.append(f"{row['spills']} spills, {row['local']} bytes of local memory")

@@ -1,4 +1,4 @@
-"""Each kernel's share of the device's measured rates: of what it must at least read, write and multiply.
+"""Each kernel's share of the device's measured rates, from what it must at least read, write and multiply.
 
 python -m bench.gpu.kernels --out DIR [--tiny]     # writes DIR/kernels.json
 python -m bench.gpu.kernels --once [--tiny]        # one launch of each, for a profiler or a sanitizer

@@ -1,1 +1,1 @@
-"""What is measured: one function a case, registered by `bench.registry.case`, peers in the same file."""
+"""The speed cases: one function each, registered by `bench.registry.case`, with their peers."""

@@ -1,8 +1,8 @@
-"""Every route on every convolution of the zoo: is the one that the cost model picks the fastest?
+"""Time every route on every convolution of the model zoo: is the cost model's pick the fastest?
 
     python -m bench.micro.conv_routes        # bench/results/conv-routes.json and .md
 
-The acceptance is a pick within 20 % of the measured best for at least 90 % of the shapes. A route predicted more than
+The pick must be within 20 % of the measured best for at least 90 % of the shapes. A route predicted more than
 `HOPELESS` times slower than the pick is not measured.
 """
 
@@ -25,7 +25,7 @@ from fastgrad.ops.conv.geometry import canonical
 from fastgrad.ops.conv.sqnorm import conv_sqnorm, shape_of
 
 BATCH, IMAGE, HOPELESS = 16, 64, 12.0
-#: torchvision's name of each model, and what it takes beside no weights.
+#: torchvision's name of each model, and its arguments beside ``weights=None``.
 MODELS: dict[str, dict[str, Any]] = {
     "resnet18": {}, "densenet121": {}, "mobilenet_v3_small": {}, "efficientnet_b0": {}, "shufflenet_v2_x1_0": {},
     "googlenet": {"aux_logits": False, "init_weights": False}, "vgg11_bn": {}, "squeezenet1_1": {},

@@ -40,7 +40,7 @@ def normals(device: str, *shapes: tuple[int, ...], dtype: torch.dtype = torch.fl
 
 
 class Head:
-    """Seeded features, weights and logits of spread 3, and what float64 makes of them."""
+    """Seeded features, weights and logits of spread 3, and references in float64."""
 
     def __init__(self, B: int, N: int, D: int, dtype: str, device: str) -> None:
         kind = getattr(torch, dtype)
@@ -48,7 +48,7 @@ class Head:
         self.h, self.weight, self.bias = h.to(kind), (weight * 3 / D**0.5).to(kind), bias.to(kind)
         self.layer = (self.h, self.weight, self.bias)
         self.z = F.linear(*self.layer)
-        #: What a plain product may lose, relative to its largest entry.
+        #: Error allowed for a plain product, relative to its largest entry.
         self.unit = 64 * torch.finfo(kind).eps
 
     @cached_property
@@ -79,7 +79,7 @@ class Head:
 
 
 def textbook(h: Tensor, z: Tensor) -> Tensor:
-    """``(||p||^2 - 2 p_k + 1)(||h||^2 + 1)``, the textbook form."""
+    """Return ``(||p||^2 - 2 p_k + 1)(||h||^2 + 1)``, the textbook form."""
     p = z.float().softmax(-1)
     squares = p.square().sum(-1, keepdim=True)
     return (squares - 2 * p + 1) * (h.float().square().sum(-1, keepdim=True) + 1)
@@ -91,7 +91,7 @@ def compiled(function: Callable[..., Any], *tensors: Tensor) -> Callable[[], Any
 
 
 def loop(head_: Head) -> Callable[[], Tensor]:
-    """One backward pass for every sample and contrast."""
+    """Return norms by one backward pass for every sample and contrast."""
     h, layer = head_.h.float(), head_.module()
     classes = torch.arange(len(head_.bias), device=h.device)
 
@@ -108,7 +108,7 @@ def loop(head_: Head) -> Callable[[], Tensor]:
 
 
 def vmap(head_: Head, memory: int = 1 << 28) -> Callable[[], Tensor]:
-    """``vmap`` over samples and contrasts of ``grad``, in chunks that keep the gradients within ``memory`` bytes."""
+    """Return norms by ``vmap`` of ``grad`` over samples and contrasts; a chunk's gradients take ``memory`` bytes."""
     weight, bias, h = head_.weight.float(), head_.bias.float(), head_.h.float()
     (N, D), B = weight.shape, len(h)
 
@@ -126,7 +126,7 @@ def vmap(head_: Head, memory: int = 1 << 28) -> Callable[[], Tensor]:
 
 
 def openood(head_: Head) -> Callable[[], Tensor]:
-    """OpenOOD's postprocessor: one backward pass a sample through the last layer, L1 norm of its weight gradient."""
+    """OpenOOD's postprocessor: one backward pass per sample through the last layer, L1 norm of its weight gradient."""
     h, layer = head_.h.float(), head_.module()
 
     def norm(sample: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ def contrasts(B: int, N: int, D: int, dtype: str, device: str) -> Iterator[Imple
     yield _softmax(head_)
     yield Implementation("closed form, textbook", lambda: partial(textbook, h, z), check, PEERS)
     yield Implementation("closed form, torch.compile", partial(compiled, textbook, h, z), check, PEERS)
-    # Beyond, a call of theirs takes seconds.
+    # Above this size, a call of these two takes seconds.
     if B * N <= 2_000:
         yield Implementation("vmap(grad)", partial(vmap, head_), check, PEERS, graph=False)
         yield Implementation("autograd loop", partial(loop, head_), check, PEERS, graph=False)
@@ -230,7 +230,7 @@ def head(B: int, N: int, D: int, dtype: str, device: str) -> Iterator[Implementa
     gpu=_at([(64, 1000, 2048)], "bfloat16"),
 )  # fmt: skip
 def uniform(B: int, N: int, D: int, dtype: str, device: str) -> Iterator[Implementation]:
-    """One norm a sample under the uniform target; GradNorm's own norm is L1 and is checked as such."""
+    """One norm per sample for the uniform target; GradNorm's own norm is L1 and is checked as such."""
     head_ = Head(B, N, D, dtype, device)
     h, z = head_.h, head_.z
     delta = z.double().softmax(-1) - 1 / N
@@ -291,7 +291,7 @@ def statistics(B: int, N: int, D: int, dtype: str, device: str) -> Iterator[Impl
     gpu=[(64, 10, 512, 300, "bfloat16"), (32, 1000, 2048, 128, "bfloat16")],
 )  # fmt: skip
 def rows(B: int, N: int, D: int, U: int, name: str, device: str) -> Iterator[Implementation]:
-    """``contrast_rows_linear`` beside a product with rows in memory."""
+    """``contrast_rows_linear`` against a product with rows in memory."""
     dtype = getattr(torch, name)
     h, z, weight, bias = normals(device, (B, D), (B, N), (U, N * D), (U,), dtype=dtype)
     exact = 2 * (z.double() - 1).unsqueeze(-1) * h.double().unsqueeze(-2)

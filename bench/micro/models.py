@@ -1,4 +1,4 @@
-"""The measured networks, in plain torch, so that a machine with nothing else runs them.
+"""The measured networks, in plain torch, so that they need no other package.
 
 Published shapes: ResNet-18/50 (He et al. 2016), DenseNet-121 from torchvision, ViT-B/16 (Dosovitskiy et al. 2021), a
 GPT-like decoder that classifies a sequence by its last token. Activations are modules and projections are
@@ -40,7 +40,7 @@ class Block(nn.Module):
 
 
 def resnet(classes: int = 10, deep: bool = False, norm: Norm = nn.BatchNorm2d) -> nn.Module:
-    """ResNet-18 with the stem usual for 32x32 images or, ``deep``, ResNet-50."""
+    """Return ResNet-18 with the stem usual for 32x32 images or, if ``deep``, ResNet-50."""
     layers = [*convolved(3, 64, 7, 2, norm), nn.MaxPool2d(3, 2, 1)] if deep else convolved(3, 64, 3, 1, norm)
     inputs = 64
     for stage, count in enumerate((3, 4, 6, 3) if deep else (2, 2, 2, 2)):
@@ -56,9 +56,9 @@ def resnet(classes: int = 10, deep: bool = False, norm: Norm = nn.BatchNorm2d) -
 
 
 def plain(classes: int = 10, width: int = 32, norm: bool = False) -> nn.Module:
-    """Six convolutions and a linear layer, without norm what every peer accepts.
+    """Return six convolutions and a linear layer; every peer accepts them without batch norm.
 
-    The second of each pair halves the image; with batch norm the first of the second and of the third pair.
+    The second of each pair halves the image; with batch norm, the first of the second and of the third pair does.
     """
     layers: list[nn.Module] = []
     channels = 3
@@ -73,7 +73,7 @@ def plain(classes: int = 10, width: int = 32, norm: bool = False) -> nn.Module:
 
 
 def densenet() -> nn.Module:
-    """DenseNet-121 of torchvision, its activations not in place."""
+    """Return torchvision's DenseNet-121, with activations that are not in place."""
     from torchvision.models import densenet121
 
     model: nn.Module = densenet121(num_classes=10)
@@ -137,16 +137,16 @@ class GPT(nn.Module):
 
 
 def images(size: int) -> Inputs:
-    """Return what makes ``(batch, 3, size, size)``."""
+    """Return a function that makes inputs ``(batch, 3, size, size)``."""
     return lambda batch, made: torch.randn(batch, 3, size, size, generator=made)
 
 
 def tokens(length: int, vocabulary: int) -> Inputs:
-    """Return what makes ``(batch, length)`` of integers below ``vocabulary``."""
+    """Return a function that makes inputs ``(batch, length)``, integers below ``vocabulary``."""
     return lambda batch, made: torch.randint(vocabulary, (batch, length), generator=made)
 
 
-#: Each network, and its inputs given a batch.
+#: Each network, and what makes a batch of its inputs.
 NETWORKS: dict[str, Network] = {
     "plain CNN 8x8": (partial(plain, width=4), images(8)),
     "plain CNN 8x8, 3 classes": (partial(plain, classes=3, width=4), images(8)),

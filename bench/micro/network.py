@@ -2,17 +2,17 @@
 
 Every implementation computes the same ``(B, P)`` matrix for the same loss and labels; the training step (one forward
 and one full backward pass of the batch, without an optimizer) is the yardstick. Networks are in evaluation mode, where
-samples do not mix; peers that insist on training mode get it where the network has nothing that depends on it.
+samples do not mix. Peers that need training mode get it if nothing in the network depends on the mode.
 
-A result is checked on the first and the last sample against a float64 backward pass of that sample alone, relative to
-the norm itself, or to a millionth of a millionth of the sample's total where the true gradient is zero (the key's bias
-of an attention, say). Allowed: 1e-4 for fastgrad, 1e-3 for the peers.
+A result is checked on the first and the last sample against a float64 backward pass of that sample alone. Errors are
+relative to the norm itself, or to 1e-12 of the sample's total if the true gradient is zero (an attention's key bias).
+Errors allowed: 1e-4 for fastgrad, 1e-3 for the peers.
 
 ``private`` is a training step whose gradients are clipped sample by sample, up to the noise. Opacus adds 1e-6 to every
 norm on purpose; vmap(grad) is off by 2e-4 on the residual network.
 
-``end-to-end`` is the time with and without uncertainty. There the last layer's norms are judged by 1e-3: they follow
-logits that rounded.
+``end-to-end`` is the time with and without uncertainty. There the error allowed for the last layer's norms is 1e-3,
+because the logits that they follow are rounded.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def network(name: str, batch: int, signal: str, device: str) -> Iterator[Impleme
     yield one("forward and data gradients", partial(peers.data_gradients, task), data_check, OURS)
     yield one("BackPACK BatchL2Grad", partial(peers.backpack, task), task.error, PEERS)
     yield one("Opacus ghost norms", partial(peers.opacus, task), task.error, PEERS)
-    # They run or hold sample by sample.
+    # These two run sample by sample, or hold a gradient for each.
     if device == "cpu" or batch <= 64:
         yield one("vmap(grad)", partial(peers.vmap, task), task.error, PEERS)
         yield one("per-sample loop", partial(peers.loop, task), task.error, PEERS)
@@ -167,7 +167,7 @@ def private(name: str, batch: int, device: str) -> Iterator[Implementation]:
     gpu=[("ResNet-18 32x32", 512), ("ViT-B/16 224x224", 128)],
 )  # fmt: skip
 def end_to_end(name: str, batch: int, device: str) -> Iterator[Implementation]:
-    """The network alone, with one kind of uncertainty, with three, and a backward pass a sample."""
+    """The network alone, with one kind of uncertainty, with three, and a backward pass per sample."""
     task = Task(NETWORKS[name], batch, device)
 
     def whole(signals: list[tuple[str, str]]) -> Callable[[], Any]:
@@ -188,7 +188,7 @@ def end_to_end(name: str, batch: int, device: str) -> Iterator[Implementation]:
 
 @torch.no_grad()
 def last_layer(task: Task) -> tuple[Tensor, Tensor]:
-    """Return logits and all contrasts of the last linear layer, whose input is caught on the way."""
+    """Return logits and all contrasts of the last linear layer, whose input a hook records."""
     head = [m for m in task.model.modules() if isinstance(m, nn.Linear)][-1]
     caught: list[Tensor] = []
     with head.register_forward_pre_hook(lambda module, args: caught.append(args[0])):

@@ -24,7 +24,7 @@ Gradients = Callable[[], list[Tensor]]
 #: Bytes of gradients that ``vmap`` may hold at once.
 MEMORY = 1 << 30
 BCE, CE = "bce ones", "cross_entropy predicted"
-#: What a plain product of float32 may lose, relative to its largest entry.
+#: Error allowed for a plain product of float32, relative to its largest entry.
 UNIT = 256 * torch.finfo(torch.float32).eps
 
 
@@ -98,12 +98,12 @@ def sqnorms(loss: Tensor, model: nn.Module) -> Tensor:
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
-    """Return the relative error, or that relative to a millionth of a millionth of the sum."""
+    """Return the largest error relative to the norm plus 1e-12 of the sum of all norms."""
     return float(((found.double() - wanted).abs() / (wanted + 1e-12 * wanted.sum())).max())
 
 
 def middle_error(found: Tensor, wanted: Tensor) -> float:
-    """Return the middle one of the samples' errors: at the corner of a rectifier, rounding gives another gradient."""
+    """Return the median of the samples' errors: at the kink of a ReLU, rounding gives another gradient."""
     return statistics.median(map(scaled_error, found, wanted))
 
 
@@ -118,9 +118,9 @@ def forward(task: Task) -> Norms:
 
 
 def data_gradients(task: Task) -> Norms:
-    """What every exact method begins with: the forward pass, and the backward pass without a parameter's gradient.
+    """Run what every exact method begins with: forward pass, and backward pass without a parameter's gradient.
 
-    It goes back to the images, or to the first parameter, the embedding, where the input are tokens.
+    It goes back to the images or, if the inputs are tokens, to the first parameter, the embedding.
     """
     model = copy.deepcopy(task.model).requires_grad_(False)
     if task.x.is_floating_point():
@@ -131,7 +131,7 @@ def data_gradients(task: Task) -> Norms:
 
 
 def backpack(task: Task) -> Norms:
-    """As in BackPACK's documentation: extend the model, backward inside the context."""
+    """Run BackPACK as its documentation says: extend the model, and call backward inside the context."""
     from backpack import backpack, extend
     from backpack.extensions import BatchL2Grad
 
@@ -147,7 +147,7 @@ def backpack(task: Task) -> Norms:
 
 
 def opacus(task: Task) -> Norms:
-    """Opacus's ghost clipping up to the norms; its hooks work in training mode, so networks with batch norm fail."""
+    """Run Opacus' ghost clipping up to the norms; its hooks need training mode, so networks with batch norm fail."""
     from opacus.grad_sample import GradSampleModuleFastGradientClipping
 
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in task.model.modules()):
@@ -207,7 +207,7 @@ def clipped_by_hooks(task: ClippedTask) -> Gradients:
 
 
 def clipped_by_ghosts(task: ClippedTask) -> Gradients:
-    """Opacus' ghost clipping, which is two backward passes as well."""
+    """Opacus' ghost clipping, which takes two backward passes as well."""
     from opacus.grad_sample import GradSampleModuleFastGradientClipping
     from opacus.optimizers import DPOptimizerFastGradientClipping
     from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
@@ -249,12 +249,12 @@ def _chunk(task: Task) -> int:
 
 
 def _batching(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The fused attention of a CPU has no batching rule and would run sample by sample."""
+    """Avoid the CPU's fused attention, which has no batching rule and would run sample by sample."""
     return sdpa_kernel(SDPBackend.MATH)(call)  # type: ignore[operator, no-any-return]
 
 
 def _gradients(model: nn.Module, backward: Callable[[], None]) -> Gradients:
-    """Return what makes all gradients anew."""
+    """Return a function that computes all gradients anew."""
 
     def call() -> list[Tensor]:
         model.zero_grad(set_to_none=True)
@@ -265,7 +265,7 @@ def _gradients(model: nn.Module, backward: Callable[[], None]) -> Gradients:
 
 
 def _optimizer(kind: Any, model: nn.Module, task: ClippedTask) -> Any:
-    """Opacus' optimizer, without noise."""
+    """Return Opacus' optimizer, without noise."""
     return kind(
         torch.optim.SGD(model.parameters(), lr=0.1), noise_multiplier=0.0, max_grad_norm=task.max_norm,
         expected_batch_size=len(task.x), loss_reduction="sum",

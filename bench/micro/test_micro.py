@@ -24,7 +24,7 @@ Rows = dict[str, list[dict[str, Any]]]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """An item for each implementation of each case of the size."""
+    """Make an item for each implementation of each case of the size."""
     items = [
         pytest.param(case, name, id=f"{case.table}-{case.name}-{name}")
         for case in cases(metafunc.config.option.size)
@@ -45,7 +45,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def measured(request: pytest.FixtureRequest, device: str) -> Iterator[Rows]:
-    """What was measured, by table; written to the tables' files at the end."""
+    """Collect the measured rows by table, and write them to the tables' files at the end."""
     found: Rows = defaultdict(list)
     yield found
     if (out := request.config.option.out) is not None:
@@ -59,10 +59,10 @@ def measured(request: pytest.FixtureRequest, device: str) -> Iterator[Rows]:
             pages.store(out / f"{table}.json", {**head, "cases": rows})
 
 
-# Peers warn of hooks and missing batching rules; whether their numbers are right is checked.
+# Peers warn about hooks and missing batching rules; their numbers are checked anyway.
 @pytest.mark.filterwarnings("ignore")
 def test_micro(benchmark: Any, device: str, measured: Rows, case: Case, name: str) -> None:
-    """An implementation of fastgrad's that is wrong fails, a peer is skipped; their rows have no times."""
+    """Time an implementation. If it is wrong, fastgrad's fails and a peer's is skipped; its row has no times."""
     row: dict[str, Any] = {
         "case": case.name, "implementation": name, "median_s": None, "p10_s": None, "p90_s": None, "peak_bytes": None,
         "relative_to": case.against, "ratio": None, "correct": False, "note": "",
@@ -79,7 +79,7 @@ def test_micro(benchmark: Any, device: str, measured: Rows, case: Case, name: st
         pytest.skip(row["note"])
     benchmark.group = case.name
     if device == "cuda":
-        # Its own loop would read the host's clock.
+        # The loop of pytest-benchmark would read the host's clock.
         benchmark._mode, stats = "device", benchmark._make_stats(1)
         for seconds in clock.timed(call, device, case.implementations(device)[name].graph):
             stats.update(seconds)

@@ -1,1 +1,1 @@
-"""From measurements to what is read: pages, figures, and the blocks of README and documentation."""
+"""Turn measurements into pages, figures, and the blocks of README and documentation."""

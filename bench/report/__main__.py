@@ -20,7 +20,7 @@ DOCUMENTS = [ROOT / name for name in ("README.md", "docs/results.md", "docs/expl
 
 
 def stale(folder: Path = RESULTS, documents: Sequence[Path] = DOCUMENTS) -> list[str]:
-    """Return what does not say what the results say: pages, and blocks of documents."""
+    """Return the names of pages and blocks of documents that differ from the results."""
     found = []
     for path in sorted(folder.glob("*.json")):
         pictures = [picture.name for picture in folder.glob(f"{path.stem}.png")]

@@ -32,7 +32,7 @@ BLOCK = re.compile(r"<!-- (table|value): ([^>]+?) -->(.*?)<!-- end -->", re.DOTA
 
 
 def load(name: str, folder: Path) -> dict[str, Any]:
-    """Return a file of results, or raise a ValueError that names those that there are."""
+    """Return a file of results, or raise a ValueError that names the files that exist."""
     path = folder / f"{name}.json"
     if not path.exists():
         known = ", ".join(sorted(p.stem for p in folder.glob("*.json")))
@@ -41,7 +41,7 @@ def load(name: str, folder: Path) -> dict[str, Any]:
 
 
 def table(words: str, folder: Path = RESULTS) -> str:
-    """Return the Markdown of a table block; ``words`` is what stands after ``table:``."""
+    """Return the Markdown of a table block; ``words`` is the text after ``table:``."""
     name, _, rest = words.strip().partition(" ")
     if name == "environment":
         return environment(load(rest, folder))
@@ -71,7 +71,7 @@ def grid(document: dict[str, Any], index: str, fixed: str, key: str, form: str, 
 
 
 def value(words: str, folder: Path = RESULTS) -> str:
-    """Return the text of a value block; ``words`` is what stands after ``value:``, and must name a number."""
+    """Return the text of a value block; ``words`` is the text after ``value:``, and must name a number."""
     parts = [part.strip() for part in re.split("[|;]", words)]
     if len(parts) != 5:
         raise ValueError(f"a value must be FILE | CASE | IMPLEMENTATION | FIELD | FORMAT; it was {words!r}")
@@ -108,6 +108,6 @@ def fill(text: str, folder: Path = RESULTS) -> str:
 
 
 def differing(text: str, folder: Path = RESULTS) -> list[str]:
-    """Return the names of the blocks whose content is not what the results say."""
+    """Return the names of the blocks whose content differs from the results."""
     pairs = zip(BLOCK.finditer(text), BLOCK.finditer(fill(text, folder)), strict=True)
     return [f"{old[1]}: {old[2]}" for old, new in pairs if old[3].strip() != new[3].strip()]

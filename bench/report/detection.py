@@ -36,7 +36,7 @@ def means(rows: Iterable[Row], merit: str, network: str, protocol: str) -> dict[
 def _joined(rows: Sequence[Row], merit: str) -> Row:
     absent = [row["not run"] for row in rows if "not run" in row]
     if absent:
-        # Never a mean over the draws that are left.
+        # A mean over the remaining draws would not be comparable.
         return {"not run": "; ".join(dict.fromkeys(absent))}
     value = float(np.mean([row[merit] for row in rows]))
     joined: dict[str, Any] = {merit: round(value, 4)}
@@ -46,13 +46,13 @@ def _joined(rows: Sequence[Row], merit: str) -> Row:
 
 
 def block(rows: Sequence[Row], merit: str, network: str, protocol: str, methods: Mapping[str, Any]) -> str:
-    """Return a Markdown table of one protocol, best first, and what was not run with its reason."""
+    """Return a Markdown table of one protocol, best first, and the methods that were not run with their reasons."""
     found = means(rows, merit, network, protocol)
     groups = list(dict.fromkeys(group for own in found.values() for group in own))
     sign = -1 if merit == "auroc" else 1
 
     def place(method: str) -> float:
-        # A row that lacks a group comes last: its mean would be of other groups.
+        # A row that lacks a group comes last, because its mean would be over other groups.
         return float(np.mean([sign * found[method].get(group, {}).get(merit, sign * np.inf) for group in groups]))
 
     lines, left = [], []
@@ -81,7 +81,7 @@ def _cell(value: Row, merit: str) -> str:
 
 
 def gains(rows: Sequence[Row], network: str) -> str:
-    """Return what a block adds to a form of fastgrad's, by group, with the interval of the difference or over draws."""
+    """Return the gain by a block over a form of fastgrad, by group, with its interval or its spread over draws."""
     own = [{**row, "protocol": "", "group": row["case"].removeprefix("gain in ")} for row in rows if "gain" in row]
     found = means(own, "gain", network, "")
     return table(
@@ -122,7 +122,7 @@ def overview(document: Row, networks: Sequence[str], groups: Sequence[str]) -> s
 
 
 def titled(document: Row, network: str) -> str:
-    """Return a network's title, and whether it was tuned on."""
+    """Return a network's title, and whether design choices were tuned on it."""
     title, tuned = document["networks"][network]
     # The form of the risk was chosen with every network in view.
     risk = any(row.get("method") == "fastgrad, risk" for row in document["rows"])
@@ -152,7 +152,7 @@ def bars(document: Row) -> Any:
 
 
 def second_answers(document: Row) -> Any:
-    """Return accuracy on corruptions never generated: of each network, with H, and of what does best without H."""
+    """Return accuracy on corruptions never generated: of each network, with H, and of the best method without H."""
     blocks = {}
     unlike = [row for row in document["rows"] if "unlike" in row.get("case", "")]
     for network, (title, _) in document["networks"].items():
@@ -167,7 +167,7 @@ def second_answers(document: Row) -> Any:
 
 
 def found_attacks(document: Row) -> Any:
-    """Return the share of misleading images that each detector finds: of AutoAttack, and of what knows the detector."""
+    """Return the share of misleading images that each detector finds: of AutoAttack, and of a detector-aware attack."""
     names = ("AutoAttack", "selective")
     blocks = {
         f"{document['networks'][row['network']]}, {row['case']}, {row['method']}": [

@@ -32,13 +32,13 @@ KNOWN = dict(zip((*SPEED, *DETECTION, *FORMS), (*OTHERS, *OTHERS, *OURS), strict
 
 
 def draw(document: Row) -> Any:
-    """Return what the cases of a table allow: the scaling of the contrasts, bars elsewhere, or None."""
+    """Return the figure of a table's cases: the scaling of contrasts if it has them, else bars, or None."""
     scaling = [row for row in document["cases"] if row["case"].startswith("contrasts B=")]
     return _scaling(scaling) if scaling else _bars(document["cases"])
 
 
 def figure(height: float, panels: int = 1) -> tuple[Any, Any]:
-    """Return a figure of so many inches, and its panels one below the other."""
+    """Return a figure ``height`` inches high, and its panels one below the other."""
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(WIDTH / DPI, height), layout="constrained")
@@ -50,7 +50,7 @@ def stacked(blocks: Mapping[str, Sequence[tuple[str, float]]], colour: Mapping[s
     made, (panel,) = figure(1.8 + sum(0.24 * len(bars) + 0.4 for bars in blocks.values()))
     panel.set_xlabel(label, fontsize=TEXT)
     place, seen, at = 0.0, set(), panel.get_yaxis_transform()
-    # No line runs through a word.
+    # A white background, so that no line runs through a word.
     clear = {"facecolor": "white", "edgecolor": "none", "pad": 1}
     for head, bars in blocks.items():
         panel.text(0.01, place, head, transform=at, fontsize=TEXT, va="center", bbox=clear)
@@ -71,7 +71,7 @@ def stacked(blocks: Mapping[str, Sequence[tuple[str, float]]], colour: Mapping[s
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:
-    """Return a colour for each name, its own where it is known; fastgrad's stand out."""
+    """Return a colour for each name, its own if it is known; fastgrad's stand out."""
     found = {name: KNOWN[name] for name in names if name in KNOWN}
     for mine, palette in ((True, OURS), (False, OTHERS)):
         new = [name for name in names if name not in KNOWN and ours(name) is mine]
@@ -96,7 +96,7 @@ def over_epochs(document: Row) -> Any:
 
 
 def _scaling(rows: list[Row]) -> Any:
-    """Time of the contrasts against N at the batch with most N, and against B at the N with most B."""
+    """Plot the time of the contrasts against N at the B with the most cases, and against B at the N with the most."""
     rows = [r for r in rows if r["median_s"] and r["case"].split()[-1] == rows[0]["case"].split()[-1]]
     if len(cases := {r["case"] for r in rows}) < 3:
         return None
@@ -125,7 +125,7 @@ def _scaling(rows: list[Row]) -> Any:
 
 
 def _bars(cases: Sequence[Row]) -> Any:
-    """Time over fastgrad's: its own bar in each case, the baseline's and the fastest rivals'."""
+    """Plot the time over fastgrad's: its own bar in each case, the baseline's and the fastest rivals'."""
     colour = colours(list(dict.fromkeys(r["implementation"] for r in cases)))
     blocks = {}
     for case, group in grouped(cases).items():
@@ -133,7 +133,7 @@ def _bars(cases: Sequence[Row]) -> Any:
         if mine is None:
             continue
         others = [r for r in group if r["median_s"] and r is not mine and not ours(r["implementation"])]
-        # Rivals first, then what does less than the task.
+        # Rivals first, then implementations that do less than the task.
         others.sort(key=lambda r: (r["implementation"] in YARDSTICKS, r["median_s"]))
         base = [r for r in others if r["implementation"] == r["relative_to"]]
         shown = [mine, *base, *[r for r in others if r not in base][:2]]

@@ -26,7 +26,7 @@ from bench.report.text import Row
 
 TEMPLATES = Path(__file__).parent / "pages"
 RESULTS = Path(__file__).parents[1] / "results"
-#: What draws the figure of a document, by what the document has.
+#: Functions that draw the figure of a document, by a key of the document.
 FIGURES: Mapping[str, Callable[[Row], Any]] = {
     "cases": figures.draw, "merit": detection.bars, "epochs": figures.over_epochs,
     "splits": detection.second_answers, "steps": detection.found_attacks,
@@ -34,7 +34,7 @@ FIGURES: Mapping[str, Callable[[Row], Any]] = {
 
 
 def parser(doc: str | None, networks: Iterable[str] = ()) -> argparse.ArgumentParser:
-    """Return a command line that says where the results go and, where there are several, of which networks."""
+    """Return a parser with the option for the results' folder and, if there are several networks, for these."""
     found = argparse.ArgumentParser(description=(doc or "").split("\n", 1)[0])
     if networks:
         found.add_argument("--networks", nargs="+", choices=list(networks), default=list(networks))
@@ -52,19 +52,19 @@ def machine() -> str:
 
 
 def origin(packages: Sequence[str], *device: str) -> dict[str, Any]:
-    """Return machine and device, versions of what is installed, and the commit, with a plus sign if files differ."""
+    """Return machine and device, versions of installed packages, and the commit, with a plus sign if files differ."""
     versions = {"python": platform.python_version()}
     for package in packages:
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-    # Commits by their number alone, whatever tags there are.
+    # Only the commit's hash, even if there are tags.
     command = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
     revision = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False).stdout.strip()
     return {"machine": ", ".join([machine(), *device]), "versions": versions, "revision": revision}
 
 
 def printed(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the rows, each printed as soon as it is there."""
+    """Return the rows, printing each as soon as it is there."""
     found = []
     for row in rows:
         found.append(row)
@@ -73,7 +73,7 @@ def printed(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def store(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a document as JSON, a line for each of its ``rows`` or, of speed, its ``cases``."""
+    """Write a document as JSON, a line for each of its ``rows`` or, for speed, its ``cases``."""
     key = "cases" if "cases" in document else "rows"
     rows = ",\n  ".join(json.dumps(row) for row in document[key])
     head = json.dumps({name: value for name, value in document.items() if name != key}, indent=1)
@@ -83,7 +83,7 @@ def store(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def page(name: str, document: Mapping[str, Any], pictures: list[str]) -> str | None:
-    """Return the page of a document; None where no template is meant for it."""
+    """Return the page of a document; None if there is no template for it."""
     import jinja2
 
     kind = "speed" if "cases" in document else "detection" if "merit" in document else name
@@ -105,7 +105,7 @@ def save(
     name: str, rows: Sequence[Row], *, packages: Sequence[str], folder: Path = RESULTS,
     facts: Mapping[str, Any] | None = None,
 ) -> Path:  # fmt: skip
-    """Write rows with machine, versions, revision and facts as a JSON file, and its page; returns the page's path."""
+    """Write rows with machine, versions, revision and facts as a JSON file, and its page; return the page's path."""
     store(folder / f"{name}.json", {**origin(packages), **(facts or {}), "rows": list(rows)})
     return write(name, folder)
 
@@ -114,10 +114,10 @@ def command(
     name: str, doc: str | None, measure: Callable[..., Iterable[Row]], networks: Iterable[str] = (), *,
     packages: Sequence[str], facts: Mapping[str, Any] | None = None, **options: Mapping[str, Any],
 ) -> None:  # fmt: skip
-    """Run the command line of a table: keep the rows that ``measure`` yields, of each network where there are several.
+    """Run the command line of a table: save the rows that ``measure`` yields, for each network if there are several.
 
-    ``measure`` takes a network, where there are several, and the options by name; each option has what argparse says of
-    it. ``facts`` is what the page says beside the rows.
+    ``measure`` takes a network, if there are several, and the options by name; an option's value holds its arguments
+    for argparse. ``facts`` go into the file beside the rows.
     """
     found = parser(doc, networks)
     for option, how in options.items():
@@ -131,7 +131,7 @@ def command(
 
 
 def write(name: str, folder: Path = RESULTS) -> Path:
-    """Write the page, if there is a template, and the figure of a JSON file; returns the page's path."""
+    """Write the page, if there is a template, and the figure of a JSON file; return the page's path."""
     document = json.loads((folder / f"{name}.json").read_text())
     path = folder / f"{name}.md"
     drawn = next((draw(document) for key, draw in FIGURES.items() if key in document), None)

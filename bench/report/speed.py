@@ -1,4 +1,4 @@
-"""Tables of the speed cases: one for each task, a row a case, and who is faster."""
+"""Tables of the speed cases: one for each task with a row per case, and who is faster."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import zip_longest
 
 from bench.report.text import Row, digits, duration, size, sizes, table
 
-#: Implementations that do less than the task: nothing is claimed against them.
+#: Implementations that do less than the task: no claim is made about them.
 YARDSTICKS = {
     "torch.softmax", "linear alone", "training step", "training step, compiled", "training step, memory kept",
     "forward", "forward and data gradients", "network alone", "stored rows",
@@ -46,7 +46,7 @@ def best(group: Sequence[Row]) -> Row | None:
 
 
 def standing(cases: Sequence[Row]) -> str:
-    """Return the lines above a table: ahead of every peer, or where not."""
+    """Return the lines above a table: whether fastgrad is ahead of every peer, else in which cases it is not."""
     peers = {row["implementation"] for row in cases if not ours(row["implementation"])} - YARDSTICKS
     if not peers:
         return "No peer is measured here."
@@ -93,7 +93,7 @@ def tables(cases: Sequence[Row], words: str = "") -> str:
 
 
 def _beside(rows: Sequence[Row], yardstick: str) -> str:
-    """Return time and memory over the yardstick's, and of each other implementation over fastgrad's."""
+    """Return fastgrad's time and memory over the yardstick's, and other implementations' time over fastgrad's."""
     names = dict.fromkeys(r["implementation"] for r in rows)
     others = [name for name in names if not ours(name) and name != yardstick]
     heads = ["case", "fastgrad", "peak memory", f"time over {yardstick}", f"memory over {yardstick}"]
@@ -121,7 +121,7 @@ def _factor(row: Row | None, mine: Row) -> str:
 
 
 def _each(rows: Sequence[Row]) -> str:
-    """Return samples per second, latency and ratio, where the implementations do different things."""
+    """Return samples per second, latency and ratio, for implementations that do different things."""
     return table(
         {
             "case": row["case"], "implementation": row["implementation"],

@@ -1,4 +1,4 @@
-"""Numbers and tables as a reader wants them."""
+"""Format numbers and tables for readers."""
 
 from __future__ import annotations
 

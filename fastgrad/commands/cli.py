@@ -21,9 +21,9 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns its exit status, 2 for unusable arguments or a missing extra."""
+    """Run a command; return its exit status, 2 for unusable arguments or a missing extra."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Names of files that it cannot encode are escaped, as on standard error: an error would come after the work.
+        # File names that it cannot encode are escaped, as on standard error: an error would come only after the work.
         sys.stdout.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(prog="fastgrad", description="Try fastgrad; serve or score an exported model.")
     parser.add_argument("--version", action="version", version=f"fastgrad {fastgrad.__version__}")

@@ -25,14 +25,14 @@ from fastgrad.plots import COLOURS, score_histograms
 #: Height and width of the images.
 SIDE = 24
 _BATCH = 50
-#: Digits that the network is trained on, and those after them that the detectors are fitted on; the rest tests both.
+#: Numbers of digits to train the network on, and then to fit the detectors on; the rest tests both.
 _TRAINED, _FITTED = 900, 500
 
 
 def digits(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The 1,797 digits of 8 x 8 pixels, enlarged, in a random order (E. Alpaydin, C. Kaynak, UCI, 1998).
+    """Return the 1,797 digits of 8 x 8 pixels, enlarged, in random order (E. Alpaydin, C. Kaynak, UCI, 1998).
 
-    Grey images ``(n, 1, 24, 24)``, float32 in [0, 1], and their classes ``(n,)``, int64.
+    They are grey images ``(n, 1, 24, 24)``, float32 in [0, 1], and their classes ``(n,)``, int64.
     """
     from sklearn.datasets import load_digits
 
@@ -44,7 +44,7 @@ def digits(generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def photographs(count: int) -> Tensor:
-    """Pieces of scikit-learn's two photographs in random order, grey, ``(count, 1, 24, 24)`` in [0, 1]."""
+    """Return pieces of scikit-learn's two photographs in random order, grey, ``(count, 1, 24, 24)`` in [0, 1]."""
     from sklearn.datasets import load_sample_images
 
     grey = torch.from_numpy(np.stack(load_sample_images().images).astype(np.float32) / 255).mean(-1)
@@ -53,7 +53,7 @@ def photographs(count: int) -> Tensor:
 
 
 def digit_network() -> nn.Sequential:
-    """Three convolutions with batch norm and a linear last layer: ``(B, 1, 24, 24)`` to logits ``(B, 10)``."""
+    """Return three convolutions with batch norm and linear layers: ``(B, 1, 24, 24)`` to logits ``(B, 10)``."""
     layers: list[nn.Module] = []
     for inputs, outputs in ((1, 32), (32, 64), (64, 128)):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)]
@@ -81,7 +81,7 @@ def train(network: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, ge
 
 Method = Callable[[Tensor], NDArray[np.float64]]
 
-# In so small a network the blocks cost as much as the forward pass: at 1.2 only the logits are kept.
+# For so small a network the blocks cost as much as the forward pass: at 1.2 only the logits are kept.
 BUDGET = 1.5
 DEFAULT = f"fastgrad, budget {BUDGET}"
 WHOLE_NETWORK = "gradient norms, whole network"
@@ -94,7 +94,7 @@ SIGNALS = (("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predic
 def methods(network: nn.Sequential, clean: Tensor, labels: Tensor, seed: int) -> tuple[dict[str, Method], Report]:
     """Fit each method on clean images that the network, which ends in ``nn.Linear``, was not trained on.
 
-    Gives by name a function from images to scores ``(n,)``, and what the default is made of.
+    Return by name a function from images to scores ``(n,)``, and the report of the default.
     """
     two_stage = fastgrad.TwoStageModel(network, budget=BUDGET, seed=seed)
     pairs = list(zip(clean.split(250), labels.split(250), strict=True))
@@ -130,7 +130,7 @@ def methods(network: nn.Sequential, clean: Tensor, labels: Tensor, seed: int) ->
 
 
 def challenging(network: nn.Module, digits: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """Four sets that the network should not be trusted on, ``(n, 1, 24, 24)`` in [0, 1]."""
+    """Return four sets that the network should not be trusted on, ``(n, 1, 24, 24)`` in [0, 1]."""
     pixels = PixelRange.of(digits, clip=(0.0, 1.0))
     noise = 0.25 * torch.randn(digits.shape, generator=generator, device="cpu")
     return {
@@ -142,7 +142,7 @@ def challenging(network: nn.Module, digits: Tensor, generator: torch.Generator) 
 
 
 def draw(path: Path, scores: dict[str, NDArray[np.float64]], images: dict[str, Tensor], threshold: float) -> None:
-    """Write a PNG of the scores of the clean digits and of the four challenging sets after them, with some images."""
+    """Write a PNG of the scores of the clean digits, which come first, and four challenging sets, with some images."""
     from matplotlib.figure import Figure
 
     # Two columns, so that a phone shows readable text.
@@ -174,8 +174,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train, extract, detect and report; returns the exit status."""
-    # Used at the end and on the way: to be missed before the work, not after it.
+    """Train, extract, detect and report; return the exit status."""
+    # Imported here, so that a missing package is found before the work, not after it.
     import matplotlib as mpl  # noqa: F401
     import tqdm  # noqa: F401
 

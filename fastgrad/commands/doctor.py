@@ -24,14 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def examine() -> dict[str, Any]:
-    """What ``fastgrad doctor`` prints: ``{"versions", "machine", "devices"}``."""
+    """Return what ``fastgrad doctor`` prints: ``{"versions", "machine", "devices"}``."""
     versions: dict[str, str | None] = {"python": platform.python_version(), "fastgrad": fastgrad.__version__}
     for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    # The distribution's own metadata lacks what it was built for ("+cu124").
+    # The distribution's own metadata lacks the platform that it was built for ("+cu124").
     versions["torch"] = torch.__version__
     devices = [("cpu", platform.processor() or platform.machine())]
     if torch.cuda.is_available():
@@ -65,7 +65,7 @@ def _implementations(device: torch.device) -> dict[str, dict[str, str]]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the examination; returns 0."""
+    """Print what `examine` finds; return 0."""
     findings = examine()
     if arguments.json:
         print(json.dumps(findings, indent=2))

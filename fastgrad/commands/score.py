@@ -1,4 +1,4 @@
-"""``fastgrad score MODEL IMAGES --out scores.parquet``: one row an image, whatever the image."""
+"""``fastgrad score MODEL IMAGES --out scores.parquet``: one row per image, even if it is unreadable."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Score, and say what there was; return the exit status."""
+    """Score, and print the counts; return the exit status."""
     options = {name: getattr(args, name) for name in _OPTIONS}
     if args.workers != 1 and not args.ray:
         raise ValueError(f"--workers needs --ray; without it one process scores, and it was {args.workers}")

@@ -23,7 +23,7 @@ _OPTIONS = (
     ("--drift-false-alarm-rate", float, 0.01,
      "bound on the probability of ever raising the drift alarm without drift (0.01)"),
 )  # fmt: skip
-#: The same, of options whose value must be positive.
+#: The same for options whose value must be positive.
 _POSITIVE = (
     ("--reload-seconds", float, 1.0, "with --pins: how often to look whether a file has changed (1)"),
     ("--workers", int, 1, "processes that run the model (default: 1)"),
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         warning = f"listening on {args.host} without an API key; anyone who reaches it can use it"
         print(f"fastgrad serve: {warning}", file=sys.stderr)
     server = Server(app, host=args.host, port=args.port, limits=limits)
-    # When all is finished uvicorn raises the signal once more, with the handler found here.
+    # When uvicorn has finished, it raises the signal again, for the handler that it found here.
     ignore_signals("SIGTERM", "SIGBREAK")
     try:
         server.run()
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _paths(model: str | None, named: list[str]) -> str | dict[str, str]:
-    """The one file, or all by name."""
+    """Return the one file, or all files by name."""
     if (model is None) == (not named):
         raise ValueError("give one MODEL, or --model NAME=PATH as often as there are models")
     if model is not None:

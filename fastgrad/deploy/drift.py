@@ -1,6 +1,6 @@
 """Drift: has the incoming data left the training distribution?
 
-The monitor reads a stream of uncertainty scores, one an image, and raises an alarm with a stated error rate:
+The monitor reads a stream of uncertainty scores, one per image, and raises an alarm with a stated error rate:
 
 - Every score becomes a *conformal p-value*: its randomised rank among the calibration scores and all scores seen so
   far. While the stream is exchangeable with the calibration images, these p-values are independent and uniform
@@ -8,15 +8,15 @@ The monitor reads a stream of uncertainty scores, one an image, and raises an al
 - A family of Beta densities *bets* against uniformity: each multiplies its capital by its density at the p-value.
   Under uniformity no bet gains on average. High scores, low scores, both tails and a pile-up in one place each have
   bets that grow exponentially on them.
-- A fresh share of capital starts at every image, so late changes are found too. Of ``form="ever"`` the shares shrink:
-  the delay grows with the logarithm of the number of images before the change.
+- A fresh share of capital starts at every image, so late changes are found too. With ``form="ever"`` the shares shrink,
+  so the delay grows with the logarithm of the number of images before the change.
 
 ``form="ever"``: the total capital is a martingale that starts at 1. By Ville's inequality the probability of *ever*
 raising a false alarm, on a stream of any length, is at most ``false_alarm_rate``.
 ``form="average"``: the Shiryaev-Roberts sum over start times. The *average* number of images before a false alarm is
 at least ``1 / false_alarm_rate`` (Shin, Ramdas & Rinaldo 2023); delays are shorter. Reset it after each alarm.
 
-Both need images that could have come in any order. Frames of one video cannot: take every k-th, or one a scene.
+Both need images that could have come in any order. Frames of one video could not: take every k-th, or one per scene.
 Memory and time per score do not grow with the stream.
 """
 
@@ -43,7 +43,7 @@ _BETS = np.array(
     + [(k, k) for k in (0.4, 0.7, 2.0, 6.0)]
 )
 _LOG_NORMALIZER = np.array([math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) for a, b in _BETS])
-# Sharing the prior by direction: slight and strong rises in uncertainty are the usual case.
+# Most of the prior goes to scores that are too high: a rise in uncertainty, slight or strong, is the usual case.
 _PRIOR = np.array([0.6 / 6] * 6 + [0.2 / 4] * 4 + [0.2 / 4] * 4)
 _LARGEST = 1e300
 
@@ -76,13 +76,13 @@ class ScoreReference:
     def from_scores(cls, scores: ArrayLike, *, bins: int = 256, seed: int = 0) -> ScoreReference:
         """Make a reference from the scores of held-out in-distribution images.
 
-        A random half places the bin edges at its quantiles, the other half is counted. With edges laid through the
-        very scores that are counted the p-values would not be uniform.
+        The bin edges are quantiles of a random half, and the other half is counted. If the edges came from the scores
+        that are counted, the p-values would not be uniform.
 
         Args:
-            scores: one-dimensional, finite, at least 20; none of images that trained the detector.
-            bins: at most this many, fewer where there are not enough scores.
-            seed: of the split.
+            scores: one-dimensional, finite, at least 20; none from an image that trained the detector.
+            bins: at most this many, fewer if there are not enough scores.
+            seed: seeds the split.
 
         Raises:
             ValueError: fewer than 20 scores, or scores that are not finite.
@@ -108,7 +108,7 @@ class DriftMonitor:
         false_alarm_rate: In (0, 1). For ``form="ever"`` the bound on the probability of ever raising a false alarm.
             For ``form="average"`` one over the least average number of images before one.
         form: ``"ever"`` or ``"average"``, see the module's description.
-        seed: of the tie-breaking random numbers; two monitors with one seed agree on the same stream.
+        seed: seeds the tie-breaking random numbers; two monitors with one seed agree on the same stream.
 
     Attributes:
         count: scores seen since the start or the last `reset`.
@@ -191,7 +191,7 @@ class DriftMonitor:
     def p_value(self) -> float:
         """Bound on the probability that evidence was ever this high if nothing has changed.
 
-        Valid at any time; for ``form="average"``, whose evidence grows by 1 an image on average, at any fixed one.
+        Valid at any time; for ``form="average"``, whose mean evidence grows by 1 per image, at a time fixed in advance.
         """
         expected = float(max(self.count, 1)) if self.form == "average" else 1.0
         return expected / max(self._peak, expected)
@@ -200,12 +200,12 @@ class DriftMonitor:
         """Read one score or a one-dimensional array of scores, in their order of arrival; return `alarm`.
 
         Raises:
-            ValueError: a score is not finite (nothing of the array has been read then).
+            ValueError: a score is not finite; then no score of the array has been read.
         """
         values = _finite(scores)
         bins = np.searchsorted(self.reference.edges, values, side="right")
         for bin_, tie in zip(bins.tolist(), self._random.random(len(bins)).tolist(), strict=True):
-            # The new score is itself one of those among which it is ranked: that is what makes p exactly uniform.
+            # The new score is ranked among all scores including itself, which makes p exactly uniform.
             self._counts[bin_] += 1
             self._total += 1
             above = float(self._counts[bin_ + 1 :].sum())
@@ -214,7 +214,7 @@ class DriftMonitor:
             factors = np.exp(_LOG_NORMALIZER + (_BETS[:, 0] - 1) * log_p + (_BETS[:, 1] - 1) * log_1p)
 
             self.count += 1
-            # Ever: shares 1/(t (t + 1)) sum to 1, what has not started, 1/(t + 1), lies idle. Average: 1 at each step.
+            # Ever: shares 1/(t (t + 1)) sum to 1; the later ones, 1/(t + 1) in all, lie idle. Average: 1 at each step.
             share, idle = 1.0, 0.0
             if self.form == "ever":
                 share, idle = 1.0 / (self.count * (self.count + 1)), 1.0 / (self.count + 1)
@@ -226,12 +226,12 @@ class DriftMonitor:
         return self.alarm
 
     def state(self) -> dict[str, Any]:
-        """What a dashboard shows: the attributes, the rate and the form, and `summary`."""
+        """Return what a dashboard shows: the attributes except `history`, the rate, the form, and `summary`."""
         shown = ("count", "evidence", "p_value", "alarm", "alarm_at", "acknowledged", "false_alarm_rate", "form")
         return {name: getattr(self, name) for name in shown} | {"summary": self.summary()}
 
     def summary(self) -> str:
-        """In one sentence: whether there is an alarm, on how many inputs, and with which error rate."""
+        """Say in one sentence whether there is an alarm, on how many inputs, and with which error rate."""
         verdict = f"Drift was shown at input {self.alarm_at} of" if self.alarm else "No drift was shown in"
         if self.form == "average":
             rate = f"without drift a false alarm comes once in {1 / self.false_alarm_rate:g} inputs or later on average"

@@ -1,6 +1,6 @@
-"""Which implementation runs: Triton on a GPU, plain torch elsewhere, or what the caller insists on.
+"""Choose the implementation that runs: Triton on a GPU, plain torch elsewhere, or what the caller asks for.
 
-Where the eager form is to run it is called itself: compilers fuse it, and exported files carry no custom operator.
+The eager form is called itself, not as an operator: compilers fuse it, and exported files carry no custom operator.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def interpreting() -> bool:
 
 
 def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why Triton cannot serve a tensor of this device and dtype, or None if it can."""
+    """Return why Triton cannot serve a tensor of this device and dtype, or None if it can."""
     if dtype not in KERNEL_DTYPES:
         return f"the kernels compute in float32, and the dtype was {str(dtype).removeprefix('torch.')}"
     if not TRITON_INSTALLED:
@@ -49,7 +49,7 @@ def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     if not KERNELS_FOUND:
         return "fastgrad/kernels is no folder, as in a checkout without symbolic links"
     if device.type == "cuda":
-        # Triton has no matrix units of earlier ones. AMD's numbers begin with a 9 or more.
+        # Triton does not use the matrix units of earlier GPUs. AMD's major versions are 9 or more.
         old = torch.cuda.is_available() and torch.cuda.get_device_properties(device).major < 8
         return "the kernels need compute capability 8.0" if old else None
     if device.type == "cpu":
@@ -58,11 +58,11 @@ def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def choose(impl: str, tensor: torch.Tensor) -> str:
-    """Resolve ``impl`` to ``"triton"`` or ``"eager"`` for ``tensor``; ValueError where it is unknown or cannot run."""
+    """Resolve ``impl`` to ``"triton"`` or ``"eager"`` for ``tensor``; ValueError if it is unknown or cannot run."""
     one_of("impl", impl, IMPLEMENTATIONS)
     if impl == "eager" or (impl == "auto" and (tensor.device.type != "cuda" or torch.compiler.is_exporting())):
         return "eager"
-    # Recorded graphs become files, which run without this package; to torch.func our operators have no derivative.
+    # Recorded graphs become files, which run without this package; torch.func cannot differentiate our operators.
     alone = not torch.compiler.is_compiling() and (is_transformed() or (is_traced() and not opaque_ops.get()))
     if impl == "auto" and alone:
         return "eager"
@@ -74,7 +74,7 @@ def choose(impl: str, tensor: torch.Tensor) -> str:
 
 @contextlib.contextmanager
 def bind_contextvar(variable: ContextVar[_T], value: _T) -> Iterator[None]:
-    """Give ``variable`` a value inside."""
+    """Give ``variable`` a value inside the context."""
     token = variable.set(value)
     try:
         yield
@@ -82,20 +82,20 @@ def bind_contextvar(variable: ContextVar[_T], value: _T) -> Iterator[None]:
         variable.reset(token)
 
 
-#: Whether a graph that is recorded runs in this process: then operators of ours stay whole, as its nodes.
+#: Whether a graph that is recorded runs in this process: then our operators stay whole, as its nodes.
 opaque_ops: ContextVar[bool] = ContextVar("fastgrad_opaque", default=False)
-#: The ``impl`` that layer rules hand to operators; bound where rules run, as a device's backward pass has its threads.
+#: The ``impl`` that layer rules hand to operators; bound where rules run: backward passes have other threads.
 implementation: ContextVar[str] = ContextVar("fastgrad_impl", default="auto")
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Suspend autocast, which is for the network. Norms are summed in full precision whatever the caller's context."""
+    """Suspend autocast, which is for the network: norms are summed in full precision in any context of the caller."""
     reduced = torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if reduced else contextlib.nullcontext()
 
 
 def launcher(module: str, name: str) -> Callable[..., Any]:
-    """A function of ``fastgrad.ops.triton``, imported when first called, on the device of its first argument."""
+    """Return a function of ``fastgrad.ops.triton``, imported when called, on the device of its first argument."""
 
     def launch(first: Tensor, *rest: Any) -> Any:
         function = getattr(importlib.import_module(f"fastgrad.ops.triton.{module}"), name)
@@ -106,10 +106,10 @@ def launcher(module: str, name: str) -> Callable[..., Any]:
 
 
 def operator(name: str, eager: Callable[..., _T], fake: Callable[..., _T]) -> Callable[..., _T]:
-    """Define an operator with the signature of ``eager``, whose derivative is its own, run again in the backward pass.
+    """Define an operator with the signature and the derivative of ``eager``, which the backward pass runs again.
 
-    ``name`` is also that of its launcher, in `fastgrad.ops.triton.last_layer`; ``fake`` makes results without
-    values. Returns ``function(*arguments, impl)``, which calls ``eager`` itself or the operator, as `choose` says for
+    ``name`` is also the name of its launcher in `fastgrad.ops.triton.last_layer`; ``fake`` returns results without
+    values. Return ``function(*arguments, impl)``, which calls ``eager`` itself or the operator, as `choose` says for
     the first argument.
     """
     kernel, qualified = launcher("last_layer", name), f"fastgrad::{name}"
@@ -125,7 +125,7 @@ def operator(name: str, eager: Callable[..., _T], fake: Callable[..., _T]) -> Ca
         wanted, again = ctx.needs_input_grad[: len(ctx.others)], torch.is_grad_enabled()
         inputs = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
         with torch.enable_grad(), full_precision(inputs[0].device):
-            # One argument may depend on another, or be the same tensor: the derivative is by views of each.
+            # One argument may depend on another, or be the same tensor, so the derivative is taken by views of each.
             inputs = [x.view_as(x) if want else x for x, want in zip(inputs, wanted, strict=True)]
             sources = [x for x, want in zip(inputs, wanted, strict=True) if want]
             outputs: Any = eager(*inputs)

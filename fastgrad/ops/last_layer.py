@@ -16,23 +16,23 @@ from fastgrad._torch import is_transformed
 from fastgrad.losses import compute_dtype
 from fastgrad.ops.dispatch import operator
 
-# Logits, elements of rows (B, N, D) or of products (B, U, N) held at a time, or one row where that is longer.
+# Logits, elements of rows (B, N, D) or of products (B, U, N) held at a time, or one row if it is longer.
 _CHUNK = 1 << 22
 # Rows are worked on in pieces of at most this many elements (8 MiB), which stay in the outer cache of a CPU.
 _CACHED = 1 << 21
-# Numbers whose largest is found at once.
+# Fewer numbers than this are searched for a row's largest at once.
 _FEW = 1 << 16
-# Longer rows have their normalisation corrected, which costs a few operations on one number a row.
+# Longer rows have their normalisation corrected, which costs a few operations on one number per row.
 _LONG = 1 << 12
 
 
 def _contrasts(features: Tensor, logits: Tensor, loss: str, bias: bool, log: bool, mean: bool) -> Tensor:
-    """``||delta||^2 (||h||^2 + 1)`` of every contrast ``(B, N)``, without the 1 where there is no bias.
+    """Return ``||delta||^2 (||h||^2 + 1)`` of every contrast ``(B, N)``, without the 1 if there is no bias.
 
-    The definition, differentiable to any order; for inference in fewer passes, in place where the memory is ours.
+    The definition is differentiable to any order; inference takes fewer passes, in place in memory of its own.
     """
     inference = not (torch.is_grad_enabled() and (features.requires_grad or logits.requires_grad))
-    # vmap may map the features alone, which the softmax has then no room for.
+    # vmap may map only the features, and the softmax then has no room for the mapped norms.
     plain = torch.compiler.is_compiling() or not is_transformed()
     if inference and plain and loss == "cross_entropy" and not log and logits.numel():
         h = features.to(compute_dtype(features.dtype))
@@ -77,7 +77,7 @@ def _in_place(p: Tensor, scale: Tensor) -> Tensor:
 
 
 def _argmax(p: Tensor) -> Tensor:
-    """``p.argmax(-1, keepdim=True)`` of a matrix.
+    """Return ``p.argmax(-1, keepdim=True)`` of a matrix.
 
     On a CPU the maximum is vectorised and its index is not, so the index is looked for in one block of about
     ``sqrt(N)`` columns, the one with the largest maximum.
@@ -101,7 +101,7 @@ def _argmax(p: Tensor) -> Tensor:
 def _target(
     features: Tensor, logits: Tensor, target: Tensor | None, kind: str, loss: str, bias: bool, log: bool, mean: bool
 ) -> Tensor:
-    """The same of one label a sample, ``(B,)``, by definition. ``kind`` names a label without tensor."""
+    """Return the norms of one label per sample, ``(B,)``, by definition. ``kind`` names a label without tensor."""
     label = kind if target is None else target
     norms = losses.target_norms(logits, label, loss=loss, reduction=losses.REDUCTIONS[mean], log=log)
     scale = features.to(norms.dtype).square().sum(-1) + (1 if bias else 0)
@@ -111,7 +111,7 @@ def _target(
 def _linear(
     features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, log: bool, mean: bool
 ) -> tuple[Tensor, Tensor]:
-    """Logits in the dtype of the features, and the squared norms of exactly these (rounded) logits."""
+    """Return logits in the dtype of the features, and the squared norms of exactly these (rounded) logits."""
     logits = linear(features, weight, bias)
     norms = _contrasts(features, logits, loss, bias is not None, log, mean)
     return logits, norms
@@ -127,7 +127,7 @@ def _statistics(features: Tensor, weight: Tensor, bias: Tensor | None, loss: str
 
 
 def _linear_stats(features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, mean: bool) -> Tensor:
-    """``(B, 5)``: min, max, mean, expected and predicted, a few rows at a time."""
+    """Return min, max, mean, expected and predicted norm, ``(B, 5)``, a few rows at a time."""
     rows = max(1, _CHUNK // max(weight.shape[0], 1))
     if torch.compiler.is_compiling() or features.shape[0] <= rows:
         return _statistics(features, weight, bias, loss, mean)
@@ -135,9 +135,9 @@ def _linear_stats(features: Tensor, weight: Tensor, bias: Tensor | None, loss: s
 
 
 def rows_linear(features: Tensor, diagonal: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer ``(U, N * D)`` over contrast rows ``diagonal (B, N) * features (B, D)``: ``(B, U)``.
+    """Apply a linear layer ``(U, N * D)`` to contrast rows ``diagonal (B, N) * features (B, D)``: ``(B, U)``.
 
-    Many rows are never formed: the features are multiplied with the weight seen as ``(U N, D)``, some units at a time,
+    Many rows are never formed. The features are multiplied by the weight seen as ``(U N, D)``, some units at a time,
     and the classes are summed with the diagonal as weights: as many operations. float64 for float64, else float32.
     """
     dtype = compute_dtype(features.dtype)
@@ -153,7 +153,7 @@ def rows_linear(features: Tensor, diagonal: Tensor, weight: Tensor, bias: Tensor
 
 
 def in_pieces(function: Callable[..., Tensor], pieces: Sequence[Tensor], *others: Any) -> list[Tensor]:
-    """``function(piece, *others)`` of each, which runs again in a backward pass instead of keeping anything."""
+    """Return ``function(piece, *others)`` of each piece; a backward pass runs it again instead of storing results."""
     tensors = [x for x in (*pieces, *others) if isinstance(x, Tensor)]
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         function = partial(checkpoint, function, use_reentrant=False)
@@ -168,7 +168,7 @@ def _some_units(weight: Tensor, h: Tensor, d: Tensor) -> Tensor:
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
-    """Norms without values, of logits of this dtype."""
+    """Return norms without values, for logits of this dtype."""
     return like.new_empty(shape, dtype=compute_dtype(like.dtype))
 
 

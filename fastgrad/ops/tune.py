@@ -13,7 +13,7 @@ Options = dict[str, Any]
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a choice depends on."""
+    """The properties of a device that a choice depends on."""
 
     backend: Literal["cuda", "hip", "cpu"]  # cpu: the interpreter
     version: int  # compute capability times ten (80, 90, 100), the number in gfx942, or 0
@@ -35,31 +35,31 @@ LONGEST_ROW = 16384
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two not below ``n``."""
+    """Return the smallest power of two not below ``n``."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def cdiv(a: int, b: int) -> int:
-    """``a / b`` rounded up."""
+    """Return ``a / b`` rounded up."""
     return -(-a // b)
 
 
 def share(n: int, parts: int, step: int) -> int:
-    """What each of ``parts`` programs has of ``n``: whole steps, so that vector loads stay aligned."""
+    """Return how much of ``n`` each of ``parts`` programs takes: whole steps, so that vector loads stay aligned."""
     return cdiv(cdiv(n, max(parts, 1)), step) * step
 
 
 def _block(size: int, largest: int) -> int:
-    """The power of two from 16 to ``largest`` that covers ``size``, if one does."""
+    """Return the least power of two from 16 to ``largest`` that covers ``size``, or ``largest`` if none does."""
     return min(max(power_of_two(size), 16), largest)
 
 
 def contrast(B: int, N: int, D: int, loss: str, arch: Architecture) -> tuple[Options, int]:
-    """Choose for features ``(B, D)`` and logits ``(B, N)``; also how many programs share a row.
+    """Choose for features ``(B, D)`` and logits ``(B, N)``; return also how many programs share a row.
 
-    A row up to ``LONGEST_ROW`` stays on chip, with 8 to 32 logits a thread (one or more 16-byte accesses), and
-    several short rows (``ROWS``, given for these alone) share a program as long as the programs still fill the device.
-    Longer rows are swept twice, by one program where the batch fills the device and by several where it does not.
+    A row up to ``LONGEST_ROW`` stays on chip, with 8 to 32 logits per thread (one or more 16-byte accesses). Several
+    short rows (``ROWS``, set only here) share a program as long as the programs still fill the device.
+    Longer rows are swept twice, by one program if the batch fills the device, else by several.
     """
     # Brier keeps twice as many numbers per logit.
     longest = LONGEST_ROW // 2 if loss == "brier" else LONGEST_ROW
@@ -76,8 +76,8 @@ def contrast(B: int, N: int, D: int, loss: str, arch: Architecture) -> tuple[Opt
             warps = max(1, warps // 2)  # 64 threads each
         block_d = _block(D, max(16, 2048 // rows))
         return {"ROWS": rows, "BLOCK_N": block, "BLOCK_D": block_d, "num_warps": warps}, 1
-    # Rows that are no whole 16 bytes take registers for addresses. Sigmoids and squares of unbounded logits need a few
-    # more than eight warps have before sm_90, and squares since sm_100.
+    # Rows that are no multiple of 16 bytes take registers for addresses. Sigmoids and squares of unbounded logits need
+    # a few more than eight warps have: both before sm_90, squares also since sm_100.
     parted = N % 8 != 0
     if loss == "cross_entropy":
         block, crowded = 4096 if parted else 8192, False
@@ -91,7 +91,7 @@ def contrast(B: int, N: int, D: int, loss: str, arch: Architecture) -> tuple[Opt
 
 
 def _product(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> Options:
-    """The tile of a product of ``(B, D)`` and ``(N, D)``: M of B samples, N of N classes, K of D features."""
+    """Choose the tile of a product of ``(B, D)`` and ``(N, D)``: BLOCK_M samples, BLOCK_N classes, BLOCK_K features."""
     wide = dtype == torch.float32
     block_m = 16 if B <= 16 else 32 if B <= 32 else 64 if B <= 64 or wide else 128
     if block_m == 128:
@@ -115,32 +115,32 @@ def _product(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> 
 
 
 def _precision(dtype: torch.dtype, arch: Architecture) -> str:
-    """Three TF32 products keep float32 accuracy on NVIDIA's tensor cores; AMD's multiply float32 as it is."""
+    """Return the precision: three TF32 products keep float32 accuracy on NVIDIA's tensor cores; AMD's take float32."""
     return "tf32x3" if dtype == torch.float32 and arch.backend == "cuda" else "ieee"
 
 
 def _parts(parts: int, block_m: int, warps: int) -> int:
-    """Partial moments merged at once: four per thread, or nine numbers each would not fit its registers."""
+    """Return how many partial moments to merge at once: four per thread, as more of nine numbers fill its registers."""
     return max(2, min(power_of_two(parts), 128 * warps // block_m))
 
 
 def linear_contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> tuple[Options, int]:
-    """Choose for features ``(B, D)`` and weight ``(N, D)``; also how many programs share a row in a second launch.
+    """Choose for features ``(B, D)`` and weight ``(N, D)``; return also how many programs share a row in a 2nd launch.
 
-    That turns logits into norms; with 0 the last tile of a row block to arrive does it. Of ``GROUP_M`` row blocks the
-    tiles follow each other, so that they share the weight's tiles in the cache.
+    That launch turns logits into norms; with 0 the last tile of a row block to arrive does it. The tiles of ``GROUP_M``
+    row blocks follow each other, so that they share the weight's tiles in the cache.
     """
     tile = _product(B, N, D, dtype, arch)
     block_m, warps = tile["BLOCK_M"], tile["num_warps"]
-    # Logits of rows that are no whole 16 bytes are stored in parts, each from an address of its own.
+    # Logits of rows that are no multiple of 16 bytes are stored in parts, each with an address of its own.
     parted = N * dtype.itemsize % 16 != 0
     if parted:
         tile["BLOCK_N"] = max(16, tile["BLOCK_N"] // 2)
     tiles_m, tiles_n = cdiv(B, block_m), cdiv(N, tile["BLOCK_N"])
-    # One program converts some 64 thousand logits in a few microseconds; more of them are shared out.
+    # One program converts some 64 thousand logits in a few microseconds; more are shared between programs.
     shared = block_m * N > 1 << 16
-    # Rows that are finished together, and columns a step such that neither the product's operands nor the step's
-    # values leave the registers.
+    # Rows that are finished together, and columns per step, so few that the product's operands and the step's values
+    # stay in the registers.
     rows = 1 if shared else block_m
     block_f = (512 if rows == 1 or (90 <= arch.version < 100 and not parted) else 256) * warps // rows
     block_f = max(16, min(power_of_two(N), block_f))
@@ -158,9 +158,9 @@ def linear_contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architectu
 def linear_stats(
     B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture, loss: str = "cross_entropy"
 ) -> tuple[Options, int]:
-    """Choose for features ``(B, D)`` and weight ``(N, D)`` when only statistics over the contrasts are wanted.
+    """Choose for features ``(B, D)`` and weight ``(N, D)`` if only statistics over the contrasts are wanted.
 
-    Also how many tiles a program walks through.
+    Return also how many tiles a program walks through.
     """
     tile = _product(B, N, D, dtype, arch)
     block_m = tile["BLOCK_M"]
@@ -172,7 +172,7 @@ def linear_stats(
             if before or after or loss in ("mse", "bce"):
                 tile["BLOCK_N"] = 32 if loss == "brier" and after else 64
         elif block_m == 64 and dtype == torch.float32:
-            # Three products for each of float32 hold three pairs of operands, and brier twice the moments beside them.
+            # The three products of float32 hold three pairs of operands, and brier twice the moments beside them.
             if not before:
                 tile["BLOCK_N"] = min(tile["BLOCK_N"], 32)
             if loss == "brier" and (before or after):
@@ -199,7 +199,7 @@ def target(B: int, N: int, D: int, arch: Architecture) -> Options:
 
 
 def layer_direct(C: int, O: int, T: int, dtype: torch.dtype, arch: Architecture) -> Options:  # noqa: E741
-    """Choose the tile of the weight gradient for C input and O output channels per group, and how many of T positions.
+    """Choose the tile of the weight gradient for C input and O output channels per group, and the positions of a step.
 
     The accumulator is the whole of a program's state, so it is as large as registers allow; float32 operands
     take twice the space and, with IEEE products, no tensor cores.
@@ -217,7 +217,7 @@ def layer_direct(C: int, O: int, T: int, dtype: torch.dtype, arch: Architecture)
 
 
 def layer_gram(T: int, dtype: torch.dtype, arch: Architecture) -> Options:
-    """Choose for T positions."""
+    """Choose the tile of the Gram matrix of T positions."""
     wide = dtype == torch.float32
     # Two accumulators of block_t x block_t.
     block_t = _block(T, 32 if wide else 64)

@@ -1,1 +1,1 @@
-"""What the tables read: sets from a folder, photographs, attacks and corruptions of them."""
+"""The data of the tables: sets from a folder, photographs, texts and files, and attacks and corruptions."""

@@ -17,8 +17,8 @@ def attack(
     FGSM (Goodfellow et al. 2015), BIM and IterLL (Kurakin et al. 2017; IterLL steps towards the least likely
     class), C&W with the L2 norm (Carlini and Wagner 2017), PGD (Madry et al. 2018), DeepFool with the L2 norm
     towards the likeliest classes (Moosavi-Dezfooli et al. 2016) and Semantic, the negative of the image
-    (Hosseini et al. 2017). ``epsilon`` is the L-infinity radius, where there is one; ``carlini`` are searches, steps,
-    step size and first constant, ``deepfool`` steps and classes; the seed is of PGD's start.
+    (Hosseini et al. 2017). ``epsilon`` is the L-infinity radius, if the attack has one; ``carlini`` are searches,
+    steps, step size and first constant, ``deepfool`` steps and classes. ``seed`` seeds PGD's start.
     """
     with warnings.catch_warnings():
         # foolbox imports a version helper that setuptools has deprecated.

@@ -12,14 +12,14 @@ from bench.detection.data.sets import to_bytes, to_tensor
 
 
 def corrupt(images: Tensor, name: str, severity: int, *, seed: int) -> Tensor:
-    """Corrupted copies of colour ``images`` ``(B, 3, H, W)`` in [0, 1].
+    """Return corrupted copies of colour ``images`` ``(B, 3, H, W)`` in [0, 1].
 
-    The strengths are those of ImageNet-C, made for images of 224 pixels: on 32 pixels blurs and weather weigh
-    more than in CIFAR-10-C.
+    The strengths are those of ImageNet-C, made for images of 224 pixels: on 32 pixels blurs and weather are stronger
+    than in CIFAR-10-C.
     """
     import imagecorruptions
 
-    # The library draws from NumPy's global generator, and scikit-image in it from a new one.
+    # The library draws from NumPy's global generator, and scikit-image, which it calls, from a new one.
     state, generator = np.random.get_state(), np.random.default_rng(seed)  # noqa: NPY002
     np.random.seed(seed)  # noqa: NPY002
     try:

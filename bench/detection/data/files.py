@@ -1,8 +1,8 @@
 """Files of this installation, and the network of magika, which tells kinds of files apart.
 
-Fratantonio et al., "Magika: AI-Powered Content-Type Detection" (ICSE 2025), as the package ``magika`` has it. A file is
-of the kind that magika's configuration gives its extension, where it gives one alone. Everyone has other files: these
-are of Python's library and packages, and of ``/usr``. Folders are split, not files: what is alike is in one part.
+Fratantonio et al., "Magika: AI-Powered Content-Type Detection" (ICSE 2025), as in the package ``magika``. A file's kind
+is that of its extension in magika's configuration, if there is only one. Files differ between machines: they are those
+of Python's library and packages, and of ``/usr``. Folders are split, not files, so that similar files are in one part.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-#: Files of a kind in a part, and of one folder among them; bytes of the largest.
+#: Most files of a kind in a part, and of one folder among them; bytes of the largest.
 OF_A_KIND, OF_A_FOLDER, LARGEST = 100, 10, 2**20
-#: Bytes that are looked at from each end, and tokens made of them; what stands where there are none; fewest of a file.
+#: Bytes read from each end, tokens made of them, the token for padding, and the fewest tokens at a file's start.
 BLOCK, ENDS, PADDING, FEWEST = 4096, 1024, 256, 8
-#: What the configuration leaves open. Extensions that say little, such as that of plain text, stay so.
+#: Extensions that the configuration leaves ambiguous. Those that say little, such as plain text's, stay so.
 OPEN = {"so": "elf"}
 #: Kinds that the network does not know, by extension.
 UNKNOWN = {"translations": "mo", "MATLAB data": "mat", "static libraries": "a"}
-#: What it calls bytes and characters that are of no kind.
+#: Its labels for bytes and characters of no kind.
 NONE = ("randombytes", "randomtxt")
 Change = Callable[[bytes, bytes, np.random.Generator], bytes | None]
 
 
 def _flipped(content: bytes, other: bytes, rng: np.random.Generator) -> bytes:
-    """One byte of ten is another."""
+    """Replace one byte in ten by a random one."""
     chosen, found = rng.random(len(content)) < 0.1, rng.integers(0, 256, len(content), np.uint8)
     return np.where(chosen, found, np.frombuffer(content, np.uint8)).tobytes()
 
@@ -50,13 +50,13 @@ def _widened(content: bytes, other: bytes, rng: np.random.Generator) -> bytes | 
     return None
 
 
-#: What is done to a file, beside another one; None where it cannot be. The kind stays. At most half is overwritten.
+#: Changes of a file, given another one, that keep its kind; None if impossible. At most half is overwritten.
 CHANGED: Mapping[str, Change] = {
     "flipped bytes": _flipped, "UTF-16": _widened, "joined": lambda content, other, rng: content + other,
     "overwritten": lambda content, other, rng: rng.bytes(count := min(512, len(content) // 2)) + content[count:],
     "truncated": lambda content, other, rng: content[: len(content) // 3],
 }  # fmt: skip
-#: The same, where it does not.
+#: Changes that hide a file's kind.
 DISGUISED: Mapping[str, Change] = {
     "base64": lambda content, other, rng: base64.encodebytes(content),
     "XOR": lambda content, other, rng: bytes(np.frombuffer(content, np.uint8) ^ rng.integers(1, 256, dtype=np.uint8)),
@@ -65,14 +65,14 @@ DISGUISED: Mapping[str, Change] = {
 
 
 def tokens(content: bytes) -> list[int] | None:
-    """The first and last bytes without white space at the ends, as magika reads them; None of a file too small."""
+    """Return the first and last bytes without white space at the ends, as magika reads them; None for small files."""
     first, last = content[:BLOCK].lstrip()[:ENDS], content[-BLOCK:].rstrip()[-ENDS:]
     padding = [[PADDING] * (ENDS - len(part)) for part in (first, last)]
     return [*first, *padding[0], *padding[1], *last] if len(first) >= FEWEST else None
 
 
 class Network(nn.Module):
-    """One convolution over groups of four tokens, and the largest value of each channel."""
+    """One convolution over groups of four tokens, then the largest value of each channel."""
 
     def __init__(self, kinds: int) -> None:
         super().__init__()
@@ -81,13 +81,13 @@ class Network(nn.Module):
         self.head = nn.Linear(512, kinds)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(B, N)`` of tokens ``(B, 2048)``."""
+        """Return logits ``(B, N)`` of tokens ``(B, 2048)``."""
         groups = F.gelu(self.embedding(x), approximate="tanh").view(len(x), 512, 256).transpose(1, 2)
         found = F.gelu(self.conv(self.norm(groups)), approximate="tanh").amax(2)
         return self.head(self.last_norm(found))
 
 
-#: Names of its weights in the ONNX file, in their order.
+#: Names of the network's weights in the ONNX file, in the order of its state dict.
 WEIGHTS = (
     "Const:0", "LayerNorm_0/Reshape_2:0", "LayerNorm_0/Reshape_3:0", "Conv_0/transpose_3:0", "const_fold_opt__209",
     "LayerNorm_1/Reshape_2:0", "LayerNorm_1/Reshape_3:0", "Const_24:0", "Dense_1/Reshape:0",
@@ -115,7 +115,7 @@ class Files:
 
     @cached_property
     def _parts(self) -> dict[str, list[tuple[bytes, int]]]:
-        """Contents and kinds of each part, of kinds that both have; the unknown under the name of their case."""
+        """Contents and kinds of each part, for kinds that both have; unknown kinds under the name of their case."""
         parts: dict[str, list[tuple[bytes, int]]] = {part: [] for part in ("fit", "test", *UNKNOWN)}
         unknown = {extension: name for name, extension in UNKNOWN.items()}
         folders = list(_folders())
@@ -141,14 +141,14 @@ class Files:
         return {part: [found[i] for i in rng.permutation(len(found))] for part, found in kept.items()}
 
     def files(self, part: str, count: int) -> tuple[Tensor, Tensor]:
-        """Inputs ``(n, 2048)`` and labels ``(n,)`` of the first files of ``fit`` or ``test``."""
+        """Return inputs ``(n, 2048)`` and labels ``(n,)`` of the first files of ``fit`` or ``test``."""
         contents, labels = zip(*self._parts[part][:count], strict=True)
         return torch.tensor([tokens(content) for content in contents]), torch.tensor(labels)
 
     def case(self, name: str, part: str, count: int) -> tuple[Tensor, Tensor]:
-        """Inputs of a case, and the places of the files of a part whose kind they have.
+        """Return inputs of a case, and the places of the files of a part whose kind they have.
 
-        The place is -1 where they have none; those that the network says are of none are left out.
+        The place is -1 for inputs of no known kind; of these, inputs that the network calls of no kind are left out.
         """
         if name in UNKNOWN:
             made = [(tokens(content), -1) for content, _ in self._parts[name][:count]]
@@ -165,7 +165,7 @@ class Files:
 
     @cached_property
     def model(self) -> Network:
-        """The network with the weights of the ONNX file, whose answers it must give."""
+        """The network with the weights of the ONNX file, whose answers it must reproduce."""
         import onnx
         import onnxruntime
 
@@ -178,14 +178,14 @@ class Files:
             value.copy_(torch.tensor(held[name]).reshape(value.shape))
         x = self.files("test", 32)[0]
         (expected,) = onnxruntime.InferenceSession(self.path).run(None, {"bytes": x.int().numpy()})
-        # The file's layer norm takes the variance from the mean of squares: in float32 it is .001 off for single files.
+        # The file's layer norm takes the variance from the mean of squares: in float32, single files are off by .001.
         if (error := float(np.abs(model(x).softmax(1).detach().numpy() - expected).max(1).mean())) > 1e-4:
             raise ValueError(f"{self.path} must give the probabilities of this network; they differ by {error}")
         return model
 
 
 def _folders() -> Iterator[list[str]]:
-    """The files of every package and folder; those directly in a root are one."""
+    """Yield the files of every package and folder; those directly in a root are one group."""
     python = sysconfig.get_paths()
     tops = (*Path("/usr/lib").iterdir(), *Path("/usr/share").iterdir())
     within = sorted(str(one) for one in tops if "python" not in one.name)

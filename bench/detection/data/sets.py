@@ -20,7 +20,7 @@ from torch import Tensor
 
 Bytes = NDArray[np.uint8]
 
-#: File names tried for every set, in order, and the loader of torchvision that knows the set.
+#: File names tried for every set, in order, and torchvision's loader for the set.
 SETS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "cifar10": (("cifar10", "cifar10-jpeg"), "CIFAR10"),
     "cifar100": (("cifar100", "cifar100-32"), "CIFAR100"),
@@ -56,17 +56,17 @@ class Split:
 
 
 def to_tensor(images: Bytes) -> Tensor:
-    """Bytes ``(n, H, W, C)`` to floats ``(n, C, H, W)`` in [0, 1]."""
+    """Return bytes ``(n, H, W, C)`` as floats ``(n, C, H, W)`` in [0, 1]."""
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
 
 
 def to_bytes(images: Tensor) -> Bytes:
-    """The inverse of :func:`to_tensor`, rounded."""
+    """Invert :func:`to_tensor`, with rounding."""
     return (images * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def jpeg(images: Bytes, quality: int = 75, subsampling: str = "4:2:0") -> Bytes:
-    """Every colour image once through JPEG, by default with half the chroma in each direction."""
+    """Pass every colour image through JPEG once, by default with half the chroma in each direction."""
     result = np.empty_like(images)
     for i, image in enumerate(images):
         Image.fromarray(image).save(buffer := io.BytesIO(), "JPEG", quality=quality, subsampling=subsampling)
@@ -79,7 +79,7 @@ def compress(images: Tensor) -> Tensor:
 
 
 def _from_npz(path: Path, name: str, part: str, limit: int | None, start: int) -> Split | None:
-    """None where the file has no such part."""
+    """Return a part of a file, or None if the file has no such part."""
     with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
         labels = archive[f"{part}_labels"].astype(np.int64) if f"{part}_labels" in archive else None
         compressed = f"{part}_jpeg" in archive
@@ -118,12 +118,12 @@ def _from_torchvision(root: Path, loader: str, name: str, part: str, limit: int 
 
 
 def held_out(total: int, wanted: int) -> int:
-    """How many images at the end of a set are kept from training: ``wanted``, but at most a tenth."""
+    """Return how many images at the end of a set are kept from training: ``wanted``, but at most a tenth."""
     return min(wanted, total // 10)
 
 
 def _window(total: int, start: int, limit: int | None) -> slice:
-    """``limit`` places from ``start``, which counts from the end where it is negative."""
+    """Return ``limit`` places from ``start``; a negative ``start`` counts from the end."""
     first = total - held_out(total, -start) if start < 0 else start
     return slice(first, total if limit is None else min(total, first + limit))
 
@@ -131,8 +131,8 @@ def _window(total: int, start: int, limit: int | None) -> slice:
 def load(root: Path, name: str, part: str = "test", limit: int | None = None, start: int = 0) -> Split:
     """Return ``limit`` images of a set in `SETS`, from its ``part``, ``"train"`` or ``"test"``.
 
-    ``start`` is the first one's place; a negative one counts from the end (see `held_out`). What is unknown, damaged or
-    not in ``root`` is named by the error.
+    ``start`` is the first one's place; a negative one counts from the end (see `held_out`). Errors name the set or file
+    that is unknown, damaged or not in ``root``.
     """
     if name not in SETS:
         raise ValueError(f"name must be one of {', '.join(SETS)}; it was {name!r}")
@@ -151,7 +151,7 @@ def load(root: Path, name: str, part: str = "test", limit: int | None = None, st
 
 
 def grey(images: Bytes) -> Bytes:
-    """The luma of colour images on all three channels."""
+    """Return the luma of colour images on all three channels."""
     luma = images.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
     return np.repeat(luma.round().clip(0, 255).astype(np.uint8)[..., None], 3, -1)
 
@@ -161,7 +161,7 @@ def stranger(
 ) -> Tensor:
     """Return ``limit`` images of another set in the shape and with the compression history of ``like``.
 
-    The blocks of JPEG alone would tell a set that was never compressed, so it passes through ``recompress`` there.
+    JPEG's blocks alone would reveal a set that was never compressed, so such a set passes through ``recompress``.
     """
     split = load(root, name, limit=limit, start=start)
     images, (size, channels) = split.images, like.images.shape[2:]

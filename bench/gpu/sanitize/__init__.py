@@ -1,1 +1,1 @@
-"""What a GPU could still surprise with, checked in Triton's interpreter: addresses, races, order, offsets."""
+"""Faults that only a GPU would show, looked for in Triton's interpreter: addresses, races, order, offsets."""

@@ -17,7 +17,7 @@ from bench.gpu.compile_cases import Call, Case, Make, configured, meta, prepared
 from fastgrad.losses import LOSSES
 from fastgrad.ops.triton import last_layer, layer_sqnorm
 
-# Blocks shorter than a row, so that every loop and every merge runs. HEADS: who finishes a row (the last tile of its
+# Blocks shorter than a row, so that every loop and every merge runs. HEADS: what finishes a row (the last tile of its
 # block or a second launch), and where the features' norm comes from.
 TILE = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "PARTS": 2, "PRECISION": "ieee", "num_warps": 4, "num_stages": 2}
 HEAD = {**TILE, "GROUP_M": 2, "BLOCK_F": 16, "NORM_IN_LOOP": False}
@@ -58,7 +58,7 @@ def _case(title: str, loss: str, sizes: tuple[int, ...], call: partial[Any], qui
 
 
 def cases(make: Make = made) -> Iterator[Case]:
-    """Yield all of them; `Case.quick` marks one for each path of each kernel."""
+    """Yield all cases; `Case.quick` marks one for each path of each kernel."""
     some, alone = ((5, 37, 19), 3), ((1, 1, 1), 0)
     for (path, config), loss, (sizes, pad) in itertools.product(
         CONTRAST.items(), LOSSES, (some, ((3, 64, 16), 0), alone, ((2, 33, 1), 1))
@@ -101,14 +101,14 @@ def _spread(*shape: int, pad: int = 0, seed: int = 0) -> Tensor:
 
 
 def huge() -> Iterator[tuple[str, Call, int]]:
-    """Yield name, call on meta tensors and the integer that lies in memory."""
+    """Yield name, call on meta tensors, and the integer that every read returns."""
     for case in cases(_spread):
         if case.quick:
             yield f"{case.name}, strides beyond 2^31", case.call, 1
 
     of = partial(meta, dtype=torch.bfloat16)
     split = {"BLOCK_N": 1 << 17, "BLOCK_D": 2048, "num_warps": 16}, 8
-    # Few tiles a program, so that the partial moments alone have more than 2^31 elements.
+    # Few tiles per program, so that the partial moments alone have more than 2^31 elements.
     tiles = {**TILE, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "PARTS": 16}
     narrow = {**tiles, "BLOCK_M": 16, "BLOCK_N": 1 << 13}
     norms, head, statistics = (

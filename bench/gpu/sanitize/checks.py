@@ -28,7 +28,7 @@ def shuffled(count: int) -> list[Order]:
 
 
 def every_order(programs: int) -> list[Order]:
-    """Return every order of so many programs; a launch of another number runs in the usual one."""
+    """Return every order of ``programs`` programs; a launch of another number runs in the usual order."""
     orders = itertools.permutations(range(programs))
     return [lambda n, order=order: order if n == programs else range(n) for order in orders]  # type: ignore[misc]
 
@@ -36,7 +36,7 @@ def every_order(programs: int) -> list[Order]:
 def check_memory(case: Case, orders: Iterable[Order] = (range, lambda n: range(n)[::-1])) -> int:
     """Check every memory operation of a case, and that its results have equal bits in all orders of its programs.
 
-    Returns how many orders were run; a fault is a `SanitizerError`, with the kernel's name.
+    Return how many orders were run; a fault is a `SanitizerError` with the kernel's name.
     """
     expected, count = None, 0
     for count, order in enumerate(orders, 1):  # noqa: B007
@@ -54,9 +54,9 @@ def check_memory(case: Case, orders: Iterable[Order] = (range, lambda n: range(n
 
 
 def check_addresses(call: Callable[[], object], architecture: tune.Architecture, integer: int = 1) -> int:
-    """Run a launcher on meta tensors, configured as for an architecture; returns how many addresses were checked.
+    """Run a launcher on meta tensors, configured as for an architecture; return how many addresses were checked.
 
-    ``integer`` is what integers in memory are: flags, class indices. An address outside every operand is a
+    ``integer`` is the value of all integers in memory: flags, class indices. An address outside every operand is a
     `SanitizerError`; arithmetic that leaves 32 bits is the interpreter's own error.
     """
     watcher = Addresses(integer)
@@ -68,7 +68,7 @@ def check_addresses(call: Callable[[], object], architecture: tune.Architecture,
 
 
 def arriving(programs: int, quick: bool = False) -> Iterator[Case]:
-    """Yield the reductions that the last program to arrive finishes, with so many programs a row block."""
+    """Yield the reductions that the last program to arrive finishes, with ``programs`` programs per row block."""
     for loss in ("cross_entropy",) if quick else ("cross_entropy", "bce", "brier"):
         for name, launcher, config in (
             ("head", last_layer.linear_contrast_sqnorm, {"linear_contrast": ({**HEAD, "GROUP_M": 1}, 0)}),
@@ -98,7 +98,7 @@ def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], int]]]:
 def run(quick: bool, only: str) -> list[dict[str, Any]]:
     """Run all checks whose name contains ``only``; return a row for each.
 
-    Its count is of the orders that ran, or of the addresses that were computed.
+    ``count`` is the number of orders that ran, or of addresses that were computed.
     """
     rows: list[dict[str, Any]] = []
     for name, job in jobs(quick):

@@ -1,4 +1,4 @@
-"""Find faults in what programs do to memory: to real operands, or at the addresses of operands that no memory holds."""
+"""Find faults in programs' memory operations: on real operands, or at addresses of operands without memory."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ APART = 1 << 50
 
 @contextlib.contextmanager
 def patching_once() -> Iterator[None]:
-    """Patch the language once a launch and module inside.
+    """Let the interpreter patch the language only once for each launch and module.
 
-    The interpreter does so in every call of a device function, which takes half the time of a launch.
+    Otherwise it does so in every call of a device function, which takes half the time of a launch.
     """
     executor, patch = interpreter.GridExecutor, interpreter._patch_lang
     launch, patched = executor.__call__, dict[int, Any]()
@@ -52,10 +52,10 @@ def patching_once() -> Iterator[None]:
 
 @contextlib.contextmanager
 def watching(watcher: Any) -> Iterator[None]:
-    """Let a watcher see and steer every launch inside; operands are on the CPU, or what it puts in their place.
+    """Let a watcher see and steer every launch in the context; it may replace operands, which are on the CPU.
 
     Its ``launch`` may replace arguments, and returns the programs to run, in order. Its ``load`` and ``atomic`` return
-    a number to take instead of what lies in memory, or None; its ``store`` returns whether not to write.
+    a number to use instead of the value in memory, or None; its ``store`` returns whether to skip the write.
     """
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     call, load, store = executor.__call__, builder.create_masked_load, builder.create_masked_store
@@ -122,9 +122,9 @@ class _Region:
     """The shadow of one allocation, byte by byte.
 
     Attributes:
-        width: Bytes of the element that starts here, 0 where none does: between rows, or within an element.
-        written: Whether the byte holds something.
-        writer, reader: What last did so in this launch, see `Memory`; -1 before.
+        width: Bytes of the element that starts here, 0 if none does: between rows, or within an element.
+        written: Whether the byte has been written.
+        writer, reader: Number of the last write and read in this launch, see `Memory`; -1 before.
     """
 
     def __init__(self, tensor: Tensor, fresh: bool, constant: bool) -> None:
@@ -139,11 +139,11 @@ class Memory:
 
     Two programs that touch one address, at least one of them writing, must be ordered: the first did so before it
     arrived at a counter, by an atomic operation with acquire and release semantics, and the second has arrived there
-    since. A program makes one atomic operation a launch at most. So whatever else it does is ordered by the arrivals
-    alone, and running whole programs in every order is every schedule.
+    since. A program makes at most one atomic operation per launch. So only the arrivals order its other operations, and
+    running whole programs in every order covers every schedule.
 
-    What a program does before and after its arrival is numbered ``2 * program`` and ``2 * program + 1``. No kernel may
-    write ``inputs``; ``order`` gives the order in which so many programs run.
+    Operations of a program before and after its arrival are numbered ``2 * program`` and ``2 * program + 1``. No kernel
+    may write ``inputs``; ``order`` returns the order in which a number of programs run.
     """
 
     def __init__(self, inputs: Sequence[Tensor], order: Callable[[int], Sequence[int]] = range) -> None:
@@ -152,7 +152,7 @@ class Memory:
         self.inputs = {t.untyped_storage().data_ptr() for t in inputs}
 
     def allocating(self) -> Any:
-        """Count what launchers allocate inside as never written; it holds NaN."""
+        """Treat memory that launchers allocate in the context as never written; it holds NaN."""
 
         def empty(shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
             made = torch.full(tuple(shape), torch.nan, dtype=dtype)
@@ -173,7 +173,7 @@ class Memory:
         for region in self.regions.values():
             region.writer[:] = region.reader[:] = -1
         self.bases = np.array(sorted(self.regions))
-        #: The address at which each program has arrived; `RELAXED` where that orders nothing.
+        #: The address at which each program has arrived; `RELAXED` if the arrival orders nothing.
         self.counter = np.full(programs, NOWHERE)
         return self.order(programs)
 
@@ -226,7 +226,7 @@ class Memory:
         return located
 
     def _ordered(self, earlier: np.ndarray, does: str) -> None:
-        """Find a fault where nothing orders another program's earlier operation and this program's next."""
+        """Raise if nothing orders another program's earlier operation and this program's next."""
         earlier = earlier[(earlier >= 0) & (earlier // 2 != self.program)]
         here = self.counter[self.program]
         met = (here > RELAXED) & (self.counter[earlier // 2] == here) & (earlier % 2 == 0)
@@ -250,7 +250,7 @@ class Addresses:
             if isinstance(tensor, Tensor):
                 first = (len(self.spans) + 1) * APART
                 self.spans.append((first, first + reach(tensor) * tensor.itemsize))
-                # What the interpreter takes as a pointer.
+                # The interpreter takes this as a pointer.
                 arguments[name] = SimpleNamespace(dtype=tensor.dtype, data_ptr=partial(int, first))
         return sorted({0, programs // 2, programs - 1})
 

@@ -1,4 +1,4 @@
-"""From the model's outputs to an answer in plain values, the same for a request and for a row of a table."""
+"""Turn the model's outputs into an answer in plain values, the same for a request and for a row of a table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from fastgrad.checks import Array
 from fastgrad.deploy.file.description import Description
 
-#: Share of all evidence that the parts named as the reason hold.
+#: Share of all evidence that the parts named as the reason must hold.
 _MOST = 2 / 3
 
 
@@ -19,9 +19,10 @@ class ResultError(ValueError):
 
 
 def answer(description: Description, threshold: float | None, row: Array) -> dict[str, Any]:
-    """The answer to one input, by its row of `ModelPackage.rows` and the threshold in use; ResultError if not finite.
+    """Return the answer to one input from its row of `ModelPackage.rows` and the threshold in use.
 
-    `fastgrad.deploy.serve.schema.Answer` says what its fields mean; what the file does not give is None.
+    `fastgrad.deploy.serve.schema.Answer` says what the fields mean; those that the file does not give are None.
+    ResultError if the row is not finite.
     """
     if not np.isfinite(row).all():
         raise ResultError("the model's result for this input is not a finite number")
@@ -44,7 +45,7 @@ def answer(description: Description, threshold: float | None, row: Array) -> dic
 
 
 def reason(words: Mapping[str, str], evidence: Mapping[str, float]) -> str | None:
-    """The words of the fewest parts that hold two thirds of the evidence, the strongest first; None without any."""
+    """Return the words of the fewest parts that hold two thirds of the evidence, strongest first; None without any."""
     enough, held, named = _MOST * sum(evidence.values()), 0.0, []
     for name, value in sorted(evidence.items(), key=lambda part: -part[1]):
         if held >= enough:

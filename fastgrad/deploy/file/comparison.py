@@ -1,4 +1,4 @@
-"""A new file's answers beside the live module's, before it appears under its name."""
+"""Compare a new file's answers with the live module's, before it appears under its name."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastgrad.deploy.file.package import ModelPackage, PackageError
 
-#: Of the dtype, by which an input moves in place of the rounding of all layers.
+#: Units of rounding by which an input is moved, to stand for the rounding of all layers.
 _UNITS = 100
-#: What a convolution on a GPU rounds its operands to, by PyTorch's own settings.
+#: Relative rounding of a convolution's operands on a GPU, by PyTorch's default settings.
 _TF32 = 2.0**-11
 
 
@@ -20,15 +20,15 @@ _TF32 = 2.0**-11
 def compare(
     path: Path, answers: Callable[[Tensor], tuple[Tensor, ...]], example_input: Tensor, tolerance: float, unit: float
 ) -> None:
-    """Raise RuntimeError where the file's answers are not the live module's, which ``answers`` gives.
+    """Raise RuntimeError if the file's answers differ from the live module's, which ``answers`` computes.
 
-    Asked are the inputs together, one alone, three, and one of NaN, which must not pass for reliable; which blocks say
-    so may differ, as a gradient passes a ReLU of NaN or becomes NaN there. A network that looks its input up in a
-    table, as of words, has no answer to NaN.
+    Compared are all inputs together, one alone, three, and one of NaN, which must not pass for reliable. For NaN the
+    evidence may differ: a gradient passes a ReLU of NaN, or becomes NaN there. NaN is skipped for a network that looks
+    its input up in a table, as of words.
 
-    A difference above ``tolerance`` passes where the live module's own answer moves as far when each number of its
-    input moves by rounding: a detector of a network that was not trained magnifies it. ``unit`` is the relative
-    rounding of the network's coarsest dtype.
+    A difference above ``tolerance`` passes if the live module's own answer moves as far when each number of its input
+    moves by rounding: the detector of an untrained network magnifies it. ``unit`` is the relative rounding of the
+    network's coarsest dtype.
     """
     try:
         package = ModelPackage(path)
@@ -63,7 +63,7 @@ def compare(
 
 
 def _moved(x: Tensor, unit: float) -> Iterator[Tensor]:
-    """The inputs with rounding in each number, twice."""
+    """Yield two copies of the inputs, with each number moved at random by `_UNITS` units of rounding or less."""
     step = _UNITS * max(unit, _TF32 if x.is_cuda else 0.0)
     generator = torch.Generator().manual_seed(0)
     for _ in range(2):
@@ -71,7 +71,7 @@ def _moved(x: Tensor, unit: float) -> Iterator[Tensor]:
 
 
 def difference(ours: Tensor, live: Tensor) -> float:
-    """Largest difference relative to the live value's size or 1; infinite where only one is finite, or NaN."""
+    """Return the largest difference, relative to the live value's size or 1; infinite if one of two is not finite."""
     ours, live = ours.double().cpu(), live.double().cpu()
     relative = (ours - live).abs() / live.abs().clamp(min=1)
     # Equal infinities and NaN in the same place are no difference.

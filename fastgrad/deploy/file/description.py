@@ -1,4 +1,4 @@
-"""What travels with an exported graph, and what each of its fields may be: a file can claim anything."""
+"""The description stored with an exported graph, and the checks of its fields: a file can claim anything."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from torch import Tensor
 from fastgrad.checks import FLOAT_DTYPES, fits_utf8, is_number
 from fastgrad.deploy.drift import ScoreReference
 
-#: Of the description.
+#: Version of the description's format.
 FORMAT = 1
-#: Types of an input.
+#: Dtypes of an input, by name.
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
 
 @dataclass(frozen=True)
 class Description:
-    """What travels with the graph.
+    """The description stored with an exported graph.
 
     Attributes:
         input_shape: shape of one input, without the batch.
@@ -40,9 +40,9 @@ class Description:
             None.
         reference: the same scores as the drift monitor reads them: ``{"edges": (K-1), "counts": (K)}``, or
             None.
-        versions: of fastgrad and torch, and the processor's instruction set and system the graph was compiled for.
-        evidence: of a file that gives the evidence: the name of each column, with the meaning of its alarm in words;
-            else None.
+        versions: of fastgrad and torch, and the instruction set and operating system the graph was compiled for.
+        evidence: the name of each column of evidence, with the meaning of its alarm in words; None if the file gives
+            no evidence.
         risk: whether the file gives the probability that an answer is wrong.
 
     Raises:
@@ -84,10 +84,10 @@ class Description:
         return sum(map(math.prod, outputs_of(self).values())) - self.classes
 
     def threshold_at(self, rate: float | None) -> float | None:
-        """The threshold at a false-alarm rate, one of those in the file (None: the file's own).
+        """Return the threshold at one of the file's false-alarm rates (None: the file's own).
 
         Raises:
-            TypeError, ValueError: it is no number, or the file holds no threshold for this rate.
+            TypeError, ValueError: the rate is not a number, or the file holds no threshold for it.
         """
         if rate is None:
             return self.threshold
@@ -101,11 +101,11 @@ class Description:
         )
 
     def score_reference(self) -> ScoreReference | None:
-        """The in-distribution scores for a `DriftMonitor`."""
+        """Return the in-distribution scores for a `DriftMonitor`, or None."""
         return None if self.reference is None else ScoreReference(**self.reference)  # type: ignore[arg-type]
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """``(pixel - mean) / std`` for pixels ``(..., C, H, W)`` from 0 to 1; the identity without either."""
+        """Return ``(pixel - mean) / std`` for pixels ``(..., C, H, W)`` from 0 to 1; None is left out."""
         for apply, values in ((torch.sub, self.mean), (torch.div, self.std)):
             if values is not None:
                 pixels = apply(pixels, torch.tensor(values, dtype=pixels.dtype, device="cpu").view(-1, 1, 1))
@@ -113,7 +113,7 @@ class Description:
 
 
 def outputs_of(description: Description) -> dict[str, tuple[int, ...]]:
-    """What the graph gives, in this order, and its shape for one input."""
+    """Return the names of the graph's outputs in order, with their shapes for one input."""
     classes, evidence = (description.classes,), description.evidence
     return {
         "logits": classes, "probabilities": classes, "uncertainty": (),
@@ -122,9 +122,9 @@ def outputs_of(description: Description) -> dict[str, tuple[int, ...]]:
 
 
 def normalize_pixels(description: Description, pixels: Tensor) -> Tensor:
-    """The network's input for pixels ``(..., C, H, W)`` from 0 to 255."""
+    """Return the network's input for pixels ``(..., C, H, W)`` from 0 to 255."""
     dtype = DTYPES[description.input_dtype]
-    # In float32 at least, as the pixels of training were: in bfloat16 each step would lose a level of a pixel.
+    # In float32 at least, like the pixels in training: in bfloat16 each step could change a pixel by a level.
     return description.normalize(pixels.to(torch.promote_types(dtype, torch.float32)) / 255).to(dtype)
 
 
@@ -137,7 +137,7 @@ def _number(value: Any) -> bool:
 
 
 def _numbers(values: Any, length: int | None = None) -> bool:
-    """A list of finite numbers."""
+    """Whether this is a list of finite numbers, of this length if given."""
     return (
         isinstance(values, list)
         and len(values) <= 65_536
@@ -147,7 +147,7 @@ def _numbers(values: Any, length: int | None = None) -> bool:
 
 
 def _words(values: Any, most: int) -> bool:
-    """At most so many texts that UTF-8 can hold."""
+    """Whether these are at most ``most`` texts that UTF-8 can encode."""
     return len(values) <= most and all(
         isinstance(value, str) and len(value) <= 1000 and fits_utf8(value) for value in values
     )
@@ -166,7 +166,7 @@ def _rate(value: Any) -> bool:
 
 
 def _bins(value: Any, more: int) -> bool:
-    """Edges that do not fall, and counts of bins, so many more than edges."""
+    """Whether this holds non-decreasing edges, and counts that are not negative, ``more`` more of them than edges."""
     edges, counts = value["edges"], value["counts"]
     return (
         set(value) == {"edges", "counts"}
@@ -177,7 +177,7 @@ def _bins(value: Any, more: int) -> bool:
     )
 
 
-#: What each field must be where it is not None, in an order in which a later one may rest on those before.
+#: The check of each field that is not None, and what it requires; a check may rely on the fields before it.
 _FIELDS: dict[str, tuple[Callable[[Description, Any], bool], str]] = {
     "input_shape": (
         lambda _, v: isinstance(v, tuple) and 1 <= len(v) <= 8 and all(_count(n, 2**20) for n in v)
@@ -204,5 +204,5 @@ _FIELDS: dict[str, tuple[Callable[[Description, Any], bool], str]] = {
 
 
 def description_text(description: Description) -> str:
-    """As it stands in the file, JSON."""
+    """Return the description as JSON, as it stands in the file."""
     return json.dumps({"format": FORMAT, **asdict(description)})

@@ -1,9 +1,9 @@
 """One file for deployment: network, backward pass, squared norms and detector as one graph.
 
 The extraction calls ``torch.autograd.grad`` inside ``forward``, which no exporter follows. `fastgrad.deploy.file.graph`
-unrolls it: run once on fake tensors, it leaves a flat graph of every operation, without autograd. AOTInductor compiles
-that to native code in a ``.pt2``, or it becomes an ONNX file (`fastgrad.deploy.file.onnx_export`).
-`fastgrad.deploy.file.package` says how to read either.
+unrolls it: one run on fake tensors records a flat graph of every operation, without autograd. AOTInductor compiles the
+graph to native code in a ``.pt2``, or it becomes an ONNX file (`fastgrad.deploy.file.onnx_export`).
+`fastgrad.deploy.file.package` reads either.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from fastgrad.deploy.file.package import SUFFIXES, Description, write_descriptio
 from fastgrad.engine.state import Repeatable
 from fastgrad.engine.trial import precision_of
 
-#: What compiled code would round in another way. With PyTorch's own kernels the features of a convolutional network
-#: or vision transformer are those of the live one, bit for bit or nearly: the detector has no difference to magnify.
+#: Operations that compiled code would round differently. With PyTorch's own kernels, the features of convolutional
+#: networks and vision transformers equal the live ones, bit for bit or nearly: the detector has nothing to magnify.
 OWN_KERNELS = (
     torch.ops.aten.native_layer_norm.default,
     torch.ops.aten.native_group_norm.default,
     torch.ops.aten.gelu.default,
 )
-#: Of false alarms, for which a file holds thresholds.
+#: False-alarm rates for which a file holds thresholds.
 RATES = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 
 
@@ -62,8 +62,8 @@ def export(
     Triton Inference Server and others (`fastgrad.deploy.file.onnx_file`).
 
     The graph takes a batch of any size from 1 to ``max_batch``. It returns logits, probabilities, uncertainty and, if
-    fitted with labels, risk. For contiguous inputs they equal those of the live module up to float32 rounding. On an
-    untrained network all images are nearly the same, and the detector magnifies the rounding.
+    fitted with labels, risk. For contiguous inputs they equal those of the live module up to float32 rounding. To an
+    untrained network all images look nearly the same, and the detector magnifies the rounding.
 
     A ``.pt2`` runs on this operating system, on the kind of device that holds ``example_input``, on processors with at
     least the vector instructions that PyTorch uses here (``ATEN_CPU_CAPABILITY`` sets fewer), and under this PyTorch or
@@ -77,8 +77,8 @@ def export(
         example_input: ``(B, ...)``, at least one input. The file is checked on it, so real inputs serve best.
         path: where to write, ending in ``.pt2`` or ``.onnx``. The file appears whole or not at all.
         labels: N class names.
-        mean: per-channel mean of the normalization that turned pixels (0 to 1) into inputs; without it and ``std``,
-            those that `TwoStageModel.fit` was given.
+        mean: per-channel mean of the normalization that turned pixels (0 to 1) into inputs; if it and ``std`` are
+            None, those that `TwoStageModel.fit` was given.
         std: per-channel standard deviation of the same.
         false_alarm_rate: the share of in-distribution inputs that the file's threshold flags; None for the detector's
             own, or 0.05.
@@ -89,7 +89,7 @@ def export(
         one_by_one: whether the file works through a batch one input after another, which on a CPU is faster
             for whole-network gradients of large inputs; None chooses. ONNX files never do.
         tolerance: largest difference of the file's outputs from the live module's, relative to their size or 1. A
-            larger one passes where rounding explains it: the live module's own answer moves as far when each number of
+            larger one passes if rounding explains it: the live module's own answer moves as far when each number of
             its input moves by 100 units of rounding.
         evidence: whether the graph also returns ``evidence`` ``(B, E)``: which of the E parts of the detector raised
             an alarm (`TwoStageModel.explain`). The server then says so.
@@ -100,7 +100,7 @@ def export(
     Raises:
         TypeError: ``two_stage`` is no module, ``example_input`` no floating tensor or ``path`` no path.
         ValueError: an argument does not fit the model; the module is in training mode, draws random numbers, changes
-            its buffers, or gives an input another answer where another is beside it.
+            its buffers, or its answer to an input depends on others in the batch.
         MissingExtraError: an ``.onnx`` needs ``pip install 'fastgrad[onnx]'``.
         RuntimeError: no C++ compiler is installed for a ``.pt2``, PyTorch compiles none here (Windows before 2.9), the
             module's graph depends on the batch size, the answers differ by more than ``tolerance``, or an operation has
@@ -127,9 +127,9 @@ def export(
         input_dtype=str(example_input.dtype).removeprefix("torch."),
         classes=outputs[0].shape[1],
         max_batch=int(max_batch),
-        # ONNX is no compiled code: the runtime chooses.
+        # ONNX is not compiled for a device: the runtime chooses one.
         device="cpu" if onnx else example_input.device.type,
-        # None passes there; a string, what has no order, a mapping, and what holds nothing, are refused.
+        # `Description` takes None; it refuses text, mappings, sets and what is not iterable, which are no list here.
         labels=list(map(str, labels))  # type: ignore[arg-type]
         if isinstance(labels, Iterable) and not isinstance(labels, str | bytes | Mapping | set | frozenset)
         else labels,
@@ -166,7 +166,7 @@ def export(
 
 
 def _check_example(example_input: Tensor, path: Path) -> None:
-    """Refuse what is no batch, and a path that no file of it can have."""
+    """Refuse an example that is no batch or that this kind of file cannot take, and an unusable path."""
     if not isinstance(example_input, Tensor) or example_input.dtype not in checks.FLOAT_DTYPES:
         raise TypeError(
             "example_input must be one torch.Tensor of a floating dtype; it was "
@@ -187,7 +187,7 @@ def _check_example(example_input: Tensor, path: Path) -> None:
 
 
 def _check_model(two_stage: nn.Module, example_input: Tensor, evidence: bool) -> list[Tensor]:
-    """Run the model once; return what it gives for the first input."""
+    """Refuse a model that cannot be exported; return its outputs for the first input."""
     checks.is_bool(evidence=evidence)
     if not isinstance(two_stage, nn.Module):
         raise TypeError(f"two_stage must be a torch.nn.Module; it was {type(two_stage).__name__}")
@@ -210,12 +210,12 @@ def _check_model(two_stage: nn.Module, example_input: Tensor, evidence: bool) ->
 
 
 def _check_steady(two_stage: nn.Module, example_input: Tensor, alone: Tensor) -> None:
-    """Refuse a module whose answer to an input, with logits ``alone``, is another in another call or batch."""
+    """Refuse a module whose answer to the first input, with logits ``alone``, changes in another call or batch."""
     if alone.isnan().any():
         raise ValueError("example_input must be real inputs; the logits of the first were NaN, which checks nothing")
     first, last = example_input[:1], example_input[-1:]
     repeatable = Repeatable(two_stage)
-    # The other input is another one also where the example is a single one.
+    # Flipping makes the other input a different one even if the example holds only one.
     together = two_stage(torch.cat([first, last.flatten(1).flip(1).view(last.shape)]))[0][:1]
     if differs := repeatable.differs():
         raise ValueError(f"two_stage must give the same answers at every call; after one, the next would {differs}")
@@ -231,7 +231,7 @@ def _check_steady(two_stage: nn.Module, example_input: Tensor, alone: Tensor) ->
 def _calibration(
     two_stage: nn.Module, scores: Tensor | np.ndarray[Any, Any] | None, false_alarm_rate: float
 ) -> dict[str, Any]:
-    """What a description says of in-distribution scores; nothing without any, or a threshold of the module."""
+    """Return a description's fields about in-distribution scores; none without scores or a module's threshold."""
     if scores is None:
         scores = getattr(two_stage, "calibration_scores", None)
         scores = None if scores is None or len(scores) < 20 else scores
@@ -241,18 +241,18 @@ def _calibration(
         calibration = checks.to_array("scores", scores)
         bins = ScoreReference.from_scores(calibration)
         fields["reference"] = {"edges": bins.edges.tolist(), "counts": bins.counts.tolist()}
-        # The most extreme scores join the outermost bins, or one of them could leave all others in one bin.
+        # The most extreme scores join the outermost bins; otherwise one of them could leave all others in one bin.
         low, high = np.quantile(calibration, (0.002, 0.998))
-        # Between scores that differ by rounding alone there is no room for bins.
+        # Scores that differ only by rounding leave no room for bins.
         bulk = np.clip(calibration, low, high if high - low > 1e-12 * abs(low) else low)
         counts, edges = np.histogram(bulk, bins=40)
         fields["histogram"] = {"edges": edges.tolist(), "counts": counts.tolist()}
         n, ordered = len(calibration), np.sort(calibration)
-        # Those that the calibration cannot promise are left out; the one that was asked for warns.
+        # Rates that the calibration cannot promise are left out; the one asked for stays, and a detector warns.
         rates = {rate for rate in rates if rate >= 1 / (n + 1) or rate == false_alarm_rate}
 
         def conformal(rate: float) -> float:
-            """The smallest score with at most rate * (n + 1) - 1 scores above it."""
+            """Return the smallest score with at most rate * (n + 1) - 1 scores above it."""
             return float(ordered[min(n, int(np.ceil((1 - rate) * (n + 1)))) - 1])
 
         threshold = threshold if callable(threshold) else conformal
@@ -270,7 +270,7 @@ def compile_function(
     max_batch: int = 1024,
     one_by_one: bool | None = None,
 ) -> None:
-    """Trace ``function`` of one batch of any size, compile it, write it to ``path``; the arguments are `trace`'s."""
+    """Trace ``function``, compile it for batches of any size, write it to ``path``; the arguments are `trace`'s."""
     _torch.require_cpp_compiler("export")
     program = trace(function, example_input, max_batch=max_batch, one_by_one=one_by_one)
     loop = any("while_loop" in str(node.target) for node in program.graph.nodes)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastgrad._torch import flat_graph, storage_key, while_loop
 from fastgrad.checks import without_warnings
 
-#: Bytes that one input's operations write from which on the loop is faster.
+#: If the operations for one input write more bytes than this, the loop is faster.
 LOOP_BYTES = 32 << 20
 
 
@@ -27,10 +27,10 @@ def trace(
 ) -> Any:
     """Unroll ``function`` with its backward pass; return a `torch.export.ExportedProgram` of dynamic batch.
 
-    It takes a tensor ``(B, ...)`` like ``example_input`` to a tuple of some with B rows, each of its own input alone.
-    ``one_by_one`` says whether a loop takes the inputs one after another; None for what is faster.
+    It maps a tensor ``(B, ...)`` like ``example_input`` to a tuple of tensors with B rows; a row depends on its input
+    alone. ``one_by_one`` says whether a loop takes the inputs one after another; None chooses the faster form.
 
-    RuntimeError where the graph depends on the batch size.
+    RuntimeError if the graph depends on the batch size.
     """
     one = example_input.detach()[:1].contiguous()
     batch = one.expand(3, *one.shape[1:]).contiguous()
@@ -54,7 +54,7 @@ def trace(
 
 
 def written(graph: torch.fx.GraphModule) -> int:
-    """Bytes of all operations' results, views not counted."""
+    """Return the bytes of all operations' results, views not counted."""
     sizes: dict[int, int] = {}
     for node in graph.graph.nodes:
         if node.op == "call_function" and isinstance(value := node.meta.get("val"), Tensor):
@@ -63,7 +63,7 @@ def written(graph: torch.fx.GraphModule) -> int:
 
 
 def _share_constants(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """The same with every constant as one attribute with memory of its own, as a loop's body needs them."""
+    """Return the graph with each constant as one attribute with memory of its own, as a loop's body needs."""
     names: dict[Any, str] = {}
     memory: set[int] = set()
     for node in graph.graph.nodes:
@@ -80,12 +80,12 @@ def _share_constants(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
             setattr(graph, node.target, nn.Parameter(copy) if isinstance(value, nn.Parameter) else copy)
         memory.add(value.untyped_storage().data_ptr())
     graph.graph.eliminate_dead_code()
-    # With the attributes alone that it uses.
+    # The new module holds only the attributes that the graph uses.
     return torch.fx.GraphModule(graph, graph.graph)
 
 
 class _Loop(nn.Module):
-    """Takes the inputs of a batch one after another through a graph for one."""
+    """Runs a graph for one input on the inputs of a batch, one after another."""
 
     def __init__(self, graph: torch.fx.GraphModule, one: Tensor) -> None:
         super().__init__()
@@ -109,6 +109,6 @@ class _Loop(nn.Module):
 
 
 def _export(graph: nn.Module, batch: Tensor, max_batch: int) -> Any:
-    # The batch that it is recorded with must be one of those that it is for.
+    # The size of the batch that is recorded must be an allowed one.
     size = torch.export.Dim("batch", min=1, max=max(max_batch, len(batch)))
     return torch.export.export(graph, (batch,), dynamic_shapes=({0: size},))

@@ -1,6 +1,6 @@
-"""From the bytes of an image file to a network's input, with limits that hostile files cannot get around.
+"""Turn the bytes of an image file into a network's input, with limits that hostile files cannot get around.
 
-Needs NumPy and Pillow alone, so that a process that only decodes stays small.
+`decode_pixels` needs only NumPy and Pillow, so that a process that only decodes stays small.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from fastgrad.deploy.file.description import Description
 
-#: What browsers and cameras write. Pillow knows some fifty more, several of them rarely exercised parsers.
+#: What browsers and cameras write. Pillow knows some fifty more, several with rarely exercised parsers.
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 10_000_000
 Array = np.ndarray[Any, np.dtype[np.uint8]]
@@ -33,18 +33,18 @@ def decode_image(content: bytes, description: Description, *, max_pixels: int = 
     """Decode an image, crop it to the network's aspect ratio, scale and normalize it.
 
     The largest centered rectangle of the network's aspect ratio is scaled to its input size (bilinear, antialiased).
-    An image of this size is not scaled. The orientation that a camera noted is applied.
+    An image of this size is not scaled. The orientation in the EXIF data is applied.
 
     Args:
         content: a JPEG, PNG or WebP file.
-        description: of the model; its input must be ``(1 or 3, H, W)``.
+        description: the model's; its input must be ``(1 or 3, H, W)``.
         max_pixels: refuse larger images by their header, before any pixel is decoded.
 
     Returns:
         A tensor of ``input_shape`` in the model's dtype: pixels from 0 to 1, normalized as the description says.
 
     Raises:
-        TypeError, ValueError: an argument of another kind.
+        TypeError, ValueError: an argument of the wrong type, or ``max_pixels`` below 1.
         ImageTooLargeError: more than ``max_pixels``.
         ImageError: not an image, a truncated one, or the model takes no images.
     """
@@ -66,7 +66,7 @@ def decode_image(content: bytes, description: Description, *, max_pixels: int = 
 
 
 def require_images(shape: tuple[int, ...]) -> None:
-    """Raise ImageError where no image file holds inputs of this shape."""
+    """Raise ImageError unless this is the shape of an image, ``(1 or 3, H, W)``."""
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise ImageError(f"this model takes no images: its inputs have shape {tuple(shape)}")
 
@@ -84,14 +84,14 @@ def decode_pixels(content: bytes, shape: tuple[int, ...], *, max_pixels: int = M
             if image.width * image.height > max_pixels:
                 size = f"{image.width} x {image.height}"
                 raise ImageTooLargeError(f"the image has {size} pixels; at most {max_pixels} are allowed")
-            # JPEG files are decoded at half, a quarter or an eighth where that is enough, upright or on its side.
+            # JPEG files are decoded at a half, a quarter or an eighth if that is large enough, in either orientation.
             least = 2 * max(width, height)
             image.draft("RGB" if channels == 3 else "L", (least, least))
             upright: Any = ImageOps.exif_transpose(image)
-            # It is left out either way; Pillow would warn of palettes with it, which some callers make an error.
+            # Transparency is dropped anyway; Pillow would warn of palettes with it, which some callers make an error.
             upright.info.pop("transparency", None)
             if upright.mode == "I;16":
-                # As 255 / 65535, rounded; Pillow's convert would clip at 255.
+                # Scaled by 255 / 65535 and rounded; Pillow's convert would clip at 255.
                 upright = Image.fromarray(((np.asarray(upright).astype(np.int32) + 128) // 257).astype(np.uint8))
             upright = upright.convert("L" if channels == 1 else "RGB")
         upright = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)

@@ -1,6 +1,6 @@
 """The exported graph as an ONNX file. `fastgrad.deploy.file.onnx_file` says what is in it.
 
-Backward passes are part of the graph like any other operation; what has no ONNX form is refused by name.
+Backward passes are part of the graph like any other operation; operations without an ONNX form are refused by name.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from fastgrad.deploy.file.onnx_optimizer import optimize, sample_apart
 
 #: The oldest version of the operators that PyTorch translates to; every runtime since 2022 reads it.
 OPSET = 18
-#: Whether this PyTorch writes ONNX: the passes of 2.8 refuse what its own translation makes.
+#: Whether this PyTorch writes ONNX: the passes of 2.8 refuse the result of its own translation.
 TRANSLATES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
-#: Protocol buffers hold no more.
+#: Protocol buffers must have fewer bytes.
 _LARGEST = 2**31
 
 
 def convert(
     function: Callable[[Tensor], Any], example_input: Tensor, *, outputs: Iterable[str], max_batch: int = 1024
 ) -> Any:
-    """Translate ``function`` as `trace` takes it to an ``onnx.ModelProto``, checked by ``onnx.checker``.
+    """Translate ``function``, as for `trace`, to an ``onnx.ModelProto``, checked by ``onnx.checker``.
 
-    RuntimeError where the graph depends on the batch size, is larger than 2 GB, or an operation has no ONNX form; or
+    RuntimeError if the graph depends on the batch size or is larger than 2 GB, an operation has no ONNX form, or
     PyTorch is older than 2.9.
     """
     if not TRANSLATES:
@@ -46,7 +46,7 @@ def convert(
 
     known = ("aten.", "prims.", "<built-in")
     with without_warnings():
-        # A fused attention's backward pass is one operation, which nothing translates, and so is oneDNN's LSTM.
+        # Fused attention's backward pass and oneDNN's LSTM are single operations without a translation.
         with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
             program = trace(function, example_input, max_batch=max_batch, one_by_one=False)
         table = decompositions()
@@ -62,7 +62,7 @@ def convert(
                 dynamo=True, verbose=False, optimize=False,
             )  # fmt: skip
         except RuntimeError as error:
-            # Of PyTorch's own translation, or of a form of other operations that it has for an operation.
+            # Raised by PyTorch's own translation, or by one of its decompositions.
             _refuse(re.findall(r"\btarget=torch\.ops\.([\w.]+)", str(error)))
             raise
         optimize(result.model)
@@ -85,7 +85,7 @@ def _refuse(names: Iterable[str]) -> None:
 
 
 def _tidy(model: Any) -> None:
-    """Name the batch, and leave out where in whose files each operation came from."""
+    """Name the batch, and remove the source file and line of each operation."""
     graph = model.graph
     values = (*graph.input, *graph.output, *graph.value_info)
     symbol = graph.input[0].type.tensor_type.shape.dim[0].dim_param
@@ -101,7 +101,7 @@ def _tidy(model: Any) -> None:
 def write(
     answers: Callable[[Tensor], tuple[Tensor, ...]], example_input: Tensor, path: Path, description: Description
 ) -> None:
-    """Write a file that gives what ``answers`` gives, with ``description`` inside."""
+    """Write an ONNX file that computes ``answers``, with ``description`` inside."""
     with extra("onnx"):
         import onnxruntime  # noqa: F401 - the file is run before it appears
     model = convert(answers, example_input, outputs=outputs_of(description), max_batch=description.max_batch)

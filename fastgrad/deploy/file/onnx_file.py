@@ -1,10 +1,10 @@
 """What an ONNX file of this package holds, and how it is run.
 
-It takes ``input`` ``(batch, ...)``, normalized, and gives what `outputs_of` names. What travels with it is one JSON
-text under the key ``fastgrad`` of the file's ``metadata_props``: neither PyTorch nor this package is needed to run it.
+The graph takes ``input`` ``(batch, ...)``, normalized, and returns what `outputs_of` names. The description is one JSON
+text under the key ``fastgrad`` of the file's ``metadata_props``. Neither PyTorch nor this package is needed to run it.
 
-The last entry, ``fastgrad.sha256``, is the sum of all bytes before it: ONNX has none of its own, and a weight of which
-one bit is another would answer like any. A user who changes a file on purpose removes that entry.
+The last entry, ``fastgrad.sha256``, is the checksum of all bytes before it: ONNX has none of its own, and a flipped bit
+in a weight would go unnoticed. A user who changes a file on purpose removes that entry.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from fastgrad.checks import extra
 
 INPUT = "input"
 KEY = "fastgrad"
-#: Of the entry with the SHA-256, in hexadecimal digits.
+#: Key of the entry with the SHA-256, in hexadecimal digits.
 SUM = "fastgrad.sha256"
 
 
 def load(path: str | os.PathLike[str]) -> Callable[[Tensor], list[Tensor]]:
-    """The function in an ONNX file, on the CPU, with as many threads as PyTorch uses.
+    """Return the function in an ONNX file, on the CPU, with as many threads as PyTorch uses.
 
-    RuntimeError where it is damaged, or ONNX Runtime cannot read or run it; the message says why.
+    RuntimeError if the file is damaged, or ONNX Runtime cannot read or run it; the message says why.
     """
     with extra("onnx"):
         import onnxruntime
@@ -35,10 +35,10 @@ def load(path: str | os.PathLike[str]) -> Callable[[Tensor], list[Tensor]]:
     _check_sum(path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # It would lay out all that a pass writes, for each batch size that it has seen, as if nothing of it could share a
-    # place: of a vision transformer's backward pass twice the memory, for no time.
+    # For each batch size seen, a memory pattern gives all results of a pass places of their own: twice the memory for
+    # a vision transformer's backward pass, and no time saved.
     options.enable_mem_pattern = False
-    # Its warnings are about its own optimizations.
+    # The runtime's warnings are about its own optimizations.
     options.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
@@ -52,13 +52,13 @@ def load(path: str | os.PathLike[str]) -> Callable[[Tensor], list[Tensor]]:
 
 
 def sum_entry(digits: str) -> bytes:
-    """An entry of ``metadata_props``, field 14, as protocol buffers write it; at a message's end it is part of it."""
+    """Return an entry of ``metadata_props``, field 14, as protocol buffers encode it, to append to a message."""
     entry = b"\n%c%s\x12%c%s" % (len(SUM), SUM.encode(), len(digits), digits.encode())
     return b"%c%c%s" % (14 << 3 | 2, len(entry), entry)
 
 
 def _check_sum(path: str | os.PathLike[str]) -> None:
-    """Raise RuntimeError unless the bytes are those that were written; without the entry nothing is checked."""
+    """Raise RuntimeError if the bytes do not match the checksum; without its entry nothing is checked."""
     total = hashlib.sha256()
     left = os.path.getsize(path) - len(sum_entry(total.hexdigest()))
     with open(path, "rb") as file:
@@ -72,7 +72,7 @@ def _check_sum(path: str | os.PathLike[str]) -> None:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> str | None:
-    """The text that travels in an ONNX file, or None; RuntimeError for no whole file."""
+    """Return the description's text in an ONNX file, or None; RuntimeError if the file is damaged."""
     with extra("onnx"):
         import onnx
     try:

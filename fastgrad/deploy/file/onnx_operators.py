@@ -1,8 +1,8 @@
-"""What ONNX has no operator for, written in operators that it has.
+"""Operations that ONNX lacks, composed of operators that it has.
 
-`torch.export.ExportedProgram.run_decompositions` puts these in the place of ATen's operators before PyTorch's own
-translation to ONNX: the few operations of backward passes that are no combination of others in PyTorch, and operators
-whose ONNX namesake means something else.
+`torch.export.ExportedProgram.run_decompositions` replaces ATen's operators by these before PyTorch's own translation to
+ONNX. They are the few operations of backward passes that PyTorch does not compose of others, and operators whose ONNX
+namesake means something else.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 aten = torch.ops.aten
-#: `run_decompositions` leaves them as they are: PyTorch itself has them both composed of others and as kernels.
+#: `run_decompositions` leaves these as they are: PyTorch has them both as compositions and as kernels.
 PASSED_OVER = (aten.silu_backward.default, aten.mish_backward.default)
 _SMALLEST = torch.finfo(torch.float32).tiny
-#: Makes a step of a slope. A power of two: products with it are exact.
+#: Factor that turns a slope into a step. It is a power of two, so products with it are exact.
 _STEEP = 2.0**100
 
 
 def _clamp(x: Tensor, *given: float | None, **named: float | None) -> Any:
-    """ONNX's Clip without a bound takes the dtype's largest number for it: infinity would pass for finite."""
+    """Clamp; for a missing bound ONNX's Clip takes the dtype's largest number, which would make infinity finite."""
     low, high = (*given, None, None)[:2]
     low, high = named.get("min", low), named.get("max", high)
     if low is not None and high is not None:
-        # A network's own ReLU6: one operator, which joins the convolution before. Its bounds must have one type.
+        # As in ReLU6: one operator, which fuses with the convolution before it. Its bounds must have one type.
         return NotImplemented if type(low) is type(high) else aten.clamp.default(x, float(low), float(high))
     bound: Any = high if low is None else low
     if high is None and 0 < bound < _SMALLEST:
@@ -39,17 +39,17 @@ def _clamp(x: Tensor, *given: float | None, **named: float | None) -> Any:
 
 
 def _searchsorted(scores: Tensor, values: Tensor, **how: Any) -> Any:
-    """How many ``scores`` ``(..., K)`` lie below each value; of NaN, which ends in NaN whatever the place, none."""
+    """Count the ``scores`` ``(..., K)`` below each value; none for NaN, which later gives NaN at any count."""
     if how.get("right") or how.get("side") == "right" or how.get("sorter") is not None:
         return NotImplemented
     return (scores.unsqueeze(-2) < values.unsqueeze(-1)).sum(-1)
 
 
 def _above(x: Tensor, sign: float, edge: float) -> Tensor:
-    """1 where ``sign * (x - edge)`` is positive, else 0, of images ``(B, C, H, W)``.
+    """Return 1 where ``sign * (x - edge)`` is positive, else 0, for images ``(B, C, H, W)``.
 
-    A convolution of one weight a channel and the activation that joins it stay in the runtime's blocked layout, where a
-    comparison would leave it.
+    A convolution with one weight per channel and its fused activation keep the runtime's blocked layout, which a
+    comparison would leave.
     """
     channels = x.shape[1]
     weight = torch.full((channels, 1, 1, 1), sign * _STEEP, dtype=x.dtype, device=x.device)
@@ -63,19 +63,19 @@ def _is_images(x: Tensor) -> bool:
 
 
 def _threshold_backward(grad: Tensor, x: Tensor, threshold: float) -> Tensor:
-    """Of a ReLU: the gradient where ``x`` is above the threshold."""
+    """Differentiate a ReLU: the gradient passes where ``x`` is above the threshold."""
     return grad * _above(x, 1.0, threshold) if _is_images(x) else torch.where(x <= threshold, 0.0, grad)
 
 
 def _hardtanh_backward(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
-    """Of a ReLU6: the gradient where ``x`` is between the two."""
+    """Differentiate a ReLU6: the gradient passes where ``x`` is between the two."""
     if _is_images(x):
         return grad * _above(x, 1.0, low) * _above(x, -1.0, high)
     return torch.where((x <= low) | (x >= high), 0.0, grad)
 
 
 def _stable_sort(x: Tensor, *, stable: bool | None, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
-    """ONNX's TopK keeps the order of equal values."""
+    """Sort by TopK, which in ONNX keeps the order of equal values."""
     values, indices = torch.topk(x, x.shape[dim], dim=dim, largest=descending)
     return values, indices
 
@@ -93,20 +93,20 @@ def _convolution_backward(
     groups: int,
     mask: Sequence[bool],
 ) -> Any:
-    """The input's gradient, a transposed convolution of the output's; sums for the bias; none for the weight."""
+    """Return the input's gradient, a transposed convolution of the output's, and the bias's, sums; no weight's."""
     if mask[1]:
         return NotImplemented
     bias = grad.sum([0, *range(2, grad.dim())]) if mask[2] else None
     turned = [d * (n - 1) - p for d, n, p in zip(dilation, weight.shape[2:], padding, strict=True)]
     if not transposed and set(stride) == {1} and min(turned) >= 0:
-        # An ordinary convolution with the kernel turned round, which a runtime computes several times as fast. Constant
-        # weights are turned when it loads the file.
+        # An ordinary convolution with the flipped kernel, which a runtime computes several times as fast. It flips
+        # constant weights when it loads the file.
         kernel = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(tuple(range(2, weight.dim())))
         back = aten.convolution.default(grad, kernel, None, stride, turned, dilation, False, [0] * len(stride), groups)
         return back if mask[0] else None, None, bias
     extra = [0] * len(stride)
     if not transposed:
-        # What the stride cut off at the end of the input.
+        # Positions that the stride cut off at the end of the input.
         sizes = zip(x.shape[2:], grad.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
         extra = [size - ((out - 1) * s - 2 * p + d * (kernel - 1) + 1) for size, out, kernel, s, p, d in sizes]
     back = aten.convolution.default(grad, weight, None, stride, padding, dilation, not transposed, extra, groups)
@@ -116,7 +116,7 @@ def _convolution_backward(
 def _avg_pool(
     x: Tensor, kernel: Sequence[int], stride: Any = (), padding: Any = 0, ceil: Any = False, *how: Any, **named: Any
 ) -> Any:
-    """The translation takes no notice of another divisor than the window's size."""
+    """Apply ``divisor_override``, which the translation ignores."""
     divisor = named.get("divisor_override", (*how, None, None)[1])
     if divisor is None or ceil:
         return NotImplemented
@@ -125,14 +125,14 @@ def _avg_pool(
 
 
 def _parts(x: Tensor, axis: int, start: Tensor, end: Tensor, counts: Tensor | None = None) -> Tensor:
-    """The part ``(outputs, positions)`` that each position along an axis has in means from ``start`` to ``end``."""
+    """Return the weights ``(outputs, positions)`` of positions along an axis in means from ``start`` to ``end``."""
     place = torch.arange(x.shape[axis], device=x.device)
     inside = ((place >= start[:, None]) & (place < end[:, None])).to(x.dtype)
     return inside / (inside.sum(1, keepdim=True) if counts is None else counts[:, None])
 
 
 def _avg_pool2d_backward(grad: Tensor, x: Tensor, *window: Any) -> Any:
-    """Each output's gradient goes to the pixels of its window, by their part in the mean."""
+    """Distribute each output's gradient over the pixels of its window, by their weight in the mean."""
     kernel, stride, padding, _, padding_counts, divisor = window
     if divisor is not None or len(kernel) == 1:
         return NotImplemented
@@ -154,13 +154,13 @@ def _adaptive_avg_pool2d_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def _max_pool2d_backward(grad: Tensor, x: Tensor, *window: Any) -> Tensor:
-    """Each output's gradient goes to the pixel that it was taken from, as the last argument says."""
+    """Add each output's gradient to the pixel that was its maximum, whose index is in the last argument."""
     indices, flat = window[-1], torch.zeros_like(x).flatten(2)
     return flat.scatter_add(2, indices.flatten(2), grad.flatten(2)).view(x.shape)
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """Every decomposition, PyTorch's own among them, by operator."""
+    """Return all decompositions by operator, PyTorch's own included."""
     table: dict[Any, Callable[..., Any]] = dict(torch.export.default_decompositions().items())
     return table | {
         aten._adaptive_avg_pool2d_backward.default: _adaptive_avg_pool2d_backward,
@@ -169,15 +169,15 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.avg_pool3d.default: _avg_pool,
         aten.clamp.default: _clamp,
         aten.convolution_backward.default: _convolution_backward,
-        # Without it the translation leaves what is written as small as it is.
+        # The translation would not expand ``source`` to the shape of ``x``.
         aten.copy.default: lambda x, source, *_: source.to(x.dtype).expand(x.shape),
-        # Whatever it holds is written over.
+        # Any values will do: they are overwritten.
         aten.empty_permuted.default: lambda size, *_, dtype=None, device=None, **how: torch.zeros(
             size, dtype=dtype, device=device
         ),
         aten.hardtanh_backward.default: _hardtanh_backward,
         aten.max_pool2d_with_indices_backward.default: _max_pool2d_backward,
-        # A number less integers, as of a mask, has no translation.
+        # A number minus integers, such as a mask, has no translation.
         aten.rsub.Scalar: lambda x, a, alpha=1: torch.sub(a, x.to(torch.result_type(x, a)), alpha=alpha),
         aten.searchsorted.Tensor: _searchsorted,
         aten.sort.stable: _stable_sort,

@@ -1,13 +1,13 @@
 """Rewrites of an ONNX graph for the same computation in less time.
 
-`optimize` is what onnxscript's own does, without one pattern, two slices that are a split. That is looked for by going
-through all nodes for each node: of the ten thousand nodes that a large network's backward pass has, that takes most of
-an hour.
+`optimize` does what onnxscript's own does, except for one pattern, two slices that are a split. The search for it goes
+through all nodes for each node: for the ten thousand nodes of a large network's backward pass, it takes most of an
+hour.
 
 `sample_apart` lets ONNX Runtime stay in the layout its convolutions work in. On a CPU it keeps images in blocks of
-channels as long as every operator between convolutions has a form for blocks. Clip has none; it is free as the
-activation of the convolution before it, but not where something else wants that convolution's own output. What wants no
-more of it than a grid of positions gets a convolution of its own.
+channels as long as every operator between convolutions has a form for blocks. Clip has none. It is free as the
+activation of the convolution before it, unless another node reads that convolution's own output. A node that reads only
+a grid of its positions gets a convolution of its own.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _RULES = (
     "fuse_batchnorm_into_conv_rule", "remove_optional_bias_from_conv_rule", "remove_optional_bias_from_gemm_rule",
     "materialize_reshape_shape_rule",
 )  # fmt: skip
-#: A constant found by one turn lets a rule apply in the next.
+#: Rounds of optimization: a constant found in one may let a rule apply in the next.
 _TURNS = 2
-#: Products for each number of a map, up to which it costs less to compute a grid of its positions twice than to write
-#: the map for two readers: an activation or a sum then joins the convolution that makes it.
+#: Up to this many products for each number of a map, computing a grid of positions twice costs less than writing the
+#: map for two readers: an activation or a sum can then fuse with the convolution.
 _TWICE = 32
 
 
@@ -57,9 +57,9 @@ def optimize(model: Any) -> None:
 
 
 def sample_apart(model: Any) -> None:
-    """Give each grid of positions of a convolution's output a convolution that computes no more than the grid.
+    """Give each grid of positions of a convolution's output a convolution that computes only the grid.
 
-    A grid is a pooling of single positions; the ``onnx_ir.Model`` is changed in place.
+    A grid is a pooling with windows of one position; the ``onnx_ir.Model`` is changed in place.
     """
     import onnx_ir as ir
     import onnx_ir.passes.common as passes
@@ -69,7 +69,7 @@ def sample_apart(model: Any) -> None:
         if conv is None or conv.op_type != "Conv" or (weight := conv.inputs[1].const_value) is None:
             continue
         steps = node.attributes["strides"].as_ints()
-        # With the places beside the values, as for a gradient, it stays.
+        # A pooling that also returns indices, as for a gradient, stays.
         single = set(node.attributes["kernel_shape"].as_ints()) == {1} and len(node.outputs) == 1
         rounded = "ceil_mode" in node.attributes and node.attributes["ceil_mode"].as_int()
         if not single or rounded or math.prod(weight.shape[1:]) > _TWICE * math.prod(steps):

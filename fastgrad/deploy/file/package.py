@@ -3,8 +3,8 @@
 `fastgrad.deploy.file.onnx_file` says what is in an ``.onnx``.
 
 A ``.pt2`` is a zip. Its member ``<name>/extra/fastgrad.json`` is the description. The graph runs without this package,
-by ``torch._inductor.aoti_load_package("model.pt2")(x)``, and gives what `outputs_of` says. Native code reads memory as
-it is; `ModelPackage` checks dtype and shape first. Load only files that you would also run as programs.
+by ``torch._inductor.aoti_load_package("model.pt2")(x)``, and returns what `outputs_of` names. Native code does not
+check its input; `ModelPackage` checks dtype and shape. Load only files that you would also run as programs.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from fastgrad.engine.memory import keep_freed_memory
 from fastgrad.prediction import Prediction
 
 MEMBER = "extra/fastgrad.json"
-#: Bytes of it, and of an archive's table of contents.
+#: Most bytes of the description, and of an archive's table of contents.
 _LARGEST = 4 * 2**20
 #: What reading a damaged archive raises.
 DAMAGED = (zipfile.BadZipFile, EOFError, RuntimeError, UnicodeDecodeError, AssertionError)
-#: Of the kinds of file, as their names end.
+#: Suffixes of the kinds of file.
 SUFFIXES = (".pt2", ".onnx")
 
 
@@ -56,10 +56,10 @@ def write_description(path: str | os.PathLike[str], description: Description) ->
 
 
 def read_description(path: str | os.PathLike[str]) -> Description:
-    """Read what travels with the graph, without preparing the graph to run.
+    """Read the description in a file, without preparing the graph to run.
 
     Raises:
-        PackageError: no such file, one of neither kind, no description inside, a damaged one, or one of a newer format.
+        PackageError: there is no such file, it is of neither kind, or its description is missing, damaged or newer.
     """
     checks.is_path(path=path)
     if not Path(path).is_file():
@@ -87,7 +87,7 @@ def read_description(path: str | os.PathLike[str]) -> Description:
 
 
 def digest_of(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
+    """Return the SHA-256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -96,7 +96,7 @@ def digest_of(path: str | os.PathLike[str]) -> str:
 
 
 class _Bounded(io.FileIO):
-    """A file of which no more than 4 MiB is read at once: an archive's table of contents can claim any size."""
+    """A file that reads at most 4 MiB at once, else raises: an archive's table of contents can claim any size."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         wanted = _LARGEST + 1 if size is None or size < 0 else size
@@ -108,7 +108,7 @@ class _Bounded(io.FileIO):
 
 @contextlib.contextmanager
 def _archive(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
-    """A ``.pt2`` as PyTorch writes it: nothing compressed, doubled, linked or outside its own folder."""
+    """Open a ``.pt2``; raise if an entry is compressed, doubled, a link or outside the archive: PyTorch writes none."""
     with _Bounded(os.fspath(path)) as file, zipfile.ZipFile(file) as archive:
         names = set()
         for entry in archive.infolist():
@@ -137,7 +137,7 @@ def _read_member(path: str | os.PathLike[str]) -> str | None:
 
 @contextlib.contextmanager
 def _named_in_ascii(path: Path) -> Iterator[Path]:
-    """The file, or a copy: PyTorch and ONNX Runtime open names by their UTF-8, which is not each system's form."""
+    """Yield the file, or a copy named in ASCII: PyTorch and ONNX Runtime open UTF-8 names, which not all systems do."""
     if str(path).isascii():
         yield path
         return
@@ -146,7 +146,7 @@ def _named_in_ascii(path: Path) -> Iterator[Path]:
 
 
 def _load_archive(path: Path) -> Callable[[Tensor], Sequence[Tensor]]:
-    """The function in a ``.pt2``; PyTorch would run code of which a bit is another."""
+    """Return the function in a ``.pt2`` after testing its checksums: PyTorch would run code with a flipped bit."""
     with _archive(path) as archive:
         member = archive.testzip()
     if member is not None:
@@ -155,7 +155,7 @@ def _load_archive(path: Path) -> Callable[[Tensor], Sequence[Tensor]]:
 
 
 def _check_machine(path: str | os.PathLike[str], description: Description) -> None:
-    """Refuse native code for another system, and for instructions that this machine lacks and that would end it."""
+    """Refuse native code for another system, or whose instructions this machine lacks: they would end the process."""
     made = description.versions.get("system", sys.platform)
     if made != sys.platform:
         raise PackageError(f"{path} was compiled on {made}; this system is {sys.platform}; an .onnx runs on both")
@@ -174,7 +174,7 @@ class ModelPackage:
         path: the ``.pt2``, or the ``.onnx``, which runs on the CPU.
 
     Raises:
-        PackageError: not an exported model, a damaged one, or one compiled for a device that is not here.
+        PackageError: not an exported model, a damaged one, or one compiled for a device that this machine lacks.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -182,9 +182,9 @@ class ModelPackage:
         self.path = Path(path)
         if self.description.device == "cuda" and not torch.cuda.is_available():
             raise PackageError(f"{path} was compiled for a CUDA device; there is none here")
-        if self.path.suffix != ".onnx":  # whatever its name, it is native code
+        if self.path.suffix != ".onnx":  # a file of any other name is native code
             _check_machine(path, self.description)
-        # Else a process that only runs files clears pages for half of a small network's time.
+        # Otherwise a process that only runs files spends half of a small network's time on clearing pages.
         keep_freed_memory()
         try:
             load = onnx_file.load if self.path.suffix == ".onnx" else _load_archive
@@ -201,23 +201,23 @@ class ModelPackage:
         Raises:
             ValueError: a wrong shape or batch size.
             TypeError: a wrong dtype.
-            PackageError: the graph gives something else than the description says.
+            PackageError: the graph's outputs are not those of the description.
         """
         return self.explain(x)[0]
 
     def explain(self, x: Tensor) -> tuple[Prediction, dict[str, Tensor]]:
-        """Run a batch as `__call__` does; also give the evidence ``(B,)`` by name, none where the file has none."""
+        """Run a batch as `__call__` does; return the evidence ``(B,)`` by name, too, empty if the file has none."""
         outputs = self._outputs(x)
         columns = outputs.pop("evidence").unbind(-1) if self.description.evidence else ()
         return Prediction(**outputs), dict(zip(self.description.evidence or (), columns, strict=True))
 
     def rows(self, x: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Run a batch as `__call__` does; a row per input: probabilities, uncertainty, risk and evidence if given."""
+        """Run a batch as `__call__` does; return rows of probabilities, uncertainty, and risk and evidence if given."""
         _, *columns = self._outputs(x).values()
         return torch.cat([column.double().view(len(x), -1) for column in columns], 1).cpu().numpy()
 
     def _outputs(self, x: Tensor) -> dict[str, Tensor]:
-        """All that the graph gives, by name, as the description says."""
+        """Return the graph's outputs by name, checked against the description."""
         checks.is_tensor("x", x)
         expected = self.description.input_shape
         if tuple(x.shape[1:]) != expected or not 1 <= len(x) <= self.description.max_batch:

@@ -39,14 +39,14 @@ _FOREIGN = "was not made by fastgrad score and is left as it is; choose another 
 
 
 def write_part(rows: list[dict[str, Any]], path: Path, schema: Any, job: bytes) -> None:
-    """Write one part of the job of this id: whole under its name, or not at all."""
+    """Write one part of the job with this id, whole or not at all."""
     with written_beside(path) as temporary:
         pq.write_table(pa.Table.from_pylist(rows, schema=schema.with_metadata({_JOB: job})), temporary)
 
 
 def _schema(path: Path) -> Any:
-    """Of a Parquet file; an empty one where there is none, nor a name that pyarrow opens."""
-    # Opening a pipe would wait for who writes to it.
+    """Return the schema of a Parquet file; an empty one if there is no such file, or pyarrow cannot open it."""
+    # Opening a pipe would wait for a writer.
     with contextlib.suppress(OSError, UnicodeError, pa.ArrowInvalid):
         if path.is_file():
             return pq.read_schema(path)
@@ -54,12 +54,12 @@ def _schema(path: Path) -> Any:
 
 
 def _job_of(schema: Any) -> Any:
-    """The id of the job that wrote a part of this schema; None for another program's file."""
+    """Return the id of the job that wrote a part with this schema; None for another program's file."""
     return (schema.metadata or {}).get(_JOB)
 
 
 def check_out(path: Path, schema: Any) -> None:
-    """Raise ValueError where ``path`` is no name for a result: what another program wrote would be lost."""
+    """Raise ValueError if ``path`` lies in no folder, or holds another program's file, which would be lost."""
     if not path.parent.is_dir():
         raise ValueError(f"out must lie in an existing folder; there is no {str(path.parent)!r}")
     if os.path.lexists(path) and _schema(path).names != schema.names:
@@ -67,7 +67,7 @@ def check_out(path: Path, schema: Any) -> None:
 
 
 def arrow_schema(description: Description) -> Any:
-    """The columns: as the server answers (`answer`), but the probability of the class alone; and an image's error."""
+    """Return the columns: a name, the fields of `answer` with the probability of the class only, and an error."""
     names = description.evidence
     evidence = pa.struct([(name, pa.float64()) for name in names]) if names else pa.null()
     return pa.schema(
@@ -81,11 +81,11 @@ def arrow_schema(description: Description) -> Any:
 
 @dataclass
 class Job:
-    """Images to score, cut into parts, and a folder of the parts that are there; the options are those of `score`.
+    """Images to score, divided into parts, and the folder of finished parts; the options are those of `score`.
 
-    The folder is made, or continued where it holds parts of this very job, which bear its ``id``. ``missing`` has the
-    numbers of the parts that were not there, ``done`` is how many images the others hold. ValueError where the model
-    takes no images, there are none, a file cannot be read, or the folder is another job's, or not made by one.
+    The folder is made, or continued if it holds parts with this job's ``id``. ``missing`` lists the numbers of the
+    parts that were not there, and ``done`` counts the images in the others. ValueError if the model takes no images,
+    there are none, a file cannot be read, or the folder belongs to another job or program.
     """
 
     model: Path
@@ -111,12 +111,12 @@ class Job:
             self.max_pixels, self.max_bytes,
         )  # fmt: skip
         self.id = hashlib.sha256(repr(identity).encode("ascii", "backslashreplace")).hexdigest().encode()
-        # One more byte is read, and of no more than the system counts.
+        # One more byte is read, and no read can ask for more than `sys.maxsize`.
         self.max_bytes = min(self.max_bytes, sys.maxsize - 1)
         self._open()
 
     def _look(self) -> str:
-        """Count the images; return what changes when they do."""
+        """Count the images; return a text that changes when they do."""
         images = self.images
         if images.is_dir():
             if any(self.columns):
@@ -128,7 +128,7 @@ class Job:
                 self.total = pq.ParquetFile(images).metadata.num_rows
             except Exception as error:
                 raise ValueError(f"{images} is not a readable Parquet file: {error}") from None
-            list(read_parquet(images, *self.columns, stop=0))  # the columns are there
+            list(read_parquet(images, *self.columns, stop=0))  # raises unless the columns are there
             stat = images.stat()
             identity = f"{stat.st_size} {stat.st_mtime_ns}"
         else:
@@ -138,7 +138,7 @@ class Job:
         return identity
 
     def _open(self) -> None:
-        """Make the folder, or find the parts of this job; nothing else is adopted, and so removed at the end."""
+        """Make the folder, or find the parts of this job in it; refuse others, which would be removed at the end."""
         folder = self.folder
         if not fits_utf8(str(folder)):
             raise ValueError(f"out must be a name in UTF-8, as pyarrow opens no other; it was {str(folder)!r}")
@@ -151,10 +151,10 @@ class Job:
         self.done = self.total - sum(min(self.part, self.total - index * self.part) for index in self.missing)
         if self.done:
             return
-        # The folder is that job's which came first, also before its first part is there.
+        # The folder belongs to the job that came first, even before its first part is there.
         claim = folder / (UNFINISHED + self.id.decode())
         others = [path for path in folder.glob(UNFINISHED + "?" * len(self.id)) if path != claim]
-        # Parts may have been copied without the claim; one of this job may have come since, by the same command.
+        # Parts may have been copied without the claim; the same command may have added one of this job meanwhile.
         if others or any(_job_of(_schema(path)) not in (None, self.id) for path in folder.glob("part-*.parquet")):
             other = "the parts of another job (other model, images or options)"
             raise ValueError(f"{folder} holds {other}; remove it or choose another --out")
@@ -164,7 +164,7 @@ class Job:
             claim.touch(exist_ok=False)  # never through a link that somebody has put there
 
     def write(self, model: ModelPackage, index: int, pool: ThreadPoolExecutor, told: Callable[[int], Any] = int) -> int:
-        """Score part ``index`` and write it; return how many images it holds. Each batch's number is ``told``.
+        """Score part ``index`` and write it; return how many images it holds. ``told`` is called with batch sizes.
 
         While a batch is scored, the threads of ``pool`` decode the next.
         """
@@ -177,7 +177,7 @@ class Job:
             sources = (Source(name.decode("utf-8", "backslashreplace"), path) for name, path in names)
         waiting: deque[tuple[str, Future[Array]]] = deque()
         rows: list[dict[str, Any]] = []
-        # Of all threads: were each to turn Pillow's warnings off and on, the last would restore what another set.
+        # Once for all threads: if each turned Pillow's warnings off and on, one could restore another's setting.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             while True:
@@ -196,17 +196,17 @@ class Job:
         if isinstance(content, Path):
             try:
                 with content.open("rb") as file:
-                    # Python takes the memory for all that may be read.
+                    # Python allocates as many bytes as it is asked to read.
                     content = file.read(min(self.max_bytes, os.fstat(file.fileno()).st_size) + 1)
             except OSError as error:
-                # Without the path, which an error's own text has.
+                # Without the path, which is part of the error's own text.
                 raise ImageError(f"the file cannot be read: {error.strerror or type(error).__name__}") from None
         if len(content) > self.max_bytes:
             raise ImageTooLargeError(f"the image is too large; at most {self.max_bytes} bytes are read")
         return decode_pixels(content, self.description.input_shape, max_pixels=self.max_pixels)
 
     def _score(self, model: ModelPackage, items: list[tuple[str, Future[Array]]]) -> list[dict[str, Any]]:
-        """A row an image; where it cannot be read, its name and ``error``, which says why."""
+        """Return a row per image; for one that cannot be read, its name and an ``error`` that says why."""
         rows: list[dict[str, Any]] = [{"name": name} for name, _ in items]
         readable, images = [], []
         for row, (_, decoded) in zip(rows, items, strict=True):
@@ -226,12 +226,12 @@ class Job:
         return rows
 
     def progress_bar(self, show: bool) -> Any:
-        """A progress bar over the images; none where there is no standard error, as with ``2>&-``."""
+        """Return a progress bar over the images, disabled without a standard error, as with ``2>&-``."""
         return tqdm(total=self.total, initial=self.done, unit="image", disable=not (show and sys.stderr))
 
 
 def count_rows(parts: Sequence[Path]) -> dict[str, int]:
-    """How many images, unreadable and unreliable ones the parts hold."""
+    """Count the images in the parts, and the unreadable and unreliable ones among them."""
     table = dataset(parts)
     counted = {"images": None, "unreadable": field("error").is_valid(), "unreliable": ~field("reliable")}
     return {name: table.count_rows(filter=condition) for name, condition in counted.items()}
@@ -239,14 +239,14 @@ def count_rows(parts: Sequence[Path]) -> dict[str, int]:
 
 def join_parts(job: Job, out: Path) -> None:
     """Make one Parquet file of all parts, then remove what the job wrote, and the folder if nothing else is in it."""
-    # What a process that is killed meanwhile leaves lies in the folder, which a later run removes.
+    # A process that is killed meanwhile leaves its temporary file in the folder, which a later run removes.
     with written_beside(out, job.folder) as temporary, pq.ParquetWriter(temporary, job.schema) as writer:
         for part in job.paths:
             table = pq.read_table(part)
             if _job_of(table.schema) != job.id:
                 raise ValueError(f"{part} was written by another run with this out; the same command writes it anew")
             writer.write_table(table.cast(job.schema))
-    # Under another name, so that a slower run with this out writes no part beside those that go.
+    # Renamed first, so that a slower run with this ``out`` adds no part while the folder is removed.
     gone = job.folder.rename(out.with_name(UNFINISHED + secrets.token_hex(8)))
     for path in (*(gone / part.name for part in job.paths), *gone.glob(UNFINISHED + "*")):
         path.unlink()

@@ -1,4 +1,4 @@
-"""Scoring on this machine: one row an image, whatever the image.
+"""Scoring on this machine: one row per image, even if it is unreadable.
 
 Rows are written in parts, each under its final name only when it is complete, so a stopped run continues where it
 stopped. An unreadable image gets a row whose ``error`` says why.
@@ -36,8 +36,8 @@ def score(
 
     Args:
         model_path: file written by `fastgrad.export`.
-        images: folder, of which every file with an image's name counts, also in folders below, except those that are
-            links; or ``.parquet`` file.
+        images: a folder, of which all files with an image's suffix count, also in subfolders that are not links; or a
+            Parquet file.
         out: the Parquet file to write. Until it is whole, its parts lie beside it in ``<out>.parts``.
         batch: images in one run of the model.
         part: images in one part, the most that an interrupted run loses.
@@ -46,7 +46,7 @@ def score(
         key_column: column whose value becomes the row's name; None guesses.
         max_pixels: larger images are not decoded.
         max_bytes: larger files, and cells of a Parquet file, are not read.
-        decoders: threads that decode images; None: one a processor core.
+        decoders: threads that decode images; None: one per processor core.
         progress: show a progress bar.
 
     Returns:

@@ -30,16 +30,16 @@ class Source(NamedTuple):
 
 
 def list_folder(folder: Path) -> tuple[list[str], str]:
-    """The names of all image files below a folder, with slashes, in order, and a digest of names, sizes and times.
+    """Return the sorted names of all image files below a folder, with slashes, and a digest of names, sizes and times.
 
-    Links to files count, also where there is no such file; links to folders are not followed. OSError where a folder
-    cannot be read, whose images would be missing.
+    Links to files count, even broken ones; links to folders are not followed. OSError if a folder cannot be read,
+    because its images would be missing.
     """
 
     def refuse(error: OSError) -> NoReturn:
         raise error
 
-    # Names alone: of a million images, their paths would take half a gigabyte.
+    # Only names: the `Path` objects of a million images would take half a gigabyte.
     names: list[str] = []
     for where, _, files in os.walk(folder, onerror=refuse):
         below = Path(where).relative_to(folder)
@@ -58,11 +58,11 @@ def list_folder(folder: Path) -> tuple[list[str], str]:
 def read_parquet(
     path: Path, column: str | None, key: str | None, start: int = 0, stop: int | None = None, most: int = MAX_BYTES
 ) -> Iterator[Source]:
-    """Rows ``start`` to ``stop`` (None: the end) of a Parquet file; row groups that hold none of them are not read.
+    """Yield rows ``start`` to ``stop`` (None: the end) of a Parquet file; skip row groups that hold none of them.
 
-    ``column`` has the images, bytes or structs with a field ``bytes``; of a cell with more than ``most``, one byte
-    more comes. ``key`` has the names; without one a row has its number. Where either is None, usual names are tried.
-    ValueError where there is no such column, or several, or it holds no bytes, or the file is damaged.
+    ``column`` holds the images, as bytes or structs with a field ``bytes``; larger cells are cut after ``most`` + 1
+    bytes. ``key`` holds the names; without one, a row's number is its name. If either is None, usual names are tried.
+    ValueError if there is no such column, or several, it holds no bytes, or the file is damaged.
     """
     file = pq.ParquetFile(path)
     names = file.schema_arrow.names
@@ -78,7 +78,7 @@ def read_parquet(
         for part in file.iter_batches(batch_size=64, row_groups=groups, columns=columns):
             images = _cells(part.column(column), most)
             keys = part.column(key) if key else pa.nulls(len(images))
-            if keys.type in (pa.string(), pa.large_string()):  # which may hold other bytes than UTF-8's
+            if keys.type in (pa.string(), pa.large_string()):  # may hold bytes that are not UTF-8
                 keys = keys.cast(pa.large_binary())
             for number, (name, content) in enumerate(zip(keys.to_pylist(), images, strict=True), start=row):
                 if isinstance(name, bytes):
@@ -91,12 +91,12 @@ def read_parquet(
 
 
 def _cells(column: Any, most: int) -> list[bytes]:
-    """The bytes of image cells: bytes, or structs with a field ``bytes`` (as Hugging Face writes them)."""
+    """Return the bytes of image cells: bytes, or structs with a field ``bytes`` (as Hugging Face writes them)."""
     if pa.types.is_struct(column.type):
         names = [field.name for field in column.type]
         column = pc.struct_field(column, "bytes") if "bytes" in names else column
     try:
-        if column.type in (pa.string(), pa.large_string()):  # as of paths, which would cast
+        if column.type in (pa.string(), pa.large_string()):  # paths, for example, which the cast would accept
             raise pa.ArrowInvalid
         column = column.cast(pa.large_binary())
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid):

@@ -64,32 +64,31 @@ def create_app(
     """Make the application that serves exported models.
 
     Exported files hold native code, so none is loaded again unless ``pins`` names its digest. Then a changed file takes
-    over once its processes are ready, and no request is lost. If it cannot be loaded, the previous one goes on and the
+    over once its processes are ready, and no request is lost. If it cannot be loaded, the previous one stays and the
     log says why. Files are copied to the temporary folder.
 
     Args:
-        path: the ``.pt2`` or ``.onnx``; or several by name, of which the first answers where no name is given.
+        path: the ``.pt2`` or ``.onnx``; or several by name, of which the first answers requests without a name.
         workers: processes that run each model.
         threads: compute threads of each process.
-        decoders: processes that read bodies; None: one a processor core, at most four.
+        decoders: processes that read bodies; None: one per processor core, at most four.
         max_batch: largest batch; at most the file's own.
         batch_wait: seconds an idle worker waits for a batch to fill.
-        limits: see `Limits`; those of connections and headers are kept by ``fastgrad serve``.
-        api_key: if given, all but the page, /health and /ready needs it, as ``Authorization: Bearer KEY``.
+        limits: see `Limits`; those of connections and headers are enforced by ``fastgrad serve``.
+        api_key: if given, all routes but the page, /health and /ready need it, as ``Authorization: Bearer KEY``.
         allowed_hosts: names that requests may have in ``Host``, beside ``localhost`` and addresses.
         false_alarm_rate: share of in-distribution inputs to flag, one of the rates in the file; None: the
             file's own.
         drift_false_alarm_rate: bound on the probability of ever raising the drift alarm without drift.
-        pins: a file with the SHA-256 of each model file that may be loaded, a line each, as ``sha256sum`` writes them.
+        pins: a file with the SHA-256 of each model file that may be loaded, one per line, as ``sha256sum`` writes them.
             Keep it where writers of model files cannot write. None: no file is loaded after the start.
         reload_every: seconds between two looks at the files, with ``pins``.
-        tracer_provider: of OpenTelemetry, for the spans of requests to /predict; None makes none.
+        tracer_provider: OpenTelemetry's, for the spans of requests to /predict; None makes no spans.
 
     Raises:
         PackageError: not an exported model, or one that ``pins`` does not name.
-        TypeError, ValueError: the file has no threshold for that rate, a key that no request can carry, no model, a
-            name that fits no address, no list for ``allowed_hosts``, a number out of its range, or what is no number,
-            path or `Limits`.
+        TypeError, ValueError: the file has no threshold for that rate, no request can carry the key, there is no model,
+            a name fits no address, ``allowed_hosts`` is no list, or an argument has a wrong type or is out of range.
     """
     for name, file in path.items() if isinstance(path, Mapping) else (("model", path),):
         is_path(path=file)
@@ -132,7 +131,7 @@ def create_app(
             raise
         watching = [asyncio.create_task(model.watch(reload_every)) for model in models.values() if pins is not None]
         app.openapi()
-        # What is there now stays; going through it again and again would stop the event loop for a tenth of a second.
+        # Objects made so far stay; each garbage collection of them would stop the event loop for a tenth of a second.
         gc.collect()
         gc.freeze()
         app.state.ready = True
@@ -158,7 +157,7 @@ def create_app(
 
     @app.exception_handler(405)
     async def other_methods(request: Request, error: HTTPException) -> JSONResponse:
-        # The first route of a path knows its own method alone.
+        # The first route of a path knows only its own method.
         partial = [route for route in app.routes if route.matches(request.scope)[0] is Match.PARTIAL]
         allowed = sorted({method for route in partial for method in getattr(route, "methods", ())})
         return JSONResponse({"detail": error.detail}, 405, {"Allow": ", ".join(allowed)})
@@ -170,7 +169,7 @@ def create_app(
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:
-        # The log has it from the web server.
+        # The web server writes the error to the log.
         return refusal(RequestError(500, "the server failed; its log says why"))
 
     described: dict[str, Any] = {
@@ -183,7 +182,7 @@ def create_app(
     @app.post("/predict/{name}", **described)
     async def predict_route(request: Request, name: str | None = None) -> JSONResponse:
         start = time.perf_counter()
-        # One version of the file from here to the answer, whatever takes over meanwhile.
+        # One version of the file from here to the answer, even if another takes over meanwhile.
         with named(name).served.in_use() as served, Trace(tracer, request) as trace:
 
             async def run(value: bytes) -> np.ndarray[Any, Any]:

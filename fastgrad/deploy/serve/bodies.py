@@ -1,4 +1,4 @@
-"""What a request may cost, and how it is answered within that."""
+"""Limits on what a request may cost, and the answering of requests within them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ with extra("serve"):
     from anyio import current_time, fail_after, move_on_after
     from starlette.requests import ClientDisconnect, Request
 
-#: A body that is too large is read on and thrown away up to here, so that the client gets to read the refusal.
+#: Bytes up to which a body that is too large is read and discarded, so that the client gets to read the refusal.
 _DISCARD = 256 * 2**20
 #: Seconds that a body may take however small it is.
 _GRACE = 5.0
@@ -29,19 +29,19 @@ _INPUT = 2**28
 
 @dataclass(frozen=True)
 class Limits:
-    """What requests may cost.
+    """Limits on what requests may cost.
 
     Attributes:
         body: bytes of a request body; more is answered 413.
         pixels: of an image; more is answered 413, before anything is decoded.
-        queue: requests to /predict in progress at once whose body is there; more are answered 503 with Retry-After.
-        seconds: from a request's headers to its answer; then 504, or 408 where its body is still coming, and what works
-            on it is ended.
+        queue: requests to /predict in progress at once whose body has arrived; more are answered 503 with Retry-After.
+        seconds: from a request's headers to its answer; then 504, or 408 if its body is still arriving; a process that
+            works on a batch that long is ended.
         memory: bytes of all bodies and inputs together; more are answered 503.
-        rate: bytes a second that a body must bring, after the first five seconds; else 408.
+        rate: bytes of a body that must arrive per second, after the first five seconds; else 408.
         decode_seconds: to read one body; then 422, and the process that does it is ended.
         load_seconds: to load a model.
-        connections: open at once, or fewer where a process may open few files; with one more, the one that has waited
+        connections: open at once, or fewer if the process may open few files; at one more, the one that has waited
             longest for its client is closed.
         header_seconds: until a request's headers must have arrived; then the connection is closed.
 
@@ -67,7 +67,7 @@ class Limits:
 async def read_body(request: Request, limits: Limits, hold: Callable[[int], None]) -> bytearray:
     """Read a body within ``body``, ``rate`` and ``seconds`` of the limits; ``hold`` is told how many bytes there are.
 
-    RequestError 400 where it is empty or broken off, 408 too slow, 413 too large, 503 too many at once.
+    RequestError 400 if the body is empty or broken off, 408 if too slow, 413 if too large; and what ``hold`` raises.
     """
     declared = request.headers.get("content-length", "")
     too_large = declared.isdecimal() and int(declared[:20]) > limits.body
@@ -98,9 +98,9 @@ async def read_body(request: Request, limits: Limits, hold: Callable[[int], None
 
 
 class Readers(Pool):
-    """Has requests answered within the limits. Processes turn bodies into inputs, and are killed if it takes too long.
+    """Answers requests within the limits. Processes turn bodies into inputs, and are killed if that takes too long.
 
-    ``active`` counts the requests in progress whose body is there.
+    ``active`` counts the requests in progress whose body has arrived.
     """
 
     def __init__(self, count: int, limits: Limits) -> None:
@@ -110,7 +110,7 @@ class Readers(Pool):
         super().__init__(children, hang_timeout=limits.decode_seconds, load_timeout=60.0)
 
     def _hold(self, request: Request, size: int) -> None:
-        """Note how many bytes a request holds now; RequestError 503 where all together would hold too many."""
+        """Note how many bytes a request holds now; RequestError 503 if all requests would hold too many."""
         more = size - self._held.get(request, 0)
         if more > 0 and sum(self._held.values()) + more > self.limits.memory:
             raise RequestError(503, "the bodies of other requests fill the memory; try again in a moment")
@@ -124,9 +124,9 @@ class Readers(Pool):
         run: Callable[[bytes], Awaitable[Any]],
         stage: Callable[[str], None] = lambda name: None,
     ) -> dict[str, Any]:
-        """The answer to a request by its input's row, which ``run`` gives; ``stage`` hears what begins.
+        """Return the answer to a request: ``run`` turns its input into a row; ``stage`` is told each stage's name.
 
-        RequestError where there is none: for its body, a result that is not finite, too many requests or too much time.
+        RequestError if there is none: for its body, a result that is not finite, too many requests or too much time.
         """
         limits, end = self.limits, current_time() + self.limits.seconds
         hold = functools.partial(self._hold, request)
@@ -158,7 +158,7 @@ class Readers(Pool):
             self._held.pop(request, None)
 
     async def read(self, content_type: str, body: Bytes, description: Description) -> bytes:
-        """Read one body, as `decoder.read_input` does; RequestError 422 too if it takes too long, or ends processes."""
+        """Read one body, as `decoder.read_input` does; RequestError 422 also if it takes too long or ends processes."""
         arguments = (content_type, description.input_shape, description.input_dtype)
         try:
             return await self.submit((json.dumps(arguments).encode() + b"\n", body))

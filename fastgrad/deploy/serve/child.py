@@ -23,15 +23,15 @@ from anyio import fail_after, move_on_after
 
 Bytes = bytes | bytearray | memoryview
 _log = logging.getLogger("uvicorn.error")
-#: Of a reply: a status, 0 for what was asked for, and the number of bytes that follow.
+#: Head of a reply: a status, 0 for success, and the number of bytes that follow.
 REPLY = struct.Struct("<HQ")
-#: The status of what the server's log gets to read, and not the client.
+#: Status of a failure whose reason goes to the server's log, not to the client.
 _FAILED = 500
 REQUEST = struct.Struct("<Q")
 #: Bytes that are written at once.
 _CHUNK = 2**18
-#: What a child sees of the server's environment: where things are, and settings of compute libraries by how their
-#: names begin. Keys and passwords may have any other name.
+#: Variables of the server's environment that a child gets: places, and settings of compute libraries by prefix. Any
+#: other may hold a key or password.
 _PLACES = {"PATH", "PATHEXT", "HOME", "HOMEDRIVE", "HOMEPATH", "LANG", "TZ", "TMP", "TMPDIR", "TEMP", "SYSTEMROOT"}
 _SETTINGS = (
     "LC_", "LD_", "DYLD_", "MALLOC_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "DNNL_", "TORCH_",
@@ -52,7 +52,7 @@ answer_requests(module, arguments)
 
 
 class RequestError(Exception):
-    """A request that cannot be answered, with the HTTP status that says so, and why for the person who sent it."""
+    """A request that cannot be answered, with the HTTP status and the reason for its sender."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -72,14 +72,14 @@ class ChildTimeoutError(ChildDiedError):
 
 
 class Child:
-    """One process, which answers with what ``start(*arguments)`` of a module gives, in ``most`` bytes at most.
+    """One process that answers with the function that a module's ``start(*arguments)`` returns, in ``most`` bytes.
 
-    JSON must hold the arguments. ``alive`` says whether it has started and can be asked; ``on_end`` is called when it
-    has ended, for whatever reason.
+    The arguments must fit JSON. ``alive`` says whether the process has started and can be asked; ``on_end`` is called
+    when it has ended, for whatever reason.
     """
 
     def __init__(self, module: str, arguments: Sequence[object], *, most: int) -> None:
-        # Integers of NumPy too, where a limit is one.
+        # `default` converts NumPy's integers, which a limit may be.
         self._start = json.dumps([sys.path, _PACKAGE, module, arguments], default=int)
         self._most = most
         self.process: Process | None = None
@@ -87,7 +87,7 @@ class Child:
         self.on_end: Callable[[], None] = lambda: None
 
     async def start(self, seconds: float) -> None:
-        """Start it; ChildError where it cannot do its work, ended, or said nothing in time."""
+        """Start the process; ChildError if it cannot do its work, ends, or does not reply in time."""
         environment = {k: v for k, v in os.environ.items() if k in _PLACES or k.startswith(_SETTINGS)}
         try:
             self.process = await asyncio.create_subprocess_exec(
@@ -108,7 +108,7 @@ class Child:
             self.on_end()
 
     async def restart(self, seconds: float) -> None:
-        """Start it anew, again and again until it can be asked."""
+        """Restart the process, again and again until it can be asked."""
         while True:
             await self.stop(0.0)
             try:
@@ -119,10 +119,10 @@ class Child:
             await asyncio.sleep(1)
 
     async def ask(self, parts: Sequence[Bytes], seconds: float) -> bytes:
-        """Send what the parts make together, if there are any; return the reply.
+        """Send the parts as one request, if there are any; return the reply.
 
-        RequestError where the process refuses what was sent, ChildError where it failed, ChildDiedError where it ended
-        or did not answer in time. Then it is killed, as it is when this is cancelled.
+        RequestError if the process refuses the request, ChildError if it failed, ChildDiedError if it ended or did not
+        answer in time. In the last case, or if this is cancelled, it is killed.
         """
         process = self.process
         if process is None or process.stdin is None or process.stdout is None or (parts and not self.alive):
@@ -131,7 +131,7 @@ class Child:
             with fail_after(seconds):
                 whole = [REQUEST.pack(sum(map(len, parts))), *parts] if parts else []
                 if sum(map(len, whole)) <= _CHUNK:
-                    # At once: the other side wakes once.
+                    # Sent at once, so that the other side wakes once.
                     whole = [b"".join(whole)]
                 for each in whole:
                     part = memoryview(each)
@@ -155,16 +155,16 @@ class Child:
         return reply
 
     def kill(self) -> None:
-        """End it now, and what it works on."""
+        """Kill the process, whatever it works on."""
         self.alive = False
         # Not by `Process.kill`, which may take the exit status before asyncio's own thread does.
         if self.process is not None and self.process.returncode is None:
-            # Windows ends a process by any signal, and denies it where it has just ended.
+            # Windows ends a process by any signal, and denies access to one that has just ended.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(self.process.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
 
     async def stop(self, patience: float = 1.0) -> None:
-        """End it, kindly first; it is gone afterwards."""
+        """Let the process end, kill it after ``patience`` seconds, and wait until it is gone."""
         self.alive = False
         if self.process is None:
             return
@@ -184,7 +184,7 @@ def ignore_signals(*names: str) -> None:
 
 
 def answer_requests(module: str, arguments: Sequence[object]) -> None:
-    """In a child: reply that the function is there which ``start`` of the module gives, then to requests with it."""
+    """Run in a child: reply once the module's ``start`` has returned a function, then answer requests with it."""
     # A service manager may signal all processes at a stop; the server alone decides when these end.
     ignore_signals("SIGINT", "SIGTERM", "SIGBREAK")
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")

@@ -19,7 +19,7 @@ import numpy as np
 from fastgrad.deploy.file.images import ImageError, ImageTooLargeError, decode_pixels
 from fastgrad.deploy.serve.child import RequestError
 
-#: Pixels from 0 to 255, to be normalized, and what the model takes, in float32 or float64.
+#: First byte of a reply: pixels from 0 to 255, to be normalized, or numbers that the model takes, float32 or float64.
 PIXELS, NUMBERS = b"p", b"n"
 #: Bytes that decoding may need beside the process itself.
 MEMORY = 512 * 2**20
@@ -28,12 +28,12 @@ _LARGEST = {"float16": 65504.0, "bfloat16": 3.3895e38, "float32": 3.4028235e38, 
 
 
 def start(max_pixels: int) -> Callable[[bytearray], bytes]:
-    """What answers requests, in a process of its own."""
+    """Prepare this process, and return the function that answers requests."""
     import PIL.Image
 
     PIL.Image.preinit()
     _limit_memory()
-    # Forms and images are told of in the answer; each part of a form, and each image, could write a line.
+    # The answer reports faults of forms and images; each part and each image could also write a line to the log.
     logging.disable()
     warnings.simplefilter("ignore")
 
@@ -49,7 +49,7 @@ def start(max_pixels: int) -> Callable[[bytearray], bytes]:
 
 
 def _limit_memory() -> None:
-    """No more than `MEMORY` from here on, where the system can hold a process to it."""
+    """Limit this process to `MEMORY` more bytes, and to no core dump, if the system can enforce limits."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -62,8 +62,8 @@ def _limit_memory() -> None:
 def read_input(content_type: str, body: bytes, shape: Sequence[int], dtype: str, *, max_pixels: int) -> bytes:
     """Read an image, a form with a ``file``, or JSON ``{"inputs": [...]}``, which the client has normalized.
 
-    `PIXELS` or `NUMBERS` is before the input. RequestError 400 where it is unreadable, 413 too large, 415 of another
-    content type, 422 not this model's input.
+    `PIXELS` or `NUMBERS` comes before the input. RequestError 400 if the body is unreadable, 413 if too large, 415 for
+    another content type, 422 if it does not fit the model.
     """
     shape = tuple(shape)
     kind = content_type.split(";", 1)[0].strip().lower()
@@ -96,7 +96,7 @@ def _file_of_form(content_type: str, body: bytes) -> bytes:
             files.append(file.file_object.read())
 
     try:
-        # In memory: no detour over a file on disk.
+        # Kept in memory, without a file on disk.
         config = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}
         headers = {"Content-Type": content_type.encode("latin-1")}
         parser = create_form_parser(headers, lambda field: None, keep, config=config)
@@ -117,12 +117,12 @@ def _json_input(body: bytes, shape: tuple[int, ...], dtype: str) -> bytes:
         raise RequestError(422, f"inputs must be finite numbers; {constant} was among them")
 
     expected = f"inputs must be numbers in nested lists of shape {list(shape)}"
-    # Before any of it becomes an object, each of which takes some fifty bytes.
+    # Checked before parsing: each object takes some fifty bytes.
     most = 2 * math.prod(shape) + 100
     if any(body.count(sign) > most for sign in (b",", b"[", b"{", b":")):
         raise RequestError(422, f"{expected}; there were more")
     try:
-        # By the byte, or json would take UTF-16 too, in which no word below is found.
+        # Decoded as UTF-8: json would also take UTF-16, in which the search for words below finds none.
         content = json.loads(body.decode("utf-8-sig"), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
@@ -133,7 +133,7 @@ def _json_input(body: bytes, shape: tuple[int, ...], dtype: str) -> bytes:
         values = np.array(content["inputs"])
     except (ValueError, TypeError, OverflowError, RecursionError):
         raise RequestError(422, f"{expected}; the lists were ragged or nested too deeply") from None
-    # NumPy takes true for 1 where numbers are beside it.
+    # NumPy takes true for 1 among numbers.
     words = b"true" in body or b"false" in body
     if values.dtype.kind not in "iuf" or (words and bool in map(type, np.array(content["inputs"], object).flat)):
         raise RequestError(422, f"{expected}; something else was among them")

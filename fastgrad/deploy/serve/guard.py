@@ -1,4 +1,4 @@
-"""Who may ask at all, decided by a request's headers alone: its host, its origin, its key."""
+"""Decide who may send requests by their headers alone: host, origin and key."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ with extra("serve"):
     from starlette.responses import JSONResponse
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-#: What needs no key: the page, which holds nothing, and what balancers ask.
+#: Paths that need no key: the page, which holds no data, and those that load balancers ask.
 OPEN = ("/", "/health", "/ready")
 #: Seconds between two lines of the log about refused keys.
 _QUIET = 10.0
@@ -32,19 +32,19 @@ _log = logging.getLogger("uvicorn.error")
 
 
 def refusal(error: RequestError) -> JSONResponse:
-    """The answer that says why there is none."""
+    """Return the response that says why a request is refused."""
     headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(error.status)
     return JSONResponse({"detail": error.message}, error.status, headers)
 
 
 class Guard:
-    """Refuses before anything else of a request is looked at.
+    """Refuses requests by their headers, before anything else is read.
 
-    A page of another site can make a browser send requests here. Its name in ``Origin`` or, where it lets its own name
-    point here, in ``Host`` gives it away. Addresses are no names and always fit.
+    A page of another site can make a browser send requests here. Its name in ``Origin`` gives it away, or in ``Host``
+    if it lets its own name point here. Addresses are no names and always pass.
 
-    ``key`` is what requests must carry, as ``Authorization: Bearer KEY``, and ``hosts`` under which names they may ask,
-    beside ``localhost``. ValueError for a key that no header can carry, or no list of names.
+    Requests must carry ``key``, if given, as ``Authorization: Bearer KEY``, and may name ``hosts`` or ``localhost``.
+    ValueError for a key that no header can carry, or if ``hosts`` is no list of names.
     """
 
     def __init__(self, key: str | None, hosts: Collection[str]) -> None:
@@ -61,7 +61,7 @@ class Guard:
         self._wrong, self._quiet_until = 0, 0.0
 
     def middleware(self, app: ASGIApp, refused: Callable[[int], None]) -> ASGIApp:
-        """``app``, which hears of no request that is refused; ``refused`` is told the status."""
+        """Return ``app`` behind the guard: refused requests do not reach it, and ``refused`` is told their status."""
 
         async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] == "http":
@@ -77,7 +77,7 @@ class Guard:
         return guarded
 
     def check(self, scope: Scope, without_key: Collection[str] = ()) -> None:
-        """Look at the headers of one request, which needs no key on some paths; RequestError 400, 401 or 403."""
+        """Check the headers of one request, which needs no key on some paths; RequestError 400, 401 or 403."""
         headers = Headers(scope=scope)
         host = headers.get("host", "localhost").lower()
         name = _PORT.sub("", host)
@@ -105,14 +105,14 @@ class Guard:
 
 
 async def _tell(send: Send, app: Any, message: Message) -> None:
-    """Send why the server does not start, in place of where in its code, if that is known."""
+    """Send the reason why the server does not start, if known, instead of a traceback."""
     if message["type"] == "lifespan.startup.failed" and app.state.failure is not None:
         message = {**message, "message": app.state.failure}
     await send(message)
 
 
 def address_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """The address that a host is; None for a name."""
+    """Return the address that ``host`` holds; None for a name."""
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
     return None

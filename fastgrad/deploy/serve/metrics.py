@@ -1,4 +1,4 @@
-"""What the server tells Prometheus, drift among it."""
+"""Metrics of the server for Prometheus, drift included."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ class Metrics:
             gauge("drift_acknowledged", "1 once somebody took note of it", lambda: bool(monitor.acknowledged))
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """Add a number, which is asked for when Prometheus does."""
+        """Add a gauge whose value is computed when Prometheus asks for it."""
         Gauge(name, text, **self._own).set_function(value)
 
     def observe(self, answer: dict[str, Any]) -> None:
-        """Take note of one answer."""
+        """Record one answer."""
         self.uncertainty.observe(answer["uncertainty"])
         reliable = answer["reliable"]
         self.predictions.labels({True: "yes", False: "no", None: "unknown"}[reliable]).inc()
@@ -70,12 +70,12 @@ class Metrics:
             self.monitor.update(answer["uncertainty"])
 
     def render(self) -> bytes:
-        """The text that Prometheus reads."""
+        """Return the text that Prometheus reads."""
         return bytes(generate_latest(self._own["registry"]))
 
 
 def _buckets(reference: ScoreReference | None) -> tuple[float, ...]:
-    """Quantiles of the in-distribution scores, and two steps beyond the last; decades without them."""
+    """Return quantiles of the in-distribution scores, and two steps beyond the last; decades without scores."""
     if reference is None or len(reference.edges) < 2:
         return tuple(float(10.0**k) for k in range(-6, 7))
     levels = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)

@@ -1,6 +1,6 @@
-"""Processes behind one queue: batches form while they are busy, and one that is killed loses nothing.
+"""Processes behind one queue: batches form while they are busy, and a killed process loses no input.
 
-What a dead process held is run again, each input alone, as is a batch that failed: no input takes another with it.
+Inputs of a dead process or a failed batch are run again, each alone: no input fails because of another.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class _Item:
 
 @dataclass(eq=False)
 class Pool:
-    """Has inputs answered by processes, in batches, of which ``on_batch`` hears the sizes.
+    """Has processes answer inputs in batches; ``on_batch`` is called with the size of each.
 
     An idle process waits ``batch_wait`` seconds for a batch to fill after its first input. One that does not answer in
-    ``hang_timeout`` seconds is ended and replaced. It must have started in ``load_timeout`` seconds.
+    ``hang_timeout`` seconds is ended and replaced. A process must start within ``load_timeout`` seconds.
     """
 
     workers: Sequence[Child]
@@ -58,7 +58,7 @@ class Pool:
         return any(worker.alive for worker in self.workers)
 
     async def start(self) -> None:
-        """Start all processes; ChildError where one cannot do its work."""
+        """Start all processes; ChildError if one cannot do its work."""
         try:
             await asyncio.gather(*(worker.start(self.load_timeout) for worker in self.workers))
         except BaseException:
@@ -67,11 +67,11 @@ class Pool:
         self._tasks = [asyncio.create_task(self._serve(worker)) for worker in self.workers]
 
     async def submit(self, parts: Sequence[Bytes], on_run: Callable[[int], None] = lambda size: None) -> bytes:
-        """Have one input answered, which the parts make together. Cancelling it takes it out of the queue.
+        """Return the reply to one input, given in parts. Cancelling this takes the input out of the queue.
 
-        ``on_run`` is called with the size of its batch when that goes to a process, again where it has to be run again.
-        RequestError where it is refused, or failed for a reason that the log has; ChildDiedError where its process
-        ended repeatedly, or did not answer in time.
+        ``on_run`` is called with the size of its batch each time that goes to a process. RequestError if the input is
+        refused, or fails for a reason that the log has. ChildDiedError if its process ended repeatedly, or did not
+        answer in time.
         """
         item = _Item(parts, asyncio.get_running_loop().create_future(), on_run)
         self.queue.append(item)
@@ -79,7 +79,7 @@ class Pool:
         return await item.future
 
     async def close(self) -> None:
-        """End the processes. The caller has waited for what was submitted."""
+        """End the processes; the caller must have waited for what was submitted."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -89,16 +89,16 @@ class Pool:
         while True:
             if batch := await self._next_batch(worker):
                 await self._run(worker, batch)
-                # While nothing comes, what was asked and answered must not fill the memory.
+                # While no input arrives, the last batch must not fill the memory.
                 del batch
             if not worker.alive:
                 self.restarts += 1
                 await worker.restart(self.load_timeout)
 
     async def _next_batch(self, worker: Child) -> list[_Item]:
-        """Wait for an input, and a moment for others; what was run before comes first, and alone.
+        """Wait for an input, and a moment for others; one that was run before comes first, and alone.
 
-        A process that ends meanwhile gets none: an input must not answer for that.
+        A process that ends meanwhile gets none, so that no input is blamed for its end.
         """
         while worker.alive and not self.queue:
             self._arrived.clear()
@@ -115,7 +115,7 @@ class Pool:
         batch: list[_Item] = []
         while self.queue and len(batch) < most:
             item = self.queue.popleft()
-            # Else its request timed out or went away.
+            # A future that is done belongs to a request that timed out or was cancelled.
             if not item.future.done():
                 batch.append(item)
         return batch

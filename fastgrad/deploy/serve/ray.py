@@ -28,7 +28,7 @@ def deployment(
     false_alarm_rate: float | None = None,
     gpus_per_replica: float = 0,
 ) -> Any:
-    """A Ray Serve application that answers ``POST /`` as the server's ``/predict`` does.
+    """Return a Ray Serve application that answers ``POST /`` as the server's ``/predict`` does.
 
     Ray brings batching, replicas, draining and back-pressure (503). Host, origin, key, bodies and time are checked as
     by the server, and separate processes read bodies. Ray's proxy reads a body before it is checked. The page, metrics
@@ -46,7 +46,7 @@ def deployment(
         gpus_per_replica: GPUs that each replica claims.
 
     Returns:
-        What `ray.serve.run` takes.
+        The application, for `ray.serve.run`.
 
     Raises:
         PackageError: not an exported model.
@@ -100,7 +100,7 @@ def serve_model(model: str | os.PathLike[str], *, host: str = "127.0.0.1", port:
         model: file written by `fastgrad.export`.
         host: address each node's proxy listens on; loopback unless told otherwise.
         port: its port.
-        **options: of `deployment`.
+        **options: arguments of `deployment`.
     """
     with extra("cluster"):
         import ray

@@ -1,4 +1,4 @@
-"""What the OpenAPI description says of requests to /predict and of answers."""
+"""Schemas of requests to /predict and of answers, for the OpenAPI description."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class Status(BaseModel):
 
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The refusals that a route may answer with, beside those of every route."""
+    """Return the refusals that a route may answer with, beside those of every route."""
     return {status: {"model": Refusal, "description": "Refused"} for status in statuses}
 
 
 def request_body(shape: tuple[int, ...]) -> dict[str, Any]:
-    """What /predict takes, for inputs of this ``shape``."""
+    """Return the request bodies that /predict takes, for inputs of this ``shape``."""
     image = {"type": "string", "format": "binary"}
     numbers = {"type": "array", "items": {}, "description": f"nested lists of numbers, shape {list(shape)}"}
 

@@ -1,7 +1,7 @@
 """A name and the file that answers under it: loaded, watched, and replaced when the file changes.
 
-A file is copied before anything is read of it: what loads is what was checked, now and when a worker starts again. A
-changed file is loaded beside the old one. When its workers are ready, new requests go there; the old one ends when the
+A file is copied before anything is read from it: workers load what was checked, also when one starts again. A changed
+file is loaded beside the old one. When its workers are ready, new requests go there; the old one ends when the
 last of its requests is answered. A file that cannot be loaded changes nothing.
 """
 
@@ -24,25 +24,25 @@ from fastgrad.deploy.serve.child import Child, ChildError
 from fastgrad.deploy.serve.metrics import Metrics
 from fastgrad.deploy.serve.pool import Pool
 
-# Of the server, whose command sets it up.
+# The server's logger, which ``fastgrad serve`` sets up.
 _log = logging.getLogger("uvicorn.error")
-#: How the names of folders with copies begin.
+#: Prefix of the names of folders with copies.
 _PREFIX = "fastgrad-served-"
 
 
 def _own_folder() -> tuple[Path, int | None]:
-    """A new temporary folder and the lock on it; those are removed first whose process was killed."""
+    """Remove the folders of killed processes; return a new temporary folder and the lock on it."""
     for left in Path(tempfile.gettempdir()).glob(_PREFIX + "*"):
         if (lock := _lock(left)) is not None:
             _remove(left, lock)
     new = Path(tempfile.mkdtemp(prefix="fastgrad-new-"))
     lock = _lock(new)
-    # With its lock already, when another server may find it.
+    # It is locked before it gets the name by which other servers find it.
     return new.rename(new.with_name(_PREFIX + new.name.rpartition("-")[2])), lock
 
 
 def _lock(folder: Path) -> int | None:
-    """Hold a folder until this process ends, however it does; None where another one holds it."""
+    """Lock a folder until this process ends in any way; None if another process holds it, or without such locks."""
     with contextlib.suppress(ImportError, OSError):
         import fcntl
 
@@ -84,7 +84,7 @@ class Served:
         self._remove = weakref.finalize(self, _remove, folder, lock)
         self.path, self.copy = path, (copy := folder / Path(path).name)
         shutil.copyfile(path, copy)
-        # Of the copy, and before anything else reads it: the file itself may change at any time.
+        # The copy's, before anything else reads it: the file itself may change at any time.
         self.digest = digest_of(copy)
         pinned = "" if pins is None else re.sub(r"(?m)^\s*#.*", "", Path(pins).read_text("utf-8-sig", "replace"))
         if pins is not None and self.digest not in pinned.lower().split():
@@ -113,7 +113,7 @@ class Served:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[Served]:
-        """For the time of one request, from its body to its answer."""
+        """Keep this version running while one request is answered."""
         self._users += 1
         try:
             yield self
@@ -121,7 +121,7 @@ class Served:
             self._users -= 1
 
     async def start(self) -> None:
-        """Start the processes; PackageError where they cannot load the file."""
+        """Start the processes; PackageError if they cannot load the file."""
         try:
             await self.pool.start()
         except ChildError as error:
@@ -129,7 +129,7 @@ class Served:
             raise self._failure(error) from None
 
     def _failure(self, error: Exception) -> PackageError:
-        """The same of the file itself: nobody knows the copy."""
+        """Return the error with the path of the file itself, because nobody knows the copy's."""
         said = str(error).replace(str(self.copy), str(self.path))
         return PackageError(said if str(self.path) in said else f"{self.path} cannot be loaded: {said}")
 
@@ -142,7 +142,7 @@ class Served:
 
 
 class Model:
-    """What answers under one name: ``served`` is what new requests go to."""
+    """The file that answers under one name; new requests go to ``served``, its latest version."""
 
     def __init__(self, name: str, path: Path, load: Callable[[Path], Served]) -> None:
         self.name, self.path, self._load = name, path, load
@@ -159,20 +159,20 @@ class Model:
         return version
 
     async def watch(self, seconds: float) -> None:
-        """Look at the file every so many seconds, for ever."""
+        """Look at the file every so many seconds, forever, and load it if it has changed."""
         tried = now = self._stamp
         while True:
             await asyncio.sleep(seconds)
             before, now = now, _stamp(self.path)
-            # What is in the middle of being written is another one at the next look.
+            # A file that is still being written differs at the next look.
             if now is not None and now == before and now != tried:
                 tried = now
                 await self.reload()
 
     async def reload(self) -> None:
-        """Load the file anew and let it take over; where that fails, say why and go on."""
+        """Load the file anew and let it take over; if that fails, log why and go on."""
         try:
-            # The same again, copied or touched, would end the drift monitor and its alarm.
+            # Loading the same content again, copied or touched, would end the drift monitor and its alarm.
             if await asyncio.to_thread(digest_of, self.path) == self.served.digest:
                 return
             fresh = await asyncio.to_thread(self._version)
@@ -195,7 +195,7 @@ class Model:
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """What changes with a file; None where there is none at the moment."""
+    """Return time, size and inode, which change with a file; None if there is none at the moment."""
     with contextlib.suppress(OSError):
         status = os.stat(path)
         return status.st_mtime_ns, status.st_size, status.st_ino

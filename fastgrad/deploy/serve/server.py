@@ -22,15 +22,15 @@ with extra("serve"):
 _HEADERS = 16 * 2**10
 #: Bytes that are read at once, and so held for a connection whose request waits.
 _READ = 2**14
-#: Seconds for which connections that have just come, or were in use, may still send a request at the end.
+#: Seconds for which connections that are new, or were in use, may still send a request during shutdown.
 _LEAST, _MOST = 1.0, 5.0
-#: Of the GNU C library's ``mallopt``: blocks above the first size come from the system and go back when they are freed,
-#: the heap goes back above the second.
+#: Options of the GNU C library's ``mallopt``: blocks above the first size come from the system and go back when they
+#: are freed; what is free at the heap's end goes back above the second.
 _HEAP = {-3: 2**20, -1: 2**24}
-#: Connections that are taken at once, and files that a process has open beside all connections.
+#: Connections accepted at once, and files that a process has open beside all connections.
 _AT_ONCE, _FILES = 2048, 128
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
-#: Of Linux: SO_ATTACH_FILTER, and a program for it that drops what asks for a new connection (SYN) and nothing else.
+#: Linux's SO_ATTACH_FILTER, and a program for it that drops requests for a new connection (SYN) and nothing else.
 _ATTACH_FILTER = 26
 _NO_NEW = b"".join(
     struct.pack("=HBBI", *step)
@@ -39,17 +39,17 @@ _NO_NEW = b"".join(
 
 
 class Protocol(H11Protocol):
-    """One connection of ``most``."""
+    """One of at most ``most`` connections."""
 
     most: int
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Close another one where there are too many."""
+        """If there are too many, close the one that has waited longest; if none waits, refuse this one."""
         super().connection_made(transport)
         transport.max_size = _READ  # type: ignore[attr-defined]
-        # The other clock of Windows gives one time to all that come within 16 ms.
+        # On Windows `time.monotonic` gives the same time to all that come within 16 ms.
         self._since = time.perf_counter()
-        #: Since when headers are awaited: the first, or the rest of some; None where they have come.
+        #: Since when headers, or the rest of them, are awaited; None once they are complete.
         self.headless: float | None = self._since
         if len(self.connections) <= self.most:
             return
@@ -68,7 +68,7 @@ class Protocol(H11Protocol):
         return bool(idle or self.flow.write_paused)
 
     def data_received(self, data: bytes) -> None:
-        """Whole headers stop the clock."""
+        """Read data; complete headers stop the clock."""
         if self.transport.is_closing():
             return
         super().data_received(data)
@@ -79,7 +79,7 @@ class Protocol(H11Protocol):
             self._since, self.headless = now, None
 
     def _should_upgrade(self) -> bool:
-        """Never, and without uvicorn's two lines in the log."""
+        """Return False, without uvicorn's two lines in the log."""
         return False
 
 
@@ -97,7 +97,7 @@ class Server(uvicorn.Server):
             h11_max_incomplete_event_size=_HEADERS,
         )  # fmt: skip
         super().__init__(config)
-        # Freed bodies go back to the system, where the heap's gaps would hold as much once more.
+        # Freed bodies go back to the system; gaps in the heap would hold as much once more.
         with contextlib.suppress(TypeError, AttributeError):  # Windows; another C library
             for option, size in _HEAP.items():
                 ctypes.CDLL(None).mallopt(option, size)
@@ -111,7 +111,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """Balancers see /ready fail; what still arrives is answered, with Connection: close."""
+        """Let /ready fail for load balancers; requests that still arrive are answered, with Connection: close."""
         self.config.app.state.draining = True  # type: ignore[union-attr]
         super().handle_exit(sig, frame)
 
@@ -130,9 +130,9 @@ class Server(uvicorn.Server):
 
 
 def _room(connections: int) -> tuple[int, int]:
-    """How many connections may be open, and how many are taken at once, by the files that the system lets be opened.
+    """Return how many connections may be open, and how many are accepted at once, by the system's limit of open files.
 
-    Where these run out, asyncio fills the log with megabytes a second and answers nobody.
+    If files run out, asyncio fills the log with megabytes a second and answers nobody.
     """
     files = needed = connections + _AT_ONCE + _FILES
     with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit

@@ -1,4 +1,4 @@
-"""Routes that say how the server and its models are: health, readiness, metrics, the model, drift."""
+"""Routes for the state of the server and its models: health, readiness, metrics, the model, drift."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _log = logging.getLogger("uvicorn.error")
 
 
 def add_status_routes(app: FastAPI, named: Callable[[str | None], Model]) -> None:
-    """Add the routes; ``named`` gives the model of a name, or the first."""
+    """Add the routes; ``named`` returns the model of a name, or the first."""
     state, models, readers = app.state, app.state.models, app.state.readers
 
     @app.get("/health", summary="Whether the process lives")

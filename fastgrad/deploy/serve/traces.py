@@ -1,4 +1,4 @@
-"""What a request to /predict tells OpenTelemetry: a span of its own, and below it one for each stage in turn."""
+"""OpenTelemetry spans of a request to /predict: one for the request, and below it one for each stage in turn."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 class Trace:
-    """Of one request, while it lasts; without a tracer there are no spans.
+    """The spans of one request while it lasts; without a tracer there are none.
 
-    Its span is below the one that the web framework has begun, or the caller's, as its ``traceparent`` (W3C) says.
+    The request's span is below the one that the web framework has begun, or the caller's in ``traceparent`` (W3C).
     """
 
     def __init__(self, tracer: Tracer | None, request: Request) -> None:
         self._tracer, self._request = tracer, request
-        #: Of the answer; unless it is set, there was none.
+        #: HTTP status of the answer; 500 unless it is set.
         self.status = 500
         self._span: Any = None
         self._stage: Any = None
@@ -40,7 +40,7 @@ class Trace:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, where: Any) -> None:
-        """Both spans end; what the caller did wrong is no error of the server's."""
+        """End both spans; only a status from 500 on marks an error, because others are the caller's fault."""
         if self._span is not None:
             from opentelemetry.trace import StatusCode
 
@@ -54,7 +54,7 @@ class Trace:
             self._span.end()
 
     def stage(self, name: str, **attributes: int) -> None:
-        """The stage before is over, this one begins."""
+        """End the span of the stage before, and begin one for this stage."""
         if self._tracer is not None:
             if self._stage is not None:
                 self._stage.end()
@@ -62,13 +62,13 @@ class Trace:
 
 
 def otlp_provider() -> TracerProvider:
-    """Spans go out over OTLP/HTTP, where and how OpenTelemetry's own environment variables say."""
+    """Return a provider that sends spans over OTLP/HTTP as OpenTelemetry's own environment variables say."""
     with extra("traces"):
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk import resources, trace
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    # What the environment says of the service goes before the name.
+    # A service name in the environment takes precedence.
     resource = resources.Resource.create({resources.SERVICE_NAME: "fastgrad"})
     provider = trace.TracerProvider(resource=resource.merge(resources.OTELResourceDetector().detect()))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))

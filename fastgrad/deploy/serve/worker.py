@@ -1,6 +1,6 @@
 """The process that runs the model: inputs in, rows out, over its standard input and output.
 
-A request is the inputs of one batch one after another, each as `decoder` gives it. The reply is the rows of
+A request is the concatenated inputs of one batch, each as `decoder` returns it. The reply is the rows of
 `ModelPackage.rows`, float64.
 """
 
@@ -19,7 +19,7 @@ from fastgrad.deploy.serve.decoder import PIXELS
 
 
 def start(path: str, threads: int | None) -> Callable[[bytearray], bytes]:
-    """What answers requests with the model, which is loaded."""
+    """Load the model, and return the function that answers requests with it."""
     if threads is not None:
         torch.set_num_threads(threads)
     model = ModelPackage(path)
@@ -30,7 +30,7 @@ def start(path: str, threads: int | None) -> Callable[[bytearray], bytes]:
 
 
 def batch_of(content: bytearray, description: Description) -> Tensor:
-    """The inputs ``(B, *input_shape)``, normalized."""
+    """Return the inputs ``(B, *input_shape)``, normalized."""
     shape, dtype = description.input_shape, DTYPES[description.input_dtype]
     wide = np.dtype(np.float64 if dtype == torch.float64 else np.float32)
     inputs: list[Tensor] = []
@@ -38,7 +38,7 @@ def batch_of(content: bytearray, description: Description) -> Tensor:
     while place < len(content):
         pixels = content[place : place + 1] == PIXELS
         values = np.frombuffer(content, np.uint8 if pixels else wide, math.prod(shape), place + 1)
-        # A copy where numbers do not lie at a multiple of their size, as PyTorch needs them.
+        # Copied if the numbers do not lie at a multiple of their size, as PyTorch requires.
         x = torch.from_numpy(np.require(values, requirements="A").reshape(shape))
         inputs.append(normalize_pixels(description, x) if pixels else x.to(dtype))
         place += 1 + values.nbytes

@@ -45,7 +45,7 @@ CALL, SAMPLE = 4e-6, 1e-6
 
 
 def chunk_bytes(route: str, s: Shape) -> int:
-    """Bytes of a route's largest intermediates for one sample."""
+    """Return the bytes of a route's largest intermediates for one sample."""
     taps, positions = math.prod(s.kernel), math.prod(s.positions)
     gradient, patches = s.count * s.outputs * s.inputs * taps, s.inputs * taps * positions
     if route == "patch":
@@ -59,18 +59,18 @@ def chunk_bytes(route: str, s: Shape) -> int:
 
 
 def _wide(route: str, s: Shape) -> int:
-    """How many times the bytes of float32 a route's numbers have."""
+    """Return the size of a route's numbers in units of float32's."""
     return 2 if s.itemsize == 8 or (route == "gram" and not s.guarded) else 1
 
 
 def _form(s: Shape) -> int:
-    """Elements a quadratic form writes per gradient."""
+    """Return how many elements a quadratic form writes per gradient."""
     positions = math.prod(s.positions)
     return positions * min(s.outputs, positions)
 
 
 def chunk_size(route: str, s: Shape) -> int:
-    """Samples at a time."""
+    """Return how many samples a route takes at a time."""
     if s.budget is None:
         return s.batch
     fitting = max(1, min(s.batch, s.budget // chunk_bytes(route, s)))
@@ -81,14 +81,14 @@ def chunk_size(route: str, s: Shape) -> int:
 
 
 def candidates(s: Shape) -> tuple[str, ...]:
-    """Routes that can serve a shape."""
+    """Return the routes that can serve a shape."""
     # oneDNN has no float64 convolution, and one per sample cannot be traced for an unknown batch.
     grouped = s.itemsize == 4 and s.budget is not None
     return ("patch", "gram", "grouped") if grouped else ("patch", "gram")
 
 
 def seconds(route: str, s: Shape) -> float:
-    """Predicted time of one route for the whole batch."""
+    """Return the predicted time of one route for the whole batch."""
     taps, positions = math.prod(s.kernel), math.prod(s.positions)
     gradient, patches = s.count * s.outputs * s.inputs * taps, s.inputs * taps * positions
     wide = _wide(route, s)
@@ -118,5 +118,5 @@ def seconds(route: str, s: Shape) -> float:
 
 @functools.lru_cache(maxsize=4096)
 def choose_route(s: Shape) -> str:
-    """The route with the least predicted time."""
+    """Return the route with the least predicted time."""
     return min(candidates(s), key=lambda route: seconds(route, s))

@@ -1,4 +1,4 @@
-"""The one form every convolution is brought to before its per-sample squared norms are taken.
+"""The one form that every convolution is brought to before its per-sample squared norms are computed.
 
 The weight gradient of any convolution, transposed or not, is a correlation of two images per sample,
 ``G[o, c, d] = sum_t g[o, t] a[c, stride * t + dilation * d]`` with ``t`` over positions and ``d`` over the kernel.
@@ -36,12 +36,12 @@ class Problem(NamedTuple):
 
     @property
     def pixels(self) -> int:
-        """Of the padded image."""
+        """Number of pixels of the padded image."""
         return math.prod(int(n) + sum(pair) for n, pair in zip(self.a.shape[2:], self.pads, strict=True))
 
     @property
     def image(self) -> Ints:
-        """Its size per axis without padding, as far as windows reach."""
+        """Size of the image per axis without padding, as far as windows reach."""
         return tuple(int(n) + min(0, after) for n, (_, after) in zip(self.a.shape[2:], self.pads, strict=True))
 
     @property
@@ -50,13 +50,13 @@ class Problem(NamedTuple):
         return math.prod(self.kernel) * math.prod(self.positions) > self.pixels
 
     def padded(self) -> Tensor:
-        """``a`` with the zeros written out."""
+        """Return ``a`` with the zeros written out."""
         flat = [side for pair in reversed(self.pads) for side in pair]
         return F.pad(self.a, flat) if any(flat) else self.a
 
 
 def per_axis(value: int | Sequence[int], axes: int) -> Ints:
-    """One int for each spatial axis, where PyTorch takes a single one for all."""
+    """Return one int for each spatial axis; PyTorch also takes a single one for all."""
     each = (value,) if isinstance(value, int) else tuple(value)
     return each * axes if len(each) == 1 else each
 

@@ -25,25 +25,25 @@ CANCELLATION_LIMIT = 40.0
 
 
 def _squares(gradient: Tensor) -> Tensor:
-    """``(X, K, O, n) -> (X, K)`` sums of squares, in two steps so that float32 keeps its digits."""
+    """Return sums of squares, ``(X, K, O, n) -> (X, K)``, in two steps so that float32 keeps its digits."""
     norms: Tensor = torch.linalg.vector_norm(gradient, dim=-1)
     return norms.square().sum(-1)
 
 
 def _gradient_matrix(p: Problem) -> Tensor:
-    """G as ``(B * G, K, O, T)``."""
+    """Return g as ``(B * G, K, O, T)``."""
     count, batch, channels = p.g.shape[:3]
     g = p.g.reshape(count, batch * p.groups, channels // p.groups, -1)
     return g.transpose(0, 1)
 
 
 def _ungroup(norms: Tensor, p: Problem) -> Tensor:
-    """``(B * G, K) -> (K, B)``, summed over groups."""
+    """Sum over groups: ``(B * G, K) -> (K, B)``."""
     return norms.reshape(-1, p.groups, norms.shape[1]).sum(1).t()
 
 
 def _windows(x: Tensor, p: Problem) -> Tensor:
-    """All patches, ``(X, C * taps, positions)``."""
+    """Return all patches, ``(X, C * taps, positions)``."""
     axes = len(p.kernel)
     for axis, (kernel, stride, dilation) in enumerate(zip(p.kernel, p.stride, p.dilation, strict=True)):
         x = x.unfold(2 + axis, dilation * (kernel - 1) + 1, stride)
@@ -54,13 +54,13 @@ def _windows(x: Tensor, p: Problem) -> Tensor:
 
 
 def _samples(p: Problem) -> Tensor:
-    """Padded a as ``(B * G, C, *L)``."""
+    """Return padded a as ``(B * G, C, *L)``."""
     x = p.padded()
     return x.reshape(x.shape[0] * p.groups, x.shape[1] // p.groups, *x.shape[2:])
 
 
 def patch(p: Problem) -> Tensor:
-    """Gather all patches, one batched product: cost 2 T C K O."""
+    """Gather all patches and take one batched product: K T O C taps multiply-adds per sample and group."""
     # Windows are gathered fastest where the positions of a channel lie side by side.
     columns = _windows(_samples(p if math.prod(p.kernel) == 1 else p._replace(a=p.a.contiguous())), p)
     g = _gradient_matrix(p)
@@ -69,9 +69,9 @@ def patch(p: Problem) -> Tensor:
 
 
 def grouped(p: Problem) -> Tensor:
-    """One weight gradient, by the library's own kernels, of a convolution whose groups are the samples."""
+    """Call the library's weight gradient once, for a convolution whose groups are the samples."""
     x, pads = p.a, [before for before, _ in p.pads]
-    # The library pads both sides alike, and leaves over less than a stride.
+    # The library pads both sides alike, and leaves out less than a stride at the end.
     if any(not 0 <= before - after < step for (before, after), step in zip(p.pads, p.stride, strict=True)):
         x, pads = p.padded(), [0] * len(pads)
     count, batch, channels = p.g.shape[:3]
@@ -87,7 +87,7 @@ def grouped(p: Problem) -> Tensor:
 
 
 def _quadratic_form(gram: Tensor, p: Problem) -> tuple[Tensor, Tensor]:
-    """``sum_{t,t'} gram[t, t'] (g_t . g_t')`` and its diagonal part, both ``(K, B)``."""
+    """Return ``sum_{t,t'} gram[t, t'] (g_t . g_t')`` and its diagonal part, both ``(K, B)``."""
     g = _gradient_matrix(p).to(gram.dtype)
     outputs, positions = g.shape[2:]
     if outputs < positions:  # fewer elements in g than in its Gram matrix; one product serves all K
@@ -105,7 +105,7 @@ def _quadratic_form(gram: Tensor, p: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _box_filter(gram: Tensor, p: Problem, axis: int) -> Tensor:
-    """Sum of the copies of a Gram matrix ``(X, *L, *L)`` that one axis of the window reads.
+    """Sum the copies of a Gram matrix ``(X, *L, *L)`` that one axis of the window reads.
 
     Pixels outside the image are zero, so a copy only reaches the positions whose pixel lies inside.
     """
@@ -130,9 +130,9 @@ def _box_filter(gram: Tensor, p: Problem, axis: int) -> Tensor:
 
 
 def _overlapping_gram(p: Problem, wide: bool) -> Tensor:
-    """Gram matrix of overlapping patches as a diagonal box filter of that of the pixels, for any stride and dilation.
+    """Return the Gram matrix of overlapping patches, a diagonal box filter of the pixels', for any stride and dilation.
 
-    ``p_t . p_t' = sum_d a[s t + d] . a[s t' + d]``: k shifted copies of it are added along each axis.
+    ``p_t . p_t' = sum_d a[s t + d] . a[s t' + d]``: k shifted copies of the pixels' are added along each axis.
     """
     size = p.image
     reached: tuple[Any, ...] = (..., *map(slice, size))
@@ -147,7 +147,7 @@ def _overlapping_gram(p: Problem, wide: bool) -> Tensor:
 
 
 def gram(p: Problem, wide: bool = False) -> tuple[Tensor, Tensor]:
-    """Norms from the Gram matrix of the patches, and the sum of their terms' sizes: cost T^2 (C K + O)."""
+    """Return norms by the patches' Gram matrix, and their diagonal part D; cost T^2 (C taps + K O) without overlap."""
     if p.overlaps:
         return _quadratic_form(_overlapping_gram(p, wide), p)
     x = _samples(p)
@@ -159,9 +159,9 @@ DIRECT = {"patch": patch, "grouped": grouped}
 
 
 def run(route: str, p: Problem, *, guarded: bool) -> Tensor:
-    """Squared norms ``(K, B)`` of one chunk, in its dtype, float32 or float64.
+    """Return squared norms ``(K, B)`` of one chunk, in its dtype, float32 or float64.
 
-    With ``guarded`` values may be looked at: samples whose gradient nearly cancels take a direct route.
+    With ``guarded``, values may be looked at: samples whose gradient nearly cancels take a direct route.
     """
     if route in DIRECT:
         return DIRECT[route](p)

@@ -1,11 +1,11 @@
 """Per-sample squared norms of the weight gradients of convolutions and of linear layers with positions.
 
 ``fastgrad::conv_sqnorm`` is a composition of ATen operators, which compilers see through. It is an operator for its
-batching rule: under ``vmap`` the gradients of one sample stay the K of one call, which shares what depends on the
-activation alone. `opaque_ops` makes one node of it, which chooses its route by looking at values.
+batching rule: under ``vmap`` the gradients of one sample stay the K of one call, which shares what depends only on the
+activation. `opaque_ops` makes it one node, which chooses its route when it runs and may look at values.
 
-On a GPU a Triton kernel takes its place. That has no derivative, so ``impl="auto"`` takes ATen's operators where one is
-asked for.
+On a GPU a Triton kernel takes its place. The kernel has no derivative, so ``impl="auto"`` takes ATen's operators if one
+is needed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TRACED_CHUNK_BYTES = 64 * 2**20
 
 
 def shape_of(p: Problem, *, guarded: bool = True) -> cost.Shape:
-    """What the cost model works from: all sizes as ints, a symbolic batch as `TRACED_BATCH`."""
+    """Return what the cost model works from: all sizes as ints, a symbolic batch as `TRACED_BATCH`."""
     batch = p.a.shape[0]
     symbolic = isinstance(batch, torch.SymInt)
     return cost.Shape(
@@ -51,7 +51,7 @@ def shape_of(p: Problem, *, guarded: bool = True) -> cost.Shape:
 
 
 def _solve(p: Problem) -> Tensor:
-    """``(K, B)`` by the cheapest route, chunk by chunk."""
+    """Compute ``(K, B)`` by the cheapest route, chunk by chunk."""
     guarded = is_readable(p.a, p.g) and p.a.device.type == "cpu"  # elsewhere a look would wait for the device
     shape = shape_of(p, guarded=guarded)
     dtype = compute_dtype(p.a.dtype, p.g.dtype)
@@ -69,7 +69,7 @@ def _eager(
     a: Tensor, g: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], groups: int, transposed: bool, impl: str,
 ) -> Tensor:  # fmt: skip
-    """``(K, B)`` by ATen's operators, or by one of the kernels where `choose` takes Triton."""
+    """Compute ``(K, B)`` by ATen's operators, or by a kernel if `choose` takes Triton."""
     count, batch = g.shape[:2]
     p = canonical(a, g, kernel_size, stride, padding, dilation, groups, transposed)
     differentiated = torch.is_grad_enabled() and (a.requires_grad or g.requires_grad)
@@ -92,7 +92,7 @@ def _composed(a: Tensor, *rest: Any) -> Tensor:
 
 
 def _batched(info: Any, in_dims: tuple[int | None, ...], a: Tensor, g: Tensor, *rest: object) -> tuple[Tensor, int]:
-    """Fold a mapped dimension into K where only ``g`` carries it, else into the batch."""
+    """Fold a mapped dimension into K if only ``g`` carries it, else into the batch."""
     size = info.batch_size
     a_dim, g_dim = in_dims[:2]
     g = g.unsqueeze(0).expand(size, *g.shape) if g_dim is None else g.movedim(g_dim, 0)
@@ -122,7 +122,7 @@ torch.library.impl("fastgrad::conv_sqnorm_whole", "CPU", lambda *arguments: _eag
 for _name, _inputs in (("conv_sqnorm", f"Tensor a, Tensor g, {_OPTIONS}"), ("linear_sqnorm", "Tensor a, Tensor g")):
     torch.library.define(f"fastgrad::{_name}_kernel", f"({_inputs}) -> Tensor")
     torch.library.register_fake(f"fastgrad::{_name}_kernel", _fake)
-    # On the CPU the launcher accepts Triton's interpreter alone.
+    # On the CPU the launcher works only in Triton's interpreter.
     torch.library.impl(f"fastgrad::{_name}_kernel", ("CUDA", "CPU"), launcher("layer_sqnorm", _name))
 
 
@@ -130,11 +130,11 @@ def conv_sqnorm(
     a: Tensor, g: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], groups: int, *, transposed: bool = False, impl: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """Squared L2 norm of each sample's weight gradient of a convolution, exact.
+    """Return the exact squared L2 norm of each sample's weight gradient of a convolution.
 
     Takes the layer's input ``(B, C_in, *spatial)`` with one to three spatial axes, and the gradient at its output,
-    ``(B, C_out, *spatial)``, or ``(K, B, C_out, *spatial)`` for K gradients per sample, which share whatever depends on
-    ``a`` alone; any strides. Kernel, stride, padding (with zeros, on both sides) and dilation are of each axis. A
+    ``(B, C_out, *spatial)``, or ``(K, B, C_out, *spatial)`` for K gradients per sample, which share what depends only
+    on ``a``; any strides. Kernel, stride, padding (with zeros, on both sides) and dilation are per axis. A
     ``transposed`` convolution may have output padding. ``(B,)`` or ``(K, B)``, float64 for float64, else float32.
 
     Raises:
@@ -155,7 +155,7 @@ def conv_sqnorm(
 
 
 def linear_sqnorm(a: Tensor, g: Tensor, *, impl: str = "auto") -> Tensor:
-    """Squared L2 norm of each sample's weight gradient ``sum_t g_t a_t^T`` of a linear layer, exact.
+    """Return the exact squared L2 norm of each sample's weight gradient ``sum_t g_t a_t^T`` of a linear layer.
 
     Takes the input ``(B, T, C)`` with T positions and the gradient at the output, ``(B, T, O)`` or ``(K, B, T, O)``;
     all else is as in `conv_sqnorm`.

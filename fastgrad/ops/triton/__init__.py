@@ -1,5 +1,5 @@
-"""Launchers of the Triton kernels: functions of what the operators take, tensors of any strides.
+"""Launchers of the Triton kernels: they take the operators' arguments, tensors of any strides.
 
-Importing a module of this package imports Triton. A launcher never synchronises with the device and allocates by shape
-alone, so that it can be captured in a CUDA graph.
+Importing a module of this package imports Triton. A launcher never synchronises with the device, and what it allocates
+depends only on shapes, so it can be captured in a CUDA graph.
 """

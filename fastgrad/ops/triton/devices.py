@@ -27,23 +27,23 @@ def _architecture(index: int) -> Architecture:
 
 
 def architecture(tensor: torch.Tensor) -> Architecture:
-    """The architecture of the tensor's device; the interpreter's for a CPU tensor."""
+    """Return the architecture of the tensor's device; the interpreter's for a CPU tensor."""
     return INTERPRETER if tensor.device.type == "cpu" else _architecture(tensor.device.index)
 
 
 def alignment(value: int) -> int:
-    """The largest power of two up to 16 that divides ``value``."""
+    """Return the largest power of two up to 16 that divides ``value``."""
     return math.gcd(value, 16)
 
 
 def strides(rows: torch.Tensor) -> tuple[tuple[int, int], int]:
-    """Strides of a matrix, that of rows in units of the second result, a power of two up to 16."""
+    """Return the strides of a matrix, the rows' in units of the second result, a power of two up to 16."""
     factor = alignment(rows.stride(0))
     return (rows.stride(0) // factor, rows.stride(-1)), factor
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
-    """An uninitialised contiguous tensor on the device of ``like``; the one place where launchers allocate."""
+    """Return an uninitialised contiguous tensor on ``like``'s device; launchers allocate only here, except counters."""
     return torch.empty(tuple(shape), dtype=dtype, device=like.device)
 
 

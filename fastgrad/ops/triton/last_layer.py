@@ -14,12 +14,12 @@ from fastgrad.ops import tune
 from fastgrad.ops.triton import devices
 from fastgrad.ops.tune import cdiv, share
 
-#: Those of labels.
+#: Kinds of labels.
 KINDS = ("ones", "uniform", "predicted", "indices", "soft")
 
 
 def contrast_sqnorm(features: Tensor, logits: Tensor, loss: str, bias: bool, log: bool, mean: bool) -> Tensor:
-    """Squared norms for every one-hot contrast, ``(B, N)`` float32, of features ``(B, D)`` and logits ``(B, N)``."""
+    """Return squared norms of all one-hot contrasts, ``(B, N)`` float32, for features ``(B, D)``, logits ``(B, N)``."""
     (B, D), N = features.shape, logits.shape[1]
     out = devices.empty((B, N), torch.float32, logits)
     if B == 0 or N == 0:
@@ -57,10 +57,10 @@ def finish(
     logits: Tensor, work: Tensor, out: Tensor, parts: int, strides: tuple[int, int], chunks: int, block_n: int,
     **options: Any,
 ) -> None:  # fmt: skip
-    """Launch ``contrast_finish_kernel``: from logits and partial moments to norms, all ``(B, N)``.
+    """Launch ``contrast_finish_kernel``, which turns logits ``(B, N)`` and partial moments into norms ``(B, N)``.
 
-    ``work`` ``(PLANES, ...)`` holds ``parts`` parts a row, at ``strides`` from a row to the next and from a part to the
-    next. Up to ``chunks`` programs share a row.
+    ``work`` ``(PLANES, ...)`` holds ``parts`` parts per row; ``strides`` lead from a row to the next and from a part to
+    the next. Up to ``chunks`` programs share a row.
     """
     B, N = logits.shape
     strides_z, align_z = devices.strides(logits)
@@ -76,7 +76,7 @@ def finish(
 def target_sqnorm(
     features: Tensor, logits: Tensor, target: Tensor | None, kind: str, loss: str, bias: bool, log: bool, mean: bool
 ) -> Tensor:
-    """Squared norm for one target per sample, ``(B,)`` float32, of features ``(B, D)`` and logits ``(B, N)``.
+    """Return squared norms of one target per sample, ``(B,)`` float32, for features ``(B, D)`` and logits ``(B, N)``.
 
     ``target`` is ``(B,)`` int64 for ``indices``, ``(B, N)`` of a floating dtype for ``soft``, else None. An index
     outside ``[0, N)`` gives NaN: reading it back to raise would wait for the device.
@@ -104,7 +104,7 @@ def target_sqnorm(
 def linear_contrast_sqnorm(
     features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, log: bool, mean: bool
 ) -> tuple[Tensor, Tensor]:
-    """Logits of a linear layer and the squared norms of its gradients for every one-hot contrast.
+    """Return logits of a linear layer and the squared norms of its gradients for every one-hot contrast.
 
     Features are ``(B, D)``, the weight ``(N, D)`` and the logits ``(B, N)`` of one dtype, the norms ``(B, N)`` float32:
     those of the logits as returned, after rounding to their dtype.
@@ -133,7 +133,7 @@ def linear_contrast_sqnorm(
 
 
 def linear_contrast_stats(features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, mean: bool) -> Tensor:
-    """Statistics ``(B, 5)`` float32 of the contrast norms of a linear layer whose logits are never written.
+    """Return statistics ``(B, 5)`` float32 of the contrast norms of a linear layer, whose logits are never written.
 
     They are minimum, maximum, mean, softmax expectation and predicted class. Brier takes a second launch.
     """
@@ -159,7 +159,7 @@ def linear_contrast_stats(features: Tensor, weight: Tensor, bias: Tensor | None,
 def _operands(
     features: Tensor, weight: Tensor, bias: Tensor | None, config: tune.Options
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...], tune.Options]:
-    """What both kernels take: tensors, strides, constants."""
+    """Return what both kernels take: tensors, strides, constants."""
     strides_x, align_x = devices.strides(features)
     strides_w, align_w = devices.strides(weight)
     options = {

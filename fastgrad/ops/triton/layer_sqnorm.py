@@ -15,17 +15,17 @@ from fastgrad.ops.conv.routes import CANCELLATION_LIMIT
 from fastgrad.ops.triton import devices
 from fastgrad.ops.tune import cdiv
 
-#: Programs of one launch; of eight waves each they have half of the 2^32 threads that HIP takes.
+#: Most programs of one launch; with eight waves each, they have half of the 2^32 threads that HIP takes.
 PROGRAMS = 1 << 22
 
 
 def _three(values: Sequence[int], fill: int) -> tuple[int, ...]:
-    """Per-axis values for (d, h, w), missing axes first."""
+    """Return per-axis values for (d, h, w), missing axes first."""
     return (fill,) * (3 - len(values)) + tuple(values)
 
 
 def _along_channels(x: Tensor, dim: int, groups: int) -> Tensor:
-    """``x`` with its channels side by side, where a group has a tile of them: a warp's loads run along the channels."""
+    """Return ``x`` with contiguous channels if a group has 16 or more: a warp's loads run along the channels."""
     if x.stride(dim) == 1 or x.shape[dim] < 16 * groups:
         return x
     return x.movedim(dim, -1).contiguous().movedim(-1, dim)
@@ -35,10 +35,10 @@ def conv_sqnorm(
     a: Tensor, g: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], groups: int, flag: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Squared norm of every sample's weight gradient of a convolution, ``(K, B)`` float32.
+    """Return the squared norm of every sample's weight gradient of a convolution, ``(K, B)`` float32.
 
-    Input ``(B, G * C, *spatial)`` and gradients ``(K, B, G * O, *spatial)`` are of one dtype. Positions past either
-    end, ``padding`` before each axis, read as zero. With ``flag``, int32 ``(K, B)``, the others get 0.
+    Input ``(B, G * C, *spatial)`` and gradients ``(K, B, G * O, *spatial)`` are of one dtype. ``padding`` is before
+    each axis; positions past either end read as zero. With ``flag``, int32 ``(K, B)``, samples not set get 0.
     """
     a, g = _along_channels(a, 1, groups), _along_channels(g, 2, groups)
     count, batch = g.shape[:2]
@@ -59,10 +59,10 @@ def conv_sqnorm(
 
 
 def linear_sqnorm(a: Tensor, g: Tensor) -> Tensor:
-    """Squared norm of every sample's weight gradient, ``(K, B)`` float32, of ``a (B, T, C)`` and ``g (K, B, T, O)``.
+    """Return squared norms of all weight gradients, ``(K, B)`` float32, for ``a (B, T, C)`` and ``g (K, B, T, O)``.
 
-    Where the Gram kernel takes fewer products, the direct one computes samples whose gradient nearly cancels over
-    positions again, without a look from the host.
+    The Gram kernel runs if it takes fewer products. The direct one then recomputes samples whose gradient nearly
+    cancels over positions, without a decision on the host.
     """
     count, batch, positions, outputs = g.shape
     inputs = a.shape[2]
