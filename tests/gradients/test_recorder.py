@@ -130,6 +130,27 @@ def test_a_term_through_a_transformed_call_is_refused(transform: Any) -> None:
             fastgrad.grad_sqnorm(model(x).sum() + term, parameters)
 
 
+def test_a_term_through_a_transformed_call_with_computed_parameters_is_refused() -> None:
+    model = nn.Linear(3, 2)
+    x = torch.randn(5, 3)
+    with fastgrad.record(model):
+        computed = {name: 1 + 2 * p for name, p in model.named_parameters()}
+        term = torch.func.vmap(lambda x: torch.func.functional_call(model, computed, (x,)))(x).square().sum()
+        with pytest.raises(ValueError, match=r"torch\.func transforms"):
+            fastgrad.grad_sqnorm(model(x).sum() + term, model.weight)
+
+
+def test_a_transformed_call_on_what_a_recorded_one_gives() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    with fastgrad.record(model):
+        loss = torch.func.vmap(model[2])(model[1](model[0](x))).square().sum()
+        (found,) = fastgrad.grad_sqnorm(loss, model[0].weight)
+    losses = [model(row).square().sum() for row in x]
+    expected = [torch.autograd.grad(one, model[0].weight)[0].square().sum() for one in losses]
+    torch.testing.assert_close(found, torch.stack(expected))
+
+
 def test_one_tensor_given_several_times() -> None:
     """``nn.MultiheadAttention`` projects in another way where query, key and value are one."""
     torch.manual_seed(0)
