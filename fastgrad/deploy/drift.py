@@ -64,9 +64,9 @@ class ScoreReference:
         edges, counts = checks.to_array("edges", self.edges), checks.to_array("counts", self.counts)
         if edges.ndim != 1 or (np.diff(edges) <= 0).any():
             raise ValueError(f"edges must be finite and increasing in one dimension; they had shape {edges.shape}")
-        if counts.shape != (len(edges) + 1,) or (counts < 0).any():
+        if counts.shape != (len(edges) + 1,) or (counts < 0).any() or not counts.any():
             raise ValueError(
-                f"counts must be {len(edges) + 1} non-negative numbers, one more than edges; "
+                f"counts must be {len(edges) + 1} non-negative numbers, one more than edges, and not all zero; "
                 f"their shape was {counts.shape}"
             )
         object.__setattr__(self, "edges", edges)

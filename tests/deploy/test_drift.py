@@ -171,6 +171,7 @@ def test_reference_counts_all_of_the_second_half() -> None:
         (lambda: ScoreReference(np.array([1.0, 1.0]), np.zeros(3)), "increasing"),
         (lambda: ScoreReference(np.zeros((1, 1)), np.zeros(2)), "increasing in one dimension"),
         (lambda: ScoreReference(np.array([1.0]), np.zeros(3)), "counts must be 2"),
+        (lambda: ScoreReference(np.array([1.0]), [0, 0]), "counts must be .* not all zero"),
         (lambda: ScoreReference(np.array([1.0]), [1, -1]), "counts must be 2 non-negative numbers"),
         (lambda: DriftMonitor(np.zeros(30)).reset(3), "reason must be some words; it was 3"),
         (lambda: DriftMonitor(np.zeros(30)).update([0.0, np.inf]), "in 1 rows, as in row 1"),

@@ -583,13 +583,17 @@ def test_what_cannot_be_scored(tiny_package: Path, tmp_path: Path) -> None:
     description = dataclasses.replace(read_description(tiny_package), input_shape=(12,), mean=None, std=None)
     with pytest.raises(ValueError, match=r"this model takes no images: its inputs have shape \(12,\)"):
         job.Job(tiny_package, description, source, tmp_path / "parts", part=1, columns=COLUMNS, **OPTIONS)
-    for column, kind in ((pa.array([[1, 2]]), "list<"), (pa.array([{"path": "a.png"}]), "struct<path")):
+    texts = (pa.array(["a.png"]), "string"), (pa.array(["a.png"], pa.large_string()), "large_string")
+    for column, kind in ((pa.array([[1, 2]]), "list<"), (pa.array([{"path": "a.png"}]), "struct<path"), *texts):
         pq.write_table(pa.table({"image": column}), source)
         with pytest.raises(ValueError, match=f"must hold bytes, or structs with bytes; it has {kind}"):
             score(tiny_package, source, tmp_path / "out")
     pq.write_table(pa.Table.from_arrays([pa.array([b""])] * 2, ["image", "image"]), source)
     with pytest.raises(ValueError, match="the file has image, image"):
         score(tiny_package, source, tmp_path / "out")
+    for columns in ({"image_column": "image"}, {"key_column": "id"}):
+        with pytest.raises(ValueError, match="image_column and key_column must be None for a folder; they were"):
+            score(tiny_package, tmp_path, tmp_path / "out", **columns)
     with pytest.raises(TypeError, match="images must be a path; it was None"):
         score(tiny_package, None, tmp_path / "out.parquet")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="decoders must be an integer of at least 1; it was 0"):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +129,10 @@ def export(
         max_batch=int(max_batch),
         # ONNX is no compiled code: the runtime chooses.
         device="cpu" if onnx else example_input.device.type,
-        # None passes there; a string, and what holds nothing, are refused.
-        labels=list(map(str, labels)) if not isinstance(labels, str) and isinstance(labels, Iterable) else labels,  # type: ignore[arg-type]
+        # None passes there; a string, what has no order, a mapping, and what holds nothing, are refused.
+        labels=list(map(str, labels))  # type: ignore[arg-type]
+        if isinstance(labels, Iterable) and not isinstance(labels, str | bytes | Mapping | Set)
+        else labels,
         mean=None if mean is None else checks.to_array("mean", mean, finite=False).tolist(),
         std=None if std is None else checks.to_array("std", std, finite=False).tolist(),
         risk=len(outputs) == 4,
@@ -209,6 +211,8 @@ def _check_model(two_stage: nn.Module, example_input: Tensor, evidence: bool) ->
 
 def _check_steady(two_stage: nn.Module, example_input: Tensor, alone: Tensor) -> None:
     """Refuse a module whose answer to an input, with logits ``alone``, is another in another call or batch."""
+    if alone.isnan().any():
+        raise ValueError("example_input must be real inputs; the logits of the first were NaN, which checks nothing")
     first, last = example_input[:1], example_input[-1:]
     repeatable = Repeatable(two_stage)
     # The other input is another one also where the example is a single one.

@@ -39,7 +39,7 @@ MEMBER = "extra/fastgrad.json"
 #: Bytes of it, and of an archive's table of contents.
 _LARGEST = 4 * 2**20
 #: What reading a damaged archive raises.
-DAMAGED = (zipfile.BadZipFile, EOFError, RuntimeError)
+DAMAGED = (zipfile.BadZipFile, EOFError, RuntimeError, UnicodeDecodeError, AssertionError)
 #: Of the kinds of file, as their names end.
 SUFFIXES = (".pt2", ".onnx")
 
@@ -125,14 +125,14 @@ def _archive(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
         yield archive
 
 
-def _read_member(path: str | os.PathLike[str]) -> bytes | None:
+def _read_member(path: str | os.PathLike[str]) -> str | None:
     with _archive(path) as archive:
         members = [entry for entry in archive.infolist() if entry.filename.endswith("/" + MEMBER)]
         if not members:
             return None
         if len(members) > 1 or members[0].file_size > _LARGEST:
             raise RuntimeError(f"it must hold one {MEMBER} of at most {_LARGEST} bytes")
-        return archive.read(members[0])
+        return archive.read(members[0]).decode()
 
 
 @contextlib.contextmanager

@@ -119,6 +119,8 @@ class Job:
         """Count the images; return what changes when they do."""
         images = self.images
         if images.is_dir():
+            if any(self.columns):
+                raise ValueError(f"image_column and key_column must be None for a folder; they were {self.columns}")
             self.listed, identity = list_folder(images)
             self.total = len(self.listed)
         elif images.is_file():

@@ -36,7 +36,8 @@ def score(
 
     Args:
         model_path: file written by `fastgrad.export`.
-        images: folder, of which every file with an image's name counts, also in folders below; or ``.parquet`` file.
+        images: folder, of which every file with an image's name counts, also in folders below, except those that are
+            links; or ``.parquet`` file.
         out: the Parquet file to write. Until it is whole, its parts lie beside it in ``<out>.parts``.
         batch: images in one run of the model.
         part: images in one part, the most that an interrupted run loses.

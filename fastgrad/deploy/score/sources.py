@@ -96,6 +96,8 @@ def _cells(column: Any, most: int) -> list[bytes]:
         names = [field.name for field in column.type]
         column = pc.struct_field(column, "bytes") if "bytes" in names else column
     try:
+        if column.type in (pa.string(), pa.large_string()):  # as of paths, which would cast
+            raise pa.ArrowInvalid
         column = column.cast(pa.large_binary())
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
         raise ValueError(f"the column of images must hold bytes, or structs with bytes; it has {column.type}") from None

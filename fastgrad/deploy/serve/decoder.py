@@ -91,7 +91,7 @@ def _file_of_form(content_type: str, body: bytes) -> bytes:
     files: list[bytes] = []
 
     def keep(file: Any) -> None:
-        if file.field_name == b"file" and not files:
+        if file.field_name == b"file":
             file.file_object.seek(0)
             files.append(file.file_object.read())
 
@@ -106,8 +106,9 @@ def _file_of_form(content_type: str, body: bytes) -> bytes:
         raise
     except Exception as error:
         raise RequestError(400, f"the form cannot be read: {(str(error) or type(error).__name__)[:200]}") from None
-    if not files:
-        raise RequestError(422, "the form must have a field 'file' that holds an image file")
+    if len(files) != 1:
+        message = f"the form must have one field 'file' that holds an image file; there were {len(files)}"
+        raise RequestError(422, message)
     return files[0]
 
 

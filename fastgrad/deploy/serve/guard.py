@@ -26,6 +26,8 @@ OPEN = ("/", "/health", "/ready")
 #: Seconds between two lines of the log about refused keys.
 _QUIET = 10.0
 _PORT = re.compile(r":\d*$")
+#: A name or an address, with or without a port.
+_HOST = re.compile(r"[\w.%:\[\]-]+", re.ASCII)
 _log = logging.getLogger("uvicorn.error")
 
 
@@ -50,6 +52,10 @@ class Guard:
             raise ValueError("api_key must not be empty, and of printable ASCII without spaces at its ends")
         if not isinstance(hosts, Collection) or isinstance(hosts, str) or not all(isinstance(h, str) for h in hosts):
             raise ValueError(f"allowed_hosts must be a list of names; it was {hosts!r}")
+        for host in hosts:
+            # A URL or a pattern would fit no request.
+            if not _HOST.fullmatch(host):
+                raise ValueError(f"allowed_hosts must hold names as example.com, in ASCII; one was {host!r}")
         self._digest = None if key is None else hashlib.sha256(key.encode()).digest()
         self._hosts = {"localhost", *(_PORT.sub("", host.lower()) for host in hosts)}
         self._wrong, self._quiet_until = 0, 0.0

@@ -241,6 +241,25 @@ def test_a_file_that_another_pytorch_wrote_says_so(tiny_package: Path, monkeypat
         ModelPackage(tiny_package)
 
 
+def test_a_description_in_utf_16_is_refused(tmp_path: Path) -> None:
+    """PyTorch, which reads it as well, takes UTF-8 alone."""
+    text = json.dumps({"format": 1, **dataclasses.asdict(GOOD)}).encode("utf-16")
+    with pytest.raises(PackageError, match=r"not a readable .*'utf-8' codec"):
+        read_description(write_archive(tmp_path / "m.pt2", None, (f"model/{MEMBER}", text)))
+
+
+@pytest.mark.parametrize(("member", "content"), [("archive_format", b"other"), ("extra/notes", b"\xff")])
+def test_what_pytorch_refuses_in_an_archive_is_a_damaged_file(
+    member: str, content: bytes, tiny_package: Path, tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(tiny_package) as old, zipfile.ZipFile(tmp_path / "m.pt2", "w") as new:
+        odd = f"{old.namelist()[0].partition('/')[0]}/{member}"
+        for name in sorted({*old.namelist(), odd}):
+            new.writestr(name, content if name == odd else old.read(name))
+    with pytest.raises(PackageError, match=r"m\.pt2 cannot be loaded: "):
+        ModelPackage(tmp_path / "m.pt2")
+
+
 @pytest.mark.parametrize("change", [{"classes": 3, "labels": None}, {"risk": True}, {"evidence": {"a": "words"}}])
 def test_a_description_of_another_graph_is_refused(change: dict[str, Any], tiny_package: Path, tmp_path: Path) -> None:
     """With three classes for four, the last probability would pass for the uncertainty."""

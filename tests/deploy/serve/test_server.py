@@ -90,6 +90,9 @@ def nested(value: str) -> str:
     return json.dumps({"inputs": np.zeros((3, 8, 8)).tolist()}).replace("0.0", value, 1)
 
 
+#: Each the whole of a form; the first ends where the other begins.
+TWO_FILES = form("file", image())[0].removesuffix(b"--\r\n") + form("file", image(1))[0].removeprefix(b"--frontier")
+
 BAD = {
     "empty body": (b"", "image/png", 400, "empty"),
     "BMP": (image(0, (9, 9), "BMP"), "image/bmp", 400, "none of JPEG, PNG, WEBP"),
@@ -102,6 +105,7 @@ BAD = {
     "wrong content type": (image(), "text/html", 415, "text/html"),
     "no content type": (image(), "", 415, "missing"),
     "form without file": (*form("picture", image()), 422, "'file'"),
+    "form with two files": (TWO_FILES, "multipart/form-data; boundary=frontier", 422, "one field 'file' .* were 2"),
     "form without boundary": (form("file", image())[0], "multipart/form-data", 400, "form"),
     "broken form": (b"--frontier\r\nno headers", "multipart/form-data; boundary=frontier", 400, "form|image"),
     "form with text": (b"", "multipart/form-data; boundary=x", 400, "empty"),
