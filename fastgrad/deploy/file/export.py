@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ def export(
         device="cpu" if onnx else example_input.device.type,
         # None passes there; a string, what has no order, a mapping, and what holds nothing, are refused.
         labels=list(map(str, labels))  # type: ignore[arg-type]
-        if isinstance(labels, Iterable) and not isinstance(labels, str | bytes | Mapping | Set)
+        if isinstance(labels, Iterable) and not isinstance(labels, str | bytes | Mapping | set | frozenset)
         else labels,
         mean=None if mean is None else checks.to_array("mean", mean, finite=False).tolist(),
         std=None if std is None else checks.to_array("std", std, finite=False).tolist(),
