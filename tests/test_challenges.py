@@ -183,6 +183,26 @@ def test_buffers_that_a_pass_replaces_return() -> None:
     assert before == 0
 
 
+def test_a_table_that_grows_stays_as_long_as_its_length_says() -> None:
+
+    class Growing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.length = small_net(), 0
+            self.register_buffer("table", torch.zeros(0), persistent=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            z = self.net(x)
+            if self.length < z.shape[1]:
+                self.length = z.shape[1]
+                self.table = torch.arange(1.0, self.length + 1)
+            return z * self.table[: z.shape[1]]
+
+    model = Growing()
+    generate_challenges(model, photos(), names=["fgsm"])
+    assert len(model.table) == model.length > 0
+
+
 @pytest.mark.parametrize(
     "buffer",
     [

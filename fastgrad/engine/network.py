@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import threading
 import weakref
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgrad._torch import disable_mha_fastpath, is_traced, own_parametrizations, pytree
+from fastgrad._torch import disable_mha_fastpath, is_traced, own_parametrizations, pytree, saving_plainly
 from fastgrad.batches import choices
 from fastgrad.engine.copy import BACKWARD_HOOKS, Shadow, detach_plain
 from fastgrad.engine.fallback import floating
@@ -70,7 +71,7 @@ class Network:
             if known.plans and not known.plans[0].outdated(self.model):
                 return known.plans[0]
             known.plans.clear()
-        with objects_kept(self.model) as objects:
+        with self._planning() as objects:
             plan = self._first_plan(known, (args, kwargs), samples, objects)
         # Not left to `forward`, which compiled passes do not call once they have a graph.
         self._keep(plan)
@@ -154,6 +155,12 @@ class Network:
             )
         return output, shadow
 
+    @contextlib.contextmanager
+    def _planning(self) -> Iterator[Objects]:
+        """While trials make their passes, whose saved tensors are not the caller's; objects are restored at the end."""
+        with saving_plainly(), objects_kept(self.model) as objects:
+            yield objects
+
     def _first_plan(self, known: Known, inputs: Any, samples: int, objects: Objects) -> Plan:
         """Make a plan. Ambiguous inputs are taken to carry the batch such that the model treats its samples alike."""
         refusal: ValueError | None = None
@@ -185,7 +192,7 @@ class Network:
             yield others[0]
         # The few samples that a plan is tried on may take another path than the batch.
         for count in (SAMPLES, samples + 1, max(2, samples)):
-            with objects_kept(self.model) as objects:
+            with self._planning() as objects:
                 trial = Trial(self, plan.known, inputs, samples, plan.carriers, objects, count)
                 made = trial.plan(older=plan)
             same = next((other for other in tried if other == made), None)
@@ -195,7 +202,7 @@ class Network:
                 same.paths.update(made.paths)
                 yield same
         # Finding the batch takes two samples at least, on which a loop over samples has another path.
-        with objects_kept(self.model):
+        with self._planning():
             serves = samples == 1 and trial.serves_one(made)
         if serves:
             yield made

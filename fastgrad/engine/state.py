@@ -269,17 +269,24 @@ def undone(model: nn.Module, inputs: Any = (), copies: Copies | None = None) -> 
 def buffers_kept(model: nn.Module) -> Iterator[None]:
     """Restore the buffers of modules and their numbers.
 
-    Quantization observers change buffers in evaluation mode, too, and a forward pass may replace them.
+    Quantization observers change buffers in evaluation mode, too, and a forward pass may replace them. If it also
+    replaces other attributes, the new buffers stay, because a table goes with its length.
     """
     before = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if _may_be_written(buffer)]
     # Buffers of a scripted module cannot be replaced.
-    held = [(m._buffers, dict(m._buffers)) for m in model.modules() if isinstance(m._buffers, dict)]
+    held = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules() if isinstance(m._buffers, dict)]
     try:
         yield
     finally:
-        for buffers, own in held:
-            buffers.update(own)
+        if all(_are_same(vars(m), own) and m._buffers.keys() == buffers.keys() for m, own, buffers in held):
+            for module, _, buffers in held:
+                module._buffers.update(buffers)
         _put_back(pair for pair in before if _have_changed(*pair))
+
+
+def _are_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two dicts hold the same objects under the same names."""
+    return one.keys() == other.keys() and all(one[name] is value for name, value in other.items())
 
 
 def _have_changed(tensor: Tensor, value: Tensor) -> bool:

@@ -73,6 +73,9 @@ class Steps(TorchFunctionMode):
             return result
         if isinstance(result, Tensor):
             rank = result.dim()
+        elif name == "_set_grad_enabled":
+            # Functions inside note the mode. A checkpoint around the model sets it where it counts saved tensors.
+            return result
         elif result is None or isinstance(result, (tuple, list, RemovableHandle)):
             rank = -1
         else:

@@ -5,16 +5,15 @@ No sample may change what the model does with another.
 
 from __future__ import annotations
 
-import contextlib
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastgrad._torch import saving_plainly
 from fastgrad.batches import take
 from fastgrad.engine.backward import backward_signals
 from fastgrad.engine.fallback import agree
@@ -194,12 +193,10 @@ class Trial:
         with self._undone(inputs) as inputs:
             return Observation(self._network, inputs, count, **options)
 
-    @contextlib.contextmanager
-    def _undone(self, inputs: Any) -> Iterator[Any]:
+    def _undone(self, inputs: Any) -> AbstractContextManager[Any]:
         """Begin a pass as the call does, and undo it: an earlier pass may have filled a cache that copies share."""
         self._objects.restore()
-        with saving_plainly(), undone(self._network.model, inputs, self._copies) as inputs:
-            yield inputs
+        return undone(self._network.model, inputs, self._copies)
 
     def _backward(self, seen: Observation, cotangents: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return gradients by name, and leave the model as it was, because checkpoints run parts of it again."""

@@ -64,7 +64,7 @@ class SampleTable:
         if count is not None:
             checks.at_least(0, count=count)
         values = -getattr(self, by) if _KEYS[by] else getattr(self, by)
-        order = np.argsort(np.where(np.isnan(values), -np.inf, values), kind="stable")[:count]
+        order = np.lexsort((values, ~np.isnan(values)))[:count]
         return SampleTable(*(getattr(self, field.name)[order] for field in fields(self)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from bisect import bisect_left
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -261,7 +262,8 @@ def recorded_sqnorms(
     ]
     ruled = {key for keys, site, _, _ in probes if not isinstance(site, RecomputedSite) for key in keys}
     taps = {id(probe) for _, site, probe, _ in probes if isinstance(site, RecomputedSite)}
-    _require_plain(outputs, asked, [numbers for each in recordings for numbers in each.transformed])
+    stops = {id(probe) for _, run in alive for _, probe in run.probes}
+    _require_plain(outputs, asked, stops, [numbers for each in recordings for numbers in each.transformed])
     _require_returned(outputs, {key: name for key, name in asked.items() if key not in ruled}, taps, calls)
     sqnorms = probe_grads(
         outputs, [probe for _, _, probe, _ in probes], gradients, batched=batched, keep=keep,
@@ -295,11 +297,20 @@ def recorded_sqnorms(
     return tuple(by_key[id(p)] for p in wanted)
 
 
-def _require_plain(outputs: Sequence[Tensor], names: Mapping[int, str], transformed: Sequence[range]) -> None:
-    """Raise ValueError where ``outputs`` reach one of these parameters in a call that ``torch.func`` transforms."""
-    for node in nodes_behind(outputs) if transformed else ():
+def _require_plain(
+    outputs: Sequence[Tensor], names: Mapping[int, str], taps: Container[int], transformed: Sequence[range]
+) -> None:
+    """Raise ValueError where ``outputs`` reach one of these parameters by a call that ``torch.func`` transforms.
+
+    It may be in the call, or computed for it. What the call is given by others is behind their taps.
+    """
+    nodes = sorted(nodes_behind(outputs), key=number_of) if transformed else []
+    numbers, inside = [number_of(node) for node in nodes], []
+    for part in transformed:
+        inside += nodes[bisect_left(numbers, part.start) : bisect_left(numbers, part.stop)]
+    for node in nodes_behind(inside, taps):
         used = names.keys() & {id(getattr(following, "variable", None)) for following, _ in node.next_functions}
-        if used and any(number_of(node) in numbers for numbers in transformed):
+        if used:
             raise ValueError(
                 f"outputs must depend on {names[used.pop()]!r} through ordinary calls of the recorded model; they "
                 "reach it in a call that torch.func transforms (vmap, jacrev). Make that in the forward of a module of "

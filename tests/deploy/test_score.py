@@ -583,7 +583,8 @@ def test_what_cannot_be_scored(tiny_package: Path, tmp_path: Path) -> None:
     description = dataclasses.replace(read_description(tiny_package), input_shape=(12,), mean=None, std=None)
     with pytest.raises(ValueError, match=r"this model takes no images: its inputs have shape \(12,\)"):
         job.Job(tiny_package, description, source, tmp_path / "parts", part=1, columns=COLUMNS, **OPTIONS)
-    texts = (pa.array(["a.png"]), "string"), (pa.array(["a.png"], pa.large_string()), "large_string")
+    texts = [(pa.array(["a.png"], kind), str(kind)) for kind in (pa.string(), pa.large_string())]
+    texts.append((pa.array(["a.png"]).dictionary_encode(), "dictionary<values=string"))
     for column, kind in ((pa.array([[1, 2]]), "list<"), (pa.array([{"path": "a.png"}]), "struct<path"), *texts):
         pq.write_table(pa.table({"image": column}), source)
         with pytest.raises(ValueError, match=f"must hold bytes, or structs with bytes; it has {kind}"):

@@ -91,6 +91,8 @@ def test_samples_without_numbers_come_first(model: nn.Module, by: str) -> None:
     x[7] = torch.nan
     table = fastgrad.rank_samples(model, [(X[:4], Y[:4]), (x[4:], Y[4:9])], verbose=False)
     assert table.sort(by, 1).index == [7]
+    getattr(table, by)[0] = -np.inf if by == "confidence" else np.inf
+    assert table.sort(by, 2).index.tolist() == [7, 0]
 
 
 def test_one_layer_and_mappings() -> None:

@@ -86,10 +86,36 @@ def test_batched_gradients_behind_a_checkpoint_around_the_model(model: nn.Sequen
     torch.testing.assert_close(found[1], found[0])
 
 
-def test_a_first_call_within_a_checkpoint(model: nn.Sequential) -> None:
+class _Again(torch.autograd.Function):
+    """A product that its backward pass computes again, and saves tensors of."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.tanh(x * weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, weight = (t.detach().requires_grad_() for t in ctx.saved_tensors)
+        with torch.enable_grad():
+            return torch.autograd.grad(torch.tanh(x * weight), (x, weight), gradient)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda net, x: net.scale * x,
+        lambda net, x: checkpoint(lambda x: torch.tanh(net.scale * x), x, use_reentrant=False),
+        lambda net, x: _Again.apply(x, net.scale),
+    ],
+    ids=["plain", "nested", "again"],
+)
+def test_a_first_call_within_a_checkpoint(part: Any) -> None:
     """The passes that plan it are no part of the checkpoint."""
-    found = recorded(model, lambda: F.cross_entropy(checkpoint(model, X, use_reentrant=False), Y, reduction="sum"))
-    assert_close(found, loop(model))
+    torch.manual_seed(0)
+    net = Net(lambda net, x: part(net, net.layer(x)), layer=nn.Linear(4, 3), scale=nn.Parameter(torch.rand(3))).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    check_losses(net, lambda x: checkpoint(net, x, use_reentrant=False).square().sum(1), x)
 
 
 @pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.jacrev, torch.func.grad])
@@ -102,6 +128,27 @@ def test_a_term_through_a_transformed_call_is_refused(transform: Any) -> None:
         assert len(fastgrad.grad_sqnorm(model(x).sum() + term.detach(), parameters)) == 4
         with pytest.raises(ValueError, match=r"torch\.func transforms"):
             fastgrad.grad_sqnorm(model(x).sum() + term, parameters)
+
+
+def test_a_term_through_a_transformed_call_with_computed_parameters_is_refused() -> None:
+    model = nn.Linear(3, 2)
+    x = torch.randn(5, 3)
+    with fastgrad.record(model):
+        computed = {name: 1 + 2 * p for name, p in model.named_parameters()}
+        term = torch.func.vmap(lambda x: torch.func.functional_call(model, computed, (x,)))(x).square().sum()
+        with pytest.raises(ValueError, match=r"torch\.func transforms"):
+            fastgrad.grad_sqnorm(model(x).sum() + term, model.weight)
+
+
+def test_a_transformed_call_on_what_a_recorded_one_gives() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    with fastgrad.record(model):
+        loss = torch.func.vmap(model[2])(model[1](model[0](x))).square().sum()
+        (found,) = fastgrad.grad_sqnorm(loss, model[0].weight)
+    losses = [model(row).square().sum() for row in x]
+    expected = [torch.autograd.grad(one, model[0].weight)[0].square().sum() for one in losses]
+    torch.testing.assert_close(found, torch.stack(expected))
 
 
 def test_one_tensor_given_several_times() -> None:

@@ -72,7 +72,7 @@ def export_tiny(folder: Path, name: str, evidence: bool = False) -> Path:
             TinyTwoStage(),
             torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
             path,
-            labels=["cat", "dog", "cow", "hen"],
+            labels={"cat": 0, "dog": 1, "cow": 2, "hen": 3}.keys(),  # type: ignore[arg-type]  # as of torchvision's class_to_idx
             mean=[0.5] * 3,
             std=[0.25] * 3,
             max_batch=64,

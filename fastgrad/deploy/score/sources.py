@@ -96,7 +96,7 @@ def _cells(column: Any, most: int) -> list[bytes]:
         names = [field.name for field in column.type]
         column = pc.struct_field(column, "bytes") if "bytes" in names else column
     try:
-        if column.type in (pa.string(), pa.large_string()):  # paths, for example, which the cast would accept
+        if "string" in str(column.type):  # paths, for example, which the cast would accept; also in a dictionary
             raise pa.ArrowInvalid
         column = column.cast(pa.large_binary())
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
