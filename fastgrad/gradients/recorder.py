@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import threading
 import weakref
-from bisect import bisect_left
-from collections.abc import Container, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastgrad import checks
-from fastgrad._torch import is_transformed, next_number, number_of, original, outside_of_compilation
+from fastgrad._torch import is_transformed, next_number, original, outside_of_compilation
 from fastgrad.batches import batch_size
 from fastgrad.engine.backward import looped, probe_grads
 from fastgrad.engine.copy import Redirect
-from fastgrad.engine.layout import Layout
 from fastgrad.engine.network import Network
-from fastgrad.engine.probe import nodes_behind, nodes_by_term
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts, refuse_untracked
 from fastgrad.engine.run import RecomputedSite, Run
 from fastgrad.engine.steps import noting
+from fastgrad.gradients.dependence import Call, require_called, require_plain, require_returned
 from fastgrad.losses import compute_dtype
 
 
@@ -37,17 +35,6 @@ _active = _Active()
 _open: dict[int, tuple[Redirect, int]] = {}
 _networks: weakref.WeakKeyDictionary[nn.Module, Network] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
-
-
-class _Call(NamedTuple):
-    """One recorded call."""
-
-    keys: dict[str, int]  # ids of the recorded model's parameters by their names within the called module
-    run: weakref.ref[Run]  # its probes; it lives as long as the graph of its outputs
-    outputs: tuple[Layout | None, ...]  # where the batch lies in each output
-    samples: int
-    numbers: range  # of the operations in its graph; empty for an empty batch
-    tried: range  # of the operations of earlier passes that planned it
 
 
 _Recording = TypeVar("_Recording", bound="record")
@@ -95,7 +82,7 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         if getattr(self.model, "_compiled_call_impl", None) is not None:
             raise ValueError("model must not be compiled in place (model.compile()); compile its parts instead")
         #: Calls whose graph is alive, and the latest one.
-        self.calls: list[_Call] = []
+        self.calls: list[Call] = []
         #: Sequence numbers of operations in calls that ``torch.func`` transforms, which have no probes.
         self.transformed: list[range] = []
         #: For each entry that was not yet left, the thread's recordings and the redirected modules.
@@ -164,7 +151,7 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         self.calls = [call for call in self.calls if call.run() is not None]
         outputs = () if run.plan is None else run.plan.outputs
         numbers = range(run.first, next_number() if samples else run.first)
-        self.calls.append(_Call(keys, weakref.ref(run), outputs, samples, numbers, range(first, run.first)))
+        self.calls.append(Call(keys, weakref.ref(run), outputs, samples, numbers, range(first, run.first)))
         return output
 
     def _call_transformed(self, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -263,13 +250,13 @@ def recorded_sqnorms(
     ruled = {key for keys, site, _, _ in probes if not isinstance(site, RecomputedSite) for key in keys}
     taps = {id(probe) for _, site, probe, _ in probes if isinstance(site, RecomputedSite)}
     stops = {id(probe) for _, run in alive for _, probe in run.probes}
-    _require_plain(outputs, asked, stops, [numbers for each in recordings for numbers in each.transformed])
-    _require_returned(outputs, {key: name for key, name in asked.items() if key not in ruled}, taps, calls)
+    require_plain(outputs, asked, stops, [numbers for each in recordings for numbers in each.transformed])
+    require_returned(outputs, {key: name for key, name in asked.items() if key not in ruled}, taps, calls)
     sqnorms = probe_grads(
         outputs, [probe for _, _, probe, _ in probes], gradients, batched=batched, keep=keep,
         looped=looped((run for _, run in alive), [site for _, site, _, _ in probes], outputs[0]),
     )  # fmt: skip
-    sizes = _require_called(outputs, asked, calls, empty=recording.calls[-1].samples == 0)
+    sizes = require_called(outputs, asked, calls, empty=recording.calls[-1].samples == 0)
     reached = [(*probe, norms) for probe, norms in zip(probes, sqnorms, strict=True) if norms is not None]
     by_key: dict[int, Tensor] = {}
     for keys, _, _, _, norms in reached:
@@ -295,84 +282,3 @@ def recorded_sqnorms(
             shape = (*leading, next(iter(rows), recording.calls[-1].samples))
             by_key[id(p)] = torch.zeros(shape, dtype=compute_dtype(p.dtype), device=p.device)
     return tuple(by_key[id(p)] for p in wanted)
-
-
-def _require_plain(
-    outputs: Sequence[Tensor], names: Mapping[int, str], taps: Container[int], transformed: Sequence[range]
-) -> None:
-    """Raise ValueError where ``outputs`` reach one of these parameters by a call that ``torch.func`` transforms.
-
-    It may be in the call, or computed for it. What the call is given by others is behind their taps.
-    """
-    nodes = sorted(nodes_behind(outputs), key=number_of) if transformed else []
-    numbers, inside = [number_of(node) for node in nodes], []
-    for part in transformed:
-        inside += nodes[bisect_left(numbers, part.start) : bisect_left(numbers, part.stop)]
-    for node in nodes_behind(inside, taps):
-        used = names.keys() & {id(getattr(following, "variable", None)) for following, _ in node.next_functions}
-        if used:
-            raise ValueError(
-                f"outputs must depend on {names[used.pop()]!r} through ordinary calls of the recorded model; they "
-                "reach it in a call that torch.func transforms (vmap, jacrev). Make that in the forward of a module of "
-                "your own, and record this"
-            )
-
-
-def _require_returned(
-    outputs: Sequence[Tensor], names: Mapping[int, str], taps: Container[int], calls: Sequence[_Call]
-) -> None:
-    """Raise ValueError if ``outputs`` reach one of these parameters in a call, not through a recomputed module's tap.
-
-    Operations outside of calls, as for a weight decay, have other sequence numbers.
-    """
-    inside = _uses(nodes_behind(outputs, taps), calls)[1] & names.keys() if names else set()
-    if inside:
-        raise ValueError(
-            f"outputs must depend on {names[min(inside, key=list(names).index)]!r} through what the "
-            "recorded model returns: real tensors, also in tuples, lists and dicts. They reach it in "
-            "another way (an attribute, a hook, a complex tensor, an object, a gradient with create_graph=True), "
-            "where its gradients per sample are not seen"
-        )
-
-
-def _require_called(
-    outputs: Sequence[Tensor], names: Mapping[int, str], calls: Sequence[_Call], *, empty: bool
-) -> set[int]:
-    """Return the batch sizes of the calls that ``outputs`` reach.
-
-    Raise RuntimeError if they reach none, unless the batch is ``empty``, which shows none. Raise ValueError if a term
-    of the outputs reaches both a call and, outside of calls, one of these parameters. A term without calls, as a weight
-    decay, is allowed, because it has no gradient per sample.
-    """
-    sizes, _, beside = _uses(nodes_behind(outputs), calls)
-    if not sizes and not empty:
-        raise RuntimeError("outputs must be computed from calls of the recorded model; they reach none")
-    for nodes in nodes_by_term(outputs) if beside & names.keys() else ():
-        called, _, beside = _uses(nodes, calls)
-        if called and (beside := beside & names.keys()):
-            raise ValueError(
-                f"outputs must depend on {names[min(beside, key=list(names).index)]!r} through calls of the "
-                "recorded model or of its modules alone; it is used outside of them as well, as in another method than "
-                "forward. Call that from the forward of a module of your own, and record this"
-            )
-    return sizes
-
-
-def _uses(nodes: Iterable[Any], calls: Sequence[_Call]) -> tuple[set[int], set[int], set[int]]:
-    """Return batch sizes of the calls that ``nodes`` belong to, and ids of parameters used in calls and outside."""
-    sizes: set[int] = set()
-    inside: set[int] = set()
-    beside: set[int] = set()
-    for node in nodes:
-        leaves = {id(getattr(following, "variable", None)) for following, _ in node.next_functions} - {id(None)}
-        # Nodes from other threads, as of a loss, may have the same numbers, but seldom use a parameter.
-        if leaves and any(number_of(node) in call.tried for call in calls):
-            raise ValueError(
-                "outputs must be computed from what the recorded call itself gave; they reach an earlier pass, which a "
-                "first call makes to be planned, as through a list that a hook adds to. Keep the latest alone"
-            )
-        called = {call.samples for call in calls if number_of(node) in call.numbers}
-        sizes |= called
-        used = inside if called else beside
-        used |= leaves
-    return sizes, inside, beside
