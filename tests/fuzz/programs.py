@@ -81,7 +81,7 @@ def verdicts(program: Program) -> Iterator[str]:
 def reason(error: BaseException | None) -> str:
     """An error's message without the names and numbers of one program."""
     text = re.sub(r"'[^']*'", "'...'", str(error).split("\n")[0])
-    text = re.sub(r"squared norms of .* disagree", "squared norms of ... disagree", text)
+    text = re.sub(r"(squared norms|gradients) of .* (disagree|change)", r"\1 of ... \2", text)
     return f"{type(error).__name__}: {re.sub(r'[0-9]+', 'n', text)}"
 
 
