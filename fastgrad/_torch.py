@@ -131,7 +131,7 @@ def saves_elsewhere() -> bool:
 
 @contextlib.contextmanager
 def saving_plainly() -> Iterator[None]:
-    """While it lasts, saved tensors go through no hooks of the caller. Without, a checkpoint would count a trial's."""
+    """Keep the caller's hooks from saved tensors. Otherwise a checkpoint would count those that a trial saves."""
     autograd: Any = torch._C._autograd
     hooks = []
     while pair := autograd._top_saved_tensors_default_hooks(True):

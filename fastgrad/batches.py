@@ -43,7 +43,7 @@ def take(tree: Tree, index: Tensor | slice, samples: int, carriers: Sequence[boo
     carriers = carrying(leaves, samples) if carriers is None else carriers
     for leaf in itertools.compress(leaves, carriers):
         holds_values("inputs with a row for each sample", leaf)
-    # What is one tensor stays one: attention asks whether query and key are the same.
+    # A tensor that is given twice stays one object: attention checks whether query and key are identical.
     cut: dict[int, Any] = {}
     for leaf in itertools.compress(leaves, carriers):
         if id(leaf) not in cut:

@@ -157,7 +157,7 @@ class Network:
 
     @contextlib.contextmanager
     def _planning(self) -> Iterator[Objects]:
-        """While trials make their passes, whose saved tensors are not the caller's; objects are restored at the end."""
+        """Keep the caller's hooks from tensors that trials save; give the model's objects, restored at the end."""
         with saving_plainly(), objects_kept(self.model) as objects:
             yield objects
 

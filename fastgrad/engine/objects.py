@@ -31,7 +31,7 @@ class Objects:
 
     def changed(self) -> list[tuple[Any, Any]]:
         """Return the objects that hold something else now, each with a copy of what it held."""
-        return [(part, before) for part, before in self._found.values() if not _same(part, before)]
+        return [(part, before) for part, before in self._found.values() if not holds_same(part, before)]
 
     def restore(self) -> None:
         """Restore what the objects held."""
@@ -68,7 +68,7 @@ def _find_filled(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
             _find_filled(item, found)
 
 
-def _same(part: Any, before: Any) -> bool:
+def holds_same(part: Any, before: Any) -> bool:
     """Whether a list, dict or set holds the same objects as a copy of it."""
     if isinstance(part, set):  # without an order
         return bool(part == before)

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from fastgrad._torch import is_fake, is_wrapped, own_parametrizations, pytree
 from fastgrad.batches import input_tensors, same_class
 from fastgrad.engine.copy import CONTAINERS, PLAIN
-from fastgrad.engine.objects import refill
+from fastgrad.engine.objects import holds_same, refill
 from fastgrad.engine.steps import in_place
 
 
@@ -278,15 +278,10 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        if all(_are_same(vars(m), own) and m._buffers.keys() == buffers.keys() for m, own, buffers in held):
+        if all(holds_same(vars(m), own) and m._buffers.keys() == buffers.keys() for m, own, buffers in held):
             for module, _, buffers in held:
                 module._buffers.update(buffers)
         _put_back(pair for pair in before if _have_changed(*pair))
-
-
-def _are_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two dicts hold the same objects under the same names."""
-    return one.keys() == other.keys() and all(one[name] is value for name, value in other.items())
 
 
 def _have_changed(tensor: Tensor, value: Tensor) -> bool:

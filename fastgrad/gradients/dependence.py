@@ -29,17 +29,17 @@ class Call(NamedTuple):
 def require_plain(
     outputs: Sequence[Tensor], names: Mapping[int, str], taps: Container[int], transformed: Sequence[range]
 ) -> None:
-    """Raise ValueError where ``outputs`` reach one of these parameters by a call that ``torch.func`` transforms.
+    """Raise ValueError if ``outputs`` reach one of these parameters through a call that ``torch.func`` transforms.
 
-    It may be in the call, or computed for it. What the call is given by others is behind their taps.
+    It counts whether the call uses the parameter or was given values computed from it. Values from recorded calls do
+    not count; the search ends at the ``taps`` of these.
     """
     nodes = sorted(nodes_behind(outputs), key=number_of) if transformed else []
     numbers, inside = [number_of(node) for node in nodes], []
     for part in transformed:
         inside += nodes[bisect_left(numbers, part.start) : bisect_left(numbers, part.stop)]
     for node in nodes_behind(inside, taps):
-        used = names.keys() & {id(getattr(following, "variable", None)) for following, _ in node.next_functions}
-        if used:
+        if used := names.keys() & _leaves(node):
             raise ValueError(
                 f"outputs must depend on {names[used.pop()]!r} through ordinary calls of the recorded model; they "
                 "reach it in a call that torch.func transforms (vmap, jacrev). Make that in the forward of a module of "
@@ -93,7 +93,7 @@ def _uses(nodes: Iterable[Any], calls: Sequence[Call]) -> tuple[set[int], set[in
     inside: set[int] = set()
     beside: set[int] = set()
     for node in nodes:
-        leaves = {id(getattr(following, "variable", None)) for following, _ in node.next_functions} - {id(None)}
+        leaves = _leaves(node)
         # Nodes from other threads, as of a loss, may have the same numbers, but seldom use a parameter.
         if leaves and any(number_of(node) in call.tried for call in calls):
             raise ValueError(
@@ -105,3 +105,8 @@ def _uses(nodes: Iterable[Any], calls: Sequence[Call]) -> tuple[set[int], set[in
         used = inside if called else beside
         used |= leaves
     return sizes, inside, beside
+
+
+def _leaves(node: Any) -> set[int]:
+    """Return the ids of the leaves, as parameters, that a node of the graph uses."""
+    return {id(getattr(following, "variable", None)) for following, _ in node.next_functions} - {id(None)}
