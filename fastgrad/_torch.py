@@ -7,6 +7,7 @@ Each entry says what would happen without it. All were tried on PyTorch 2.8.0, 2
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import platform
 import sys
@@ -22,7 +23,7 @@ from torch._C import _functorch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules import batchnorm, conv, instancenorm
 from torch.nn.utils import parametrize
-from torch.utils import _python_dispatch, _pytree
+from torch.utils import _python_dispatch, _pytree, checkpoint
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -169,11 +170,38 @@ def unwrapped(tensor: Tensor) -> Tensor:
     return tensor
 
 
+#: The levels of ``torch.func.vmap``: what a level is, which tensor has one, and the batch behind it. Without them, a
+#: function's rule would have to be an autograd function with a batching rule, 100 microseconds a call.
+functorch: Any = _functorch
+
+#: The hooks through which saved tensors go, or None. If unknown, a checkpoint would compute again after vmap is over.
+saved_tensor_hooks: Callable[[], Any] = functools.partial(torch._C._autograd._top_saved_tensors_default_hooks, False)
+
+
+#: What ends a checkpoint's recomputation early. Taken for an error of the model, it would be computed again for nothing.
+StopRecomputation: type[Exception] = checkpoint._StopRecomputationError
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward pass. If unknown, a checkpoint's recomputation would be a call of its own."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+class lowered:  # noqa: N801 - reads as a statement: ``with lowered():``
+    """Run operations one level of ``torch.func`` lower, where the tensors of a ``vmap`` are batches."""
+
+    def __enter__(self) -> None:
+        self._layer = _functorch.pop_dynamic_layer_stack()
+
+    def __exit__(self, *error: object) -> None:
+        _functorch.push_dynamic_layer_stack(self._layer)
+
+
 _mapping = 0
 _mapping_lock = threading.Lock()
 
 
-def vmap(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+def vmap(function: Callable[_Arguments, _Result], randomness: str = "error") -> Callable[_Arguments, _Result]:
     """``torch.func.vmap`` without its warning about operators that it calls sample by sample.
 
     This switch belongs to the process. So do warning filters, but another thread may restore them in the meantime.
@@ -182,7 +210,7 @@ def vmap(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Resul
     def mapped(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         _count_mapping(1)
         try:
-            result: _Result = torch.func.vmap(function)(*args, **kwargs)
+            result: _Result = torch.func.vmap(function, randomness=randomness)(*args, **kwargs)
         finally:
             _count_mapping(-1)
         return result

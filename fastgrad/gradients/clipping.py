@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from fastgrad import checks
 from fastgrad._torch import outside_of_compilation
-from fastgrad.engine.fallback import floating
-from fastgrad.engine.layout import Layout
 from fastgrad.gradients.recorder import record, recorded_sqnorms
+from fastgrad.persample.layout import Layout, flatten
+from fastgrad.persample.run import Recorded
 
 #: Rounding that operations without a fixed order may add, in units of the dtype's epsilon.
 _UNITS = 16
@@ -68,26 +68,27 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
                 raise TypeError(f"max_norm must name parameters or modules; one name was {name!r}")
             checks.lies_in("(0, inf)", **{subject: limit})
         _groups(self.model, self._limits)
-        self._outputs: list[Tensor] = []
-        self._count = 0
+        #: The outputs of the latest call, and where the batch lies in each.
+        self._outputs: list[tuple[Tensor, Layout | None]] = []
+        self._count = self._samples = 0
+        self._foreign = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.model, self._limits[""] if self._joint else self._limits)
 
-    def _call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Run a call as `record` does, and keep the outputs, from which the losses are computed."""
-        # Calls that a closure makes within this one, as in the blocks of minGPT, are part of it.
-        before = self._count
-        try:
-            output = super()._call(module, args, kwargs)
-        finally:
-            self._count = before
-        self._outputs, self._count = floating(output), before + 1
-        return output
+    def _note(self, output: Any, recorded: Recorded) -> None:
+        """Keep the outputs, from which the losses are computed."""
+        super()._note(output, recorded)
+        leaves, layouts = flatten(output)[0], recorded.structure.layouts or [None] * len(flatten(output)[0])
+        self._outputs = [
+            (leaf, layout)
+            for leaf, layout in zip(leaves, layouts, strict=True)
+            if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        ]
+        self._count, self._samples, self._foreign = self._count + 1, recorded.samples, recorded.structure.foreign
 
     def _forget(self) -> None:
         """Begin a new step."""
-        self.calls.clear()
         self._outputs, self._count = [], 0
 
     def __exit__(self, *error: object) -> None:
@@ -132,16 +133,9 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
                 "model must be called once, inside clip_gradients and with gradients enabled, before each backward; "
                 f"it had been called {self._count} times"
             )
-        call = self.calls[-1]
-        checks.shape_is("losses", losses, (call.samples,), 'one loss a sample, as with reduction="none"')
-        if call.samples:
-            _require_separate(self.model, losses, self._outputs, call.outputs)
-        run = call.run()
-        if run is not None and run.plan is not None and not run.plan.linear:
-            raise ValueError(
-                "model must have gradients in proportion to its losses, to be clipped by a factor on these; they were "
-                "not, as behind a hook or a function of autograd that clamps them"
-            )
+        checks.shape_is("losses", losses, (self._samples,), 'one loss a sample, as with reduction="none"')
+        if self._samples:
+            _require_separate(self.model, losses, self._outputs)
         # Parameters may have been frozen, released or replaced since the last step.
         groups = _groups(self.model, self._limits)
         parameters = [p for group in groups for p in group]
@@ -152,12 +146,27 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
                     "change a gradient after it is clipped. Remove it, or change .grad after backward"
                 )
         sqnorms = recorded_sqnorms(self, [losses], parameters, [torch.ones_like(losses)], False, True)
+        if self._foreign:
+            twice = recorded_sqnorms(self, [losses], parameters, [2 * torch.ones_like(losses)], False, True)
+            self._require_proportion(sqnorms, twice)
         sqnorm_of = dict(zip(parameters, sqnorms, strict=True))
         columns = [torch.stack([sqnorm_of[p].to(losses.device) for p in group]).sum(0).sqrt() for group in groups]
         for group, limit, norms in zip(groups, self._limits.values(), columns, strict=True):
             factors = (limit / norms).clamp(max=1).to(losses.dtype)
             torch.autograd.backward([losses], [factors], retain_graph=norms is not columns[-1], inputs=group)
         return columns[0] if self._joint else torch.stack(columns, 1)
+
+
+    @staticmethod
+    def _require_proportion(sqnorms: Sequence[Tensor], twice: Sequence[Tensor]) -> None:
+        """Raise ValueError unless the norms of twice the losses are twice as large."""
+        for once, other in zip(sqnorms, twice, strict=True):
+            allowed = _UNITS * torch.finfo(once.dtype).eps * once
+            if bool(((other / 4 - once).abs() > allowed).any()):
+                raise ValueError(
+                    "model must have gradients in proportion to its losses, to be clipped by a factor on these; they "
+                    "were not, as behind a hook or a function of autograd that clamps them"
+                )
 
 
 def _groups(model: nn.Module, limits: Mapping[str, float]) -> list[list[nn.Parameter]]:
@@ -178,14 +187,12 @@ def _groups(model: nn.Module, limits: Mapping[str, float]) -> list[list[nn.Param
     return list(groups.values())
 
 
-def _require_separate(
-    model: nn.Module, losses: Tensor, outputs: Sequence[Tensor], layouts: Sequence[Layout | None]
-) -> None:
+def _require_separate(model: nn.Module, losses: Tensor, outputs: Sequence[tuple[Tensor, Layout | None]]) -> None:
     """Raise ValueError unless ``losses[i]`` uses row i of the outputs alone, and parameters only through it.
 
-    Only then does a factor on the loss clip that sample. ``layouts`` tell where the batch lies in the outputs.
+    Only then does a factor on the loss clip that sample. Outputs come with the place of the batch in them.
     """
-    places = {_edge(out): i for i, out in enumerate(outputs) if out.grad_fn is not None}
+    places = {_edge(out): i for i, (out, _) in enumerate(outputs) if out.grad_fn is not None}
     names = {id(p): name for name, p in model.named_parameters()}
     reached = set()
     waiting, seen = [_edge(losses)], set()
@@ -211,17 +218,17 @@ def _require_separate(
     factors = (2.0**exponents).to(losses)
     order = sorted(reached)
     plain, scaled = (
-        torch.autograd.grad([losses], [outputs[i] for i in order], [weights], retain_graph=True)
+        torch.autograd.grad([losses], [outputs[i][0] for i in order], [weights], retain_graph=True)
         for weights in (torch.ones_like(factors), factors)
     )
     for i, g, h in zip(order, plain, scaled, strict=True):
-        layout = layouts[i]
-        if layout is None or layout.kind == "single":
+        layout = outputs[i][1]
+        if layout is None or (apart := layout.apart(g, samples)) is None:
             raise ValueError(
                 "losses must be computed from outputs that carry the batch in one dimension; they depend on one of "
                 f"shape {tuple(g.shape)}, in which it was not found"
             )
-        own, other = (layout.batch_first(x, samples).reshape(samples, -1) for x in (g, h))
+        own, other = (x.reshape(samples, -1) for x in (apart, layout.apart(h, samples)))
         expected = own * factors.to(own).unsqueeze(1)
         allowed = _UNITS * torch.finfo(own.dtype).eps * expected.abs().amax(1, keepdim=True)
         if bool(((other - expected).abs() > allowed).any()):

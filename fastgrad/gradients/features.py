@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import fnmatch
-import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastgrad import checks, losses
-from fastgrad._torch import flat_graph, original, outside_of_compilation, pytree
-from fastgrad.batches import batch_size, class_logits, input_tensors, logits_of, one_for_none, take
-from fastgrad.engine.backward import signal_sqnorms
-from fastgrad.engine.copy import detach_plain
-from fastgrad.engine.network import Network
-from fastgrad.engine.plan import Plan, Route
-from fastgrad.engine.refusals import refuse_mixing, refuse_parts
-from fastgrad.engine.run import Run
-from fastgrad.engine.tracing import CompiledPasses
+from fastgrad._torch import original, outside_of_compilation, pytree
+from fastgrad.batches import batch_size, choices, class_logits, input_tensors, logits_of, one_for_none, take
+from fastgrad.persample.norms import squared_norms
+from fastgrad.persample.refusals import refuse_mixing, refuse_parts
+from fastgrad.persample.run import Recorded, Structure, known_structure, run
+from fastgrad.persample.routes import Route, routes_of
+from fastgrad.persample.state import State, detach_plain, evaluated
 from fastgrad.gradients.contrasts import check_target
-from fastgrad.ops.dispatch import IMPLEMENTATIONS, choose
+from fastgrad.ops.dispatch import IMPLEMENTATIONS, bind_contextvar, choose, implementation
 
 #: A fixed target by name, one class index or soft target for all samples, or a function of the logits.
 Target = str | int | Tensor | Callable[[Tensor], Tensor]
@@ -37,12 +34,11 @@ _CPU_SAMPLES = 16
 class GradientFeatures:
     """Squared L2 norms of the gradient of every parameter, for every sample, from one backward pass.
 
-    The model is not changed: each call runs a private copy of its module tree, in evaluation mode, that shares its
-    tensors. Frozen parameters get features too, and several threads may use one model. Forward hooks of modules run,
-    backward hooks do not.
+    The model runs in evaluation mode, under ``vmap``, and sees one sample at a time, of shape ``(1, ...)``; so do hooks
+    of its modules. It is left as it was: a model in training mode is copied for the call, with shared tensors, and what
+    a call writes to attributes and buffers is undone. Frozen parameters get features too.
 
-    The first call on a new structure of inputs runs the model a few times, on three or four of the samples, and
-    chooses a route for each parameter. It compares the result with autograd once.
+    The first call on a new structure of inputs is compared with an ordinary call of the batch.
 
     Args:
         model: Maps a batch to logits ``(B, N)``; see `fastgrad.batches.logits_of` for the kinds of outputs it may have.
@@ -58,9 +54,6 @@ class GradientFeatures:
         chunk_size: Samples at a time; None for the whole batch on a GPU, and a fast size on a CPU.
         memory_budget: Bytes a call may add, from which the chunk size is estimated if ``chunk_size`` is None.
         impl: ``"auto"``, ``"triton"`` or ``"eager"``, for the layers that have kernels.
-        compile: Have ``torch.compile`` compile the pass at the first call on inputs of each size, which takes seconds
-            to minutes. Worth it for many calls on networks of many small layers. A target function, and objects and
-            lists that modules hold, stay as they were at that call.
 
     Raises:
         TypeError, ValueError: For an argument that is not one of the above, a model that mixes samples, or one that
@@ -80,7 +73,6 @@ class GradientFeatures:
         chunk_size: int | None = None,
         memory_budget: int | None = None,
         impl: str = "auto",
-        compile: bool = False,  # noqa: A002  (as the modules of PyTorch call it)
     ) -> None:
         checks.is_a(nn.Module, model=model)
         refuse_parts(model)
@@ -88,7 +80,7 @@ class GradientFeatures:
         checks.one_of("loss", loss, losses.LOSSES)
         checks.one_of("reduction", reduction, losses.REDUCTIONS)
         checks.one_of("impl", impl, IMPLEMENTATIONS)
-        checks.is_bool(log=log, compile=compile)
+        checks.is_bool(log=log)
         for name, given in (("signals", signals), ("layers", layers)):
             if given is not None and not isinstance(given, Iterable):
                 raise TypeError(f"{name} must be a sequence, or None; it was {given!r}")
@@ -110,19 +102,10 @@ class GradientFeatures:
         self.layers = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
         self._names()
         refuse_mixing(self.model, training=False)
-        self._setup(compiled=compile)
-
-    def _setup(self, *, compiled: bool) -> None:
-        self._network = Network(self.model, self._names, lambda output: [logits_of(output)])
-        self._compiled = CompiledPasses() if compiled else None
-
+        self._latest: Recorded | None = None
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out plans and graphs, which are made anew, so that copies and pickles work."""
-        return {**self.__dict__, "_network": None, "_compiled": self._compiled is not None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._setup(compiled=state["_compiled"])
+        """Leave out the latest call, which belongs to a graph."""
+        return {**self.__dict__, "_latest": None}
 
     @property
     def names(self) -> list[str]:
@@ -158,26 +141,28 @@ class GradientFeatures:
         Raises:
             TypeError, ValueError: For a target that is not one of the above, or a model that mixes samples.
         """
-        # torch.compile cannot follow an extraction, which builds modules; `trace` gives it a graph.
         return outside_of_compilation(self._call)(args, kwargs, target)
 
     def _call(self, args: Any, kwargs: Any, target: Tensor | None) -> tuple[Tensor, Tensor]:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.enable_grad():
             choose(self.impl, next(self.model.parameters()))
             args, kwargs = pytree.tree_map_only(Tensor, detach_plain, (args, kwargs))
             samples = batch_size(args, kwargs)
             target = self._of_batch(target, samples)
+            refuse_mixing(self.model, training=False)
+            model = evaluated(self.model)
             if samples == 0:
-                return self._empty(args, kwargs)
-            plan = self._network.plan(args, kwargs, samples)
-            chunk = self._chunk(plan, args, kwargs, samples)
-            if chunk >= samples:
-                return self._piece(plan, args, kwargs, target)
-            parts = []
-            for start in range(0, samples, chunk):
+                return self._empty(model, args, kwargs)
+            start, parts = 0, []
+            while start < samples:
+                known = known_structure(self.model, args, kwargs)
+                chunk = self._chunk(known, args, kwargs, samples)
+                if chunk >= samples:
+                    return self._pass(model, args, kwargs, target)
                 index = slice(start, start + chunk)
-                part = take((args, kwargs), index, samples, plan.carriers)
-                parts.append(self._piece(plan, *part, None if target is None else target[index]))
+                part = take((args, kwargs), index, samples, None if known is None else known.carriers)
+                parts.append(self._pass(model, *part, None if target is None else target[index]))
+                start += chunk
             return torch.cat([logits for logits, _ in parts]), torch.cat([features for _, features in parts])
 
     def _of_batch(self, target: Tensor | None, samples: int) -> Tensor | None:
@@ -196,61 +181,26 @@ class GradientFeatures:
         return detach_plain(target)
 
     def report(self) -> list[Route]:
-        """Return the route of each parameter and why; RuntimeError before the first call."""
-        return self._network.routes()
+        """Return how each parameter's norms were computed in the latest call; RuntimeError before the first call."""
+        if self._latest is None:
+            raise RuntimeError("a report needs one call first: it depends on what the model does with its inputs")
+        return routes_of(self._latest, self._names())
 
-    def trace(self, *args: Any, **kwargs: Any) -> torch.fx.GraphModule:
-        """Trace the extraction, backward pass included, to one flat graph that can be compiled or exported.
-
-        The batch stays dynamic where the model reads its size as ``x.shape[0]``, not as ``len(x)``. Other sizes are
-        those of the example. The graph holds the model's present parameters. Each of several signals or
-        contrasts becomes a backward pass of its own.
-
-        Args:
-            *args: An example batch of at least two samples on the model's device.
-            **kwargs: Inputs by keyword; the graph takes their tensors positionally after the others.
-
-        Returns:
-            A module ``(*tensors) -> (logits, features)``.
-
-        Raises:
-            ValueError: Fewer than two samples.
-            RuntimeError: A layer without a rule is run again for each sample in operations that fix the batch size.
-        """
-        with torch.inference_mode(False):
-            args, kwargs = pytree.tree_map_only(Tensor, detach_plain, (args, kwargs))
-            samples = batch_size(args, kwargs)
-            if samples < 2:
-                raise ValueError(f"inputs must hold at least two samples to be traced; they held {samples}")
-            plan = self._settled(args, kwargs, samples)
-            return flat_graph(functools.partial(self._pass, plan, target=None), (args, kwargs), samples)
-
-    def _settled(self, args: Any, kwargs: Any, samples: int) -> Plan:
-        """Return the plan of the path that the model takes now, because a graph cannot switch to another."""
-        run = Run(samples)
-        self._network.forward(self._network.plan(args, kwargs, samples), run, args, kwargs)
-        assert run.plan is not None
-        return run.plan
-
-    def _piece(self, plan: Plan, args: Any, kwargs: Any, target: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Run one forward and backward pass, compiled if asked for."""
-        if self._compiled is None:
-            return self._pass(plan, args, kwargs, target)
-
-        def settled() -> Callable[..., tuple[Tensor, ...]]:
-            return functools.partial(self._pass, self._settled(args, kwargs, batch_size(args, kwargs)))
-
-        logits, features = self._compiled(self.model, plan.known, settled, (args, kwargs, target))
-        return logits, features
-
-    def _pass(self, plan: Plan, args: Any, kwargs: Any, target: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Run one forward and backward pass of an undivided batch; graphs are traced from it."""
-        samples = batch_size(args, kwargs)
-        run = Run(samples, self.impl)
-        with torch.enable_grad():
-            logits = class_logits(self._network.forward(plan, run, args, kwargs), samples)
-            z = logits.detach()
-            features = signal_sqnorms(run, logits, self._deltas(z, target), log=self.log)
+    def _pass(self, model: nn.Module, args: Any, kwargs: Any, target: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Run one forward and backward pass of an undivided batch."""
+        names = self._names()
+        wanted = {key: p for p in model.parameters() if (key := id(p)) in names}
+        state = State(model)
+        try:
+            with state.own_buffers(), bind_contextvar(implementation, self.impl):
+                output, recorded = run(model, model, args, kwargs, wanted, self.model)
+                self._latest = recorded
+                logits = class_logits(output, batch_size(args, kwargs))
+                z = logits.detach()
+                features = signal_sqnorms(recorded, logits, self._deltas(z, target), wanted, log=self.log)
+                recorded.forget_graphs()
+        finally:
+            state.restore()
         return z, features.movedim(0, 1) if self.contrast or self.joint else features[0]
 
     def _deltas(self, logits: Tensor, target: Tensor | None) -> Tensor:
@@ -264,27 +214,59 @@ class GradientFeatures:
             deltas.append(losses.delta(z, value, loss=loss, reduction=self.reduction))
         return torch.stack(deltas)
 
-    def _chunk(self, plan: Plan, args: Any, kwargs: Any, samples: int) -> int:
+    def _chunk(self, known: Structure | None, args: Any, kwargs: Any, samples: int) -> int:
+        """Return how many samples to take at a time."""
+        if known is None and len(list(choices(pytree.tree_leaves((args, kwargs)), samples))) > 1:
+            return samples  # it is not known yet which inputs can be cut
         if self.chunk_size is not None:
             return self.chunk_size
         tensors = input_tensors(args, kwargs)
+        if self.memory_budget is None and tensors[0].device.type != "cpu":
+            return samples
+        if known is None:
+            return min(samples, 1 if self.memory_budget is not None else _CPU_SAMPLES)
         # Layer outputs stay for the backward pass, whose gradients and scratch take about as much again.
-        per_sample = max(1.0, 2 * plan.bytes_per_element * sum(t.numel() for t in tensors) / samples)
+        per_sample = max(1.0, 2 * known.bytes_of_element * sum(t.numel() for t in tensors) / samples)
         if self.memory_budget is not None:
             return max(1, int(self.memory_budget / per_sample))
-        if tensors[0].device.type != "cpu":
-            return samples
         chunk = max(_CPU_SAMPLES, int(_CPU_WORKING_SET / per_sample))
         # Pieces of equal size: a short last one would waste the most.
         return math.ceil(samples / math.ceil(samples / chunk))
 
-    def _empty(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
-        refuse_mixing(self.model, training=False)
-        with torch.enable_grad():
-            logits = logits_of(self._network.forward(None, Run(1), *one_for_none((args, kwargs))))[:0].detach()
+    def _empty(self, model: nn.Module, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
+        state, (args, kwargs) = State(model), one_for_none((args, kwargs))
+        with torch.no_grad(), state.own_buffers():
+            logits = logits_of(model(*args, **kwargs))[:0]
+        state.restore()
         middle = (logits.shape[1],) if self.contrast else (len(self.signals),) if self.joint else ()
         dtype = losses.compute_dtype(logits.dtype)
         return logits, logits.new_zeros((0, *middle, len(self._names())), dtype=dtype)
+
+
+@torch.no_grad()
+def signal_sqnorms(
+    recorded: Recorded, output: Tensor, delta: Tensor, wanted: Mapping[int, Tensor], *, log: bool
+) -> Tensor:
+    """Return squared norms ``(S, B, P)`` of gradients of the wanted parameters, or logarithms, finite even for zeros.
+
+    ``delta`` ``(S, B, N)`` holds S gradients of a call's output, in float64 for ``log``, as their squares may underflow.
+    """
+    # If the backward pass is linear in delta, scaling delta to unit size keeps every intermediate square in range.
+    scale = delta.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(delta.dtype).tiny)
+    if recorded.structure.foreign:
+        scale = torch.ones_like(scale)
+    unit = (delta / scale).to(output.dtype)
+    found: dict[int, Tensor] = {}
+    if output.requires_grad:
+        with torch.enable_grad():
+            found = squared_norms([recorded], [output], [unit], wanted, batched=True)
+    zeros = unit.new_zeros(unit.shape[:2], dtype=losses.compute_dtype(delta.dtype if log else output.dtype))
+    norms = torch.stack([found[key].to(zeros) if key in found else zeros for key in wanted], -1)
+    if log:
+        return norms.clamp_min(torch.finfo(norms.dtype).tiny).log() + (2 * scale.log()).to(norms.dtype)
+    scale = scale.to(norms.dtype)
+    # In this order, no intermediate product leaves the dtype's range if the result is within it.
+    return norms * scale * scale
 
 
 def _check_target(target: object, names: Sequence[str]) -> None:

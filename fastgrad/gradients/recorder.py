@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import threading
-import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastgrad import checks
-from fastgrad._torch import is_transformed, next_number, original, outside_of_compilation
-from fastgrad.batches import batch_size
-from fastgrad.engine.backward import looped, probe_grads
-from fastgrad.engine.copy import Redirect
-from fastgrad.engine.network import Network
-from fastgrad.engine.refusals import refuse_mixing, refuse_parts, refuse_untracked
-from fastgrad.engine.run import RecomputedSite, Run
-from fastgrad.engine.steps import noting
-from fastgrad.gradients.dependence import Call, require_called, require_plain, require_returned
+from fastgrad._torch import in_backward, is_transformed, next_number, number_of, original, outside_of_compilation
 from fastgrad.losses import compute_dtype
+from fastgrad.persample import graph
+from fastgrad.persample.modules import Redirect
+from fastgrad.persample.norms import squared_norms
+from fastgrad.persample.refusals import refuse_mixing, refuse_parts
+from fastgrad.persample.run import Recorded, run
 
 
 class _Active(threading.local):
-    """The open recordings of a thread, innermost last."""
+    """The open recordings of a thread, innermost last, and whether one of its recorded calls is under way."""
 
     def __init__(self) -> None:
         self.stack: list[record] = []
+        self.inside = False
 
 
 _active = _Active()
 # By the id of a module, its redirection and how many recordings of it are open in all threads.
 _open: dict[int, tuple[Redirect, int]] = {}
-_networks: weakref.WeakKeyDictionary[nn.Module, Network] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -43,11 +39,12 @@ _Recording = TypeVar("_Recording", bound="record")
 class record:  # noqa: N801 - reads as a statement: ``with record(model):``
     """Context in which `grad_sqnorm` computes norms for this thread's calls of ``model`` or its submodules.
 
-    Inside, ordinary calls and backward passes work as always, and modules keep their mode (batch norm must be in
-    evaluation mode). ``forward`` of the model's modules is redirected on the instances for this thread; leaving the
-    context puts it back. Activation checkpointing (``use_reentrant=False``) and gradient accumulation work as always,
-    and so do hooks of modules. Hooks of parameters (``Tensor.register_hook``) see summed gradients; norms ignore
-    them.
+    Inside, a call runs the model under ``vmap``: it sees its samples one by one, each of shape ``(1, ...)``, and so do
+    hooks of its submodules. Norms are therefore those of each sample alone, whatever the model does. Outputs and
+    attributes that the model writes are those of the batch, ordinary backward passes work as always, and modules keep
+    their mode (batch norm must be in evaluation mode). What ``vmap`` cannot run, runs sample by sample: as exact, and
+    slower. ``forward`` of the model's modules is redirected on the instances for this thread; leaving the context puts
+    it back. Hooks of parameters (``Tensor.register_hook``) see summed gradients; norms ignore them.
 
     Args:
         model: The model to be called inside. If it is ``DistributedDataParallel``, or ``DataParallel`` on one device,
@@ -57,8 +54,8 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         TypeError: If ``model`` is not an ordinary ``torch.nn.Module``, or holds scripted modules, complex parameters or
             parts of parameters.
         ValueError: If it has batch norm in training mode, was compiled in place, is replicated on several devices, or
-            lies on a device without values (meta) or without float64 (mps). A call raises it for a module that is
-            recomputed in the backward pass and draws random numbers, such as attention with dropout.
+            lies on a device without values (meta) or without float64 (mps). The first call on inputs of a structure
+            raises it for a model whose samples interact, or which draws random numbers in evaluation mode.
 
     Example::
 
@@ -81,10 +78,12 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         self.model: nn.Module = whole
         if getattr(self.model, "_compiled_call_impl", None) is not None:
             raise ValueError("model must not be compiled in place (model.compile()); compile its parts instead")
-        #: Calls whose graph is alive, and the latest one.
-        self.calls: list[Call] = []
+        #: Batch sizes of the calls so far.
+        self.batches: set[int] = set()
         #: Sequence numbers of operations in calls that ``torch.func`` transforms, which have no probes.
         self.transformed: list[range] = []
+        #: Ids of the modules whose calls were recorded; a checkpoint around one calls it again on the way back.
+        self._called: set[int] = set()
         #: For each entry that was not yet left, the thread's recordings and the redirected modules.
         self._entered: list[tuple[list[record], list[nn.Module]]] = []
 
@@ -110,7 +109,7 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         # Another thread may leave the context, as when it collects an abandoned generator.
         stack, modules = self._entered.pop()
         stack.remove(self)
-        self.calls.clear()
+        self.batches.clear()
         self.transformed.clear()
         with _lock:
             for module in modules:
@@ -120,39 +119,28 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
                 else:
                     redirect.restore(module.__dict__)
 
-    def _call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Run one call with probes."""
-        keys: dict[str, int] = {}
+    def _call(self, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Run one call on each of its samples."""
         for name, parameter in module.named_parameters():
             if parameter.grad_fn is not None:
                 raise ValueError(
                     f"model must be called with parameters of its own; {name!r} was computed (functional_call)"
                 )
-            keys[name] = id(parameter)
-        with _lock:
-            network = _networks.get(module)
-            # The dictionary compares by equality, which modules may define.
-            if network is None or network.model is not module:
-                network = _networks[module] = Network(module, recorded=True)
-        samples = batch_size(args, kwargs)
         # A cast of a parameter in autocast's cache would belong to the graph of another call, or to none.
         torch.clear_autocast_cache()
-        # An empty batch, which random sampling may draw, has no samples to plan with and no norms.
-        run, earlier, first = Run(samples), list(self.calls), next_number()
-        with noting(None):
-            plan = network.plan(args, kwargs, samples) if samples else None
-            output = network.forward(plan, run, args, kwargs)
-        torch.clear_autocast_cache()
-        if run.plan is not None and run.plan.untracked:
-            # A closure calls the user's modules instead of their copies; such calls are recorded like any other.
-            inner = [call for call in self.calls if not any(call is other for other in earlier)]
-            seen = {key for call in inner for key in call.keys.values()}
-            refuse_untracked([name for name in run.plan.untracked if keys[name] not in seen])
-        self.calls = [call for call in self.calls if call.run() is not None]
-        outputs = () if run.plan is None else run.plan.outputs
-        numbers = range(run.first, next_number() if samples else run.first)
-        self.calls.append(Call(keys, weakref.ref(run), outputs, samples, numbers, range(first, run.first)))
+        _active.inside = True
+        try:
+            output, recorded = run(module, forward, args, kwargs, {id(p): p for p in self.model.parameters()})
+        finally:
+            _active.inside = False
+            torch.clear_autocast_cache()
+        self._called.add(id(module))
+        self._note(output, recorded)
         return output
+
+    def _note(self, output: Any, recorded: Recorded) -> None:
+        """Take note of a call."""
+        self.batches.add(recorded.samples)
 
     def _call_transformed(self, forward: Any, args: Any, kwargs: Any) -> Any:
         """Run a call without probes and note its operations, including those of calls within it."""
@@ -165,15 +153,18 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
 
 
 def _dispatch(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-    for recording in reversed(_active.stack):
-        if any(module is own for _, modules in recording._entered for own in modules):
-            if not torch.is_grad_enabled() or not any(True for _ in module.parameters()):
-                break
-            # While torch.compile traces this call, it would mistake the check for a transform.
-            if not torch.compiler.is_compiling() and is_transformed():
-                return recording._call_transformed(forward, args, kwargs)
-            # torch.compile cannot follow a recorded call, which builds modules.
-            return outside_of_compilation(recording._call)(module, args, kwargs)
+    if not _active.inside:
+        for recording in reversed(_active.stack):
+            if any(module is own for _, modules in recording._entered for own in modules):
+                if not torch.is_grad_enabled() or not any(True for _ in module.parameters()):
+                    break
+                if in_backward() and id(module) not in recording._called:
+                    break  # a checkpoint inside a recorded call computes a part of it again
+                # While torch.compile traces this call, it would mistake the check for a transform.
+                if not torch.compiler.is_compiling() and is_transformed():
+                    return recording._call_transformed(forward, args, kwargs)
+                # torch.compile cannot follow a recorded call.
+                return outside_of_compilation(recording._call)(module, forward, args, kwargs)
     return forward(*args, **kwargs)
 
 
@@ -190,7 +181,8 @@ def grad_sqnorm(
     Args:
         outputs: A loss that is a *sum* over samples, or any tensors computed from the recorded model's outputs. A mean
             divides every gradient by B.
-        params: Parameters of the recorded model, in any order.
+        params: Parameters of the recorded model, in any order. The uses of a parameter in several calls add up, if
+            these have the same number of samples.
         grad_outputs: As in ``torch.autograd.grad``, but a tensor for each of ``outputs``, or None for all.
         is_grads_batched: Whether ``grad_outputs`` has a leading dimension S of several gradients; what depends
             on activations alone is then computed once for all of them.
@@ -200,15 +192,14 @@ def grad_sqnorm(
         One tensor per parameter, ``(B,)``, or ``(S, B)`` for batched gradients; float32 (float64 for a float64
         model). Zeros for a parameter the outputs do not depend on. Only gradients that flow through calls of the
         model count: a weight decay added to the loss has no gradient per sample. Where the loss of one sample depends
-        on others, as a contrastive one, a norm is that of the sample's share of the batch's gradient.
+        on others, such as a contrastive one, the norm describes only the sample's share of the batch's gradient.
 
     Raises:
         RuntimeError: Outside of ``record``, or if no recorded call leads to ``outputs``.
-        ValueError: If a parameter is not the recorded model's, took part in several calls, or is used outside of
-            calls as well, other than in a term of its own like a weight decay. Also for outputs that depend on calls
-            that ``torch.func`` transforms, and for a gradient penalty: outputs that depend on gradients
-            (``create_graph=True``) which passed the model. And for a parameter that no layer rule serves, if outputs
-            depend on it other than through what modules return, as through an attribute.
+        ValueError: If a parameter is not the recorded model's, or is used outside of calls as well, other than in a
+            term of its own such as a weight decay. Also for calls of different numbers of samples that share a
+            parameter, for outputs that depend on calls that ``torch.func`` transforms, and for a gradient penalty:
+            outputs that depend on gradients (``create_graph=True``) which passed the model.
     """
     outputs, wanted = checks.tensors("outputs", outputs), checks.tensors("params", params)
     gradients = None if grad_outputs is None else checks.tensors("grad_outputs", grad_outputs)
@@ -233,52 +224,74 @@ def recorded_sqnorms(
     for i, p in enumerate(wanted):
         if id(p) not in names:
             raise ValueError(f"params must be parameters of the recorded model; number {i} is not one")
-    if not recording.calls or not any(out.requires_grad for out in outputs):
-        raise RuntimeError("outputs must be computed from calls of the recorded model, with gradients enabled")
-    # Only the probes of sites that serve a wanted parameter, so that the backward pass goes no further. Calls of other
-    # recorded models count, too, if they share a parameter.
-    asked = {id(p): names[id(p)] for p in wanted}
-    recordings = dict.fromkeys((*_active.stack, recording))
-    alive = [(call, run) for each in recordings for call in each.calls if (run := call.run()) is not None]
-    calls = [call for call, _ in alive]
-    probes = [
-        ([call.keys[name] for name in site.parameters], site, probe, run)
-        for call, run in alive
-        for site, probe in run.probes
-        if any(call.keys[name] in asked for name in site.parameters)
-    ]
-    ruled = {key for keys, site, _, _ in probes if not isinstance(site, RecomputedSite) for key in keys}
-    taps = {id(probe) for _, site, probe, _ in probes if isinstance(site, RecomputedSite)}
-    stops = {id(probe) for _, run in alive for _, probe in run.probes}
-    require_plain(outputs, asked, stops, [numbers for each in recordings for numbers in each.transformed])
-    require_returned(outputs, {key: name for key, name in asked.items() if key not in ruled}, taps, calls)
-    sqnorms = probe_grads(
-        outputs, [probe for _, _, probe, _ in probes], gradients, batched=batched, keep=keep,
-        looped=looped((run for _, run in alive), [site for _, site, _, _ in probes], outputs[0]),
-    )  # fmt: skip
-    sizes = require_called(outputs, asked, calls, empty=recording.calls[-1].samples == 0)
-    reached = [(*probe, norms) for probe, norms in zip(probes, sqnorms, strict=True) if norms is not None]
-    by_key: dict[int, Tensor] = {}
-    for keys, _, _, _, norms in reached:
-        for column, key in enumerate(keys):
-            if key in by_key:
-                raise ValueError(
-                    f"params must each take part in one call of the recorded model; {names[key]!r} took part in "
-                    "several. Make these calls in the forward of a module of your own, and record this"
-                )
-            if key in asked:
-                by_key[key] = norms[..., column]
-    # Parameters that the outputs do not depend on get zeros, one per sample of the calls that the outputs reach.
-    rows = {run.samples for _, _, _, run, _ in reached}
-    rows = rows if len(rows) == 1 else sizes
+    asked = {id(p): p for p in wanted}
+    calls = reached(recording, outputs, {key: names[key] for key in asked})
+    rows = {recorded.samples for recorded in calls}
     leading = (gradients[0].shape[0],) if batched and gradients is not None else ()
-    for p in wanted:
-        if id(p) not in by_key:
+    found: dict[int, Tensor] = {}
+    for samples in rows:
+        for key, norms in _norms_of(samples, calls, outputs, gradients, asked, batched, keep or len(rows) > 1).items():
+            if key in found:
+                raise ValueError(
+                    f"params must take part in calls of one number of samples; {names[key]!r} took part in calls of "
+                    f"{' and '.join(map(str, sorted(rows)))}"
+                )
+            found[key] = norms
+    for key, p in asked.items():
+        if key not in found:
             if len(rows) > 1:
                 raise ValueError(
                     f"params must each take part in a call that outputs depend on, where calls had batches of "
-                    f"{' and '.join(map(str, sorted(rows)))} samples; {names[id(p)]!r} takes part in none"
+                    f"{' and '.join(map(str, sorted(rows)))} samples; {names[key]!r} takes part in none"
                 )
-            shape = (*leading, next(iter(rows), recording.calls[-1].samples))
-            by_key[id(p)] = torch.zeros(shape, dtype=compute_dtype(p.dtype), device=p.device)
-    return tuple(by_key[id(p)] for p in wanted)
+            shape = (*leading, next(iter(rows)))
+            found[key] = torch.zeros(shape, dtype=compute_dtype(p.dtype), device=p.device)
+    return tuple(found[id(p)] for p in wanted)
+
+
+def _norms_of(
+    samples: int,
+    calls: Sequence[Recorded],
+    outputs: Sequence[Tensor],
+    gradients: Sequence[Tensor] | None,
+    asked: Mapping[int, Tensor],
+    batched: bool,
+    keep: bool,
+) -> dict[int, Tensor]:
+    if not samples:
+        return {}
+    own = [recorded for recorded in calls if recorded.samples == samples]
+    return squared_norms(own, outputs, gradients, asked, batched=batched, keep=keep)
+
+
+def reached(recording: record, outputs: Sequence[Tensor], names: Mapping[int, str]) -> list[Recorded]:
+    """Return the recorded calls that ``outputs`` reach.
+
+    Raise RuntimeError if they reach none. Raise ValueError if they reach one of these parameters, ids to names, in a
+    call that ``torch.func`` transforms, or if a term of theirs reaches both a call and, outside of calls, one of these
+    parameters. A term without calls, such as a weight decay, is allowed: it has no gradient per sample.
+    """
+    calls, outside = graph.uses(outputs)
+    for numbers in (numbers for each in dict.fromkeys((*_active.stack, recording)) for numbers in each.transformed):
+        inside = [node for node in graph.nodes(outputs) if number_of(node) in numbers]
+        if used := graph.uses(inside)[1] & names.keys():
+            raise ValueError(
+                f"outputs must depend on {names[used.pop()]!r} through ordinary calls of the recorded model; they "
+                "reach it in a call that torch.func transforms (vmap, jacrev). Make that in the forward of a module of "
+                "your own, and record this"
+            )
+    if not calls:
+        if recording.batches == {0}:
+            return [Recorded({}, 0, [], None)]  # type: ignore[arg-type]
+        raise RuntimeError(
+            "outputs must be computed from calls of the recorded model, with gradients enabled; they reach none"
+        )
+    for nodes in graph.terms(outputs) if outside & names.keys() else ():
+        called, used = graph.uses(nodes)
+        if called and (used := used & names.keys()):
+            raise ValueError(
+                f"outputs must depend on {names[min(used, key=list(names).index)]!r} through calls of the "
+                "recorded model or of its modules alone; it is used outside of them as well, as in another method than "
+                "forward. Call that from the forward of a module of your own, and record this"
+            )
+    return list(calls.values())

@@ -1,0 +1,117 @@
+"""The autograd graph behind outputs: which recorded calls it reaches, and which parameters it uses outside of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+from fastgrad._torch import number_of
+
+_KEY = "fastgrad"
+# Names of the graph nodes of sums, and of copies and products with a constant.
+_SUMS, _FACTORS = frozenset({"Add", "Sub"}), frozenset({"Mul", "Div", "Neg", "ToCopy"})
+
+
+def mark(output: Tensor, call: object) -> None:
+    """Note at the node of an output that it comes from ``call``, which then lives as long as the graph."""
+    output.grad_fn.metadata[_KEY] = call  # type: ignore[union-attr]
+
+
+def call_of(node: Any) -> Any:
+    """Return the call whose output a node gave, or None."""
+    return node.metadata.get(_KEY)
+
+
+def nodes(outputs: Iterable[Any]) -> Iterator[Any]:
+    """Yield the nodes of the graph of ``outputs`` (tensors or nodes), down to the outputs of calls."""
+    waiting: list[Any] = [out.grad_fn if isinstance(out, Tensor) else out for out in outputs]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        if call_of(node) is None:
+            waiting += [following for following, _ in node.next_functions]
+
+
+def uses(outputs: Iterable[Any]) -> tuple[dict[int, Any], set[int]]:
+    """Return the calls that outputs reach, by id, and the ids of the leaves that they use outside of calls."""
+    calls: dict[int, Any] = {}
+    leaves: set[int] = set()
+    for node in nodes(outputs):
+        call = call_of(node)
+        if call is not None:
+            calls[id(call)] = call
+        elif (leaf := getattr(node, "variable", None)) is not None:
+            leaves.add(id(leaf))
+    return calls, leaves
+
+
+def terms(outputs: Iterable[Tensor]) -> Iterator[list[Any]]:
+    """Yield the node of each term of outputs that are sums of scalars, such as a loss and a weight decay."""
+    waiting: list[tuple[Any, bool]] = [(out.grad_fn, not out.dim()) for out in outputs]
+    while waiting:
+        node, number = waiting.pop()
+        parts = [] if node is None else [other for other, _ in node.next_functions if other is not None]
+        # These return a scalar only if all their arguments are scalars.
+        whole = node is None or call_of(node) is not None
+        if not whole and number and parts and _sums(node, len(parts)):
+            waiting += [(other, True) for other in parts]
+        else:
+            yield [node]
+
+
+def _sums(node: Any, count: int) -> bool:
+    return node.name().removesuffix("Backward0") in (_SUMS if count > 1 else _SUMS | _FACTORS)
+
+
+def untracked(outputs: Iterable[Tensor], numbers: list[tuple[int, int]], first: int) -> set[int]:
+    """Return the ids of leaves that a call's nodes use, numbered from ``first`` on, but in none of these ranges."""
+    found: set[int] = set()
+    waiting = [out.grad_fn for out in outputs]
+    seen = set()
+    ranges = sorted(numbers)
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        following = [other for other, _ in node.next_functions if other is not None]
+        leaves = {id(other.variable) for other in following if hasattr(other, "variable")}
+        number = number_of(node)
+        if leaves and number >= first and not _within(number, ranges):
+            found |= leaves
+        waiting += following
+    return found
+
+
+def _within(number: int, ranges: list[tuple[int, int]]) -> bool:
+    low, high = 0, len(ranges)
+    while low < high:
+        middle = (low + high) // 2
+        if ranges[middle][1] <= number:
+            low = middle + 1
+        else:
+            high = middle
+    return low < len(ranges) and ranges[low][0] <= number
+
+
+def foreign(outputs: Iterable[Tensor]) -> bool:
+    """Whether a function of autograd that is not this package's lies behind outputs; its backward may be anything."""
+    waiting = [out.grad_fn for out in outputs]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, BackwardCFunction) and not node.name().startswith(("_TapBackward", "_GraphedBackward")):
+            return True
+        waiting += [other for other, _ in node.next_functions]
+    return False
+

@@ -1,0 +1,138 @@
+"""Where the batch lies in what a model returns: from one result for each sample to the result of the batch."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgrad._torch import pytree
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A tensor of which each sample has its own: ``(B, *shape)``, where ``shape`` is what the model saw."""
+
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the tensors of the samples form that of the batch.
+
+    ``kind`` is "rows" (side by side in dimension ``dim``), "stack" (the samples in a new dimension 0), "same" (one for
+    all), "sum" or "mean".
+    """
+
+    kind: str
+    dim: int = 0
+
+    def joined(self, rows: Tensor) -> Tensor:
+        """Return the tensor of the batch from ``(B, *shape)``."""
+        if len(rows) == 1:
+            return rows[0]
+        if self.kind == "rows":
+            return rows.movedim(0, self.dim).flatten(self.dim, self.dim + 1)
+        if self.kind == "stack":
+            return rows
+        return rows[0] if self.kind == "same" else rows.sum(0) if self.kind == "sum" else rows.mean(0)
+
+    def apart(self, batch: Tensor, samples: int) -> Tensor | None:
+        """Return the rows ``(B, ...)`` of a tensor of the batch; None if it has none."""
+        if samples == 1:
+            return batch.unsqueeze(0)
+        if self.kind == "rows":
+            return batch.unflatten(self.dim, (samples, -1)).movedim(self.dim, 0)
+        return batch if self.kind == "stack" else None
+
+
+def usual(shape: Sequence[int]) -> Layout | None:
+    """Return the layout of a tensor of this shape for each sample, if there is nothing to compare with."""
+    return Layout("rows") if len(shape) and shape[0] == 1 else None
+
+
+def find(rows: Tensor, batch: Tensor, precision: float | None) -> Layout | None:
+    """Return the layout in which ``(B, *shape)`` agrees with the ``batch``'s own result; None if it agrees in none.
+
+    ``precision`` is the relative rounding error of the coarsest numbers; None compares shapes alone.
+    """
+    if rows.dtype != batch.dtype:
+        return None
+    shape = tuple(rows.shape[1:])
+    found = []
+    if len(shape) == batch.dim():
+        found += [
+            Layout("rows", d)
+            for d, size in enumerate(shape)
+            if batch.shape[d] == len(rows) * size and shape[:d] + shape[d + 1 :] == _without(batch.shape, d)
+        ]
+    if tuple(batch.shape) == tuple(rows.shape):
+        found.append(Layout("stack"))
+    if tuple(batch.shape) == shape:
+        found += [Layout("same")] if _alike(rows) else []
+        found += [Layout("sum"), Layout("mean")] if rows.is_floating_point() else []
+    fitting = (each for each in found if precision is None or agree(each.joined(rows), batch, precision))
+    return next(fitting, None)
+
+
+def _without(shape: Sequence[int], dim: int) -> tuple[int, ...]:
+    return tuple(shape[:dim]) + tuple(shape[dim + 1 :])
+
+
+def _alike(rows: Tensor) -> bool:
+    return bool(((rows == rows[:1]) | (rows != rows)).all())
+
+
+def agree(found: Tensor, expected: Tensor, precision: float) -> bool:
+    """Whether two results of one computation agree in half the digits of numbers of this relative precision."""
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    if found.numel() == 0:
+        return True
+    if found.is_complex():
+        found, expected = torch.view_as_real(found), torch.view_as_real(expected)
+    a, b = (t.detach().double().nan_to_num() for t in (found, expected))
+    return bool((a - b).abs().max() <= math.sqrt(precision) * b.abs().max())
+
+
+def flatten(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any], list[str]]:
+    """Return the leaves of a tree, what puts other leaves in their place, and the leaves' names.
+
+    Objects that hold tensors in attributes, as the outputs of many libraries do, are trees as well.
+    """
+    paths, spec = pytree.tree_flatten_with_path(tree)
+    leaves: list[Any] = []
+    names: list[str] = []
+    parts: list[tuple[int, Any, Any]] = []
+    for path, leaf in paths:
+        name = pytree.keystr(path)
+        inner = vars(leaf) if hasattr(leaf, "__dict__") and not isinstance(leaf, (Tensor, torch.nn.Module, type)) else {}
+        if any(isinstance(value, Tensor) for value in inner.values()):
+            own, own_spec = pytree.tree_flatten(inner)
+            parts.append((len(own), leaf, own_spec))
+            leaves += own
+            names += [f"{name}.{key}" for key in inner][: len(own)] + [name] * (len(own) - len(inner))
+        else:
+            parts.append((1, None, None))
+            leaves.append(leaf)
+            names.append(name)
+
+    def rebuilt(values: Sequence[Any]) -> Any:
+        at, own = 0, []
+        for count, original, own_spec in parts:
+            some = values[at : at + count]
+            at += count
+            if own_spec is None:
+                own.append(some[0])
+            else:
+                made = copy.copy(original)
+                vars(made).update(pytree.tree_unflatten(list(some), own_spec))
+                own.append(made)
+        return pytree.tree_unflatten(own, spec)
+
+    return leaves, rebuilt, names

@@ -1,0 +1,132 @@
+"""What a model's functions meet while it runs under vmap on one sample: rules, copies of parameters, read values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fastgrad._torch import functorch, lowered, pytree, saved_tensor_hooks
+from fastgrad.rules import ENTERED, RULES
+from fastgrad.rules.call import Call, Refused
+from fastgrad.rules.whole import entered
+
+
+class Split(Exception):  # noqa: N818 - a way to go on, not an error
+    """The model read a value that is not the same for all samples; ``values`` ``(B, n)`` has a row for each."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__("the model read a value that differs between samples")
+        self.values = values
+
+
+def getter(name: str) -> Callable[..., Any]:
+    """Return the function by which a mode sees an attribute of a tensor."""
+    found: Callable[..., Any] = getattr(Tensor, name).__get__
+    return found
+
+
+#: Functions that read values of a tensor into Python.
+_READS = {getattr(Tensor, n) for n in ("__bool__", "item", "__float__", "__int__", "__index__", "tolist")}
+_METHODS = (
+    "size", "dim", "numel", "is_floating_point", "stride", "element_size", "is_contiguous", "get_device", "ndimension",
+    "__len__", "detach", "is_complex", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "__hash__",
+)  # fmt: skip
+_ATTRIBUTES = (
+    "shape", "dtype", "device", "requires_grad", "is_cuda", "ndim", "layout", "grad", "is_leaf", "is_sparse", "is_meta",
+    "is_nested", "data", "is_quantized", "is_mps", "is_cpu",
+)  # fmt: skip
+#: Functions that say nothing of a parameter's values, or cut its gradient.
+_HARMLESS = {getattr(Tensor, name) for name in _METHODS} | {getter(name) for name in _ATTRIBUTES}
+_HARMLESS |= {torch.is_floating_point, torch.zeros_like, torch.ones_like, torch.empty_like, torch.is_tensor}
+_HARMLESS |= {nn.init.zeros_, nn.init.ones_}
+#: Gradients that a model takes inside its forward pass, and what may change gradients on their way back.
+_DIFFERENTIATES = {torch.autograd.grad, Tensor.backward}
+_HOOKS = {Tensor.register_hook}
+#: Functions that make tensors by the sizes they are given.
+_MADE = {torch.zeros, torch.ones, torch.empty, torch.full}
+_MADE |= {Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full}
+_MADE |= {torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like}
+#: Functions that draw random numbers by the sizes they are given.
+_DRAWN = {torch.rand, torch.randn, torch.randint, torch.normal, torch.rand_like, torch.randn_like, torch.randint_like}
+_DRAWN |= {torch.randperm}
+_SEQUENCES = (list, tuple, dict)
+
+
+class PerSample(TorchFunctionMode):
+    """Follow the functions that a model calls on one sample, for a `Call`."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self._call = call
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        call, kwargs = self._call, kwargs or {}
+        if func in _HARMLESS:
+            return func(*args, **kwargs)
+        if torch.is_grad_enabled():
+            rule = RULES.get(func)
+            if rule is not None:
+                if saved_tensor_hooks() != call.hooks:
+                    raise Refused("a checkpoint computes it again when vmap is over")
+                out = rule(call, *args, **kwargs)
+                if out is not NotImplemented:
+                    return out
+            elif func in ENTERED:
+                with self:
+                    return entered(func)(*args, **kwargs)
+            if any(type(a) in _SEQUENCES or id(a) in call.parameters for a in args) or kwargs:
+                args, kwargs = self._with_copies(args, kwargs)
+            if func in _DIFFERENTIATES:
+                raise Refused("it takes gradients in its forward pass")
+            if func in _HOOKS:
+                call.hooked = True
+        if func in _READS:
+            return self._read(func, *args)
+        if func in _DRAWN or (call.spread_made and func in _MADE):
+            return self._made(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _with_copies(self, args: Any, kwargs: Any) -> Any:
+        call = self._call
+        if any(call.owns(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
+            call.require_level()
+            if saved_tensor_hooks() != call.hooks:
+                raise Refused("a checkpoint computes it again when vmap is over")
+            return pytree.tree_map(lambda leaf: call.copy_of(leaf) if call.owns(leaf) else leaf, (args, kwargs))
+        return args, kwargs
+
+    def _read(self, func: Any, x: Tensor, *rest: Any) -> Any:
+        """Return the value that all samples have; Split if they differ."""
+        call = self._call
+        if not call.is_batched(x):
+            if functorch.maybe_current_level() != call.level:
+                return func(x, *rest)
+            with lowered():
+                return func(x, *rest)
+        values = call.physical(x).detach()
+        if not bool((values == values[:1]).all()):
+            raise Split(values.reshape(call.samples, -1))
+        with lowered():
+            return func(values[0], *rest)
+
+    def _made(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Make a tensor one level lower: with a row for each sample where it is made for a batch of one sample."""
+        call = self._call
+        if functorch.maybe_current_level() != call.level or any(map(call.is_batched, args)):
+            return func(*args, **kwargs)
+        with lowered():
+            one = func(*args, **kwargs)
+        if func in _DRAWN and not one.shape[:1] == (1,):
+            return one
+        with lowered():
+            if func in _DRAWN:
+                every = torch.cat([one, *(func(*args, **kwargs) for _ in range(call.samples - 1))]).unsqueeze(1)
+            else:
+                every = one.unsqueeze(0).repeat(call.samples, *[1] * one.dim())
+        return call.wrapped(every)
+
+

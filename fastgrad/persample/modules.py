@@ -1,0 +1,80 @@
+"""Modules that are one function to the engine: their ``forward`` runs on the batch, and a user's rule gives norms."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastgrad._torch import next_number
+from fastgrad.rules.call import Call, Refused
+from fastgrad.rules.registry import ModuleRule, OfModule, rule_of
+
+
+class Redirect:
+    """A callable that replaces ``forward`` of a user's module.
+
+    ``call`` gets the module, its own ``forward`` and the inputs.
+    """
+
+    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
+        self._own = module.__dict__.get("forward")
+        self._forward = module.forward
+        self._module, self._call = module, call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run as ``forward`` of the module."""
+        return self._call(self._module, self._forward, args, kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Have copies and pickles of the module hold its own ``forward``, because nothing would restore it there."""
+        return (getattr, (self._module, "forward")) if self._own is None else (functools.partial, (self._own,))
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Restore the earlier ``forward`` in ``state``, a module's ``__dict__``."""
+        if self._own is None:
+            state.pop("forward", None)
+        else:
+            state["forward"] = self._own
+
+
+_calls = threading.local()
+
+
+@contextlib.contextmanager
+def replaced(model: nn.Module, call: Call) -> Iterator[None]:
+    """Run modules that have a rule of the user's on the batch of ``call`` as a whole, in this thread."""
+    found = [(module, rule) for module in model.modules() if (rule := rule_of(module)) is not None]
+    redirects = []
+    before, _calls.now = getattr(_calls, "now", None), call
+    try:
+        for module, rule in found:
+            redirects.append((module, Redirect(module, functools.partial(_run, rule))))
+            module.__dict__["forward"] = redirects[-1][1]
+        yield
+    finally:
+        _calls.now = before
+        for module, redirect in reversed(redirects):
+            redirect.restore(module.__dict__)
+
+
+def _run(rule: ModuleRule, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    call: Call | None = getattr(_calls, "now", None)
+    names = [name for name, p in module.named_parameters(recurse=False)]
+    weights = [p for _, p in module.named_parameters(recurse=False)]
+    if call is None or kwargs or len(args) != 1 or not call.is_batched(args[0]) or not any(map(call.owns, weights)):
+        return forward(*args, **kwargs)
+    if args[0].shape[0] != 1:
+        raise Refused("a module with a registered rule gets other rows than one for each sample")
+
+    def on_batch() -> Tensor:
+        begin = next_number()
+        x = call.physical(args[0]).flatten(0, 1)
+        out = call.tapped([forward(x)], [x], weights, OfModule(module, rule, names), begin, in_place=False)[0]
+        return out.unsqueeze(1)
+
+    return call.on_batch(on_batch)

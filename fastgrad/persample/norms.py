@@ -1,0 +1,248 @@
+"""Squared norms of each sample's gradients, from outputs that recorded runs lead to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fastgrad._torch import vmap
+from fastgrad.losses import compute_dtype
+from fastgrad.ops.dispatch import bind_contextvar, implementation
+from fastgrad.persample.run import Alone, Recorded
+from fastgrad.rules.call import Call, Use
+from fastgrad.rules.formula import Formula
+from fastgrad.rules.linear import Product, joined, weight_sqnorm
+from fastgrad.rules.probe import visiting
+from fastgrad.rules.reduce import sqnorm
+
+#: Bytes of per-sample gradients held at once.
+CHUNK_BYTES = 64 * 2**20
+#: What a formula needs: saved tensors and output gradients, of all samples of a part.
+Given = tuple[Sequence[Tensor], Sequence[Tensor]]
+
+
+class Share:
+    """One use's part in the gradients of a parameter, for the samples of a part of a batch."""
+
+    def __init__(self, rows: list[int], formula: Formula, slot: int, given: Given) -> None:
+        self.rows, self.formula, self.slot, self._given = rows, formula, slot, given
+
+    def given(self, places: slice) -> Given:
+        """Return what the formula needs, for some of the samples."""
+        saved, gradients = self._given
+        count = len(self.rows)
+        return [_of(t, places, count) for t in saved], [_of(t, places, count) for t in gradients]
+
+    def gradient(self, places: slice) -> Tensor:
+        """Return gradients ``(b, *shape)`` of some of the samples."""
+        return self.formula.gradient(*self.given(places), self.slot)
+
+    def sqnorms(self) -> Tensor:
+        """Return squared norms ``(B,)`` of this share alone."""
+        return self.formula.sqnorms(*self._given, [self.slot])[0]
+
+
+def _of(t: Tensor, places: slice, count: int) -> Tensor:
+    """Return the rows of some samples; a sample may have several, side by side."""
+    times = t.shape[0] // count
+    return t[slice(places.start * times, places.stop * times)]
+
+
+class Dense(Share):
+    """Gradients of one sample that ran alone."""
+
+    def __init__(self, row: int, value: Tensor) -> None:
+        self.rows, self._value = [row], value.unsqueeze(0)
+
+    def gradient(self, places: slice) -> Tensor:
+        return self._value
+
+    def sqnorms(self) -> Tensor:
+        return sqnorm(self._value)
+
+
+def squared_norms(
+    calls: Iterable[Recorded],
+    outputs: Sequence[Tensor],
+    gradients: Sequence[Tensor] | None,
+    wanted: Mapping[int, Tensor],
+    *,
+    batched: bool = False,
+    keep: bool = False,
+) -> dict[int, Tensor]:
+    """Return squared norms ``(B,)`` by parameter, of those that outputs depend on; ``(S, B)`` for batched gradients.
+
+    Arguments are as in `torch.autograd.grad`; ``keep`` keeps the graph for another call. All calls have B samples.
+    """
+    return _Backward(list(calls), wanted).run(outputs, gradients, batched, keep)
+
+
+class _Backward:
+    def __init__(self, calls: list[Recorded], wanted: Mapping[int, Tensor]) -> None:
+        self.calls, self.wanted = calls, wanted
+        self.samples = calls[0].samples if calls else 0
+        self.uses: list[tuple[list[int], Use]] = []
+        self.alone: list[tuple[int, Alone]] = []
+        counts: dict[int, int] = {}
+        for recorded in calls:
+            seen: set[int] = set()
+            for index, part in recorded.parts:
+                rows = list(range(recorded.samples)) if index is None else index.tolist()
+                if isinstance(part, Alone):
+                    self.alone.append((rows[0], part))
+                    seen |= wanted.keys()
+                    continue
+                self.uses += [(rows, use) for use in part.uses if any(key in wanted for key in use.keys)]
+                # Samples of another group have uses of their own.
+                for key, count in part.counts.items():
+                    if count > 1:
+                        counts[key] = 2
+                    seen.add(key)
+            for key in seen:
+                counts[key] = counts.get(key, 0) + 1
+        #: Parameters with several uses, whose norm is that of the sum.
+        self.several = {key for key, count in counts.items() if count > 1}
+
+    def run(
+        self, outputs: Sequence[Tensor], gradients: Sequence[Tensor] | None, batched: bool, keep: bool
+    ) -> dict[int, Tensor]:
+        if not batched:
+            return self._once(outputs, gradients, keep)
+        assert gradients is not None
+        count = gradients[0].shape[0]
+        looped = count == 1 or bool(self.alone) or any(use.formula.replays for _, use in self.uses)
+        if looped or any(recorded.structure.foreign for recorded in self.calls):
+            each = [self._once(outputs, [g[i] for g in gradients], keep or i < count - 1) for i in range(count)]
+            return {key: torch.stack([found[key] for found in each]) for key in each[0]} if each else {}
+        return self._together(outputs, gradients, keep)
+
+    def _once(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor] | None, keep: bool) -> dict[int, Tensor]:
+        given: dict[int, Given] = {}
+        inputs = [use.probe for _, use in self.uses] + [out for _, part in self.alone for out in part.outputs]
+        if not inputs:
+            return {}
+        with visiting({id(use.probe): self._visit(use, given) for _, use in self.uses}):
+            found = torch.autograd.grad(outputs, inputs, gradients, retain_graph=keep, allow_unused=True)
+        return self._sums(found, given, keep)
+
+    def _together(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], keep: bool) -> dict[int, Tensor]:
+        """Send several gradients back in one pass."""
+        probes = [use.probe for _, use in self.uses]
+        if not probes:
+            return {}
+        reached: list[int] = []
+        kept: list[tuple[int, Sequence[Tensor], int]] = []
+
+        def back(*grads: Tensor) -> list[Tensor]:
+            given: dict[int, Given] = {}
+            with visiting({id(use.probe): self._visit(use, given) for _, use in self.uses}):
+                found = torch.autograd.grad(outputs, probes, list(grads), retain_graph=keep, allow_unused=True)
+            result = []
+            for i, g in enumerate(found):
+                if g is not None:
+                    reached.append(i)
+                    result.append(g)
+            for key, (saved, at) in given.items():
+                kept.append((key, saved, len(at)))
+                result += at
+            return result
+
+        values = iter(vmap(back)(*gradients))
+        norms = {i: next(values) for i in reached}
+        later = [(key, saved, [next(values) for _ in range(count)]) for key, saved, count in kept]
+        rows = []
+        for s in range(gradients[0].shape[0]):
+            found = [norms[i][s] if i in norms else None for i in range(len(probes))]
+            rows.append(self._sums(found, {key: (saved, [g[s] for g in at]) for key, saved, at in later}, keep))
+        return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+    def _visit(self, use: Use, given: dict[int, Given]) -> Callable[..., Tensor]:
+        pairs = list(zip(use.slots, use.keys, strict=True))
+        single = [slot for slot, key in pairs if key in self.wanted and key not in self.several]
+        summed = any(key in self.wanted and key in self.several for _, key in pairs)
+
+        def visit(saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+            if summed:
+                given[id(use.probe)] = saved, gradients
+            with bind_contextvar(implementation, use.impl):
+                norms = dict(zip(single, use.formula.sqnorms(saved, gradients, single), strict=True)) if single else {}
+            if len(norms) == 1 and len(pairs) == 1:
+                return norms[single[0]].unsqueeze(1)
+            none = use.probe.detach()[:, 0]
+            return torch.stack([norms.get(slot, none).to(none) for slot in use.slots], 1)
+
+        return visit
+
+    def _sums(self, found: Sequence[Tensor | None], given: Mapping[int, Given], keep: bool) -> dict[int, Tensor]:
+        """Put the norms of all parts of the batch together."""
+        result: dict[int, Tensor] = {}
+        shares: dict[int, list[Share]] = {}
+        for (rows, use), norms in zip(self.uses, found, strict=False):
+            if norms is None:
+                continue
+            for column, (slot, key) in enumerate(zip(use.slots, use.keys, strict=True)):
+                if key not in self.wanted:
+                    continue
+                if key in self.several:
+                    shares.setdefault(key, []).append(Share(rows, use.formula, slot, given[id(use.probe)]))
+                else:
+                    self._put(result, key, rows, norms[:, column])
+        at = len(self.uses)
+        for row, part in self.alone:
+            grads = found[at : at + len(part.outputs)]
+            at += len(part.outputs)
+            for key, value in self._own(part, grads, keep).items():
+                shares.setdefault(key, []).append(Dense(row, value))
+        for key, each in shares.items():
+            self._put(result, key, *self._of_sum(key, each))
+        return result
+
+    def _put(self, result: dict[int, Tensor], key: int, rows: list[int], norms: Tensor) -> None:
+        p = self.wanted[key]
+        norms = norms.to(device=p.device, dtype=compute_dtype(p.dtype, norms.dtype))
+        if len(rows) == self.samples and rows == list(range(self.samples)):
+            result[key] = norms
+            return
+        if key not in result:
+            result[key] = norms.new_zeros(self.samples)
+        result[key][torch.tensor(rows, device=norms.device)] = norms
+
+    def _own(self, part: Alone, gradients: Sequence[Tensor | None], keep: bool) -> dict[int, Tensor]:
+        """Return the gradients of a sample that ran alone."""
+        pairs = [(out, g) for out, g in zip(part.outputs, gradients, strict=True) if g is not None]
+        if not pairs:
+            return {}
+        outputs, at = zip(*pairs, strict=True)
+        leaves = {key: part.thawed.get(key, p) for key, p in self.wanted.items()}
+        with part.swapped():
+            own = torch.autograd.grad(outputs, list(leaves.values()), at, allow_unused=True, retain_graph=True)
+        return {key: g.to_dense().to(compute_dtype(g.dtype)) for key, g in zip(leaves, own, strict=True) if g is not None}
+
+    def _of_sum(self, key: int, shares: list[Share]) -> tuple[list[int], Tensor]:
+        """Return samples, and the squared norms of the sums of their gradients."""
+        if len(shares) == 1:
+            return shares[0].rows, shares[0].sqnorms()
+        rows = shares[0].rows
+        if all(share.rows == rows for share in shares):
+            forms = {type(share.formula) for share in shares}
+            if forms == {Product} and len({(share.formula, share.slot) for share in shares}) == 1 and not shares[0].slot:
+                whole = slice(0, len(rows))
+                factors = [share.formula.factors(*share.given(whole), share.slot) for share in shares]
+                return rows, weight_sqnorm(*joined([f for f in factors if f is not None]))
+            size = max(1, CHUNK_BYTES // max(1, self.wanted[key].numel() * 8))
+            parts = [
+                sqnorm(sum((share.gradient(slice(i, min(i + size, len(rows)))) for share in shares[1:]),
+                           shares[0].gradient(slice(i, min(i + size, len(rows))))))
+                for i in range(0, len(rows), size)
+            ]  # fmt: skip
+            return rows, torch.cat(parts)
+        every = sorted({row for share in shares for row in share.rows})
+        norms = []
+        for row in every:
+            own = [(share, share.rows.index(row)) for share in shares if row in share.rows]
+            norms.append(sqnorm(sum(share.gradient(slice(i, i + 1)) for share, i in own)))  # type: ignore[arg-type]
+        return every, torch.cat(norms)
+
+

@@ -1,0 +1,80 @@
+"""Refuse models before any work, if their gradients are not whole or their samples depend on each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from fastgrad import checks
+from fastgrad._torch import BatchNorm
+
+#: Names of the classes that hold a part of a parameter, or of several.
+_PARTS = frozenset({"DTensor", "FullyShardedDataParallel", "ShardedTensor"})
+
+
+def refuse_scripted(model: nn.Module) -> None:
+    """Raise TypeError for a scripted or traced module, which has no copy in Python."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"model must be made of ordinary modules; {name or 'model'!r} was a {type(module).__name__} (torch.jit)"
+                ". Use the module that it was made of"
+            )
+
+
+def refuse_devices(model: nn.Module) -> None:
+    """Raise ValueError for a model whose parameters hold no values, or lie where nothing can be float64."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or nn.parameter.is_lazy(parameter):
+            was = "on the meta device" if parameter.is_meta else "not initialized (call a lazy module once before)"
+            raise ValueError(f"model must hold values; its parameter {name!r} was {was}")
+        checks.has_float64(f"parameter {name!r} of model", parameter)
+
+
+def refuse_parts(model: nn.Module) -> None:
+    """Raise if this process cannot compute a squared norm of each parameter of the model.
+
+    TypeError if a parameter is complex or sharded over processes, or a module is scripted. ValueError if a parameter
+    holds no values, or its device has no float64.
+    """
+    refuse_scripted(model)
+    refuse_devices(model)
+    for name, part in (*model.named_modules(), *model.named_parameters()):
+        found = sorted({cls.__name__ for cls in type(part).__mro__} & _PARTS)
+        if found:
+            raise TypeError(
+                f"model must hold whole parameters; {name or 'model'!r} was a {found[0]} (FSDP, tensor parallelism), "
+                "of which each process holds a part. Use DistributedDataParallel, or norms before the model is sharded"
+            )
+        if isinstance(part, nn.Parameter) and part.is_complex():
+            raise TypeError(
+                f"model must have real parameters; {name!r} was {part.dtype}. Hold its two parts in one real "
+                "parameter and view that as complex (torch.view_as_complex)"
+            )
+
+
+def refuse_mixing(model: nn.Module, *, training: bool) -> None:
+    """Raise ValueError for a layer that uses statistics of the batch; with ``training``, in the modules' own modes."""
+    mixes = "normalises with the statistics of the batch"
+    for path, module in model.named_modules():
+        name, norm = path or type(model).__name__, isinstance(module, BatchNorm)
+        if module.__dict__.get("scale_grad_by_freq"):
+            how = f"embedding {name!r} divides gradients by counts over the batch (scale_grad_by_freq=True)"
+        elif norm and training and module.training:
+            how = f"batch norm {name!r} is in training mode, so it {mixes} (call model.eval())"
+        elif norm and module.running_mean is None:
+            how = f"batch norm {name!r} keeps no running statistics, so it {mixes}"
+        else:
+            continue
+        raise ValueError(f"model must not mix the samples of a batch, or there is no gradient per sample; its {how}")
+
+
+def refuse_untracked(parameters: Sequence[str]) -> None:
+    """Raise ValueError where a forward pass used ``parameters`` that no module of the model gave it."""
+    if parameters:
+        raise ValueError(
+            f"model must reach {parameters[0]!r} through an attribute of one of its modules; it used it from elsewhere "
+            "(a closure, a global name, a tensor that an earlier call kept), where its gradients are not seen"
+        )

@@ -1,0 +1,474 @@
+"""Run a model on each sample of a batch: all together under vmap, in groups by the values that it reads, or alone.
+
+The first run on inputs of a structure is compared with an ordinary call of the batch. It shows where the batch lies in
+the outputs, and that samples do not interact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fastgrad._torch import StopRecomputation, next_number, pytree, vmap
+from fastgrad.batches import batch_size, choices, input_tensors
+from fastgrad.persample import graph
+from fastgrad.engine.memory import keep_freed_memory, lacks_memory
+from fastgrad.persample.layout import Layout, Rows, find, flatten, usual
+from fastgrad.persample.mode import PerSample, Split
+from fastgrad.persample.modules import replaced
+from fastgrad.persample.state import ABSENT, Buffer, Place, State
+from fastgrad.rules.call import Call, NotPerSampleError
+
+Forward = Callable[..., Any]
+Tree = tuple[list[Any], Callable[[Sequence[Any]], Any], list[str]]
+
+
+class Alone:
+    """One sample that ran as it is: its gradients are those of its own ``outputs``.
+
+    Frozen parameters were ``thawed`` for it, by their ids.
+    """
+
+    def __init__(self, model: nn.Module, thawed: Mapping[int, Tensor]) -> None:
+        self.outputs: list[Tensor] = []
+        self.thawed, self._model = thawed, model
+
+    @contextlib.contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Have the model use these copies of frozen parameters, which require gradients."""
+        places = [(m, name, p) for m in self._model.modules() for name, p in m._parameters.items() if id(p) in self.thawed]
+        try:
+            for module, name, p in places:
+                module._parameters[name] = self.thawed[id(p)]  # type: ignore[assignment]
+            yield
+        finally:
+            for module, name, p in places:
+                module._parameters[name] = p
+
+
+@dataclass(eq=False)
+class Recorded:
+    """A run of a model on a batch; it lives as long as the graph of its outputs."""
+
+    parameters: Mapping[int, Tensor]
+    samples: int
+    #: Which samples, None for all in order, and how they ran.
+    parts: list[tuple[Tensor | None, Call | Alone]]
+    structure: Structure
+
+    def forget_graphs(self) -> None:
+        """Keep only how samples ran."""
+        for _, part in self.parts:
+            if isinstance(part, Alone):
+                part.outputs.clear()
+
+
+@dataclass(eq=False)
+class Structure:
+    """What is known of a model for inputs of one structure."""
+
+    carriers: tuple[bool, ...]  # which inputs have a row for each sample
+    layouts: list[Layout | None] = field(default_factory=list)  # of each output; None for what is no tensor
+    attributes: dict[Place, list[Layout | None]] = field(default_factory=dict)
+    written: frozenset[Buffer] = frozenset()  # buffers that a call writes to
+    writes: bool = False  # whether a call changes attributes, buffers or random numbers
+    ordinary: bool = False  # whether only an ordinary call changes them as it should
+    spread_made: bool = False  # see `Call`
+    alone: str = ""  # why samples run alone
+    bytes_of_element: float = 0.0  # of what functions gave for each number of the inputs
+    #: Whether gradients may not be in proportion to those of the outputs: functions of autograd, or hooks.
+    foreign: bool = False
+
+
+@dataclass
+class _Outcome:
+    """What one part of a batch gave: outputs and changed attributes, as `Rows` of its samples or other values."""
+
+    index: Tensor | None
+    part: Call | Alone
+    output: Tree
+    attributes: dict[Place, Tree]
+
+
+class _Known:
+    """Structures by model and key; ids, because modules may define equality."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[weakref.ref[nn.Module], dict[Any, Structure]]] = {}
+        self._lock = threading.Lock()
+
+    def of(self, model: nn.Module) -> dict[Any, Structure]:
+        with self._lock:
+            ref, found = self._held.get(id(model), (None, {}))
+            if ref is None or ref() is not model:
+                key = id(model)
+                self._held[key] = weakref.ref(model, lambda _: self._held.pop(key, None)), found
+            return found
+
+
+_known = _Known()
+
+
+class _Plain(TorchFunctionMode):
+    """Counts bytes of results, and keeps PyTorch's attention from its fused paths, as `PerSample` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.bytes += out.numel() * out.element_size()
+        return out
+
+
+def run(
+    model: nn.Module,
+    forward: Forward,
+    args: Any,
+    kwargs: Any,
+    parameters: Mapping[int, Tensor],
+    owner: nn.Module | None = None,
+) -> tuple[Any, Recorded]:
+    """Call ``forward``, that of ``model``, and return its output and what is known of each sample's gradients.
+
+    ``parameters`` are those whose gradients count, by id. Attributes that the model writes are as after an ordinary
+    call. ``owner`` is the model of which this is a copy for one call. ValueError if samples interact.
+    """
+    keep_freed_memory()
+    return _Run(model, forward, args, kwargs, parameters, owner).result()
+
+
+def known_structure(model: nn.Module, args: Any, kwargs: Any) -> Structure | None:
+    """Return what is known of a model for inputs like these, if it ran on such."""
+    one = _Run(model, model, args, kwargs, {})
+    return _known.of(model).get(one.key())
+
+
+class _Run:
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Forward,
+        args: Any,
+        kwargs: Any,
+        parameters: Mapping[int, Tensor],
+        owner: nn.Module | None = None,
+    ) -> None:
+        self.model, self.forward, self.parameters = model, forward, parameters
+        self.owner = model if owner is None else owner
+        self.samples = batch_size(args, kwargs)
+        self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
+        self.training = any(module.training for module in model.modules())
+
+    def key(self) -> Any:
+        inputs = tuple(
+            (x.dim(), x.dtype, bool(x.dim()) and x.shape[0] == self.samples, x.requires_grad)
+            if isinstance(x, Tensor)
+            else type(x)
+            for x in self.leaves
+        )
+        return inputs, self.spec, self.samples == 1, self.training
+
+    def result(self) -> tuple[Any, Recorded]:
+        if self.samples == 0:
+            output = self.forward(*self._call_of(self.leaves)[0], **self._call_of(self.leaves)[1])
+            recorded = Recorded(self.parameters, 0, [], Structure(()))
+            for t in flatten(output)[0]:
+                if isinstance(t, Tensor) and t.grad_fn is not None:
+                    graph.mark(t, recorded)
+            return output, recorded
+        known, key = _known.of(self.owner), self.key()
+        structure = known.pop(key, None)
+        if structure is not None:
+            known[key] = structure
+            state = State(self.model, structure.written)
+            outcomes = self.outcomes(structure, state)
+            if all(len(out.output[0]) == len(structure.layouts) for out in outcomes):
+                return self.joined(structure, state, outcomes)
+            state.restore()
+        found = self.checked()
+        known[key] = found[1].structure
+        return found
+
+    # The first run on inputs of a structure.
+
+    def checked(self) -> tuple[Any, Recorded]:
+        state = State(self.model)
+        leaves = [x.detach().clone() if isinstance(x, Tensor) else x for x in self.leaves]
+        args, kwargs = self._call_of(leaves)
+        with torch.no_grad(), _Plain() as plain:
+            expected = flatten(self.forward(*args, **kwargs))
+        drew, written = state.drew(), state.written()
+        after = {place: value for place, value in state.changes().items() if value is not ABSENT}
+        state.restore()
+        failure: Exception | None = None
+        for carriers in choices(self.leaves, self.samples):
+            structure = Structure(carriers, written=written, writes=bool(written or after or drew))
+            structure.bytes_of_element = plain.bytes / max(1, sum(x.numel() for x in input_tensors(self.leaves)))
+            try:
+                first = next_number()
+                outcomes = self.outcomes(structure, state)
+                self._compare(structure, state, outcomes, expected, after, drew)
+                output, recorded = self.joined(structure, state, outcomes)
+                self._require_tracked(recorded, output, first)
+                structure.foreign = graph.foreign(_graphed(output)) or any(
+                    part.hooked for _, part in recorded.parts if isinstance(part, Call)
+                )
+                return output, recorded
+            except NotPerSampleError as error:
+                failure = failure or error
+                state.restore()
+        assert failure is not None
+        raise failure
+
+    def _compare(
+        self,
+        structure: Structure,
+        state: State,
+        outcomes: list[_Outcome],
+        expected: Tree,
+        after: Mapping[Place, Any],
+        drew: bool,
+    ) -> None:
+        """Find the layouts of outputs and attributes; NotPerSampleError names the first output that has none."""
+        random = drew and self.training
+        eps = max([torch.finfo(p.dtype).eps for p in self.model.parameters()] + [_autocast_eps(self.leaves)])
+        leaves, _, names = expected
+        counts = {len(out.output[0]) for out in outcomes}
+        if counts != {len(leaves)}:
+            raise self._interacts("its number of outputs", drew)
+        for at, (leaf, name) in enumerate(zip(leaves, names, strict=True)):
+            rows = _rows([out.output[0][at] for out in outcomes], outcomes)
+            if rows is None or not isinstance(leaf, Tensor):
+                structure.layouts.append(None)
+                continue
+            precision = max(eps, torch.finfo(leaf.dtype).eps if leaf.is_floating_point() else 0.0)
+            layout = find(rows, leaf, None if random else precision)
+            if layout is None:
+                raise self._interacts(f"output {name}" if name else "its output", drew)
+            structure.layouts.append(layout)
+        for place in {place: None for out in outcomes for place in out.attributes}:
+            each = [out.attributes[place][0] for out in outcomes if place in out.attributes]
+            found: list[Layout | None] = []
+            wanted = flatten(after[place])[0] if place in after else []
+            for at, leaf in enumerate(each[0]):
+                rows = _rows([leaves[at] for leaves in each], outcomes) if len(each) == len(outcomes) else None
+                other = wanted[at] if len(wanted) == len(each[0]) else None
+                layout = None
+                if rows is not None and isinstance(other, Tensor):
+                    layout = find(rows, other, None if random else max(eps, _eps(other)))
+                    if layout is None and rows.requires_grad:
+                        raise self._interacts(f"attribute {state.name(place)!r}", drew)
+                    structure.ordinary |= layout is None
+                if layout == Layout("same") and isinstance(leaf, Rows) and leaf.values.requires_grad:
+                    layout = None  # a cache of what was computed from parameters
+                found.append(layout if isinstance(leaf, Rows) else None)
+            structure.attributes[place] = found
+
+    def _interacts(self, what: str, drew: bool) -> NotPerSampleError:
+        why = "draws random numbers in evaluation mode, or samples interact" if drew else "samples interact"
+        return NotPerSampleError(
+            f"model must treat the samples of a batch independently, or there is no gradient per sample; {what} is "
+            f"not that of each sample alone, so it {why}" if drew else
+            f"model must treat the samples of a batch independently, or there is no gradient per sample; {what} is "
+            f"not that of each sample alone, so {why}"
+        )  # fmt: skip
+
+    def _require_tracked(self, recorded: Recorded, output: Any, first: int) -> None:
+        numbers = [pair for _, part in recorded.parts if isinstance(part, Call) for pair in part.numbers]
+        if any(isinstance(part, Alone) for _, part in recorded.parts):
+            return
+        missed = graph.untracked(_graphed(output), numbers, first) & self.parameters.keys()
+        if missed:
+            name = next(name for name, p in self.model.named_parameters() if id(p) in missed)
+            raise ValueError(
+                f"model must use its parameters in functions that Python sees; {name!r} reaches the outputs in another "
+                "way, such as a scripted module, an extension, or a tensor kept from an earlier call"
+            )
+
+    # Every run.
+
+    def _call_of(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = pytree.tree_unflatten(list(leaves), self.spec)
+        return args, kwargs
+
+    def outcomes(self, structure: Structure, state: State) -> list[_Outcome]:
+        """Run all samples: together, in groups, or alone."""
+        found: list[_Outcome] = []
+        waiting: list[Tensor | None] = [None]
+        while waiting:
+            index = waiting.pop(0)
+            leaves = self._taken(structure, index)
+            with state.own_buffers() if found or index is not None else contextlib.nullcontext():
+                try:
+                    if structure.alone:
+                        found += self._alone(structure, state, leaves, index)
+                    else:
+                        found.append(self._together(structure, state, leaves, index))
+                    again = False
+                except Split as split:
+                    whole = torch.arange(self.samples) if index is None else index
+                    groups = split.values.unique(dim=0)
+                    waiting = [whole[(split.values == v).all(1).to(whole.device)] for v in groups] + waiting
+                    again = True
+                except (NotPerSampleError, StopRecomputation):
+                    raise
+                except Exception as error:
+                    if structure.alone or lacks_memory(error):
+                        raise
+                    text = str(error).partition("\n")[0]
+                    if not structure.spread_made and "vmap" in text and "inplace" in text.replace("in-place", "inplace"):
+                        structure.spread_made = True
+                    else:
+                        structure.alone = text or type(error).__name__
+                    waiting, found, again = [None], [], True
+            if again or waiting:
+                state.restore(random=again)
+        return found
+
+    def _taken(self, structure: Structure, index: Tensor | None) -> list[Any]:
+        if index is None:
+            return self.leaves
+        taken: dict[int, Tensor] = {}
+        for x, carries in zip(self.leaves, structure.carriers, strict=True):
+            if carries and id(x) not in taken:
+                taken[id(x)] = x.index_select(0, index.to(x.device))
+        return [taken.get(id(x), x) if c else x for x, c in zip(self.leaves, structure.carriers, strict=True)]
+
+    def _together(self, structure: Structure, state: State, leaves: list[Any], index: Tensor | None) -> _Outcome:
+        carried = [i for i, carries in enumerate(structure.carriers) if carries]
+        unique = {id(leaves[i]): leaves[i] for i in carried}
+        call = Call(self.parameters, self.samples if index is None else len(index), structure.spread_made)
+        made: list[_Outcome] = []
+
+        def rows(tree: Any) -> Tree:
+            values, rebuilt, names = flatten(tree)
+            return [Rows(call.spread(v, call.physical(v))) if isinstance(v, Tensor) else v for v in values], rebuilt, names
+
+        def one(*tensors: Tensor) -> Tensor:
+            call.begin()
+            of_sample = dict(zip(unique, (x.unsqueeze(0) for x in tensors), strict=True))
+            own = list(leaves)
+            for i in carried:
+                own[i] = of_sample[id(leaves[i])]
+            args, kwargs = self._call_of(own)
+            with replaced(self.model, call), PerSample(call):
+                output = self.forward(*args, **kwargs)
+            changes = {place: value for place, value in state.changes().items() if _holds_tensors(value)}
+            made.append(_Outcome(index, call, rows(output), {place: rows(value) for place, value in changes.items()}))
+            return tensors[0].detach()
+
+        vmap(one, randomness="different")(*unique.values())
+        return made[0]
+
+    def _alone(self, structure: Structure, state: State, leaves: list[Any], index: Tensor | None) -> Iterator[_Outcome]:
+        count = self.samples if index is None else len(index)
+        for i in range(count):
+            if i:
+                state.restore(random=False)
+            own = [x[i : i + 1] if c else x for x, c in zip(leaves, structure.carriers, strict=True)]
+            with state.own_buffers():
+                yield self._sample(state, own, torch.tensor([i]) if index is None else index[i : i + 1])
+
+    def _sample(self, state: State, leaves: list[Any], index: Tensor) -> _Outcome:
+        frozen = {key: p for key, p in self.parameters.items() if not p.requires_grad}
+        part = Alone(self.model, {key: p.detach().clone().requires_grad_() for key, p in frozen.items()})
+
+        def rows(tree: Any) -> Tree:
+            values, rebuilt, names = flatten(tree)
+            part.outputs += [v for v in values if isinstance(v, Tensor) and v.requires_grad]
+            return [Rows(v.unsqueeze(0)) if isinstance(v, Tensor) else v for v in values], rebuilt, names
+
+        args, kwargs = self._call_of(leaves)
+        with part.swapped():
+            output = rows(self.forward(*args, **kwargs))
+        changes = {place: value for place, value in state.changes().items() if _holds_tensors(value)}
+        return _Outcome(index, part, output, {place: rows(value) for place, value in changes.items()})
+
+    def joined(self, structure: Structure, state: State, outcomes: list[_Outcome]) -> tuple[Any, Recorded]:
+        """Return the output of the batch, and write what the call changed."""
+        recorded = Recorded(self.parameters, self.samples, [(out.index, out.part) for out in outcomes], structure)
+
+        def whole(each: Sequence[Any], layout: Layout | None) -> Any:
+            rows = _rows(each, outcomes)
+            if rows is None or layout is None:
+                return each[0].values[0] if isinstance(each[0], Rows) else each[0]
+            result = layout.joined(rows)
+            if result.requires_grad:
+                result = result.view_as(result)
+                graph.mark(result, recorded)
+            return result
+
+        leaves = [
+            whole([out.output[0][at] for out in outcomes], layout) for at, layout in enumerate(structure.layouts)
+        ]
+        output = outcomes[0].output[1](leaves)
+        attributes: dict[Place, Any] = {}
+        for place in {place: None for out in outcomes for place in out.attributes}:
+            trees = [out.attributes[place] for out in outcomes if place in out.attributes]
+            layouts = structure.attributes.get(place)
+            if layouts is None or len(layouts) != len(trees[0][0]):
+                layouts = [usual(x.values.shape[1:]) if isinstance(x, Rows) else None for x in trees[0][0]]
+            complete = len(trees) == len(outcomes) and len({len(tree[0]) for tree in trees}) == 1
+            if complete and all(l or not isinstance(x, Rows) for l, x in zip(layouts, trees[0][0], strict=True)):
+                values = [whole([tree[0][at] for tree in trees], layout) for at, layout in enumerate(layouts)]
+                attributes[place] = trees[0][1](values)
+            else:
+                state.write(place, state.before(place))
+        if structure.ordinary or (structure.writes and (len(outcomes) > 1 or outcomes[0].index is not None)):
+            self._as_ordinary(state)
+        for place, value in attributes.items():
+            state.write(place, value)
+        return output, recorded
+
+    def _as_ordinary(self, state: State) -> None:
+        """Leave attributes, buffers and random numbers as an ordinary call does."""
+        state.restore()
+        leaves = [x.detach().clone() if isinstance(x, Tensor) else x for x in self.leaves]
+        args, kwargs = self._call_of(leaves)
+        with torch.no_grad(), _Plain():
+            self.forward(*args, **kwargs)
+
+
+def _holds_tensors(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in flatten(value)[0])
+
+
+def _rows(each: Sequence[Any], outcomes: Sequence[_Outcome]) -> Tensor | None:
+    """Return the rows of all samples ``(B, *shape)``, in the order of the batch; None for what is no tensor."""
+    if not all(isinstance(x, Rows) for x in each):
+        return None
+    if len(each) == 1:
+        values: Tensor = each[0].values
+        return values
+    if len({(x.values.shape[1:], x.values.dtype) for x in each}) > 1:
+        return None
+    order = torch.cat([out.index for out in outcomes if out.index is not None]).argsort()
+    every = torch.cat([x.values for x in each])
+    return every.index_select(0, order.to(every.device))
+
+
+def _graphed(output: Any) -> list[Tensor]:
+    return [t for t in flatten(output)[0] if isinstance(t, Tensor) and t.grad_fn is not None]
+
+
+def _eps(tensor: Tensor) -> float:
+    return torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0.0
+
+
+def _autocast_eps(leaves: Sequence[Any]) -> float:
+    """Return the precision of autocast's numbers on the devices of the inputs; 0 where it is off."""
+    kinds = {x.device.type for x in leaves if isinstance(x, Tensor)}
+    return max((torch.finfo(torch.get_autocast_dtype(k)).eps for k in kinds if torch.is_autocast_enabled(k)), default=0.0)
+
+

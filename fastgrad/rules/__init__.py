@@ -1,0 +1,41 @@
+"""Rules of functions: how a function runs on a batch, and what its parameters' gradients are for each sample.
+
+Every rule is ``rule(call, *args, **kwargs)`` with the function's own arguments, and returns what the function returns,
+or NotImplemented where it does not serve: then the function runs under ``vmap``, with a copy of its parameters for each
+sample, as exact but slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgrad.rules import linear, norm
+from fastgrad.rules.conv import CONVOLUTIONS
+from fastgrad.rules.recurrent import RECURRENT
+from fastgrad.rules.registry import MODULES, ModuleRule, register_rule
+from fastgrad.rules.whole import ENTERED, WHOLE
+
+RULES: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.linear: linear.linear,
+    torch.matmul: linear.matmul,
+    Tensor.matmul: linear.matmul,
+    Tensor.__matmul__: linear.matmul,
+    torch.mm: linear.matmul,
+    torch.addmm: linear.addmm,
+    F.embedding: linear.embedding,
+    F.batch_norm: norm.batch_norm,
+    F.group_norm: norm.group_norm,
+    F.instance_norm: norm.instance_norm,
+    F.layer_norm: norm.layer_norm,
+    F.rms_norm: norm.rms_norm,
+    **CONVOLUTIONS,
+    **RECURRENT,
+    **WHOLE,
+}
+
+__all__ = ["ENTERED", "MODULES", "RULES", "ModuleRule", "register_rule"]

@@ -1,0 +1,150 @@
+"""One batch of samples that take one path through a model: what its functions are given, and where parameters act."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgrad._torch import functorch, lowered, next_number, pytree, saved_tensor_hooks
+from fastgrad.losses import compute_dtype
+from fastgrad.ops.dispatch import implementation
+from fastgrad.rules.probe import tap
+from fastgrad.rules.formula import Copies, Formula
+
+
+class NotPerSampleError(ValueError):
+    """The model has no gradient per sample, which no other way of running it would change."""
+
+
+class Refused(Exception):  # noqa: N818 - the samples run alone instead
+    """What the model does cannot be followed on the batch; the message says what it is."""
+
+
+@dataclass(eq=False)
+class Use:
+    """One function that uses parameters: where its norms leave the backward pass, and by what formula."""
+
+    probe: Tensor  # (B, m) zeros, for m of the function's parameters
+    keys: tuple[int, ...]  # ids of these parameters
+    slots: tuple[int, ...]  # their places among the parameters of the formula
+    formula: Formula
+    impl: str  # which implementation computes norms; backward passes may run in other threads
+
+
+@dataclass(eq=False)
+class Call:
+    """The uses of parameters in one run of a model on ``samples`` samples, under one level of vmap.
+
+    Rules of functions get it first. ``parameters`` are those whose gradients count, by id.
+    """
+
+    parameters: Mapping[int, Tensor]
+    samples: int
+    #: Whether tensors that the model makes itself hold a row for each sample, because it writes samples into them.
+    spread_made: bool = False
+    uses: list[Use] = field(default_factory=list)
+    #: By the id of a parameter, the number of its uses.
+    counts: dict[int, int] = field(default_factory=dict)
+    #: Sequence numbers of the autograd nodes that rules made.
+    numbers: list[tuple[int, int]] = field(default_factory=list)
+    #: Whether a hook may change gradients, so that they need not be in proportion to those of the outputs.
+    hooked: bool = False
+
+    def __post_init__(self) -> None:
+        self.hooks = saved_tensor_hooks()
+        self._copies: dict[int, Tensor] = {}
+        self.level = 0
+
+    def begin(self) -> None:
+        """Take the present level of vmap as that of the samples."""
+        self.level = functorch.maybe_current_level()
+
+    def owns(self, value: object) -> bool:
+        """Whether a value is a parameter whose gradient counts."""
+        return isinstance(value, Tensor) and id(value) in self.parameters
+
+    def serves(self, *weights: Any) -> bool:
+        """Whether each is such a parameter, absent, or the same for all samples and without a gradient."""
+        return all(w is None or self.owns(w) or not (self.is_batched(w) or w.requires_grad) for w in weights)
+
+    def is_batched(self, value: object) -> bool:
+        """Whether a value is a tensor with a row for each sample."""
+        return (
+            isinstance(value, Tensor)
+            and functorch.is_batchedtensor(value)
+            and functorch.maybe_get_level(value) == self.level
+        )
+
+    def require_level(self) -> None:
+        """Raise Refused inside a transform of the model's own (``torch.func``)."""
+        if functorch.maybe_current_level() != self.level:
+            raise Refused("it uses parameters inside a transform of torch.func")
+
+    def physical(self, value: Any) -> Any:
+        """Return the batch ``(B, ...)`` behind a tensor of one sample; anything else as it is."""
+        if not self.is_batched(value):
+            return value
+        dim, whole = functorch.maybe_get_bdim(value), functorch.get_unwrapped(value)
+        return whole if dim == 0 else whole.movedim(dim, 0)
+
+    def wrapped(self, tree: Any) -> Any:
+        """Return tensors ``(B, ...)`` in a tree as those of one sample."""
+        return pytree.tree_map_only(Tensor, lambda y: functorch._add_batch_dim(y, 0, self.level), tree)
+
+    def spread(self, value: Tensor, physical: Tensor) -> Tensor:
+        """Return ``physical``, which `physical` gave for ``value``, with a row for each sample in any case."""
+        return physical if self.is_batched(value) else physical.unsqueeze(0).expand(self.samples, *physical.shape)
+
+    def on_batch(self, function: Callable[[], Any]) -> Any:
+        """Run ``function`` one level lower, where tensors are batches, and wrap what it returns."""
+        self.require_level()
+        with lowered():
+            out = function()
+        return functorch._add_batch_dim(out, 0, self.level) if isinstance(out, Tensor) else self.wrapped(out)
+
+    def tapped(
+        self,
+        outputs: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        weights: Sequence[Any],
+        formula: Formula,
+        begin: int,
+        *,
+        in_place: bool = True,
+    ) -> list[Tensor]:
+        """Route outputs ``(B, ...)`` of a function of ``weights`` through a tap, and note the use.
+
+        ``saved`` is what the formula needs beside output gradients; ``begin`` the sequence number before the function.
+        """
+        slots = tuple(k for k, w in enumerate(weights) if w is not None and id(w) in self.parameters)
+        if not slots:
+            return list(outputs)
+        keys = tuple(id(weights[k]) for k in slots)
+        dtype = compute_dtype(outputs[0].dtype)
+        probe = torch.zeros(self.samples, len(slots), dtype=dtype, device=outputs[0].device, requires_grad=True)
+        self.uses.append(Use(probe, keys, slots, formula, implementation.get()))
+        for key in keys:
+            self.counts[key] = self.counts.get(key, 0) + 1
+        tapped = tap(outputs, saved, probe, in_place=in_place)
+        self.numbers.append((begin, next_number()))
+        return tapped
+
+    def copy_of(self, parameter: Tensor) -> Tensor:
+        """Return one copy of a parameter per sample, whose gradient is each sample's own; no memory is written."""
+        key = id(parameter)
+        if key not in self._copies:
+
+            def expand() -> Tensor:
+                begin = next_number()
+                copies = parameter.unsqueeze(0).expand(self.samples, *parameter.shape)
+                return self.tapped([copies], [], [parameter], COPIES, begin, in_place=False)[0]
+
+            self._copies[key] = self.on_batch(expand)
+        return self._copies[key]
+
+
+COPIES = Copies()
