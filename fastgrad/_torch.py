@@ -182,6 +182,11 @@ saved_tensor_hooks: Callable[[], Any] = functools.partial(torch._C._autograd._to
 StopRecomputation: type[Exception] = checkpoint._StopRecomputationError
 
 
+def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """Return a module's hooks. If unknown, a hook that was added since would be taken for no change."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
 def in_backward() -> bool:
     """Whether this thread runs a backward pass. If unknown, a checkpoint's recomputation would be a call of its own."""
     return bool(torch._C._current_graph_task_id() != -1)

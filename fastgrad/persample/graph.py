@@ -5,28 +5,45 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from fastgrad._torch import number_of
+from fastgrad._torch import drop_view_base, number_of
 
-_KEY = "fastgrad"
 # Names of the graph nodes of sums, and of copies and products with a constant.
 _SUMS, _FACTORS = frozenset({"Add", "Sub"}), frozenset({"Mul", "Div", "Neg", "ToCopy"})
 
 
-def mark(output: Tensor, call: object) -> None:
-    """Note at the node of an output that it comes from ``call``, which then lives as long as the graph."""
-    output.grad_fn.metadata[_KEY] = call  # type: ignore[union-attr]
+class _Returned(torch.autograd.Function):
+    """``x -> x``: the node of an output of a recorded call, which lives as long as the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, call: object, x: Tensor) -> Tensor:
+        ctx.call = call
+        # Neither a copy nor a view, so that the user's own operations may overwrite it.
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return None, gradient
+
+
+def returned(call: object, output: Tensor) -> Tensor:
+    """Return an output of a call, by whose node the call is found."""
+    output = drop_view_base(output)
+    result: Tensor = _Returned.apply(call, output if output._base is None else output.clone())
+    return result
 
 
 def call_of(node: Any) -> Any:
     """Return the call whose output a node gave, or None."""
-    return node.metadata.get(_KEY)
+    return node.call if node.name() == "_ReturnedBackward" else None
 
 
 def nodes(outputs: Iterable[Any]) -> Iterator[Any]:
-    """Yield the nodes of the graph of ``outputs`` (tensors or nodes), down to the outputs of calls."""
+    """Yield the nodes of the graph of ``outputs`` (tensors or nodes), but for those within calls."""
     waiting: list[Any] = [out.grad_fn if isinstance(out, Tensor) else out for out in outputs]
     seen = set()
     while waiting:
@@ -35,8 +52,8 @@ def nodes(outputs: Iterable[Any]) -> Iterator[Any]:
             continue
         seen.add(node)
         yield node
-        if call_of(node) is None:
-            waiting += [following for following, _ in node.next_functions]
+        call = call_of(node)
+        waiting += [following for following, _ in node.next_functions] if call is None else call.inputs
 
 
 def uses(outputs: Iterable[Any]) -> tuple[dict[int, Any], set[int]]:
@@ -110,7 +127,7 @@ def foreign(outputs: Iterable[Tensor]) -> bool:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, BackwardCFunction) and not node.name().startswith(("_TapBackward", "_GraphedBackward")):
+        if isinstance(node, BackwardCFunction) and not node.name().startswith(("_TapBackward", "_GraphedBackward", "_ReturnedBackward")):
             return True
         waiting += [other for other, _ in node.next_functions]
     return False

@@ -113,7 +113,9 @@ class _Backward:
         assert gradients is not None
         count = gradients[0].shape[0]
         looped = count == 1 or bool(self.alone) or any(use.formula.replays for _, use in self.uses)
-        if looped or any(recorded.structure.foreign for recorded in self.calls):
+        # A checkpoint around a call computes it again, and functions of the user's may not be for vmap.
+        foreign = any(recorded.structure.foreign or recorded.hooked for recorded in self.calls)
+        if looped or foreign:
             each = [self._once(outputs, [g[i] for g in gradients], keep or i < count - 1) for i in range(count)]
             return {key: torch.stack([found[key] for found in each]) for key in each[0]} if each else {}
         return self._together(outputs, gradients, keep)

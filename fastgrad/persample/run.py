@@ -7,7 +7,9 @@ the outputs, and that samples do not interact.
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastgrad._torch import StopRecomputation, next_number, pytree, vmap
+from fastgrad._torch import (
+    StopRecomputation,
+    hooks_of,
+    next_number,
+    pytree,
+    saved_tensor_hooks,
+    saving_plainly,
+    vmap,
+)
 from fastgrad.batches import batch_size, choices, input_tensors
 from fastgrad.persample import graph
 from fastgrad.engine.memory import keep_freed_memory, lacks_memory
@@ -63,6 +73,13 @@ class Recorded:
     #: Which samples, None for all in order, and how they ran.
     parts: list[tuple[Tensor | None, Call | Alone]]
     structure: Structure
+    #: Nodes of the graph behind the call's inputs.
+    inputs: list[Any] = field(default_factory=list)
+
+    @property
+    def hooked(self) -> bool:
+        """Whether tensors that the call saved go through hooks."""
+        return any(isinstance(part, Call) and part.hooks is not None for _, part in self.parts)
 
     def forget_graphs(self) -> None:
         """Keep only how samples ran."""
@@ -130,6 +147,14 @@ class _Plain(TorchFunctionMode):
             self.bytes += out.numel() * out.element_size()
         return out
 
+    @classmethod
+    @contextlib.contextmanager
+    def ordinary(cls) -> Iterator[_Plain]:
+        """Run an ordinary call without gradients, of which checkpoints warn."""
+        with warnings.catch_warnings(), torch.no_grad(), cls() as plain:
+            warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
+            yield plain
+
 
 def run(
     model: nn.Module,
@@ -145,7 +170,10 @@ def run(
     call. ``owner`` is the model of which this is a copy for one call. ValueError if samples interact.
     """
     keep_freed_memory()
-    return _Run(model, forward, args, kwargs, parameters, owner).result()
+    # Compiled parts run as they are written: their compiled form hides the functions from modes.
+    compiles = "torch._dynamo" in sys.modules
+    with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():
+        return _Run(model, forward, args, kwargs, parameters, owner).result()
 
 
 def known_structure(model: nn.Module, args: Any, kwargs: Any) -> Structure | None:
@@ -168,7 +196,9 @@ class _Run:
         self.owner = model if owner is None else owner
         self.samples = batch_size(args, kwargs)
         self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
-        self.training = any(module.training for module in model.modules())
+        modules = list(model.modules())
+        self.training = any(module.training for module in modules)
+        self.hooks = sum(len(table) for module in modules for table in hooks_of(module))
 
     def key(self) -> Any:
         inputs = tuple(
@@ -177,16 +207,11 @@ class _Run:
             else type(x)
             for x in self.leaves
         )
-        return inputs, self.spec, self.samples == 1, self.training
+        return inputs, self.spec, self.samples == 1, self.training, self.hooks
 
     def result(self) -> tuple[Any, Recorded]:
         if self.samples == 0:
-            output = self.forward(*self._call_of(self.leaves)[0], **self._call_of(self.leaves)[1])
-            recorded = Recorded(self.parameters, 0, [], Structure(()))
-            for t in flatten(output)[0]:
-                if isinstance(t, Tensor) and t.grad_fn is not None:
-                    graph.mark(t, recorded)
-            return output, recorded
+            return self.empty()
         known, key = _known.of(self.owner), self.key()
         structure = known.pop(key, None)
         if structure is not None:
@@ -196,9 +221,28 @@ class _Run:
             if all(len(out.output[0]) == len(structure.layouts) for out in outcomes):
                 return self.joined(structure, state, outcomes)
             state.restore()
-        found = self.checked()
-        known[key] = found[1].structure
-        return found
+        if saved_tensor_hooks() is None:
+            found = self.checked()
+            known[key] = found[1].structure
+            return found
+        # A checkpoint around the call compares what two runs save: the first run is not the one that it sees.
+        with saving_plainly():
+            known[key] = self.checked()[1].structure
+        return self.result()
+
+    def empty(self) -> tuple[Any, Recorded]:
+        """Call the model on no samples, as it is."""
+        recorded = Recorded(self.parameters, 0, [], Structure(()), self._behind())
+        args, kwargs = self._call_of(self.leaves)
+        leaves, rebuilt, _ = flatten(self.forward(*args, **kwargs))
+        graphed = [isinstance(t, Tensor) and t.requires_grad for t in leaves]
+        whole = [graph.returned(recorded, t) if known else t for t, known in zip(leaves, graphed, strict=True)]
+        return rebuilt(whole), recorded
+
+    def _behind(self) -> list[Any]:
+        """Return the nodes of the graph that inputs come from."""
+        given = [x for x in self.leaves if isinstance(x, Tensor) and x.requires_grad]
+        return [x.view_as(x).grad_fn if x.grad_fn is None else x.grad_fn for x in given]
 
     # The first run on inputs of a structure.
 
@@ -206,7 +250,7 @@ class _Run:
         state = State(self.model)
         leaves = [x.detach().clone() if isinstance(x, Tensor) else x for x in self.leaves]
         args, kwargs = self._call_of(leaves)
-        with torch.no_grad(), _Plain() as plain:
+        with _Plain.ordinary() as plain:
             expected = flatten(self.forward(*args, **kwargs))
         drew, written = state.drew(), state.written()
         after = {place: value for place, value in state.changes().items() if value is not ABSENT}
@@ -397,17 +441,14 @@ class _Run:
 
     def joined(self, structure: Structure, state: State, outcomes: list[_Outcome]) -> tuple[Any, Recorded]:
         """Return the output of the batch, and write what the call changed."""
-        recorded = Recorded(self.parameters, self.samples, [(out.index, out.part) for out in outcomes], structure)
+        recorded = Recorded(self.parameters, self.samples, [(out.index, out.part) for out in outcomes], structure, self._behind())
 
         def whole(each: Sequence[Any], layout: Layout | None) -> Any:
             rows = _rows(each, outcomes)
             if rows is None or layout is None:
                 return each[0].values[0] if isinstance(each[0], Rows) else each[0]
             result = layout.joined(rows)
-            if result.requires_grad:
-                result = result.view_as(result)
-                graph.mark(result, recorded)
-            return result
+            return graph.returned(recorded, result) if result.requires_grad else result
 
         leaves = [
             whole([out.output[0][at] for out in outcomes], layout) for at, layout in enumerate(structure.layouts)
@@ -436,7 +477,7 @@ class _Run:
         state.restore()
         leaves = [x.detach().clone() if isinstance(x, Tensor) else x for x in self.leaves]
         args, kwargs = self._call_of(leaves)
-        with torch.no_grad(), _Plain():
+        with _Plain.ordinary():
             self.forward(*args, **kwargs)
 
 

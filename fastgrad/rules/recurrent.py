@@ -79,10 +79,12 @@ class Recurrent(Formula):
 
     def __init__(self, mode: str, weights: Sequence[Tensor], names: Sequence[str], layers: int, both: bool) -> None:
         self._mode, self._weights, self._names, self._layers = mode, [w.detach() for w in weights], names, layers
-        self._both = 2 if both else 1
+        self._both, self._versions = 2 if both else 1, [w._version for w in weights]
 
     def _replayed(self, saved: Tensors, gradients: Tensors) -> list[tuple[Tensor | None, Tensor]]:
         """Return the factors of every weight."""
+        if [w._version for w in self._weights] != self._versions:
+            raise RuntimeError("the weights of a recurrent layer were modified in place since its forward pass")
         dtype = compute_dtype(gradients[0].dtype)
         x, *states = (t.to(dtype) for t in saved)
         hiddens, cells = states[0], states[-1]
