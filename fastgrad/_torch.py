@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch._C import _functorch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.nn.modules import batchnorm, conv, instancenorm
+from torch.nn.modules import batchnorm, conv, instancenorm, module
 from torch.nn.utils import parametrize
 from torch.utils import _python_dispatch, _pytree, checkpoint
 
@@ -185,6 +185,13 @@ StopRecomputation: type[Exception] = checkpoint._StopRecomputationError
 def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
     """Return a module's hooks. If unknown, a hook that was added since would be taken for no change."""
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
+def has_global_hooks(*, backward: bool = False) -> bool:
+    """Whether hooks of all modules are registered; with ``backward``, such hooks of gradients."""
+    tables = [module._global_backward_hooks, module._global_backward_pre_hooks]
+    tables += [] if backward else [module._global_forward_hooks, module._global_forward_pre_hooks]
+    return any(tables)
 
 
 def in_backward() -> bool:

@@ -184,17 +184,18 @@ class GradientFeatures:
         """Return how each parameter's norms were computed in the latest call; RuntimeError before the first call."""
         if self._latest is None:
             raise RuntimeError("a report needs one call first: it depends on what the model does with its inputs")
-        return routes_of(self._latest, self._names())
+        return routes_of(self._latest, dict(zip(self._keys, self.names, strict=True)))
 
     def _pass(self, model: nn.Module, args: Any, kwargs: Any, target: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run one forward and backward pass of an undivided batch."""
         names = self._names()
-        wanted = {key: p for p in model.parameters() if (key := id(p)) in names}
+        pairs = zip(self.model.parameters(), model.parameters(), strict=True)
+        wanted = {id(own): own for p, own in pairs if id(p) in names}
         state = State(model)
         try:
             with state.own_buffers(), bind_contextvar(implementation, self.impl):
                 output, recorded = run(model, model, args, kwargs, wanted, self.model)
-                self._latest = recorded
+                self._latest, self._keys = recorded, list(wanted)
                 logits = class_logits(output, batch_size(args, kwargs))
                 z = logits.detach()
                 features = signal_sqnorms(recorded, logits, self._deltas(z, target), wanted, log=self.log)

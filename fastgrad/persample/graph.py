@@ -87,12 +87,13 @@ def _sums(node: Any, count: int) -> bool:
     return node.name().removesuffix("Backward0") in (_SUMS if count > 1 else _SUMS | _FACTORS)
 
 
-def untracked(outputs: Iterable[Tensor], numbers: list[tuple[int, int]], first: int) -> set[int]:
-    """Return the ids of leaves that a call's nodes use, numbered from ``first`` on, but in none of these ranges."""
+def untracked(outputs: Iterable[Tensor], numbers: list[tuple[int, int]], inputs: Iterable[Any]) -> set[int]:
+    """Return the ids of leaves that nodes behind a call's outputs use, numbered in none of these ranges.
+
+    The nodes that its ``inputs`` come from do not count.
+    """
     found: set[int] = set()
-    waiting = [out.grad_fn for out in outputs]
-    seen = set()
-    ranges = sorted(numbers)
+    waiting, seen, ranges = [out.grad_fn for out in outputs], set(inputs), sorted(numbers)
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
@@ -100,8 +101,7 @@ def untracked(outputs: Iterable[Tensor], numbers: list[tuple[int, int]], first: 
         seen.add(node)
         following = [other for other, _ in node.next_functions if other is not None]
         leaves = {id(other.variable) for other in following if hasattr(other, "variable")}
-        number = number_of(node)
-        if leaves and number >= first and not _within(number, ranges):
+        if leaves and not _within(number_of(node), ranges):
             found |= leaves
         waiting += following
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -36,13 +37,15 @@ _METHODS = (
     "__len__", "detach", "is_complex", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "__hash__",
 )  # fmt: skip
 _ATTRIBUTES = (
-    "shape", "dtype", "device", "requires_grad", "is_cuda", "ndim", "layout", "grad", "is_leaf", "is_sparse", "is_meta",
+    "shape", "dtype", "device", "is_cuda", "ndim", "layout", "grad", "is_leaf", "is_sparse", "is_meta",
     "is_nested", "data", "is_quantized", "is_mps", "is_cpu",
 )  # fmt: skip
 #: Functions that say nothing of a parameter's values, or cut its gradient.
 _HARMLESS = {getattr(Tensor, name) for name in _METHODS} | {getter(name) for name in _ATTRIBUTES}
 _HARMLESS |= {torch.is_floating_point, torch.zeros_like, torch.ones_like, torch.empty_like, torch.is_tensor}
 _HARMLESS |= {nn.init.zeros_, nn.init.ones_}
+#: Seen from outside, tensors of one sample require no gradients.
+_REQUIRES_GRAD = {getter("requires_grad")}
 #: Gradients that a model takes inside its forward pass, and what may change gradients on their way back.
 _DIFFERENTIATES = {torch.autograd.grad, Tensor.backward}
 _HOOKS = {Tensor.register_hook}
@@ -59,14 +62,23 @@ _SEQUENCES = (list, tuple, dict)
 class PerSample(TorchFunctionMode):
     """Follow the functions that a model calls on one sample, for a `Call`."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, seen: list[weakref.ref[Tensor]] | None = None) -> None:
         super().__init__()
-        self._call = call
+        #: References to all tensors that functions gave, if hooks may keep some of them.
+        self._call, self._seen = call, seen
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        call, kwargs = self._call, kwargs or {}
         if func in _HARMLESS:
-            return func(*args, **kwargs)
+            return func(*args, **(kwargs or {}))
+        if func in _REQUIRES_GRAD:
+            return self._call.physical(args[0]).requires_grad
+        out = self._run(func, args, kwargs or {})
+        if self._seen is not None:
+            self._seen += [weakref.ref(t) for t in pytree.tree_leaves(out) if self._call.is_batched(t)]
+        return out
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        call = self._call
         if torch.is_grad_enabled():
             rule = RULES.get(func)
             if rule is not None:
@@ -83,7 +95,7 @@ class PerSample(TorchFunctionMode):
             if func in _DIFFERENTIATES:
                 raise Refused("it takes gradients in its forward pass")
             if func in _HOOKS:
-                call.hooked = True
+                raise Refused("a hook may change its gradients (Tensor.register_hook)", hooked=True)
         if func in _READS:
             return self._read(func, *args)
         if func in _DRAWN or (call.spread_made and func in _MADE):

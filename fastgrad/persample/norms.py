@@ -118,7 +118,19 @@ class _Backward:
         if looped or foreign:
             each = [self._once(outputs, [g[i] for g in gradients], keep or i < count - 1) for i in range(count)]
             return {key: torch.stack([found[key] for found in each]) for key in each[0]} if each else {}
-        return self._together(outputs, gradients, keep)
+        structures = [recorded.structure for recorded in self.calls]
+        if all(structure.batches for structure in structures):
+            return self._together(outputs, gradients, keep)
+        try:
+            found = self._together(outputs, gradients, keep=True)
+        except RuntimeError:
+            # Some backward passes of PyTorch do not take several gradients, such as batch norm's of two dtypes.
+            for structure in structures:
+                structure.foreign = True
+            return self.run(outputs, gradients, batched, keep)
+        for structure in structures:
+            structure.batches = True
+        return found
 
     def _once(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor] | None, keep: bool) -> dict[int, Tensor]:
         given: dict[int, Given] = {}

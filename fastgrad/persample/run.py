@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from fastgrad._torch import (
     StopRecomputation,
+    has_global_hooks,
     hooks_of,
-    next_number,
     pytree,
     saved_tensor_hooks,
     saving_plainly,
@@ -34,8 +34,8 @@ from fastgrad.engine.memory import keep_freed_memory, lacks_memory
 from fastgrad.persample.layout import Layout, Rows, find, flatten, usual
 from fastgrad.persample.mode import PerSample, Split
 from fastgrad.persample.modules import replaced
-from fastgrad.persample.state import ABSENT, Buffer, Place, State
-from fastgrad.rules.call import Call, NotPerSampleError
+from fastgrad.persample.state import ABSENT, Buffer, Place, State, copied
+from fastgrad.rules.call import Call, NotPerSampleError, Refused
 
 Forward = Callable[..., Any]
 Tree = tuple[list[Any], Callable[[Sequence[Any]], Any], list[str]]
@@ -103,6 +103,7 @@ class Structure:
     bytes_of_element: float = 0.0  # of what functions gave for each number of the inputs
     #: Whether gradients may not be in proportion to those of the outputs: functions of autograd, or hooks.
     foreign: bool = False
+    batches: bool = False  # whether several gradients are known to go back together
 
 
 @dataclass
@@ -113,6 +114,8 @@ class _Outcome:
     part: Call | Alone
     output: Tree
     attributes: dict[Place, Tree]
+    #: Tensors of one sample that someone, such as a hook, kept.
+    kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 class _Known:
@@ -154,6 +157,8 @@ class _Plain(TorchFunctionMode):
         with warnings.catch_warnings(), torch.no_grad(), cls() as plain:
             warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
             yield plain
+        # Autocast keeps casts of parameters, and these have no graph.
+        torch.clear_autocast_cache()
 
 
 def run(
@@ -253,21 +258,19 @@ class _Run:
         with _Plain.ordinary() as plain:
             expected = flatten(self.forward(*args, **kwargs))
         drew, written = state.drew(), state.written()
-        after = {place: value for place, value in state.changes().items() if value is not ABSENT}
+        after = {place: copied(value) for place, value in state.changes().items() if value is not ABSENT}
         state.restore()
         failure: Exception | None = None
         for carriers in choices(self.leaves, self.samples):
             structure = Structure(carriers, written=written, writes=bool(written or after or drew))
             structure.bytes_of_element = plain.bytes / max(1, sum(x.numel() for x in input_tensors(self.leaves)))
             try:
-                first = next_number()
                 outcomes = self.outcomes(structure, state)
                 self._compare(structure, state, outcomes, expected, after, drew)
                 output, recorded = self.joined(structure, state, outcomes)
-                self._require_tracked(recorded, output, first)
-                structure.foreign = graph.foreign(_graphed(output)) or any(
-                    part.hooked for _, part in recorded.parts if isinstance(part, Call)
-                )
+                if not state.holds_graphs:
+                    self._require_tracked(recorded, output)
+                structure.foreign |= graph.foreign(_graphed(output))
                 return output, recorded
             except NotPerSampleError as error:
                 failure = failure or error
@@ -328,11 +331,12 @@ class _Run:
             f"not that of each sample alone, so {why}"
         )  # fmt: skip
 
-    def _require_tracked(self, recorded: Recorded, output: Any, first: int) -> None:
+    def _require_tracked(self, recorded: Recorded, output: Any) -> None:
+        """Raise ValueError if outputs depend on a parameter through a function that no mode saw."""
         numbers = [pair for _, part in recorded.parts if isinstance(part, Call) for pair in part.numbers]
         if any(isinstance(part, Alone) for _, part in recorded.parts):
             return
-        missed = graph.untracked(_graphed(output), numbers, first) & self.parameters.keys()
+        missed = graph.untracked(_graphed(output), numbers, recorded.inputs) & self.parameters.keys()
         if missed:
             name = next(name for name, p in self.model.named_parameters() if id(p) in missed)
             raise ValueError(
@@ -350,6 +354,8 @@ class _Run:
         """Run all samples: together, in groups, or alone."""
         found: list[_Outcome] = []
         waiting: list[Tensor | None] = [None]
+        if not structure.alone and self.differentiated():
+            structure.alone, structure.foreign = "a hook may change its gradients (full backward hook)", True
         while waiting:
             index = waiting.pop(0)
             leaves = self._taken(structure, index)
@@ -370,6 +376,7 @@ class _Run:
                 except Exception as error:
                     if structure.alone or lacks_memory(error):
                         raise
+                    structure.foreign |= isinstance(error, Refused) and error.hooked
                     text = str(error).partition("\n")[0]
                     if not structure.spread_made and "vmap" in text and "inplace" in text.replace("in-place", "inplace"):
                         structure.spread_made = True
@@ -377,8 +384,13 @@ class _Run:
                         structure.alone = text or type(error).__name__
                     waiting, found, again = [None], [], True
             if again or waiting:
-                state.restore(random=again)
+                state.restore()
         return found
+
+    def differentiated(self) -> bool:
+        """Whether modules have hooks of gradients, which see those of the batch."""
+        modules = [m for m in self.model.modules() if m is not self.model or self.forward is self.model]
+        return has_global_hooks(backward=True) or any(m._backward_hooks or m._backward_pre_hooks for m in modules)
 
     def _taken(self, structure: Structure, index: Tensor | None) -> list[Any]:
         if index is None:
@@ -394,6 +406,7 @@ class _Run:
         unique = {id(leaves[i]): leaves[i] for i in carried}
         call = Call(self.parameters, self.samples if index is None else len(index), structure.spread_made)
         made: list[_Outcome] = []
+        seen: list[weakref.ref[Tensor]] | None = [] if self.hooks or has_global_hooks() else None
 
         def rows(tree: Any) -> Tree:
             values, rebuilt, names = flatten(tree)
@@ -406,13 +419,15 @@ class _Run:
             for i in carried:
                 own[i] = of_sample[id(leaves[i])]
             args, kwargs = self._call_of(own)
-            with replaced(self.model, call), PerSample(call):
+            with replaced(self.model, call), PerSample(call, seen):
                 output = self.forward(*args, **kwargs)
             changes = {place: value for place, value in state.changes().items() if _holds_tensors(value)}
             made.append(_Outcome(index, call, rows(output), {place: rows(value) for place, value in changes.items()}))
             return tensors[0].detach()
 
         vmap(one, randomness="different")(*unique.values())
+        alive = [t for ref in seen or () if (t := ref()) is not None]
+        made[0].kept = [(t, call.physical(t)) for t in {id(t): t for t in alive}.values()]
         return made[0]
 
     def _alone(self, structure: Structure, state: State, leaves: list[Any], index: Tensor | None) -> Iterator[_Outcome]:
@@ -430,6 +445,8 @@ class _Run:
 
         def rows(tree: Any) -> Tree:
             values, rebuilt, names = flatten(tree)
+            # Views of their own: outputs that are computed from other outputs are no way to these.
+            values = [v.view_as(v) if isinstance(v, Tensor) and v.requires_grad else v for v in values]
             part.outputs += [v for v in values if isinstance(v, Tensor) and v.requires_grad]
             return [Rows(v.unsqueeze(0)) if isinstance(v, Tensor) else v for v in values], rebuilt, names
 
@@ -454,6 +471,10 @@ class _Run:
             whole([out.output[0][at] for out in outcomes], layout) for at, layout in enumerate(structure.layouts)
         ]
         output = outcomes[0].output[1](leaves)
+        if state.holds_graphs:
+            self._require_tracked(recorded, output)
+        for kept in outcomes[0].kept if len(outcomes) == 1 else ():
+            whole_tensor(kept, recorded)
         attributes: dict[Place, Any] = {}
         for place in {place: None for out in outcomes for place in out.attributes}:
             trees = [out.attributes[place] for out in outcomes if place in out.attributes]
@@ -501,6 +522,15 @@ def _rows(each: Sequence[Any], outcomes: Sequence[_Outcome]) -> Tensor | None:
 
 def _graphed(output: Any) -> list[Tensor]:
     return [t for t in flatten(output)[0] if isinstance(t, Tensor) and t.grad_fn is not None]
+
+
+def whole_tensor(kept: tuple[Tensor, Tensor], recorded: Recorded) -> None:
+    """Turn a tensor of one sample, which someone kept, into that of the batch, if it has a row for each sample."""
+    tensor, physical = kept
+    if physical.dim() > 1 and physical.shape[1] == 1:
+        whole = physical.flatten(0, 1)
+        with contextlib.suppress(RuntimeError):  # someone else refers to it
+            torch.utils.swap_tensors(tensor, graph.returned(recorded, whole) if whole.requires_grad else whole)
 
 
 def _eps(tensor: Tensor) -> float:

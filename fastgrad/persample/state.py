@@ -77,6 +77,9 @@ class State:
             if buffer is not None and not buffer.is_inference()
         }
         self._random = Random(model)
+        values = (value for _, held in self._held for value in held.values())
+        #: Whether attributes hold tensors of an earlier call's graph, through which parameters may be used.
+        self.holds_graphs = any(map(_graphed, values))
 
     def written(self) -> frozenset[Buffer]:
         """Return the buffers that were written to since."""
@@ -160,6 +163,15 @@ class State:
             self._random.restore()
 
 
+def _graphed(value: Any) -> bool:
+    """Whether a value, or what a list or dict holds, is a tensor with a graph."""
+    if isinstance(value, Tensor):
+        return value.grad_fn is not None
+    if type(value) is dict:
+        return any(map(_graphed, value.values()))
+    return type(value) is list and any(map(_graphed, value))
+
+
 class Random:
     """The state of the random numbers of the CPU and of the devices on which a model lies."""
 
@@ -192,14 +204,17 @@ def detach_plain(x: Tensor) -> Tensor:
 def evaluated(model: nn.Module) -> nn.Module:
     """Return ``model`` if it is in evaluation mode, or else a copy that is, and that shares all tensors.
 
+    Tensors that were made in inference mode, which no graph can use, are copied as well.
+
     ValueError if it must be copied and cannot be.
     """
-    if not any(module.training for module in model.modules()):
+    inside = [t for t in (*model.parameters(), *model.buffers()) if t.is_inference()]
+    if not inside and not any(module.training for module in model.modules()):
         return model
     shared = [t for module in model.modules() for value in vars(module).values() for t in pytree.tree_leaves(value)]
     tensors = [*model.parameters(), *model.buffers(), *(t for t in shared if isinstance(t, Tensor))]
     try:
-        return copy.deepcopy(model, {id(t): t for t in tensors}).eval()
+        return copy.deepcopy(model, {id(t): t for t in tensors if not t.is_inference()}).eval()
     except Exception as error:
         raise ValueError(
             f"model must be in evaluation mode, or be one that copy.deepcopy copies; it is in training mode, and "

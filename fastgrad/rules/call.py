@@ -21,7 +21,14 @@ class NotPerSampleError(ValueError):
 
 
 class Refused(Exception):  # noqa: N818 - the samples run alone instead
-    """What the model does cannot be followed on the batch; the message says what it is."""
+    """What the model does cannot be followed on the batch; the message says what it is.
+
+    ``hooked`` says whether gradients may not be in proportion to those of the outputs.
+    """
+
+    def __init__(self, message: str, *, hooked: bool = False) -> None:
+        super().__init__(message)
+        self.hooked = hooked
 
 
 @dataclass(eq=False)
@@ -51,8 +58,6 @@ class Call:
     counts: dict[int, int] = field(default_factory=dict)
     #: Sequence numbers of the autograd nodes that rules made.
     numbers: list[tuple[int, int]] = field(default_factory=list)
-    #: Whether a hook may change gradients, so that they need not be in proportion to those of the outputs.
-    hooked: bool = False
 
     def __post_init__(self) -> None:
         self.hooks = saved_tensor_hooks()

@@ -68,11 +68,12 @@ def truth(
 ) -> Any:
     """Run a copy of the model without the package, with the batch as the input ``x``.
 
-    Returns its output, the copy after the call, the state of the random numbers, and for every sample the gradients of
-    its loss (``losses(output, samples)`` is ``(B,)``) in float64, on the path that the batch takes; with ``trainable``
-    only of parameters that require one.
+    Returns what it gives for the samples, the copy after a call of the batch, the state of the random numbers, and for
+    every sample the gradients of its loss (``losses(output, samples)`` is ``(B,)``) in float64; with ``trainable`` only
+    of parameters that require one. Each sample runs alone, unless the model draws random numbers.
     """
     plain = copy.deepcopy(model).eval() if evaluate else copy.deepcopy(model)
+    before = copy.deepcopy(plain)
     double = copy.deepcopy(plain).double()
     for p in double.parameters():
         p.requires_grad_(p.requires_grad or not trainable)
@@ -80,10 +81,16 @@ def truth(
     samples = len(inputs["x"])
     try:
         torch.manual_seed(seed)
+        started = torch.get_rng_state()
         output = plain(**inputs)
         drawn = torch.get_rng_state()
         torch.manual_seed(seed)
-        each = losses(double(**wide), samples)
+        if torch.equal(started, drawn) and samples:
+            rows = [copy.deepcopy(before)(**inputs | {"x": x}) for x in inputs["x"].split(1)]
+            output = [torch.cat(each) for each in zip(*map(floats, rows), strict=True)]
+            each = torch.cat([losses(copied(double)(**wide | {"x": x}), 1) for x in wide["x"].split(1)])
+        else:
+            each = losses(double(**wide), samples)
     except Exception as error:  # whatever the model itself does not bear
         raise InvalidError(str(error)) from error
     wanted = [p for p in double.parameters() if p.requires_grad]
@@ -98,6 +105,11 @@ def truth(
     if rows and not alike(gradients(0), rows[0]):
         raise InvalidError("a checkpoint computes again with what forward has changed")
     return output, plain, drawn, rows
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy with the same parameters."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
 def squared(rows: Any, columns: int) -> Tensor:
