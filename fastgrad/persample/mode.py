@@ -13,7 +13,6 @@ from torch.overrides import TorchFunctionMode
 from fastgrad._torch import functorch, lowered, pytree, saved_tensor_hooks
 from fastgrad.rules import ENTERED, RULES
 from fastgrad.rules.call import Call, Refused
-from fastgrad.rules.whole import entered
 
 
 class Split(Exception):  # noqa: N818 - a way to go on, not an error
@@ -89,7 +88,7 @@ class PerSample(TorchFunctionMode):
                     return out
             elif func in ENTERED:
                 with self:
-                    return entered(func)(*args, **kwargs)
+                    return ENTERED[func](*args, **kwargs)
             if any(type(a) in _SEQUENCES or id(a) in call.parameters for a in args) or kwargs:
                 args, kwargs = self._with_copies(args, kwargs)
             if func in _DIFFERENTIATES:
@@ -136,7 +135,9 @@ class PerSample(TorchFunctionMode):
             return one
         with lowered():
             if func in _DRAWN:
-                every = torch.cat([one, *(func(*args, **kwargs) for _ in range(call.samples - 1))]).unsqueeze(1)
+                count = call.samples if call.rows is None else call.whole
+                every = torch.cat([one, *(func(*args, **kwargs) for _ in range(count - 1))]).unsqueeze(1)
+                every = every if call.rows is None else every.index_select(0, call.rows.to(every.device))
             else:
                 every = one.unsqueeze(0).repeat(call.samples, *[1] * one.dim())
         return call.wrapped(every)

@@ -7,6 +7,7 @@ the outputs, and that samples do not interact.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 import warnings
@@ -34,7 +35,7 @@ from fastgrad.engine.memory import keep_freed_memory, lacks_memory
 from fastgrad.persample.layout import Layout, Rows, find, flatten, usual
 from fastgrad.persample.mode import PerSample, Split
 from fastgrad.persample.modules import replaced
-from fastgrad.persample.state import ABSENT, Buffer, Place, State, copied
+from fastgrad.persample.state import ABSENT, Buffer, Place, State, copied, evaluated
 from fastgrad.rules.call import Call, NotPerSampleError, Refused
 
 Forward = Callable[..., Any]
@@ -181,6 +182,11 @@ def run(
         return _Run(model, forward, args, kwargs, parameters, owner).result()
 
 
+def known(model: nn.Module) -> dict[Any, Structure]:
+    """Return what is known of a model, by structures of inputs, the latest last."""
+    return _known.of(model)
+
+
 def known_structure(model: nn.Module, args: Any, kwargs: Any) -> Structure | None:
     """Return what is known of a model for inputs like these, if it ran on such."""
     one = _Run(model, model, args, kwargs, {})
@@ -266,7 +272,15 @@ class _Run:
             structure.bytes_of_element = plain.bytes / max(1, sum(x.numel() for x in input_tensors(self.leaves)))
             try:
                 outcomes = self.outcomes(structure, state)
-                self._compare(structure, state, outcomes, expected, after, drew)
+                try:
+                    self._compare(structure, state, outcomes, expected, after, drew)
+                except NotPerSampleError:
+                    # Samples that draw numbers in another order cannot be compared, except in evaluation mode.
+                    if not (drew and self.training):
+                        raise
+                    self._require_apart_in_evaluation()
+                    structure.layouts, structure.attributes = [], {}
+                    self._compare(structure, state, outcomes, expected, after, drew, values=False)
                 output, recorded = self.joined(structure, state, outcomes)
                 if not state.holds_graphs:
                     self._require_tracked(recorded, output)
@@ -278,6 +292,14 @@ class _Run:
         assert failure is not None
         raise failure
 
+    def _require_apart_in_evaluation(self) -> None:
+        """Raise NotPerSampleError if samples interact in evaluation mode."""
+        model = evaluated(self.model)
+        forward = model if self.forward is self.model else functools.partial(type(model).forward, model)
+        leaves = [x.detach().clone() if isinstance(x, Tensor) else x for x in self.leaves]
+        with State(model).own_buffers():
+            _Run(model, forward, *self._call_of(leaves), self.parameters).checked()
+
     def _compare(
         self,
         structure: Structure,
@@ -286,9 +308,9 @@ class _Run:
         expected: Tree,
         after: Mapping[Place, Any],
         drew: bool,
+        values: bool = True,
     ) -> None:
         """Find the layouts of outputs and attributes; NotPerSampleError names the first output that has none."""
-        random = drew and self.training
         eps = max([torch.finfo(p.dtype).eps for p in self.model.parameters()] + [_autocast_eps(self.leaves)])
         leaves, _, names = expected
         counts = {len(out.output[0]) for out in outcomes}
@@ -300,7 +322,7 @@ class _Run:
                 structure.layouts.append(None)
                 continue
             precision = max(eps, torch.finfo(leaf.dtype).eps if leaf.is_floating_point() else 0.0)
-            layout = find(rows, leaf, None if random else precision)
+            layout = find(rows, leaf, precision if values else None)
             if layout is None:
                 raise self._interacts(f"output {name}" if name else "its output", drew)
             structure.layouts.append(layout)
@@ -313,7 +335,7 @@ class _Run:
                 other = wanted[at] if len(wanted) == len(each[0]) else None
                 layout = None
                 if rows is not None and isinstance(other, Tensor):
-                    layout = find(rows, other, None if random else max(eps, _eps(other)))
+                    layout = find(rows, other, max(eps, _eps(other)) if values else None)
                     if layout is None and rows.requires_grad:
                         raise self._interacts(f"attribute {state.name(place)!r}", drew)
                     structure.ordinary |= layout is None
@@ -404,7 +426,8 @@ class _Run:
     def _together(self, structure: Structure, state: State, leaves: list[Any], index: Tensor | None) -> _Outcome:
         carried = [i for i, carries in enumerate(structure.carriers) if carries]
         unique = {id(leaves[i]): leaves[i] for i in carried}
-        call = Call(self.parameters, self.samples if index is None else len(index), structure.spread_made)
+        count = self.samples if index is None else len(index)
+        call = Call(self.parameters, count, index, self.samples, structure.spread_made)
         made: list[_Outcome] = []
         seen: list[weakref.ref[Tensor]] | None = [] if self.hooks or has_global_hooks() else None
 

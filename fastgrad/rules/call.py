@@ -51,6 +51,9 @@ class Call:
 
     parameters: Mapping[int, Tensor]
     samples: int
+    #: Which samples of a batch of ``whole`` these are; None for all.
+    rows: Tensor | None = None
+    whole: int = 0
     #: Whether tensors that the model makes itself hold a row for each sample, because it writes samples into them.
     spread_made: bool = False
     uses: list[Use] = field(default_factory=list)

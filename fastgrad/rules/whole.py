@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastgrad._torch import pytree
 from fastgrad.rules.call import Call
+from fastgrad.rules.cells import CELLS
 
 
 def on_images(function: Callable[..., Any], call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -28,11 +29,19 @@ def on_images(function: Callable[..., Any], call: Call, input: Tensor, *args: An
     return call.on_batch(on_batch)
 
 
-def dropout(function: Callable[..., Any], call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Rule for dropout, which draws as many numbers as for the batch; `function` treats all dimensions but one alike."""
-    if not call.is_batched(input):
+def dropout(call: Call, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    """Rule for ``torch.nn.functional.dropout``, which draws the numbers of an ordinary call of the whole batch."""
+    if not call.is_batched(input) or not training:
         return NotImplemented
-    return call.on_batch(lambda: function(call.physical(input), *args, **kwargs))
+
+    def on_batch() -> Tensor:
+        x = call.physical(input)
+        if call.rows is None:
+            return F.dropout(x, p, training, inplace)
+        every = F.dropout(x.new_ones(call.whole, *x.shape[1:]), p, training)
+        return x * every.index_select(0, call.rows.to(x.device))
+
+    return call.on_batch(on_batch)
 
 
 def attention(
@@ -66,9 +75,8 @@ def attention(
     return call.on_batch(on_batch)
 
 
-@functools.cache
-def entered(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function of ``torch.nn.functional`` that a mode sees through, to the functions that it calls."""
+def _entered(function: Any) -> Callable[..., Any]:
+    """Return a function of ``torch.nn.functional`` that does not ask modes, so that they see what it calls."""
     names = {**function.__globals__, "has_torch_function": lambda tensors: False}
     inner = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     inner.__kwdefaults__ = function.__kwdefaults__
@@ -82,8 +90,11 @@ IMAGES = (
 #: By the function, its rule.
 WHOLE: dict[Callable[..., Any], Callable[..., Any]] = {
     F.scaled_dot_product_attention: attention,
-    F.dropout: functools.partial(dropout, F.dropout),
+    F.dropout: dropout,
     **{function: functools.partial(on_images, function) for function in IMAGES},
 }
-#: Functions of Python that use parameters by functions that have rules.
-ENTERED = frozenset({F.multi_head_attention_forward})
+#: Functions that compute by functions that have rules, and what does so in Python.
+ENTERED: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.multi_head_attention_forward: _entered(F.multi_head_attention_forward),
+    **CELLS,
+}
