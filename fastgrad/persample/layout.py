@@ -100,10 +100,16 @@ def agree(found: Tensor, expected: Tensor, precision: float) -> bool:
     return bool((a - b).abs().max() <= math.sqrt(precision) * b.abs().max())
 
 
-def flatten(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any], list[str]]:
+def is_object(value: object) -> bool:
+    """Whether a value has attributes that may hold tensors, such as a cache or the output of a library's model."""
+    plain = isinstance(value, (Tensor, torch.nn.Module, type)) or callable(value)
+    return hasattr(value, "__dict__") and not plain
+
+
+def flatten(tree: Any, above: tuple[int, ...] = ()) -> tuple[list[Any], Callable[[Sequence[Any]], Any], list[str]]:
     """Return the leaves of a tree, what puts other leaves in their place, and the leaves' names.
 
-    Objects that hold tensors in attributes, as the outputs of many libraries do, are trees as well.
+    Objects that hold tensors in attributes are trees as well; ``above`` are the ids of those around.
     """
     paths, spec = pytree.tree_flatten_with_path(tree)
     leaves: list[Any] = []
@@ -111,28 +117,27 @@ def flatten(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any], list[
     parts: list[tuple[int, Any, Any]] = []
     for path, leaf in paths:
         name = pytree.keystr(path)
-        inner = vars(leaf) if hasattr(leaf, "__dict__") and not isinstance(leaf, (Tensor, torch.nn.Module, type)) else {}
-        if any(isinstance(value, Tensor) for value in inner.values()):
-            own, own_spec = pytree.tree_flatten(inner)
-            parts.append((len(own), leaf, own_spec))
-            leaves += own
-            names += [f"{name}.{key}" for key in inner][: len(own)] + [name] * (len(own) - len(inner))
-        else:
-            parts.append((1, None, None))
-            leaves.append(leaf)
-            names.append(name)
+        if is_object(leaf) and id(leaf) not in above:
+            own, rebuilt, inside = flatten(vars(leaf), (*above, id(leaf)))
+            if any(isinstance(value, Tensor) for value in own):
+                parts.append((len(own), leaf, rebuilt))
+                leaves += own
+                names += [name + one for one in inside]
+                continue
+        parts.append((1, None, None))
+        leaves.append(leaf)
+        names.append(name)
 
-    def rebuilt(values: Sequence[Any]) -> Any:
+    def whole(values: Sequence[Any]) -> Any:
         at, own = 0, []
-        for count, original, own_spec in parts:
-            some = values[at : at + count]
+        for count, original, rebuilt in parts:
+            some = list(values[at : at + count])
             at += count
-            if own_spec is None:
-                own.append(some[0])
-            else:
+            if rebuilt is not None:
                 made = copy.copy(original)
-                vars(made).update(pytree.tree_unflatten(list(some), own_spec))
-                own.append(made)
+                vars(made).update(rebuilt(some))
+                some = [made]
+            own += some
         return pytree.tree_unflatten(own, spec)
 
-    return leaves, rebuilt, names
+    return leaves, whole, names

@@ -47,7 +47,7 @@ _HARMLESS |= {nn.init.zeros_, nn.init.ones_}
 _REQUIRES_GRAD = {getter("requires_grad")}
 #: Gradients that a model takes inside its forward pass, and what may change gradients on their way back.
 _DIFFERENTIATES = {torch.autograd.grad, Tensor.backward}
-_HOOKS = {Tensor.register_hook}
+_HOOKS = {Tensor.register_hook, getter("grad_fn")}
 #: Functions that make tensors by the sizes they are given.
 _MADE = {torch.zeros, torch.ones, torch.empty, torch.full}
 _MADE |= {Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full}
@@ -94,7 +94,7 @@ class PerSample(TorchFunctionMode):
             if func in _DIFFERENTIATES:
                 raise Refused("it takes gradients in its forward pass")
             if func in _HOOKS:
-                raise Refused("a hook may change its gradients (Tensor.register_hook)", hooked=True)
+                raise Refused("a hook may change its gradients (register_hook)", hooked=True)
         if func in _READS:
             return self._read(func, *args)
         if func in _DRAWN or (call.spread_made and func in _MADE):

@@ -7,6 +7,8 @@ the outputs, and that samples do not interact.
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import functools
 import sys
 import threading
@@ -29,10 +31,10 @@ from fastgrad._torch import (
     saving_plainly,
     vmap,
 )
-from fastgrad.batches import batch_size, choices, input_tensors
+from fastgrad.batches import batch_size, choices, input_tensors, same_class
 from fastgrad.persample import graph
 from fastgrad.engine.memory import keep_freed_memory, lacks_memory
-from fastgrad.persample.layout import Layout, Rows, find, flatten, usual
+from fastgrad.persample.layout import Layout, Rows, find, flatten, is_object, usual
 from fastgrad.persample.mode import PerSample, Split
 from fastgrad.persample.modules import replaced
 from fastgrad.persample.state import ABSENT, Buffer, Place, State, copied, evaluated
@@ -136,30 +138,23 @@ class _Known:
 
 
 _known = _Known()
+_UNSEEN = "a parameter reaches the outputs by a function that Python does not see, or by a tensor of an earlier call"
 
 
 class _Plain(TorchFunctionMode):
-    """Counts bytes of results, and keeps PyTorch's attention from its fused paths, as `PerSample` does."""
+    """Looks at results, and keeps PyTorch's attention from its fused paths, as `PerSample` does."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = 0
+        self.bytes, self.precision = 0, 0.0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor):
             self.bytes += out.numel() * out.element_size()
+            if out.is_floating_point():
+                self.precision = max(self.precision, torch.finfo(out.dtype).eps)
         return out
-
-    @classmethod
-    @contextlib.contextmanager
-    def ordinary(cls) -> Iterator[_Plain]:
-        """Run an ordinary call without gradients, of which checkpoints warn."""
-        with warnings.catch_warnings(), torch.no_grad(), cls() as plain:
-            warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
-            yield plain
-        # Autocast keeps casts of parameters, and these have no graph.
-        torch.clear_autocast_cache()
 
 
 def run(
@@ -207,6 +202,7 @@ class _Run:
         self.owner = model if owner is None else owner
         self.samples = batch_size(args, kwargs)
         self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
+        self.objects = [x for x in self.leaves if is_object(x)]
         modules = list(model.modules())
         self.training = any(module.training for module in modules)
         self.hooks = sum(len(table) for module in modules for table in hooks_of(module))
@@ -227,7 +223,7 @@ class _Run:
         structure = known.pop(key, None)
         if structure is not None:
             known[key] = structure
-            state = State(self.model, structure.written)
+            state = State(self.model, structure.written, self.objects)
             outcomes = self.outcomes(structure, state)
             if all(len(out.output[0]) == len(structure.layouts) for out in outcomes):
                 return self.joined(structure, state, outcomes)
@@ -255,14 +251,23 @@ class _Run:
         given = [x for x in self.leaves if isinstance(x, Tensor) and x.requires_grad]
         return [x.view_as(x).grad_fn if x.grad_fn is None else x.grad_fn for x in given]
 
+    def ordinary(self) -> tuple[_Plain, Tree]:
+        """Call the model on the whole batch; its outputs have no graph."""
+        # As in the call itself, gradients are enabled: hooks of tensors cannot be registered without.
+        leaves = [_own(x) for x in self.leaves]
+        args, kwargs = self._call_of(leaves)
+        with warnings.catch_warnings(), _Plain() as plain:
+            warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
+            values, rebuilt, names = flatten(self.forward(*args, **kwargs))
+        # Autocast keeps casts of parameters, and these belong to another graph.
+        torch.clear_autocast_cache()
+        return plain, ([v.detach() if isinstance(v, Tensor) else v for v in values], rebuilt, names)
+
     # The first run on inputs of a structure.
 
     def checked(self) -> tuple[Any, Recorded]:
-        state = State(self.model)
-        leaves = [x.detach().clone() if isinstance(x, Tensor) else x for x in self.leaves]
-        args, kwargs = self._call_of(leaves)
-        with _Plain.ordinary() as plain:
-            expected = flatten(self.forward(*args, **kwargs))
+        state = State(self.model, None, self.objects)
+        plain, expected = self.ordinary()
         drew, written = state.drew(), state.written()
         after = {place: copied(value) for place, value in state.changes().items() if value is not ABSENT}
         state.restore()
@@ -273,17 +278,19 @@ class _Run:
             try:
                 outcomes = self.outcomes(structure, state)
                 try:
-                    self._compare(structure, state, outcomes, expected, after, drew)
+                    self._compare(structure, state, outcomes, expected, after, drew, plain.precision)
                 except NotPerSampleError:
                     # Samples that draw numbers in another order cannot be compared, except in evaluation mode.
                     if not (drew and self.training):
                         raise
                     self._require_apart_in_evaluation()
                     structure.layouts, structure.attributes = [], {}
-                    self._compare(structure, state, outcomes, expected, after, drew, values=False)
+                    self._compare(structure, state, outcomes, expected, after, drew, None)
                 output, recorded = self.joined(structure, state, outcomes)
-                if not state.holds_graphs:
-                    self._require_tracked(recorded, output)
+                if not state.holds_graphs and not self._is_tracked(recorded, output):
+                    structure.alone = _UNSEEN
+                    state.restore()
+                    output, recorded = self.joined(structure, state, self.outcomes(structure, state))
                 structure.foreign |= graph.foreign(_graphed(output))
                 return output, recorded
             except NotPerSampleError as error:
@@ -308,10 +315,12 @@ class _Run:
         expected: Tree,
         after: Mapping[Place, Any],
         drew: bool,
-        values: bool = True,
+        precision: float | None,
     ) -> None:
-        """Find the layouts of outputs and attributes; NotPerSampleError names the first output that has none."""
-        eps = max([torch.finfo(p.dtype).eps for p in self.model.parameters()] + [_autocast_eps(self.leaves)])
+        """Find the layouts of outputs and attributes; NotPerSampleError names the first output that has none.
+
+        ``precision`` is that of the coarsest numbers in the model; None compares shapes alone.
+        """
         leaves, _, names = expected
         counts = {len(out.output[0]) for out in outcomes}
         if counts != {len(leaves)}:
@@ -321,8 +330,7 @@ class _Run:
             if rows is None or not isinstance(leaf, Tensor):
                 structure.layouts.append(None)
                 continue
-            precision = max(eps, torch.finfo(leaf.dtype).eps if leaf.is_floating_point() else 0.0)
-            layout = find(rows, leaf, precision if values else None)
+            layout = find(rows, leaf, precision)
             if layout is None:
                 raise self._interacts(f"output {name}" if name else "its output", drew)
             structure.layouts.append(layout)
@@ -335,7 +343,7 @@ class _Run:
                 other = wanted[at] if len(wanted) == len(each[0]) else None
                 layout = None
                 if rows is not None and isinstance(other, Tensor):
-                    layout = find(rows, other, max(eps, _eps(other)) if values else None)
+                    layout = find(rows, other, precision)
                     if layout is None and rows.requires_grad:
                         raise self._interacts(f"attribute {state.name(place)!r}", drew)
                     structure.ordinary |= layout is None
@@ -353,18 +361,16 @@ class _Run:
             f"not that of each sample alone, so {why}"
         )  # fmt: skip
 
-    def _require_tracked(self, recorded: Recorded, output: Any) -> None:
-        """Raise ValueError if outputs depend on a parameter through a function that no mode saw."""
-        numbers = [pair for _, part in recorded.parts if isinstance(part, Call) for pair in part.numbers]
+    def _is_tracked(self, recorded: Recorded, output: Any) -> bool:
+        """Whether modes saw all functions by which outputs depend on parameters.
+
+        Scripted functions, extensions and tensors that were kept from an earlier call are not seen.
+        """
         if any(isinstance(part, Alone) for _, part in recorded.parts):
-            return
+            return True
+        numbers = [pair for _, part in recorded.parts if isinstance(part, Call) for pair in part.numbers]
         missed = graph.untracked(_graphed(output), numbers, recorded.inputs) & self.parameters.keys()
-        if missed:
-            name = next(name for name, p in self.model.named_parameters() if id(p) in missed)
-            raise ValueError(
-                f"model must use its parameters in functions that Python sees; {name!r} reaches the outputs in another "
-                "way, such as a scripted module, an extension, or a tensor kept from an earlier call"
-            )
+        return not missed
 
     # Every run.
 
@@ -396,8 +402,10 @@ class _Run:
                 except (NotPerSampleError, StopRecomputation):
                     raise
                 except Exception as error:
-                    if structure.alone or lacks_memory(error):
+                    if lacks_memory(error):
                         raise
+                    if structure.alone:
+                        raise self._of_samples(error, state) from error
                     structure.foreign |= isinstance(error, Refused) and error.hooked
                     text = str(error).partition("\n")[0]
                     if not structure.spread_made and "vmap" in text and "inplace" in text.replace("in-place", "inplace"):
@@ -408,6 +416,19 @@ class _Run:
             if again or waiting:
                 state.restore()
         return found
+
+    def _of_samples(self, error: Exception, state: State) -> Exception:
+        """Return the error to raise where a sample alone fails: the model's own, if the batch fails as well."""
+        state.restore()
+        try:
+            self.ordinary()
+        except Exception:
+            return error
+        state.restore()
+        return NotPerSampleError(
+            "model must run on each sample alone, as a batch of one; it runs on the batch, but on one sample it raised "
+            f"{type(error).__name__}: {error}"
+        )
 
     def differentiated(self) -> bool:
         """Whether modules have hooks of gradients, which see those of the batch."""
@@ -440,7 +461,7 @@ class _Run:
             of_sample = dict(zip(unique, (x.unsqueeze(0) for x in tensors), strict=True))
             own = list(leaves)
             for i in carried:
-                own[i] = of_sample[id(leaves[i])]
+                own[i] = same_class(of_sample[id(leaves[i])], leaves[i])
             args, kwargs = self._call_of(own)
             with replaced(self.model, call), PerSample(call, seen):
                 output = self.forward(*args, **kwargs)
@@ -457,7 +478,7 @@ class _Run:
         count = self.samples if index is None else len(index)
         for i in range(count):
             if i:
-                state.restore(random=False)
+                state.restore(numbers=False)
             own = [x[i : i + 1] if c else x for x, c in zip(leaves, structure.carriers, strict=True)]
             with state.own_buffers():
                 yield self._sample(state, own, torch.tensor([i]) if index is None else index[i : i + 1])
@@ -494,8 +515,10 @@ class _Run:
             whole([out.output[0][at] for out in outcomes], layout) for at, layout in enumerate(structure.layouts)
         ]
         output = outcomes[0].output[1](leaves)
-        if state.holds_graphs:
-            self._require_tracked(recorded, output)
+        if state.holds_graphs and not self._is_tracked(recorded, output):
+            state.restore()
+            alone = dataclasses.replace(structure, alone=_UNSEEN)
+            return self.joined(alone, state, self.outcomes(alone, state))
         for kept in outcomes[0].kept if len(outcomes) == 1 else ():
             whole_tensor(kept, recorded)
         attributes: dict[Place, Any] = {}
@@ -519,10 +542,14 @@ class _Run:
     def _as_ordinary(self, state: State) -> None:
         """Leave attributes, buffers and random numbers as an ordinary call does."""
         state.restore()
-        leaves = [x.detach().clone() if isinstance(x, Tensor) else x for x in self.leaves]
-        args, kwargs = self._call_of(leaves)
-        with _Plain.ordinary():
-            self.forward(*args, **kwargs)
+        self.ordinary()
+
+
+def _own(value: Any) -> Any:
+    """Return an input that a call may write to: a copy of a tensor or of a container."""
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    return copy.copy(value) if isinstance(value, (set, list, dict)) else value
 
 
 def _holds_tensors(value: Any) -> bool:
@@ -554,15 +581,3 @@ def whole_tensor(kept: tuple[Tensor, Tensor], recorded: Recorded) -> None:
         whole = physical.flatten(0, 1)
         with contextlib.suppress(RuntimeError):  # someone else refers to it
             torch.utils.swap_tensors(tensor, graph.returned(recorded, whole) if whole.requires_grad else whole)
-
-
-def _eps(tensor: Tensor) -> float:
-    return torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0.0
-
-
-def _autocast_eps(leaves: Sequence[Any]) -> float:
-    """Return the precision of autocast's numbers on the devices of the inputs; 0 where it is off."""
-    kinds = {x.device.type for x in leaves if isinstance(x, Tensor)}
-    return max((torch.finfo(torch.get_autocast_dtype(k)).eps for k in kinds if torch.is_autocast_enabled(k)), default=0.0)
-
-

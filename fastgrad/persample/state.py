@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+import random
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -58,13 +60,18 @@ def same(value: Any, other: Any) -> bool:
 class State:
     """Attributes and buffers of a model's modules, and the state of the random numbers, as they are now.
 
+    Attributes of ``objects``, such as caches among a call's inputs, count like those of modules.
+
     Buffers that a run may write to in place are ``written``: their values are kept as well. None keeps all.
     """
 
-    def __init__(self, model: nn.Module, written: frozenset[Buffer] | None = None) -> None:
-        self._modules = [(path, module) for path, module in model.named_modules(remove_duplicate=True)]
-        self._held = [
-            (module, {k: copied(v) for k, v in vars(module).items() if k not in _FIXED}) for _, module in self._modules
+    def __init__(
+        self, model: nn.Module, written: frozenset[Buffer] | None = None, objects: Iterable[object] = ()
+    ) -> None:
+        self._modules = list(model.named_modules())
+        holders = [module for _, module in self._modules] + list(objects)
+        self._held: list[tuple[Any, dict[str, Any]]] = [
+            (holder, {k: copied(v) for k, v in vars(holder).items() if k not in _FIXED}) for holder in holders
         ]
         self._versions = {
             (path, name): (
@@ -112,7 +119,7 @@ class State:
             for name in {**held, **now}:
                 if name in _FIXED or same(held.get(name, ABSENT), now.get(name, ABSENT)):
                     continue
-                if name in _TABLES:
+                if name in _TABLES and isinstance(module, nn.Module):
                     before, after = held[name], now[name]
                     for key in {**before, **after}:
                         if before.get(key, ABSENT) is not after.get(key, ABSENT):
@@ -124,7 +131,8 @@ class State:
     def name(self, place: Place) -> str:
         """Return the dotted name of an attribute."""
         at, table, key = place
-        return ".".join(filter(None, (self._modules[at][0], key or table)))
+        path = self._modules[at][0] if at < len(self._modules) else type(self._held[at][0]).__name__
+        return ".".join(filter(None, (path, key or table)))
 
     def before(self, place: Place) -> Any:
         """Return what an attribute was, a copy if it was a list, dict or set."""
@@ -151,7 +159,7 @@ class State:
         else:
             entries[name] = value
 
-    def restore(self, *, random: bool = True) -> None:
+    def restore(self, *, numbers: bool = True) -> None:
         """Put everything back as it was."""
         for place in self.changes():
             self.write(place, self.before(place))
@@ -159,7 +167,7 @@ class State:
             if value is not None and buffer._version != version:
                 with torch.no_grad():
                     buffer.copy_(value)
-        if random:
+        if numbers:
             self._random.restore()
 
 
@@ -173,22 +181,28 @@ def _graphed(value: Any) -> bool:
 
 
 class Random:
-    """The state of the random numbers of the CPU and of the devices on which a model lies."""
+    """The state of the random numbers of PyTorch, on the CPU and where a model lies, of Python and of NumPy."""
 
     def __init__(self, model: nn.Module) -> None:
         devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
         self._states = {device: torch.cuda.get_rng_state(device) for device in devices}
         self._cpu = torch.get_rng_state()
+        self._python, self._numpy = random.getstate(), numpy.random.get_state(legacy=False)
 
     def drew(self) -> bool:
         """Whether random numbers were drawn since."""
-        if not torch.equal(self._cpu, torch.get_rng_state()):
+        if not torch.equal(self._cpu, torch.get_rng_state()) or self._python != random.getstate():
+            return True
+        before, now = (s["state"] for s in (self._numpy, numpy.random.get_state(legacy=False)))
+        if before["pos"] != now["pos"] or not numpy.array_equal(before["key"], now["key"]):
             return True
         return any(not torch.equal(state, torch.cuda.get_rng_state(d)) for d, state in self._states.items())
 
     def restore(self) -> None:
         """Have the same numbers drawn again."""
         torch.set_rng_state(self._cpu)
+        random.setstate(self._python)
+        numpy.random.set_state(self._numpy)
         for device, state in self._states.items():
             torch.cuda.set_rng_state(state, device)
 

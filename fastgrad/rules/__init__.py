@@ -28,6 +28,7 @@ RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.mm: linear.matmul,
     torch.addmm: linear.addmm,
     F.embedding: linear.embedding,
+    F.embedding_bag: linear.embedding_bag,
     F.batch_norm: norm.batch_norm,
     F.group_norm: norm.group_norm,
     F.instance_norm: norm.instance_norm,

@@ -139,10 +139,30 @@ def embedding(
     def on_batch() -> Tensor:
         begin = next_number()
         index = call.spread(input, call.physical(input))
-        out = F.embedding(index, weight, padding_idx)
+        out = F.embedding(index, weight, padding_idx, sparse=sparse)
         return call.tapped([out], [index], [weight], Table(weight.shape[0], padding), begin)[0]
 
     return call.on_batch(on_batch)
+
+
+def embedding_bag(
+    call: Call,
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    *options: Any,
+    **named: Any,
+) -> Any:
+    """Rule for ``torch.nn.functional.embedding_bag`` with sparse gradients, which copies for each sample cannot have."""
+    if not sparse or not call.owns(weight) or max_norm is not None or scale_grad_by_freq:
+        return NotImplemented
+    table = call.copy_of(weight)
+    return F.embedding_bag(input, table, offsets, None, norm_type, False, mode, False, *options, **named)
 
 
 def joined(a: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
