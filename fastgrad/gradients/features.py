@@ -191,17 +191,13 @@ class GradientFeatures:
         names = self._names()
         pairs = zip(self.model.parameters(), model.parameters(), strict=True)
         wanted = {id(own): own for p, own in pairs if id(p) in names}
-        state = State(model)
-        try:
-            with state.own_buffers(), bind_contextvar(implementation, self.impl):
-                output, recorded = run(model, model, args, kwargs, wanted, self.model)
-                self._latest, self._keys = recorded, list(wanted)
-                logits = class_logits(output, batch_size(args, kwargs))
-                z = logits.detach()
-                features = signal_sqnorms(recorded, logits, self._deltas(z, target), wanted, log=self.log)
-                recorded.forget_graphs()
-        finally:
-            state.restore()
+        with bind_contextvar(implementation, self.impl):
+            output, recorded = run(model, model, args, kwargs, wanted, self.model, undo=True)
+        self._latest, self._keys = recorded, list(wanted)
+        logits = class_logits(output, batch_size(args, kwargs))
+        z = logits.detach()
+        features = signal_sqnorms(recorded, logits, self._deltas(z, target), wanted, log=self.log)
+        recorded.forget_graphs()
         return z, features.movedim(0, 1) if self.contrast or self.joint else features[0]
 
     def _deltas(self, logits: Tensor, target: Tensor | None) -> Tensor:

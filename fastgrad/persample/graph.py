@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from fastgrad._torch import drop_view_base, number_of
+from fastgrad._torch import number_of
 
 # Names of the graph nodes of sums, and of copies and products with a constant.
 _SUMS, _FACTORS = frozenset({"Add", "Sub"}), frozenset({"Mul", "Div", "Neg", "ToCopy"})
@@ -31,9 +31,9 @@ class _Returned(torch.autograd.Function):
 
 
 def returned(call: object, output: Tensor) -> Tensor:
-    """Return an output of a call, by whose node the call is found."""
-    output = drop_view_base(output)
-    result: Tensor = _Returned.apply(call, output if output._base is None else output.clone())
+    """Return an output of a call, by whose node the call is found, on the same memory if that lies side by side."""
+    own = torch.ops.aten._unsafe_view.default(output, output.shape) if output.is_contiguous() else output.clone()
+    result: Tensor = _Returned.apply(call, own)
     return result
 
 

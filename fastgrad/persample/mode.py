@@ -78,6 +78,9 @@ class PerSample(TorchFunctionMode):
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         call = self._call
+        if func in ENTERED:
+            with self:
+                return ENTERED[func](*args, **kwargs)
         if torch.is_grad_enabled():
             rule = RULES.get(func)
             if rule is not None:
@@ -86,9 +89,6 @@ class PerSample(TorchFunctionMode):
                 out = rule(call, *args, **kwargs)
                 if out is not NotImplemented:
                     return out
-            elif func in ENTERED:
-                with self:
-                    return ENTERED[func](*args, **kwargs)
             if any(type(a) in _SEQUENCES or id(a) in call.parameters for a in args) or kwargs:
                 args, kwargs = self._with_copies(args, kwargs)
             if func in _DIFFERENTIATES:

@@ -164,17 +164,18 @@ def run(
     kwargs: Any,
     parameters: Mapping[int, Tensor],
     owner: nn.Module | None = None,
+    undo: bool = False,
 ) -> tuple[Any, Recorded]:
     """Call ``forward``, that of ``model``, and return its output and what is known of each sample's gradients.
 
-    ``parameters`` are those whose gradients count, by id. Attributes that the model writes are as after an ordinary
-    call. ``owner`` is the model of which this is a copy for one call. ValueError if samples interact.
+    ``parameters`` are those whose gradients count, by id. What the model writes is as after an ordinary call, or with
+    ``undo`` as before. ``owner`` is the model of which this is a copy for one call. ValueError if samples interact.
     """
     keep_freed_memory()
     # Compiled parts run as they are written: their compiled form hides the functions from modes.
     compiles = "torch._dynamo" in sys.modules
     with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():
-        return _Run(model, forward, args, kwargs, parameters, owner).result()
+        return _Run(model, forward, args, kwargs, parameters, owner, undo).result()
 
 
 def known(model: nn.Module) -> dict[Any, Structure]:
@@ -197,8 +198,9 @@ class _Run:
         kwargs: Any,
         parameters: Mapping[int, Tensor],
         owner: nn.Module | None = None,
+        undo: bool = False,
     ) -> None:
-        self.model, self.forward, self.parameters = model, forward, parameters
+        self.model, self.forward, self.parameters, self.undo = model, forward, parameters, undo
         self.owner = model if owner is None else owner
         self.samples = batch_size(args, kwargs)
         self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
@@ -224,7 +226,12 @@ class _Run:
         if structure is not None:
             known[key] = structure
             state = State(self.model, structure.written, self.objects)
-            outcomes = self.outcomes(structure, state)
+            try:
+                outcomes = self.outcomes(structure, state)
+            except BaseException:
+                if self.undo:
+                    state.restore()
+                raise
             if all(len(out.output[0]) == len(structure.layouts) for out in outcomes):
                 return self.joined(structure, state, outcomes)
             state.restore()
@@ -281,7 +288,7 @@ class _Run:
                     self._compare(structure, state, outcomes, expected, after, drew, plain.precision)
                 except NotPerSampleError:
                     # Samples that draw numbers in another order cannot be compared, except in evaluation mode.
-                    if not (drew and self.training):
+                    if not (drew and self.training and state.drew()):
                         raise
                     self._require_apart_in_evaluation()
                     structure.layouts, structure.attributes = [], {}
@@ -387,7 +394,7 @@ class _Run:
         while waiting:
             index = waiting.pop(0)
             leaves = self._taken(structure, index)
-            with state.own_buffers() if found or index is not None else contextlib.nullcontext():
+            with state.own_buffers() if self.undo or found or index is not None else contextlib.nullcontext():
                 try:
                     if structure.alone:
                         found += self._alone(structure, state, leaves, index)
@@ -521,6 +528,9 @@ class _Run:
             return self.joined(alone, state, self.outcomes(alone, state))
         for kept in outcomes[0].kept if len(outcomes) == 1 else ():
             whole_tensor(kept, recorded)
+        if self.undo:
+            state.restore()
+            return output, recorded
         attributes: dict[Place, Any] = {}
         for place in {place: None for out in outcomes for place in out.attributes}:
             trees = [out.attributes[place] for out in outcomes if place in out.attributes]

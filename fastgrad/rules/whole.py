@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -93,8 +94,21 @@ WHOLE: dict[Callable[..., Any], Callable[..., Any]] = {
     F.dropout: dropout,
     **{function: functools.partial(on_images, function) for function in IMAGES},
 }
-#: Functions that compute by functions that have rules, and what does so in Python.
+def contains(self: Tensor, element: Any) -> bool:
+    """Compute ``Tensor.__contains__``."""
+    return bool((self == element).any())
+
+
+def equal(input: Tensor, other: Tensor) -> bool:
+    """Compute ``torch.equal``."""
+    return input.shape == other.shape and bool((input == other).all())
+
+
+#: Functions that use parameters or read values inside, by functions that have rules or are known to read.
 ENTERED: dict[Callable[..., Any], Callable[..., Any]] = {
     F.multi_head_attention_forward: _entered(F.multi_head_attention_forward),
     **CELLS,
+    Tensor.__contains__: contains,
+    torch.equal: equal,
+    Tensor.equal: equal,
 }

@@ -30,7 +30,7 @@ class Shape:
     overlaps: bool  # see `fastgrad.ops.conv.geometry.Problem`
     itemsize: int  # bytes per element of the dtype computed in, 4 or 8
     guarded: bool  # whether the Gram route may look at values; if not it computes in float64
-    budget: int | None  # bytes of one chunk's intermediates; None if the batch cannot be cut, being symbolic
+    budget: int  # bytes of one chunk's intermediates
 
 
 # Measured on two cores of an AMD EPYC (AVX-512), torch 2.13 with oneDNN convolutions and MKL products.
@@ -71,8 +71,6 @@ def _form(s: Shape) -> int:
 
 def chunk_size(route: str, s: Shape) -> int:
     """Return how many samples a route takes at a time."""
-    if s.budget is None:
-        return s.batch
     fitting = max(1, min(s.batch, s.budget // chunk_bytes(route, s)))
     if route == "grouped" and fitting < s.batch:
         # The library gives each thread whole samples: a power of two leaves no thread idle.
@@ -82,9 +80,8 @@ def chunk_size(route: str, s: Shape) -> int:
 
 def candidates(s: Shape) -> tuple[str, ...]:
     """Return the routes that can serve a shape."""
-    # oneDNN has no float64 convolution, and one per sample cannot be traced for an unknown batch.
-    grouped = s.itemsize == 4 and s.budget is not None
-    return ("patch", "gram", "grouped") if grouped else ("patch", "gram")
+    # oneDNN has no float64 convolution.
+    return ("patch", "gram", "grouped") if s.itemsize == 4 else ("patch", "gram")
 
 
 def seconds(route: str, s: Shape) -> float:

@@ -61,31 +61,28 @@ def per_axis(value: int | Sequence[int], axes: int) -> Ints:
     return each * axes if len(each) == 1 else each
 
 
-def canonical(
-    a: Tensor, g: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], groups: int, transposed: bool,
-) -> Problem:  # fmt: skip
-    """Check the arguments of the operator ``conv_sqnorm`` and bring them to canonical form.
+def padding_of(
+    a: Ints, g: Ints, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int, swapped: bool
+) -> tuple[tuple[int, int], ...]:
+    """Return the zeros before and after each axis of inputs ``(B, C, *L)``, for gradients ``(K, B, O, *T)``.
+
+    For a transposed convolution the two are ``swapped``.
 
     Raises:
         ValueError: Naming the argument whose shape does not fit.
     """
-    if groups < 1 or a.shape[1] % groups or g.shape[2] % groups:
-        raise ValueError(f"groups must divide the channels of a, {a.shape[1]}, and of g, {g.shape[2]}; it was {groups}")
-    if transposed:
-        # y = conv_transpose(x): dL/dW[i, o, d] = sum_t x[i, t] gy[o, stride t + d]; the two swap roles.
-        # Several gradients then share no activation, so they join the batch.
-        a, g = g.flatten(0, 1), a.expand(g.shape[0], *a.shape).flatten(0, 1).unsqueeze(0)
-    if g.shape[1] != a.shape[0]:
-        raise ValueError(f"g must have the batch size of a, {a.shape[0]}; its shape was {tuple(g.shape)}")
+    if groups < 1 or a[1] % groups or g[2] % groups:
+        raise ValueError(f"groups must divide the channels of a, {a[1]}, and of g, {g[2]}; it was {groups}")
+    if g[1] != a[0]:
+        raise ValueError(f"g must have the batch size of a, {a[0]}; its shape was {g}")
     pads = []
     for axis, (pad, step, gap, kernel) in enumerate(zip(padding, stride, dilation, kernel_size, strict=True)):
-        size, out = int(a.shape[2 + axis]), int(g.shape[3 + axis])
+        size, out = a[2 + axis], g[3 + axis]
         need = (out - 1) * step + gap * (kernel - 1) + 1
         if need > size + 2 * pad:
             raise ValueError(
-                f"{'a' if transposed else 'g'} must fit the convolution: its {out} positions on axis {axis} "
+                f"{'a' if swapped else 'g'} must fit the convolution: its {out} positions on axis {axis} "
                 f"reach over {need} of {size + 2 * pad} padded ones"
             )
         pads.append((pad, need - size - pad))
-    return Problem(a, g, tuple(kernel_size), tuple(stride), tuple(dilation), tuple(pads), groups)
+    return tuple(pads)

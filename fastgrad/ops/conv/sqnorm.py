@@ -1,108 +1,106 @@
 """Per-sample squared norms of the weight gradients of convolutions and of linear layers with positions.
 
-``fastgrad::conv_sqnorm`` is a composition of ATen operators, which compilers see through. It is an operator for its
-batching rule: under ``vmap`` the gradients of one sample stay the K of one call, which shares what depends only on the
-activation. `opaque_ops` makes it one node, which chooses its route when it runs and may look at values.
-
-On a GPU a Triton kernel takes its place. The kernel has no derivative, so ``impl="auto"`` takes ATen's operators if one
-is needed.
+On a CPU they are compositions of ATen operators, whose route a cost model picks by the shape. On a GPU a Triton kernel
+takes their place. Several gradients of a sample, also those that ``vmap`` maps over, are the K of one call, which
+shares what depends only on the activation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastgrad import checks
-from fastgrad._torch import is_readable
+from fastgrad._torch import functorch, is_batched, lowered
 from fastgrad.losses import compute_dtype
 from fastgrad.ops.conv import cost, routes
-from fastgrad.ops.conv.geometry import Problem, canonical
-from fastgrad.ops.dispatch import choose, launcher, opaque_ops
-
-#: Batch size assumed by the cost model where a tracer keeps the batch symbolic.
-TRACED_BATCH = 16
-#: While tracing, chunks become copies of the graph: fewer and larger ones.
-TRACED_CHUNK_BYTES = 64 * 2**20
+from fastgrad.ops.conv.geometry import Ints, Problem, padding_of
+from fastgrad.ops.dispatch import choose, launcher
 
 
-def shape_of(p: Problem, *, guarded: bool = True) -> cost.Shape:
-    """Return what the cost model works from: all sizes as ints, a symbolic batch as `TRACED_BATCH`."""
-    batch = p.a.shape[0]
-    symbolic = isinstance(batch, torch.SymInt)
+class Plan(NamedTuple):
+    """What a call's shapes decide."""
+
+    pads: tuple[tuple[int, int], ...]
+    route: str
+    step: int  # samples at a time
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(
+    a: Ints, g: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int, swapped: bool,
+    itemsize: int, guarded: bool,
+) -> Plan:  # fmt: skip
+    """Return the plan for inputs and gradients of these shapes, ``(B, C, *L)`` and ``(K, B, O, *T)``.
+
+    Raises:
+        ValueError: Naming the argument whose shape does not fit.
+    """
+    pads = padding_of(a, g, kernel, stride, padding, dilation, groups, swapped)
+    p = Problem(torch.empty(a, device="meta"), torch.empty(g, device="meta"), kernel, stride, dilation, pads, groups)
+    shape = shape_of(p, itemsize=itemsize, guarded=guarded)
+    if not (shape.batch and all(shape.positions)):
+        return Plan(pads, "", 0)
+    route = cost.choose_route(shape)
+    return Plan(pads, route, cost.chunk_size(route, shape))
+
+
+def shape_of(p: Problem, *, itemsize: int = 4, guarded: bool = True) -> cost.Shape:
+    """Return what the cost model works from."""
     return cost.Shape(
-        batch=TRACED_BATCH if symbolic else batch,
-        count=int(p.g.shape[0]),
+        batch=p.a.shape[0],
+        count=p.g.shape[0],
         groups=p.groups,
-        inputs=int(p.a.shape[1]) // p.groups,
-        outputs=int(p.g.shape[2]) // p.groups,
+        inputs=p.a.shape[1] // p.groups,
+        outputs=p.g.shape[2] // p.groups,
         pixels=p.pixels,
         image=p.image,
         positions=p.positions,
         kernel=p.kernel,
         overlaps=p.overlaps,
-        itemsize=compute_dtype(p.a.dtype, p.g.dtype).itemsize,
+        itemsize=itemsize,
         guarded=guarded,
-        budget=None if symbolic else cost.CHUNK_BYTES if guarded else TRACED_CHUNK_BYTES,
+        budget=cost.CHUNK_BYTES,
     )
 
 
-def _solve(p: Problem) -> Tensor:
-    """Compute ``(K, B)`` by the cheapest route, chunk by chunk."""
-    guarded = is_readable(p.a, p.g) and p.a.device.type == "cpu"  # elsewhere a look would wait for the device
-    shape = shape_of(p, guarded=guarded)
-    dtype = compute_dtype(p.a.dtype, p.g.dtype)
-    if not (shape.batch and all(shape.positions)):
-        return p.a.new_zeros((shape.count, p.a.shape[0]), dtype=dtype)
-    route = cost.choose_route(shape)
-    step = cost.chunk_size(route, shape)
-    whole = step >= shape.batch
-    pieces = [(p.a, p.g)] if whole else zip(p.a.split(step), p.g.split(step, 1), strict=True)
-    parts = [routes.run(route, p._replace(a=a.to(dtype), g=g.to(dtype)), guarded=guarded) for a, g in pieces]
-    return parts[0] if whole else torch.cat(parts, 1)
-
-
-def _eager(
-    a: Tensor, g: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], groups: int, transposed: bool, impl: str,
+def _solve(
+    a: Tensor, g: Tensor, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int, transposed: bool,
+    impl: str,
 ) -> Tensor:  # fmt: skip
-    """Compute ``(K, B)`` by ATen's operators, or by a kernel if `choose` takes Triton."""
+    """Compute ``(K, B)``: by the cheapest route, chunk by chunk, or by a kernel if `choose` takes Triton."""
     count, batch = g.shape[:2]
-    p = canonical(a, g, kernel_size, stride, padding, dilation, groups, transposed)
+    if transposed:
+        # y = conv_transpose(x): dL/dW[i, o, d] = sum_t x[i, t] gy[o, stride t + d]; the two swap roles.
+        # Several gradients then share no activation, so they join the batch.
+        a, g = g.flatten(0, 1), a.expand(count, *a.shape).flatten(0, 1).unsqueeze(0)
+    dtype = compute_dtype(a.dtype, g.dtype)
+    guarded = a.device.type == "cpu"  # elsewhere a look at values would wait for the device
+    shapes = tuple(a.shape), tuple(g.shape)
+    pads, route, step = plan(*shapes, kernel, stride, padding, dilation, groups, transposed, dtype.itemsize, guarded)
+    p = Problem(a, g, kernel, stride, dilation, pads, groups)
+    if not route:
+        return a.new_zeros((count, batch), dtype=dtype)
+    # The kernel has no derivative.
     differentiated = torch.is_grad_enabled() and (a.requires_grad or g.requires_grad)
-    dtype = torch.promote_types(a.dtype, g.dtype)
-    if (impl == "auto" and differentiated) or choose(impl, a if dtype == a.dtype else g) == "eager":
-        return _solve(p).reshape(count, batch)
-    a, g = p.a.to(dtype), p.g.to(dtype)
-    if (p.kernel, p.stride, p.pads, groups) == ((1,), (1,), ((0, 0),), 1):
+    common = torch.promote_types(a.dtype, g.dtype)
+    if (impl == "auto" and (guarded or differentiated)) or choose(impl, a.to(common)) == "eager":
+        whole = step >= a.shape[0]
+        pieces = [(a, g)] if whole else zip(a.split(step), g.split(step, 1), strict=True)
+        parts = [routes.run(route, p._replace(a=x.to(dtype), g=y.to(dtype)), guarded=guarded) for x, y in pieces]
+        norms = parts[0] if whole else torch.cat(parts, 1)
+    elif (kernel, stride, pads, groups) == ((1,), (1,), ((0, 0),), 1):
         # Positions along one axis: a linear layer.
-        norms: Tensor = torch.ops.fastgrad.linear_sqnorm_kernel(a.mT, g.mT)
+        norms = torch.ops.fastgrad.linear_sqnorm_kernel(a.to(common).mT, g.to(common).mT)
     else:
-        before = [pair[0] for pair in p.pads]
-        norms = torch.ops.fastgrad.conv_sqnorm_kernel(a, g, p.kernel, p.stride, before, p.dilation, groups)
+        before = [pair[0] for pair in pads]
+        operator = torch.ops.fastgrad.conv_sqnorm_kernel
+        norms = operator(a.to(common), g.to(common), kernel, stride, before, dilation, groups)
     return norms.reshape(count, batch)
-
-
-def _composed(a: Tensor, *rest: Any) -> Tensor:
-    whole = opaque_ops.get() and a.device.type == "cpu"
-    return (torch.ops.fastgrad.conv_sqnorm_whole.default if whole else _eager)(a, *rest)
-
-
-def _batched(info: Any, in_dims: tuple[int | None, ...], a: Tensor, g: Tensor, *rest: object) -> tuple[Tensor, int]:
-    """Fold a mapped dimension into K if only ``g`` carries it, else into the batch."""
-    size = info.batch_size
-    a_dim, g_dim = in_dims[:2]
-    g = g.unsqueeze(0).expand(size, *g.shape) if g_dim is None else g.movedim(g_dim, 0)
-    count, batch = g.shape[1:3]
-    if a_dim is None:
-        norms = _composition(a, g.flatten(0, 1), *rest)
-        return norms.reshape(size, count, batch), 0
-    a = a.movedim(a_dim, 0)
-    norms = _composition(a.flatten(0, 1), g.transpose(0, 1).flatten(1, 2), *rest)
-    return norms.reshape(count, size, batch), 1
 
 
 def _fake(a: Tensor, g: Tensor, *options: Any) -> Tensor:
@@ -110,15 +108,6 @@ def _fake(a: Tensor, g: Tensor, *options: Any) -> Tensor:
 
 
 _OPTIONS = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups"
-_SCHEMA = f"(Tensor a, Tensor g, {_OPTIONS}, bool transposed, str impl) -> Tensor"
-torch.library.define("fastgrad::conv_sqnorm", _SCHEMA)
-torch.library.impl("fastgrad::conv_sqnorm", "CompositeImplicitAutograd", _composed)
-torch.library.register_vmap("fastgrad::conv_sqnorm", _batched)
-_composition = torch.ops.fastgrad.conv_sqnorm.default
-torch.library.define("fastgrad::conv_sqnorm_whole", _SCHEMA)
-torch.library.register_fake("fastgrad::conv_sqnorm_whole", _fake)
-# A compiler relies on the strides of the fake form, and several gradients a sample come transposed.
-torch.library.impl("fastgrad::conv_sqnorm_whole", "CPU", lambda *arguments: _eager(*arguments).contiguous())
 for _name, _inputs in (("conv_sqnorm", f"Tensor a, Tensor g, {_OPTIONS}"), ("linear_sqnorm", "Tensor a, Tensor g")):
     torch.library.define(f"fastgrad::{_name}_kernel", f"({_inputs}) -> Tensor")
     torch.library.register_fake(f"fastgrad::{_name}_kernel", _fake)
@@ -143,14 +132,19 @@ def conv_sqnorm(
     """
     checks.is_float("a", a)
     checks.is_float("g", g)
+    if is_batched(g) and not is_batched(a):
+        level, dim, every = functorch.maybe_get_level(g), functorch.maybe_get_bdim(g), functorch.get_unwrapped(g)
+        with lowered():
+            every = every.movedim(dim, 0)
+            flat = every.flatten(0, every.dim() - a.dim() - 1) if every.dim() > a.dim() + 1 else every
+            norms = conv_sqnorm(
+                a, flat, kernel_size, stride, padding, dilation, groups, transposed=transposed, impl=impl
+            ).reshape(*every.shape[: every.dim() - a.dim()], -1)
+        mapped: Tensor = functorch._add_batch_dim(norms, 0, level)
+        return mapped
     single = g.dim() == a.dim()
-    # An exported program must not call operators that only this package has. Strict mode, whose frontend cannot follow
-    # the cost model, keeps them until `run_decompositions`.
-    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-    operator: Callable[..., Tensor] = _eager if exporting else _composition
-    norms = operator(
-        a, g.unsqueeze(0) if single else g, kernel_size, stride, padding, dilation, groups, transposed, impl
-    )
+    options = (tuple(each) for each in (kernel_size, stride, padding, dilation))
+    norms = _solve(a, g.unsqueeze(0) if single else g, *options, groups, transposed, impl)
     return norms.squeeze(0) if single else norms
 
 
