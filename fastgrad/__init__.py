@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from fastgrad.gradients.clipping import clip_gradients
     from fastgrad.gradients.features import GradientFeatures
     from fastgrad.gradients.noise_scale import NoiseScale
-    from fastgrad.gradients.ranking import SampleTable, rank_samples
     from fastgrad.gradients.recorder import grad_sqnorm, record
     from fastgrad.introspection import IntrospectiveClassifier
     from fastgrad.metrics import threshold_for
@@ -38,13 +37,11 @@ _LAZY = {
     "GradientFeatures": "fastgrad.gradients.features",
     "IntrospectiveClassifier": "fastgrad.introspection",
     "NoiseScale": "fastgrad.gradients.noise_scale",
-    "SampleTable": "fastgrad.gradients.ranking",
     "TwoStageModel": "fastgrad.detector.model",
     "UncertaintyDetector": "fastgrad.detector",
     "clip_gradients": "fastgrad.gradients.clipping",
     "export": "fastgrad.deploy.file.export",
     "grad_sqnorm": "fastgrad.gradients.recorder",
-    "rank_samples": "fastgrad.gradients.ranking",
     "record": "fastgrad.gradients.recorder",
     "threshold_for": "fastgrad.metrics",
 }
@@ -54,7 +51,6 @@ __all__ = [
     "GradientFeatures",
     "IntrospectiveClassifier",
     "NoiseScale",
-    "SampleTable",
     "TwoStageModel",
     "UncertaintyDetector",
     "clip_gradients",
@@ -65,7 +61,6 @@ __all__ = [
     "grad_sqnorm",
     "linear_contrast_sqnorm",
     "linear_contrast_stats",
-    "rank_samples",
     "record",
     "target_sqnorm",
     "threshold_for",

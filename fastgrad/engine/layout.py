@@ -1,86 +1,142 @@
-"""Where the batch lies in a tensor, found from what changes if it has one sample less."""
+"""Where the batch lies in what a model returns: from one result for each sample to the result of the batch."""
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-#: Samples that a network is observed on. Only the gradient of one is sent back, so where it arrives in a tensor shows
-#: the place of this sample. The second of four is elsewhere in a reversed batch. It also has samples before and after
-#: it, to which a model that mixes samples would carry its gradient.
-SAMPLES = 4
-CHOSEN = 1
+from fastgrad._torch import pytree
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A tensor of which each sample has its own: ``(B, *shape)``, where ``shape`` is what the model saw."""
+
+    values: Tensor
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the batch lies in a layer's tensors.
+    """How the tensors of the samples form that of the batch.
 
-    ``plain``: dimension 0. ``folded``: dimension 0 holds several rows per sample, sample by sample. ``moved``:
-    dimension ``dim``. ``single``: dimension 0 has size 1 and is broadcast over the batch later on.
+    ``kind`` is "rows" (side by side in dimension ``dim``), "stack" (the samples in a new dimension 0), "same" (one for
+    all), "sum", "mean", or "mixed": computed from all samples in another way, which only an ordinary call gives.
     """
 
-    kind: Literal["plain", "folded", "moved", "single"]
+    kind: str
     dim: int = 0
 
-    def holds(self, x: Tensor, samples: int) -> bool:
-        """Whether ``x`` may hold this number of samples there."""
-        if x.dim() <= self.dim:
-            return False
-        rows = x.shape[self.dim]
-        if self.kind == "folded":
-            return bool(rows % samples == 0)
-        return bool(rows == (1 if self.kind == "single" else samples))
+    def joined(self, rows: Tensor) -> Tensor:
+        """Return the tensor of the batch from ``(B, *shape)``."""
+        if len(rows) == 1:
+            return rows[0]
+        if self.kind == "rows":
+            return rows.movedim(0, self.dim).flatten(self.dim, self.dim + 1)
+        if self.kind == "stack":
+            return rows
+        return rows[0] if self.kind == "same" else rows.sum(0) if self.kind == "sum" else rows.mean(0)
 
-    def batch_first(self, x: Tensor, samples: int) -> Tensor:
-        """Return ``x`` with the batch in dimension 0, and several rows of one sample in dimension 1."""
-        if self.kind == "folded":
-            return torch.unflatten(x, 0, (samples, -1))
-        if self.kind == "moved":
-            return x.movedim(self.dim, 0)
-        if self.kind == "single":
-            return x.expand(samples, *x.shape[1:])
-        return x
+    def apart(self, batch: Tensor, samples: int) -> Tensor | None:
+        """Return the rows ``(B, ...)`` of a tensor of the batch; None if it has none."""
+        if samples == 1:
+            return batch.unsqueeze(0)
+        if self.kind == "rows":
+            return batch.unflatten(self.dim, (samples, -1)).movedim(self.dim, 0)
+        return batch if self.kind == "stack" else None
 
 
-def find_layout(shape: tuple[int, ...], other: tuple[int, ...], gradient: Tensor | None, samples: int) -> Layout | None:
-    """Return where the batch lies in a tensor of ``shape`` for ``samples``, 2 at least, and ``other`` for one less.
+def usual(shape: Sequence[int]) -> Layout | None:
+    """Return the layout of a tensor of this shape for each sample, if there is nothing to compare with."""
+    return Layout("rows") if len(shape) and shape[0] == 1 else None
 
-    ``gradient`` is the tensor's for the chosen sample alone, and must be zero outside of its rows.
+
+def find(rows: Tensor, batch: Tensor, precision: float | None) -> Layout | None:
+    """Return the layout in which ``(B, *shape)`` agrees with the ``batch``'s own result; None if it agrees in none.
+
+    ``precision`` is the relative rounding error of the coarsest numbers; None compares shapes alone.
     """
-    if len(shape) != len(other) or not shape:
-        return None
-    changed = [d for d, (more, less) in enumerate(zip(shape, other, strict=True)) if more != less]
-    if not changed:
-        return Layout("single") if shape[0] == 1 and len(shape) > 1 else None
-    if len(changed) > 1:
-        return None
-    dim = changed[0]
-    rows, remainder = divmod(shape[dim], samples)
-    if remainder or other[dim] != rows * (samples - 1):
-        return None
-    if gradient is not None:
-        outside = gradient.detach().clone()
-        outside.narrow(dim, CHOSEN * rows, rows).zero_()
-        if bool(outside.any()):
-            return None
-    if rows == 1:
-        return Layout("plain") if dim == 0 else Layout("moved", dim)
-    return Layout("folded") if dim == 0 else None
+    shape = tuple(rows.shape[1:])
+    found = []
+    if len(shape) == batch.dim():
+        found += [
+            Layout("rows", d)
+            for d, size in enumerate(shape)
+            if batch.shape[d] == len(rows) * size and shape[:d] + shape[d + 1 :] == _without(batch.shape, d)
+        ]
+    if tuple(batch.shape) == tuple(rows.shape):
+        found.append(Layout("stack"))
+    if tuple(batch.shape) == shape:
+        found += [Layout("same")] if _alike(rows) else []
+        found += [Layout("sum"), Layout("mean")] if rows.is_floating_point() else []
+    fitting = (each for each in found if precision is None or agree(each.joined(rows), batch, precision))
+    # What has no row for each sample may be of all of them, such as a mean over tokens.
+    return next(fitting, Layout("mixed") if len(rows) not in batch.shape else None)
 
 
-def probe_cotangent(out: Tensor, layout: Layout | None, samples: int, chosen: int) -> Tensor:
-    """Return a fixed gradient for one of the ``samples`` of an output; zeros for an output without the batch."""
-    if layout is None or layout.kind == "single":
-        return torch.zeros_like(out)
-    numbers = torch.arange(out.numel(), device=out.device, dtype=torch.float64)
-    # No two values are alike.
-    pattern = torch.cos(numbers * 1.7 + 0.3).reshape(out.shape).to(out.dtype)
-    rows = out.shape[layout.dim] // samples
-    place = (layout.dim, chosen * rows, rows)
-    cotangent = torch.zeros_like(out)
-    cotangent.narrow(*place).copy_(pattern.narrow(*place))
-    return cotangent
+def _without(shape: Sequence[int], dim: int) -> tuple[int, ...]:
+    return tuple(shape[:dim]) + tuple(shape[dim + 1 :])
+
+
+def _alike(rows: Tensor) -> bool:
+    return bool(((rows == rows[:1]) | (rows != rows)).all())
+
+
+def agree(found: Tensor, expected: Tensor, precision: float) -> bool:
+    """Whether two results of one computation agree in half the digits of numbers of this relative precision."""
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    if found.numel() == 0:
+        return True
+    if found.is_complex():
+        found, expected = torch.view_as_real(found), torch.view_as_real(expected)
+    a, b = (t.detach().double().nan_to_num() for t in (found, expected))
+    return bool((a - b).abs().max() <= math.sqrt(precision) * b.abs().max())
+
+
+def is_object(value: object) -> bool:
+    """Whether a value has attributes that may hold tensors, such as a cache or the output of a library's model."""
+    plain = isinstance(value, (Tensor, torch.nn.Module, type)) or callable(value)
+    return hasattr(value, "__dict__") and not plain
+
+
+def flatten(tree: Any, above: tuple[int, ...] = ()) -> tuple[list[Any], Callable[[Sequence[Any]], Any], list[str]]:
+    """Return the leaves of a tree, what puts other leaves in their place, and the leaves' names.
+
+    Objects that hold tensors in attributes are trees as well; ``above`` are the ids of those around.
+    """
+    paths, spec = pytree.tree_flatten_with_path(tree)
+    leaves: list[Any] = []
+    names: list[str] = []
+    parts: list[tuple[int, Any, Any]] = []
+    for path, leaf in paths:
+        name = pytree.keystr(path)
+        if is_object(leaf) and id(leaf) not in above:
+            own, rebuilt, inside = flatten(vars(leaf), (*above, id(leaf)))
+            if any(isinstance(value, Tensor) for value in own):
+                parts.append((len(own), leaf, rebuilt))
+                leaves += own
+                names += [name + one for one in inside]
+                continue
+        parts.append((1, None, None))
+        leaves.append(leaf)
+        names.append(name)
+
+    def whole(values: Sequence[Any]) -> Any:
+        at, own = 0, []
+        for count, original, rebuilt in parts:
+            some = list(values[at : at + count])
+            at += count
+            if rebuilt is not None:
+                made = copy.copy(original)
+                vars(made).update(rebuilt(some))
+                some = [made]
+            own += some
+        return pytree.tree_unflatten(own, spec)
+
+    return leaves, whole, names

@@ -1,348 +1,236 @@
-"""What a forward pass depends on, and may change: random numbers, parameters, buffers, objects among its inputs."""
+"""What a model's modules hold beside parameters: kept before a run, compared with what it left, and put back."""
 
 from __future__ import annotations
 
 import contextlib
-import enum
+import copy
 import random
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from copy import copy as shallow_copy
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
+import numpy
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from fastgrad._torch import is_fake, is_wrapped, own_parametrizations, pytree
-from fastgrad.batches import input_tensors, same_class
-from fastgrad.engine.copy import CONTAINERS, PLAIN
-from fastgrad.engine.objects import holds_same, refill
-from fastgrad.engine.steps import in_place
+from fastgrad._torch import pytree
 
+#: Entries of a module's ``__dict__`` that are looked at by their own entries.
+_TABLES = ("_buffers",)
+#: Entries that no forward pass writes.
+_FIXED = frozenset(
+    {
+        "_parameters", "_modules", "training", "forward", "_non_persistent_buffers_set", "_backward_pre_hooks",
+        "_backward_hooks", "_is_full_backward_hook", "_forward_hooks", "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_state_dict_hooks",
+        "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+    }
+)  # fmt: skip
 
-class Versions:
-    """Versions of tensors, to see which were modified in place since; leaves out inference tensors and None."""
-
-    def __init__(self, tensors: Iterable[Tensor | None]) -> None:
-        self._tensors = [t for t in tensors if t is not None and not t.is_inference()]
-        self._versions = [t._version for t in self._tensors]
-
-    def modified(self) -> list[Tensor]:
-        """Return the tensors that were modified."""
-        return [t for t, version in zip(self._tensors, self._versions, strict=True) if t._version != version]
-
-
-class RandomState:
-    """State of the generators that these modules may draw from: PyTorch's on their devices, NumPy's and Python's."""
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        devices = {p.device for module in modules for p in module._parameters.values() if p is not None}
-        self._devices = sorted((device for device in devices if device.type not in ("cpu", "meta")), key=str)
-        self._torch = self._read()
-        self._numpy: Any = np.random.get_state()  # noqa: NPY002  (the state that models draw from)
-        self._python = random.getstate()
-
-    def _read(self) -> list[Tensor]:
-        return [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in self._devices)]
-
-    def same(self) -> bool:
-        """Whether nothing was drawn since."""
-        _, keys, *rest = np.random.get_state()  # noqa: NPY002
-        return (
-            all(map(torch.equal, self._read(), self._torch))
-            and random.getstate() == self._python
-            and rest == list(self._numpy[2:])
-            and np.array_equal(keys, self._numpy[1])
-        )
-
-    def restore(self) -> None:
-        """Restore the states."""
-        torch.set_rng_state(self._torch[0])
-        for device, state in zip(self._devices, self._torch[1:], strict=True):
-            torch.get_device_module(device).set_rng_state(state, device)
-        np.random.set_state(self._numpy)  # noqa: NPY002
-        random.setstate(self._python)
+#: A module's number, the entry of its ``__dict__``, and the key in it if that is looked into.
+Place = tuple[int, str, str]
+#: A module's path and the buffer's name.
+Buffer = tuple[str, str]
 
 
-#: Originals and their copies, by id of the original, which is held so that nothing else gets its id.
-Copied = dict[int, tuple[Any, Any]]
+def copied(value: Any) -> Any:
+    """Return a copy of lists, dicts and sets, also inside each other; anything else as it is."""
+    kind = type(value)
+    if kind is list:
+        return [copied(item) for item in value]
+    if kind is dict:
+        return {key: copied(item) for key, item in value.items()}
+    if kind is set:
+        return set(value)
+    return value
 
 
-def apart(value: Any, tensor: Callable[[Tensor], Tensor], known: Copied | None = None) -> Any:
-    """Return a deep copy of an object that a module is given and may write to, as a cache of keys and values.
-
-    ``tensor`` returns what it holds in place of each tensor. Modules, functions and classes are shared. Each object is
-    copied only once, also in several calls with the same ``known``.
-    """
-    known = {} if known is None else known
-    if id(value) in known:
-        return known[id(value)][1]
-    if isinstance(value, Tensor):
-        known[id(value)] = value, tensor(value)
-        return known[id(value)][1]
-    if type(value) in PLAIN or isinstance(value, enum.Enum) or callable(value):
-        return value
-    held = getattr(value, "__dict__", None)
-    if type(value) not in (*CONTAINERS, defaultdict) and type(held) is not dict:
-        return value
-    try:
-        made = shallow_copy(value)
-    except Exception:
-        # Objects that cannot be copied are shared, as handles of the system.
-        return value
-    # Before its items, because objects may refer back to themselves.
-    known[id(value)] = value, made
-    if type(value) is tuple:
-        made = tuple(apart(item, tensor, known) for item in value)
-        known[id(value)] = value, made
-    else:
-        _fill(made, value, lambda item: apart(item, tensor, known))
-    return made
+def same(value: Any, other: Any) -> bool:
+    """Whether two values hold the same objects."""
+    if value is other:
+        return True
+    if type(value) is not type(other):
+        return False
+    if type(value) is list:
+        return len(value) == len(other) and all(map(same, value, other))
+    if type(value) is dict:
+        return value.keys() == other.keys() and all(same(item, other[key]) for key, item in value.items())
+    return type(value) is set and value == other
 
 
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
+class State:
+    """Attributes and buffers of a model's modules, and the state of the random numbers, as they are now.
 
+    Attributes of ``objects``, such as caches among a call's inputs, count like those of modules.
 
-def _fill(target: Any, source: Any, each: Callable[[Any], Any]) -> None:
-    """Fill an object with what another of its type holds, item by item."""
-    if type(getattr(source, "__dict__", None)) is dict:
-        held = {name: each(item) for name, item in source.__dict__.items()}
-        target.__dict__.clear()
-        target.__dict__.update(held)
-    if isinstance(source, dict):
-        refill(target, {key: each(item) for key, item in source.items()})
-    elif isinstance(source, list):
-        refill(target, [each(item) for item in source])
-    elif isinstance(source, set):
-        refill(target, set(source))
-
-
-class Snapshot:
-    """Random numbers, buffers and inputs before a forward pass, to undo its changes.
-
-    With ``training``, buffers of modules in training mode are copied; other buffers, and tensors in attributes, only
-    with ``every``. Objects among the inputs, as a cache of keys and values, get back what they held.
+    Buffers that a run may write to in place are ``written``: their values are kept as well. None keeps all.
     """
 
     def __init__(
-        self, modules: Sequence[nn.Module], *, training: bool = True, every: bool = False, inputs: Any = ()
+        self, model: nn.Module, written: frozenset[Buffer] | None = None, objects: Iterable[object] = ()
     ) -> None:
-        self._random = RandomState(modules)
-        copied: list[Tensor | None] = []
-        kept: list[Tensor | None] = []
-        for module in modules:
-            if module._buffers:
-                (copied if every or (training and module.training) else kept).extend(module._buffers.values())
-            if every:
-                copied.extend(
-                    value for value in vars(module).values() if type(value) is Tensor and _may_be_written(value)
-                )
-        self._copied = Versions(copied)
-        self._values = {id(b): b.detach().clone() for b in copied if b is not None}
-        self._kept = Versions(kept)
-        known: Copied = {}
-        copies = [(leaf, apart(leaf, _itself, known)) for leaf in pytree.tree_leaves(inputs)]
-        self._objects = [(leaf, kept) for leaf, kept in copies if kept is not leaf]
-        self._inputs = Versions(value for value, _ in known.values() if isinstance(value, Tensor))
+        self._modules = list(model.named_modules())
+        holders = [module for _, module in self._modules] + list(objects)
+        self._held: list[tuple[Any, dict[str, Any]]] = [
+            (holder, {k: copied(v) for k, v in vars(holder).items() if k not in _FIXED}) for holder in holders
+        ]
+        self._versions = {
+            (path, name): (
+                buffer,
+                buffer._version,
+                buffer.detach().clone() if written is None or (path, name) in written else None,
+            )
+            for path, module in self._modules
+            for name, buffer in module._buffers.items()
+            if buffer is not None and not buffer.is_inference()
+        }
+        self._random = Random(model)
+        values = (value for _, held in self._held for value in held.values())
+        #: Whether attributes hold tensors of an earlier call's graph, through which parameters may be used.
+        self.holds_graphs = any(map(_graphed, values))
 
-    def restore(self) -> None:
-        """Restore everything; ValueError if an input tensor or a buffer without a copy was written to."""
-        self._random.restore()
-        _put_back((tensor, self._values[id(tensor)]) for tensor in self._copied.modified())
-        # Objects may refer back to themselves.
-        known: Copied = {id(copy): (copy, leaf) for leaf, copy in self._objects}
-        for leaf, copy in self._objects:
-            _fill(leaf, copy, lambda item: apart(item, _itself, known))
-        for what, tensors in (("buffers", self._kept), ("inputs", self._inputs)):
-            for tensor in tensors.modified():
-                raise ValueError(
-                    f"model must not write to its {what} in a call whose path was not seen before; a tensor of shape "
-                    f"{tuple(tensor.shape)} was written. Make the same call again, with the inputs as they were"
-                )
+    def written(self) -> frozenset[Buffer]:
+        """Return the buffers that were written to since."""
+        return frozenset(place for place, (buffer, version, _) in self._versions.items() if buffer._version != version)
+
+    def drew(self) -> bool:
+        """Whether random numbers were drawn since."""
+        return self._random.drew()
+
+    @contextlib.contextmanager
+    def own_buffers(self) -> Iterator[None]:
+        """Have the model write to copies of the buffers that are kept, so that no graph holds the buffers themselves."""
+        modules = dict(self._modules)
+        kept = [(modules[path]._buffers, name, b, v) for (path, name), (b, _, v) in self._versions.items()]
+        for buffers, name, _, value in kept:
+            if value is not None:
+                buffers[name] = value.clone()
+        try:
+            yield
+        finally:
+            for buffers, name, buffer, value in kept:
+                if value is not None:
+                    buffers[name] = buffer
+
+    def changes(self) -> dict[Place, Any]:
+        """Return the attributes that differ, with their present values; `ABSENT` for those that are gone."""
+        found: dict[Place, Any] = {}
+        for at, (module, held) in enumerate(self._held):
+            now = vars(module)
+            for name in {**held, **now}:
+                if name in _FIXED or same(held.get(name, ABSENT), now.get(name, ABSENT)):
+                    continue
+                if name in _TABLES and isinstance(module, nn.Module):
+                    before, after = held[name], now[name]
+                    for key in {**before, **after}:
+                        if before.get(key, ABSENT) is not after.get(key, ABSENT):
+                            found[at, name, key] = after.get(key, ABSENT)
+                else:
+                    found[at, name, ""] = now.get(name, ABSENT)
+        return found
+
+    def name(self, place: Place) -> str:
+        """Return the dotted name of an attribute."""
+        at, table, key = place
+        path = self._modules[at][0] if at < len(self._modules) else type(self._held[at][0]).__name__
+        return ".".join(filter(None, (path, key or table)))
+
+    def before(self, place: Place) -> Any:
+        """Return what an attribute was, a copy if it was a list, dict or set."""
+        at, table, key = place
+        held = self._held[at][1].get(table, ABSENT)
+        return copied(held.get(key, ABSENT) if key and held is not ABSENT else held)
+
+    def write(self, place: Place, value: Any) -> None:
+        """Write an attribute: lists, dicts and sets keep their identity."""
+        at, table, key = place
+        module = self._held[at][0]
+        entries = vars(module)[table] if key else vars(module)
+        name = key or table
+        if value is ABSENT:
+            entries.pop(name, None)
+            return
+        now = entries.get(name, ABSENT)
+        if type(now) is type(value) and type(now) in (list, dict, set):
+            if type(now) is list:
+                now[:] = value
+            else:
+                now.clear()
+                now.update(value)
+        else:
+            entries[name] = value
+
+    def restore(self, *, numbers: bool = True) -> None:
+        """Put everything back as it was."""
+        for place in self.changes():
+            self.write(place, self.before(place))
+        for buffer, version, value in self._versions.values():
+            if value is not None and buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(value)
+        if numbers:
+            self._random.restore()
 
 
-class Copies:
-    """Copies of tensors for passes that may write to them.
-
-    Those in ``shared`` may be large: one copy serves all passes until it is written to. The caller keeps them alive.
-    """
-
-    def __init__(self, shared: Any = ()) -> None:
-        known: Copied = {}
-        pytree.tree_map(lambda leaf: apart(leaf, _itself, known), shared)
-        self._shared = set(known)
-        self._made: dict[int, tuple[Tensor, Versions]] = {}
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        """Return a copy outside of any graph, of the same class."""
-        known = self._made.get(id(tensor))
-        if known and not known[1].modified():
-            return same_class(known[0].detach(), tensor)
-        made = tensor.clone().detach()
-        if id(tensor) in self._shared:
-            self._made[id(tensor)] = made, Versions([made])
-        return same_class(made.detach(), tensor)
+def _graphed(value: Any) -> bool:
+    """Whether a value, or what a list or dict holds, is a tensor with a graph."""
+    if isinstance(value, Tensor):
+        return value.grad_fn is not None
+    if type(value) is dict:
+        return any(map(_graphed, value.values()))
+    return type(value) is list and any(map(_graphed, value))
 
 
-#: Functions that write no numbers, or the same at every call: embedding_renorm_ limits the norms of looked-up rows.
-_SPARING = frozenset({"embedding_renorm_", "requires_grad_", "detach_"})
-#: Functions that may change nothing more when called again, as a product with a mask.
-_BOUNDING = frozenset({"mul_", "masked_fill_", "clamp_", "clamp_min_", "clamp_max_", "clip_"})
-
-
-class ReadOnly(TorchFunctionMode):
-    """Refuses functions that would change parameters of ``model`` each time that a pass runs again."""
+class Random:
+    """The state of the random numbers of PyTorch, on the CPU and where a model lies, of Python and of NumPy."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        pointers = ((_pointer(p), name) for name, p in model.named_parameters())
-        self._names = {pointer: name for pointer, name in pointers if pointer}
+        devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+        self._states = {device: torch.cuda.get_rng_state(device) for device in devices}
+        self._cpu = torch.get_rng_state()
+        self._python, self._numpy = random.getstate(), numpy.random.get_state(legacy=False)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Make a call, unless it writes to parameters without a change; ValueError if it could change one each time."""
-        name, named = getattr(func, "__name__", ""), kwargs or {}
-        target = args[:1] if in_place(name) and name not in _SPARING else ()
-        leaves = input_tensors(target, named.get("out")) if target or named else []
-        # In a form that PyTorch 2.8 can compile, as it does within torch.cond.
-        if written := [self._names[place] for place in map(_pointer, leaves) if place in self._names]:
-            again = changed = True
-            with torch.no_grad():
-                once, twice = (pytree.tree_map_only(Tensor, Tensor.clone, target) for _ in range(2))
-                # While a graph is traced, there are no numbers to compare.
-                if target and not any(map(is_fake, input_tensors(once))):
-                    for tried in (once, twice, twice):
-                        func(*tried, *args[1:], **named)
-                    changed = _differ(target, once)
-                    again = _differ(once, twice) if name in _BOUNDING else changed
-            if again:
-                raise ValueError(
-                    "model must not write to its parameters in forward, parts of which run several times; "
-                    f"{name!r} wrote to {written[0]!r}. Write outside of forward, or where a first call alone does "
-                    "so, make it before"
-                )
-            if not changed:
-                # Writing would raise the version, and graphs would refuse the tensor that they saved.
-                return args[0] if isinstance(args[0], Tensor) and name != "__setitem__" else None
-        return func(*args, **named)
+    def drew(self) -> bool:
+        """Whether random numbers were drawn since."""
+        if not torch.equal(self._cpu, torch.get_rng_state()) or self._python != random.getstate():
+            return True
+        before, now = (s["state"] for s in (self._numpy, numpy.random.get_state(legacy=False)))
+        if before["pos"] != now["pos"] or not numpy.array_equal(before["key"], now["key"]):
+            return True
+        return any(not torch.equal(state, torch.cuda.get_rng_state(d)) for d, state in self._states.items())
+
+    def restore(self) -> None:
+        """Have the same numbers drawn again."""
+        torch.set_rng_state(self._cpu)
+        random.setstate(self._python)
+        numpy.random.set_state(self._numpy)
+        for device, state in self._states.items():
+            torch.cuda.set_rng_state(state, device)
 
 
-def _differ(one: Any, other: Any) -> bool:
-    """Whether two trees of tensors differ in any number."""
-    return not all(map(torch.equal, pytree.tree_leaves(one), pytree.tree_leaves(other)))
+ABSENT: Any = type("Absent", (), {"__repr__": lambda self: "absent"})()
 
 
-def _pointer(tensor: Tensor) -> int:
-    """Return the address of a plain tensor's storage; 0 for any other tensor."""
-    return tensor.untyped_storage().data_ptr() if _is_plain(tensor) else 0
+def detach_plain(x: Tensor) -> Tensor:
+    """Return ``x`` detached, and copied if it was made in inference mode, so that a graph can use it."""
+    return x.clone().detach() if x.is_inference() else x.detach()
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is strided, of no subclass but Parameter, on a device with values, and under no transform."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
-    return plain and not tensor.is_meta and not is_wrapped(tensor)
+def evaluated(model: nn.Module) -> nn.Module:
+    """Return ``model`` if it is in evaluation mode, or else a copy that is, and that shares all tensors.
 
+    Tensors that were made in inference mode, which no graph can use, are copied as well.
 
-def _may_be_written(tensor: Tensor) -> bool:
-    """Whether a plain tensor has memory for each of its numbers; a copy of any other may be larger than its memory."""
-    return _is_plain(tensor) and tensor.nbytes <= tensor.untyped_storage().nbytes()
-
-
-@contextlib.contextmanager
-def undone(model: nn.Module, inputs: Any = (), copies: Copies | None = None) -> Iterator[Any]:
-    """Undo what passes do to random numbers and buffers; yield a copy of ``inputs``, which they may write to.
-
-    Raise ValueError before a pass writes to a parameter in a way that `ReadOnly` refuses.
+    ValueError if it must be copied and cannot be.
     """
-    before = Snapshot(list(model.modules()), every=True)
-    copy, known = copies or Copies(), Copied()
+    inside = [t for t in (*model.parameters(), *model.buffers()) if t.is_inference()]
+    if not inside and not any(module.training for module in model.modules()):
+        return model
+    shared = [t for module in model.modules() for value in vars(module).values() for t in pytree.tree_leaves(value)]
+    tensors = [*model.parameters(), *model.buffers(), *(t for t in shared if isinstance(t, Tensor))]
     try:
-        with own_parametrizations(), ReadOnly(model):
-            yield pytree.tree_map(lambda leaf: apart(leaf, copy, known), inputs)
-    finally:
-        before.restore()
-
-
-@contextlib.contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Restore the buffers of modules and their numbers.
-
-    Quantization observers change buffers in evaluation mode, too, and a forward pass may replace them. If it also
-    replaces other attributes, the new buffers stay, because a table goes with its length.
-    """
-    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if _may_be_written(buffer)]
-    # Buffers of a scripted module cannot be replaced.
-    held = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules() if isinstance(m._buffers, dict)]
-    try:
-        yield
-    finally:
-        if all(holds_same(vars(m), own) and m._buffers.keys() == buffers.keys() for m, own, buffers in held):
-            for module, _, buffers in held:
-                module._buffers.update(buffers)
-        _put_back(pair for pair in before if _have_changed(*pair))
-
-
-def _have_changed(tensor: Tensor, value: Tensor) -> bool:
-    """Whether a tensor's numbers differ from ``value``; kernels of observers change them without a new version."""
-    try:
-        return not torch.equal(tensor, value)
-    except NotImplementedError:
-        # Formats that cannot be compared, as of four bits, are not written to by any function.
-        return False
-
-
-def _put_back(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Restore the values and sizes of tensors."""
-    with torch.no_grad():
-        for tensor, value in pairs:
-            (tensor if tensor.shape == value.shape else tensor.resize_(value.shape)).copy_(value)
-
-
-class Unchanged:
-    """A module's own parameters and buffers at its call, to be unchanged in the backward pass; ``path`` names it."""
-
-    def __init__(self, path: str, module: nn.Module) -> None:
-        self._path, self._module = path, module
-        self._versions = Versions([*module._parameters.values(), *module._buffers.values()])
-
-    def require(self) -> None:
-        """Raise RuntimeError, as autograd does, if one was modified in place since."""
-        if modified := self._versions.modified():
-            own = {**self._module._parameters, **self._module._buffers}
-            name = next((name for name, tensor in own.items() if tensor is modified[0]), "a tensor")
-            raise RuntimeError(
-                f"{name!r} of {self._path or type(self._module).__name__!r} must not be modified in place between the "
-                "forward pass and its gradients; it was. Ask for the norms before the optimizer's step"
-            )
-
-
-class NotRepeatableError(ValueError):
-    """A module that is computed again in the backward pass would not give the same result."""
-
-
-class Repeatable:
-    """Random numbers and buffers before a module's call, which computing it again must find unchanged."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._random = RandomState(module.modules())
-        self._buffers = list(module.buffers())
-        self._versions = Versions(self._buffers)
-
-    def differs(self) -> str | None:
-        """Return what another call would do, if the module drew numbers or changed a buffer since; else None."""
-        if not self._random.same():
-            return "draw other random numbers"
-        replaced = [id(b) for b in self._module.buffers()] != [id(b) for b in self._buffers]
-        return "find its buffers changed" if replaced or self._versions.modified() else None
-
-    def require(self, name: str) -> None:
-        """Raise NotRepeatableError if the module, called ``name`` in messages, drew numbers or changed a buffer."""
-        if differs := self.differs():
-            advice = "" if self._random.same() else ", set its dropout to 0, or give it what it draws as an input"
-            raise NotRepeatableError(
-                f"model must be in evaluation mode, because {name!r} is computed again in the backward pass and "
-                f"would {differs}; call model.eval(){advice}"
-            )
+        return copy.deepcopy(model, {id(t): t for t in tensors if not t.is_inference()}).eval()
+    except Exception as error:
+        raise ValueError(
+            f"model must be in evaluation mode, or be one that copy.deepcopy copies; it is in training mode, and "
+            f"copying it failed: {error}"
+        ) from error

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from fastgrad import checks
 from fastgrad._torch import outside_of_compilation
 from fastgrad.gradients.recorder import record, recorded_sqnorms
-from fastgrad.persample.layout import Layout, flatten
-from fastgrad.persample.run import Recorded
+from fastgrad.engine.layout import Layout, flatten
+from fastgrad.engine.run import Recorded
 
 #: Rounding that operations without a fixed order may add, in units of the dtype's epsilon.
 _UNITS = 16

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from fastgrad import checks, losses
 from fastgrad._torch import original, outside_of_compilation, pytree
 from fastgrad.batches import batch_size, choices, class_logits, input_tensors, logits_of, one_for_none, take
-from fastgrad.persample.norms import squared_norms
-from fastgrad.persample.refusals import refuse_mixing, refuse_parts
-from fastgrad.persample.run import Recorded, Structure, known_structure, run
-from fastgrad.persample.routes import Route, routes_of
-from fastgrad.persample.state import State, detach_plain, evaluated
+from fastgrad.engine.norms import squared_norms
+from fastgrad.engine.refusals import refuse_mixing, refuse_parts
+from fastgrad.engine.run import Recorded, Structure, known_structure, run
+from fastgrad.engine.routes import Route, routes_of
+from fastgrad.engine.state import State, detach_plain, evaluated
 from fastgrad.gradients.contrasts import check_target
 from fastgrad.ops.dispatch import IMPLEMENTATIONS, bind_contextvar, choose, implementation
 

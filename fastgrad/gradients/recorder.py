@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from fastgrad import checks
 from fastgrad._torch import in_backward, is_transformed, next_number, number_of, original, outside_of_compilation
 from fastgrad.losses import compute_dtype
-from fastgrad.persample import graph
-from fastgrad.persample.modules import Redirect
-from fastgrad.persample.norms import squared_norms
-from fastgrad.persample.refusals import refuse_mixing, refuse_parts
-from fastgrad.persample.run import Recorded, run
+from fastgrad.engine import graph
+from fastgrad.engine.modules import Redirect
+from fastgrad.engine.norms import squared_norms
+from fastgrad.engine.refusals import refuse_mixing, refuse_parts
+from fastgrad.engine.run import Recorded, run
 
 
 class _Active(threading.local):

@@ -4,81 +4,142 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastgrad._torch import ConvNd, ConvTransposeNd, padding_pairs
-from fastgrad.layers.reduce import sqnorm, upcast
-from fastgrad.layers.registry import LayerRule
+from fastgrad._torch import next_number
 from fastgrad.ops.conv.geometry import per_axis
 from fastgrad.ops.conv.sqnorm import conv_sqnorm
 from fastgrad.ops.dispatch import implementation
+from fastgrad.layers.call import Call
+from fastgrad.layers.formula import Formula, Tensors
+from fastgrad.layers.reduce import sqnorm, upcast
 
-#: ``(module, input) -> (input, zeros before and after each axis)``, last axis first as for ``torch.nn.functional.pad``.
-Padding = Callable[[ConvNd, Tensor], tuple[Tensor, Sequence[int]]]
-
-
-def _geometry(module: ConvNd) -> tuple[tuple[int, ...], ...]:
-    """Return kernel, stride and dilation of each axis as a call reads them: they may be set after construction."""
-    kernel = tuple(module.weight.shape[2:])
-    axes = len(kernel)
-    return kernel, per_axis(module.stride, axes), per_axis(module.dilation, axes)
+Ints = tuple[int, ...]
 
 
-def _split(totals: Sequence[int]) -> list[int]:
-    """Split the total zeros of each axis over its two ends, last axis first; an odd one comes after."""
-    return [part for total in reversed(totals) for part in (total // 2, total - total // 2)]
+class Options(NamedTuple):
+    """What a convolution is called with, for each axis; ``images`` of a sample share the weight."""
+
+    kernel: Ints
+    stride: Ints
+    padding: Ints
+    dilation: Ints
+    extra: Ints  # output_padding
+    groups: int
+    transposed: bool
+    images: int
 
 
-def _zeros(module: ConvNd) -> list[int]:
-    """Return the zeros that ``torch.nn`` adds for ``padding``, last axis first."""
-    kernel, _, dilation = _geometry(module)
-    if module.padding == "same":
-        return _split([d * (k - 1) for k, d in zip(kernel, dilation, strict=True)])
-    both = 0 if isinstance(module.padding, str) else module.padding
-    return _split([2 * size for size in per_axis(both, len(kernel))])
+class Convolution(Formula):
+    """A convolution of ``images`` images a sample, ``(B * images, C, *L)``."""
+
+    name = "convolution"
+
+    def __init__(self, options: Options, shape: Ints) -> None:
+        self._options, self._shape = options, shape
+
+    def sqnorms(self, saved: Tensors, gradients: Tensors, slots: Sequence[int]) -> list[Tensor]:
+        o, a, g = self._options, saved[0], gradients[0]
+        if o.images > 1:  # one more axis, whose kernel is 1, sums over them
+            a, g = (t.unflatten(0, (-1, o.images)).movedim(1, 2) for t in (a, g))
+            o = o._replace(kernel=(1, *o.kernel), stride=(1, *o.stride), padding=(0, *o.padding))
+            o = o._replace(dilation=(1, *o.dilation))
+        return [
+            sqnorm(upcast(g)[0].flatten(2).sum(2))
+            if slot
+            else conv_sqnorm(
+                a, g, o.kernel, o.stride, o.padding, o.dilation, o.groups,
+                transposed=o.transposed, impl=implementation.get(),
+            )
+            for slot in slots
+        ]  # fmt: skip
+
+    def gradient(self, saved: Tensors, gradients: Tensors, slot: int) -> Tensor:
+        o = self._options
+        a, g = upcast(saved[0], gradients[0])
+        a, g = (t.unflatten(0, (-1, o.images)) for t in (a, g))
+        if slot:
+            return g.flatten(3).sum((1, 3))
+        samples, weight = a.shape[0], a.new_empty(self._shape)
+        each = [
+            torch.ops.aten.convolution_backward(
+                g[i], a[i], weight, None, o.stride, o.padding, o.dilation, o.transposed, o.extra, o.groups,
+                [False, True, False],
+            )[1]
+            for i in range(samples)
+        ]  # fmt: skip
+        return torch.stack(each)
 
 
-def _own(module: ConvNd, a: Tensor) -> tuple[Tensor, Sequence[int]]:
-    """Pad as ``torch.nn`` does."""
-    if module.padding_mode != "zeros":
-        pads = padding_pairs(module)
-        return F.pad(a, pads, mode=module.padding_mode), [0] * len(pads)
-    return a, _zeros(module)
+@functools.lru_cache(maxsize=4096)
+def _formula(options: Options, shape: Ints) -> Convolution:
+    return Convolution(options, shape)
 
 
-def _same(module: ConvNd, a: Tensor) -> tuple[Tensor, Sequence[int]]:
-    """Pad as TensorFlow's ``SAME``: a stride s turns n positions into ``ceil(n / s)``."""
-    axes = zip(a.shape[2:], *_geometry(module), strict=True)
-    return a, _split([max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0) for n, k, s, d in axes])
+@functools.lru_cache(maxsize=4096)
+def _same(kernel: Ints, dilation: Ints) -> tuple[Ints, tuple[int, ...] | None]:
+    """Return the padding "same": zeros on both sides, and if the sides differ, those to write out, last axis first."""
+    totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if all(total % 2 == 0 for total in totals):
+        return tuple(total // 2 for total in totals), None
+    return (0,) * len(kernel), tuple(half for t in reversed(totals) for half in (t // 2, t - t // 2))
 
 
-def _stored(module: ConvNd, a: Tensor) -> tuple[Tensor, Sequence[int]]:
-    """Pad by ``static_padding``, made for one image size (a layer that pads, or an identity), and by ``padding``."""
-    stored = module.static_padding.padding if isinstance(module.static_padding, nn.ZeroPad2d) else (0, 0, 0, 0)
-    return a, [sum(pair) for pair in zip(stored, _zeros(module), strict=True)]
+def conv(
+    function: Callable[..., Tensor],
+    axes: int,
+    transposed: bool,
+    call: Call,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    *rest: Any,
+    **options: Any,
+) -> Any:
+    """Rule for all convolutions: ``function`` of ``axes`` dimensions."""
+    if not call.owns(weight) or not call.serves(bias) or call.owns(input) or input.dim() != axes + 2:
+        return NotImplemented
+    names = ("output_padding", "groups", "dilation") if transposed else ("dilation", "groups")
+    given = {**dict(zip(names, rest, strict=False)), **options}
+    shape = tuple(weight.shape)
+    kernel, groups = shape[2:], given.get("groups", 1)
+    steps, gaps = per_axis(stride, axes), per_axis(given.get("dilation", 1), axes)
+    extra, written = per_axis(given.get("output_padding", 0), axes), None
+    if padding == "same":
+        pads, written = _same(kernel, gaps)
+    else:
+        pads = (0,) * axes if isinstance(padding, str) else per_axis(padding, axes)
+
+    def on_batch() -> Tensor:
+        begin = next_number()
+        x = call.physical(input)
+        x = call.spread(input, x)
+        images = x.shape[1]
+        x = x.flatten(0, 1)
+        if written is not None:
+            x = F.pad(x, written)
+        if transposed:
+            out = function(x, weight, bias, steps, pads, extra, groups, gaps)
+        else:
+            out = function(x, weight, bias, steps, pads, gaps, groups)
+        formula = _formula(Options(kernel, steps, pads, gaps, extra, groups, transposed, images), shape)
+        return call.tapped([out], [x], [weight, bias], formula, begin)[0].unflatten(0, (call.samples, images))
+
+    return call.on_batch(on_batch)
 
 
-def _norms(padding: Padding, module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
-    assert isinstance(module, ConvNd)
-    norms = {}
-    if module.bias is not None:
-        norms["bias"] = sqnorm(upcast(g)[0].flatten(2).sum(2))
-    a, pads = padding(module, a)
-    before, after = tuple(pads[::2][::-1]), tuple(pads[1::2][::-1])
-    if before != after:
-        a, before = F.pad(a, list(pads)), (0,) * len(before)
-    kernel, stride, dilation = _geometry(module)
-    norms["weight"] = conv_sqnorm(
-        a, g, kernel, stride, before, dilation, module.groups,
-        transposed=isinstance(module, ConvTransposeNd), impl=implementation.get(),
-    )  # fmt: skip
-    return norms
-
-
-#: For all convolutions of ``torch.nn``.
-CONVOLUTION = LayerRule("convolution", functools.partial(_norms, _own), in_place=True)
-#: For subclasses that pad in their ``forward``.
-SAME_CONVOLUTION = LayerRule("convolution, same padding", functools.partial(_norms, _same), in_place=True)
-STORED_CONVOLUTION = LayerRule("convolution, stored padding", functools.partial(_norms, _stored), in_place=True)
+#: By the function, its rule.
+CONVOLUTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    function: functools.partial(conv, function, axes, transposed)
+    for transposed, functions in (
+        (False, (torch.conv1d, torch.conv2d, torch.conv3d)),
+        (True, (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)),
+    )
+    for axes, function in enumerate(functions, 1)
+}

@@ -1,14 +1,21 @@
-"""Linear layers with any number of positions, and embedding tables."""
+"""Products with a matrix, at any number of positions, and rows of an embedding table."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from fastgrad.layers.reduce import positions_first, sqnorm, upcast
-from fastgrad.layers.registry import LayerRule
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgrad._torch import next_number
 from fastgrad.ops.conv.sqnorm import linear_sqnorm
 from fastgrad.ops.dispatch import implementation
+from fastgrad.layers.call import Call
+from fastgrad.layers.formula import Formula, Tensors
+from fastgrad.layers.reduce import positions_first, sqnorm, upcast
 
 
 def weight_sqnorm(a: Tensor, g: Tensor) -> Tensor:
@@ -25,29 +32,145 @@ def bias_sqnorm(g: Tensor) -> Tensor:
     return sqnorm(g[:, 0] if g.shape[1] == 1 else g.sum(1))
 
 
-def linear(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """Rule for ``torch.nn.Linear``, and for its transposed form in language models, whose norm is the same."""
-    a, g = positions_first(a, 1), positions_first(g, 1)
-    return {"weight": weight_sqnorm(a, g), "bias": bias_sqnorm(g)}
+class Product(Formula):
+    """``y_t = W x_t + b``, whose weight is ``(O, C)``, or ``(C, O)`` if ``turned``."""
+
+    name = "linear"
+
+    def __init__(self, turned: bool) -> None:
+        self._turned = turned
+
+    def sqnorms(self, saved: Tensors, gradients: Tensors, slots: Sequence[int]) -> list[Tensor]:
+        a, g = positions_first(saved[0], 1), positions_first(gradients[0], 1)
+        return [bias_sqnorm(g) if slot else weight_sqnorm(a, g) for slot in slots]
+
+    def gradient(self, saved: Tensors, gradients: Tensors, slot: int) -> Tensor:
+        a, g = (positions_first(x, 1) for x in upcast(saved[0], gradients[0]))
+        if slot:
+            return g.sum(1)
+        return a.mT @ g if self._turned else g.mT @ a
+
+    def factors(self, saved: Tensors, gradients: Tensors, slot: int) -> tuple[Tensor, Tensor] | None:
+        a, g = (positions_first(x, 1) for x in upcast(saved[0], gradients[0]))
+        return (g.new_ones(g.shape[0], g.shape[1], 1), g) if slot else (a, g)
 
 
-def embedding(module: nn.Module, index: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """Rule for ``torch.nn.Embedding``: positions with the same index add up before the norm is taken.
+class Table(Formula):
+    """Rows of a table ``(V, C)`` by index; the row ``padding`` has no gradient."""
 
-    Position t adds ``||s_t||^2 / c_t``, where ``s_t`` sums ``g`` over the c_t positions with its index. Unlike a sum
-    over pairs of positions, this has no negative terms, so nothing cancels.
-    """
-    assert isinstance(module, nn.Embedding)
-    (g,) = upcast(g)
-    g = positions_first(g, 1)
-    index = index.reshape(g.shape[0], g.shape[1])
-    if module.padding_idx is not None:
-        g = g * (index != module.padding_idx).unsqueeze(-1)
-    if g.shape[1] == 1:
-        return {"weight": sqnorm(g[:, 0])}
-    same = (index.unsqueeze(1) == index.unsqueeze(2)).to(g.dtype)
-    return {"weight": (torch.bmm(same, g).square().sum(2) / same.sum(2)).sum(1)}
+    name = "embedding"
+
+    def __init__(self, rows: int, padding: int | None) -> None:
+        self._rows, self._padding = rows, padding
+
+    def _given(self, saved: Tensors, gradients: Tensors) -> tuple[Tensor, Tensor]:
+        (g,) = upcast(positions_first(gradients[0], 1))
+        index = saved[0].reshape(g.shape[0], g.shape[1])
+        if self._padding is not None:
+            g = g * (index != self._padding).unsqueeze(-1)
+        return index, g
+
+    def sqnorms(self, saved: Tensors, gradients: Tensors, slots: Sequence[int]) -> list[Tensor]:
+        """Add up positions with the same index before the norm is taken.
+
+        Position t adds ``||s_t||^2 / c_t``, where ``s_t`` sums ``g`` over the c_t positions with its index. Unlike a
+        sum over pairs of positions, this has no negative terms, so nothing cancels.
+        """
+        index, g = self._given(saved, gradients)
+        if g.shape[1] == 1:
+            return [sqnorm(g[:, 0])]
+        same = (index.unsqueeze(1) == index.unsqueeze(2)).to(g.dtype)
+        return [(torch.bmm(same, g).square().sum(2) / same.sum(2)).sum(1)]
+
+    def gradient(self, saved: Tensors, gradients: Tensors, slot: int) -> Tensor:
+        index, g = self._given(saved, gradients)
+        table = g.new_zeros(len(g), self._rows, g.shape[2])
+        return table.scatter_add(1, index.unsqueeze(2).expand_as(g), g)
 
 
-LINEAR = LayerRule("linear", linear, positions=True, in_place=True)
-EMBEDDING = LayerRule("embedding", embedding, positions=True, in_place=True)
+STRAIGHT, TURNED = Product(turned=False), Product(turned=True)
+
+
+def _product(call: Call, run: Callable[..., Tensor], x: Tensor, w: Tensor, b: Any, formula: Product) -> Tensor:
+    def on_batch() -> Tensor:
+        begin = next_number()
+        a = call.spread(x, call.physical(x))
+        return call.tapped([run(a, w, b)], [a], [w, b], formula, begin)[0]
+
+    return call.on_batch(on_batch)
+
+
+def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """Rule for ``torch.nn.functional.linear``."""
+    if not call.owns(weight) or weight.dim() != 2 or not call.serves(bias) or call.owns(input):
+        return NotImplemented
+    return _product(call, F.linear, input, weight, bias, STRAIGHT)
+
+
+def matmul(call: Call, input: Tensor, other: Tensor) -> Any:
+    """Rule for ``torch.matmul`` with a parameter on the right."""
+    if not call.owns(other) or other.dim() != 2 or call.owns(input) or input.dim() < 1:
+        return NotImplemented
+    return _product(call, lambda x, w, _: x @ w, input, other, None, TURNED)
+
+
+def addmm(call: Call, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    """Rule for ``torch.addmm`` with a bias ``(O,)`` and a weight ``(C, O)``."""
+    if beta != 1 or alpha != 1 or not call.owns(mat2) or not call.owns(input) or input.dim() != 1 or call.owns(mat1):
+        return NotImplemented
+    return _product(call, lambda x, w, b: x @ w + b, mat1, mat2, input, TURNED)
+
+
+def embedding(
+    call: Call,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    """Rule for ``torch.nn.functional.embedding``."""
+    if not call.owns(weight) or max_norm is not None or scale_grad_by_freq:
+        return NotImplemented
+    padding = None if padding_idx is None else padding_idx % weight.shape[0]
+
+    def on_batch() -> Tensor:
+        begin = next_number()
+        index = call.spread(input, call.physical(input))
+        out = F.embedding(index, weight, padding_idx, sparse=sparse)
+        return call.tapped([out], [index], [weight], Table(weight.shape[0], padding), begin)[0]
+
+    return call.on_batch(on_batch)
+
+
+def embedding_bag(
+    call: Call,
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    *options: Any,
+    **named: Any,
+) -> Any:
+    """Rule for ``torch.nn.functional.embedding_bag`` with sparse gradients, which copies for each sample cannot have."""
+    if not sparse or not call.owns(weight) or max_norm is not None or scale_grad_by_freq:
+        return NotImplemented
+    table = call.copy_of(weight)
+    return F.embedding_bag(input, table, offsets, None, norm_type, False, mode, False, *options, **named)
+
+
+def joined(a: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return the factors of the sum of gradients with these factors: their positions side by side."""
+    left, right = zip(*a, strict=True)
+    return torch.cat(left, 1), torch.cat(right, 1)
+
+
+def dense_bytes(parameter: Tensor) -> int:
+    """Return the bytes of one sample's gradient of a parameter."""
+    return math.prod(parameter.shape) * 4

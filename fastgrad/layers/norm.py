@@ -1,97 +1,188 @@
-"""Normalisation layers: the weight's gradient is the sum over positions of ``g * xhat``, the bias's that of ``g``.
-
-The slope of PReLU has such a gradient, too.
-"""
+"""Normalisations: the weight's gradient is the sum over positions of ``g * xhat``, the bias's that of ``g``."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastgrad._torch import NormBase, is_batched
+from fastgrad._torch import is_batched, next_number
+from fastgrad.layers.call import Call, NotPerSampleError
+from fastgrad.layers.formula import Formula, Tensors
 from fastgrad.layers.reduce import positions_first, sqnorm, upcast
-from fastgrad.layers.registry import LayerRule
 
 
-def _channel_sqnorm(x: Tensor) -> Tensor:
-    """Return squared norms ``(B,)`` of ``(B, C, *)`` summed over positions."""
-    return sqnorm(x.flatten(2).sum(2) if x.dim() > 2 else x)
+class Normalisation(Formula):
+    """A normalisation over channels in dimension 1, of ``images`` images a sample, or over the last dimensions.
+
+    ``normalized`` gives the normalised input, without weight and bias; ``trailing`` is the number of dimensions at the
+    end that it normalises over, 0 for channels.
+    """
+
+    name = "normalisation"
+
+    def __init__(self, normalized: Callable[[Tensor], Tensor], trailing: int, images: int) -> None:
+        self._normalized, self._trailing, self._images = normalized, trailing, images
+
+    def gradient(self, saved: Tensors, gradients: Tensors, slot: int) -> Tensor:
+        a, g = upcast(saved[0], gradients[0])
+        product = g if slot else g * self._normalized(a)
+        if self._trailing:
+            return positions_first(product, self._trailing).sum(1)
+        product = product.flatten(2).sum(2) if product.dim() > 2 else product
+        return product if self._images == 1 else product.unflatten(0, (-1, self._images)).sum(1)
 
 
-def _channel_norms(xhat: Tensor, g: Tensor) -> dict[str, Tensor]:
-    return {"weight": _channel_sqnorm(g * xhat), "bias": _channel_sqnorm(g)}
+class BatchNorm(Normalisation):
+    """Batch norm with running statistics."""
+
+    name = "batch norm (evaluation)"
+
+    def __init__(self, mean: Tensor, var: Tensor, eps: float, images: int) -> None:
+        super().__init__(self._by_statistics, 0, images)
+        self._mean, self._var, self._eps = mean.detach(), var.detach(), eps
+
+    def _by_statistics(self, a: Tensor) -> Tensor:
+        return F.batch_norm(a, self._mean.to(a.dtype), self._var.to(a.dtype), eps=self._eps)
+
+    def sqnorms(self, saved: Tensors, gradients: Tensors, slots: Sequence[int]) -> list[Tensor]:
+        (a,), (g,) = saved, gradients
+        if self._images > 1 or a.dim() == 2 or is_batched(g) or not a.is_contiguous():
+            return super().sqnorms(saved, gradients, slots)
+        # With samples folded into channels, the reduction over (batch, positions) becomes one per sample. One pass over
+        # the two tensors then gives both sums.
+        a, g = upcast(a, g)
+        samples, channels = a.shape[:2]
+        g, a = (x.reshape(1, samples * channels, -1) for x in (g, a))
+        mean, var = (x.to(a.dtype).expand(samples, -1).reshape(-1) for x in (self._mean, self._var))
+        _, weight, bias = torch.ops.aten.native_batch_norm_backward(
+            g, a, None, mean, var, None, None, False, self._eps, [False, True, True]
+        )
+        return [sqnorm((bias if slot else weight).view(samples, channels)) for slot in slots]
 
 
-def prelu(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """Rule for PReLU: the slope's gradient is the sum of ``g * a`` where ``a`` is negative."""
-    assert isinstance(module, nn.PReLU)
-    a, g = upcast(a, g)
-    product = g * a.clamp(max=0)
-    if module.num_parameters == 1:
-        return {"weight": product.reshape(product.shape[0], -1).sum(1).square()}
-    return {"weight": _channel_sqnorm(product)}
+def _channels(
+    call: Call, input: Tensor, weight: Any, bias: Any, run: Callable[..., Tensor], make: Callable[[int], Formula]
+) -> Any:
+    """Run a normalisation of channels; ``make(images)`` gives its formula."""
+
+    def on_batch() -> Tensor:
+        begin = next_number()
+        x = call.spread(input, call.physical(input))
+        images = x.shape[1]
+        x = x.flatten(0, 1)
+        out = call.tapped([run(x, weight, bias)], [x], [weight, bias], make(images), begin)[0]
+        return out.unflatten(0, (call.samples, images))
+
+    return call.on_batch(on_batch)
 
 
-def batch_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """Rule for batch norm with running statistics."""
-    assert isinstance(module, NormBase)
-    a, g = upcast(a, g)
-    mean, var = (x.to(a.dtype) for x in (module.running_mean, module.running_var) if x is not None)
-    if a.dim() == 2 or is_batched(g) or not a.is_contiguous():
-        return _channel_norms(F.batch_norm(a, mean, var, eps=module.eps), g)
-    samples, channels = a.shape[:2]
-    # With samples folded into channels, the reduction over (batch, positions) becomes one per sample. One pass over the
-    # two tensors then gives both sums.
-    g, a = (x.reshape(1, samples * channels, -1) for x in (g, a))
-    mean, var = (x.expand(samples, -1).reshape(-1) for x in (mean, var))
-    _, weight, bias = torch.ops.aten.native_batch_norm_backward(
-        g, a, None, mean, var, None, None, False, module.eps, [False, True, True]
-    )
-    return {"weight": sqnorm(weight.view(samples, channels)), "bias": sqnorm(bias.view(samples, channels))}
+def batch_norm(
+    call: Call,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    """Rule for ``torch.nn.functional.batch_norm``; it also standardises weights, which hold no samples."""
+    if not call.is_batched(input) or not call.serves(weight, bias):
+        return NotImplemented
+    if training or running_mean is None or running_var is None:
+        raise NotPerSampleError(
+            "model must not mix the samples of a batch, or there is no gradient per sample; it normalises with the "
+            "statistics of the batch (batch norm in training mode, or without running statistics; call model.eval())"
+        )
+    mean, var = running_mean, running_var
+
+    def run(x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+        return F.batch_norm(x, mean, var, w, b, False, momentum, eps)
+
+    return _channels(call, input, weight, bias, run, lambda images: BatchNorm(mean, var, eps, images))
 
 
-def instance_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """Rule for instance norm, with the statistics of the instance or running ones."""
-    assert isinstance(module, NormBase)
-    a, g = upcast(a, g)
-    if module.running_mean is not None and not module.training:
-        return batch_norm(module, a, g)
-    return _channel_norms(F.instance_norm(a, eps=module.eps), g)
+def group_norm(
+    call: Call,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Any:
+    """Rule for ``torch.nn.functional.group_norm``."""
+    if not call.serves(weight, bias) or call.owns(input):
+        return NotImplemented
+
+    def run(x: Tensor, w: Tensor | None = None, b: Tensor | None = None) -> Tensor:
+        return F.group_norm(x, num_groups, w, b, eps)
+
+    return _channels(call, input, weight, bias, run, lambda images: Normalisation(run, 0, images))
 
 
-def group_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """Rule for group norm."""
-    assert isinstance(module, nn.GroupNorm)
-    a, g = upcast(a, g)
-    return _channel_norms(F.group_norm(a, module.num_groups, eps=module.eps), g)
+def instance_norm(
+    call: Call,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    """Rule for ``torch.nn.functional.instance_norm``, of images that have a dimension for samples."""
+    if not use_input_stats:
+        return batch_norm(call, input, running_mean, running_var, weight, bias, False, momentum, eps)
+    if not call.serves(weight, bias) or call.owns(input) or running_mean is not None:
+        return NotImplemented
+
+    def run(x: Tensor, w: Tensor | None = None, b: Tensor | None = None) -> Tensor:
+        return F.instance_norm(x, None, None, w, b, True, momentum, eps)
+
+    return _channels(call, input, weight, bias, run, lambda images: Normalisation(run, 0, images))
 
 
-def over_last(normalized: Callable[..., Tensor], module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """Rule for layer norm and RMS norm over the last dimensions, and for the RMS norms of language models."""
-    a, g = upcast(a, g)
-    shape: Any = getattr(module, "normalized_shape", a.shape[-1:])
-    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-    product = g * normalized(a, list(shape), eps=eps)
-    g, product = positions_first(g, len(shape)), positions_first(product, len(shape))
-    return {"weight": sqnorm(product.sum(1)), "bias": sqnorm(g.sum(1))}
+def layer_norm(
+    call: Call,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Any:
+    """Rule for ``torch.nn.functional.layer_norm``."""
+    run = F.layer_norm
+    return _over_last(call, input, normalized_shape, weight, bias, lambda x, w, b: run(x, normalized_shape, w, b, eps))
 
 
-def layer_norm_2d(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """Rule for layer norms over C of ``(B, C, H, W)``, which image libraries define."""
-    return over_last(F.layer_norm, module, a.movedim(1, -1), g.movedim(1, -1))
+def rms_norm(
+    call: Call,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Any:
+    """Rule for ``torch.nn.functional.rms_norm``."""
+    run = F.rms_norm
+    return _over_last(call, input, normalized_shape, weight, None, lambda x, w, _: run(x, normalized_shape, w, eps))
 
 
-PRELU = LayerRule("PReLU", prelu, in_place=True)
-BATCH_NORM = LayerRule("batch norm (evaluation)", batch_norm, in_place=True)
-INSTANCE_NORM = LayerRule("instance norm", instance_norm, in_place=True)
-GROUP_NORM = LayerRule("group norm", group_norm, in_place=True)
-LAYER_NORM = LayerRule("layer norm", functools.partial(over_last, F.layer_norm), positions=True, in_place=True)
-LAYER_NORM_2D = LayerRule("layer norm over channels", layer_norm_2d)
-RMS_NORM = LayerRule("RMS norm", functools.partial(over_last, F.rms_norm), positions=True, in_place=True)
-RMS_NORM_OF_TRANSFORMERS = replace(RMS_NORM, in_place=False)
+def _over_last(
+    call: Call, input: Tensor, shape: Sequence[int], weight: Any, bias: Any, run: Callable[..., Tensor]
+) -> Any:
+    if not call.serves(weight, bias) or call.owns(input):
+        return NotImplemented
+    formula = Normalisation(lambda a: run(a, None, None), len(shape), 1)
+
+    def on_batch() -> Tensor:
+        begin = next_number()
+        x = call.spread(input, call.physical(input))
+        return call.tapped([run(x, weight, bias)], [x], [weight, bias], formula, begin)[0]
+
+    return call.on_batch(on_batch)

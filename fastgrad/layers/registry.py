@@ -1,78 +1,43 @@
-"""The registry of layer rules, looked up along the class hierarchy."""
+"""Rules of a user's own, for modules that are one function to the engine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastgrad import checks
+from fastgrad.layers.formula import Formula, Tensors
 
 RuleFunction = Callable[[nn.Module, Tensor, Tensor], Mapping[str, Tensor]]
-ReplayFunction = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Sequence[Tensor]], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class LayerRule:
-    """How one family of layers turns (input, output gradient) into squared norms.
-
-    Attributes:
-        name: The family, as it appears in ``GradientFeatures.report()``.
-        function: ``(module, input, output gradient) -> {own parameter: (B,)}``. Both tensors carry the batch in
-            dimension 0. The module is a private copy, in evaluation mode except within ``record``.
-        positions: Whether further dimensions may stand between the batch and the layer's own, as when a network folds
-            windows or frames into the batch.
-        in_place: Whether the layer's output may be passed on without a copy: its operation does not need it for the
-            backward pass.
-    """
+class ModuleRule:
+    """How modules of one kind turn (input, output gradient) into squared norms; see `register_rule`."""
 
     name: str
     function: RuleFunction
-    positions: bool = False
-    in_place: bool = False
 
 
-@dataclass(frozen=True)
-class ReplayRule:
-    """How to compute the squared norms of a layer whose parameters act in the middle of its computation.
-
-    Such a layer (attention, recurrent) is computed once more in the backward pass, from its recorded inputs.
-
-    Attributes:
-        name: The family, as it appears in ``GradientFeatures.report()``.
-        function: ``(module, args, kwargs, output gradients) -> {parameter: (B,)}``; the gradients are those of the
-            floating-point tensors among the outputs, in order.
-        children: Parameters of child modules which this module uses itself, by dotted name.
-    """
-
-    name: str
-    function: ReplayFunction
-    children: tuple[str, ...] = ()
+#: The rule of modules of each class.
+MODULES: dict[type[nn.Module], ModuleRule] = {}
 
 
-Rule = LayerRule | ReplayRule
-#: Methods in which a layer computes its output; PyTorch's convolutions use the second.
-_COMPUTING = frozenset({"forward", "_conv_forward"})
-#: The rule of each layer, by its class or full dotted name.
-RULES: dict[type[nn.Module] | str, Rule] = {}
-
-
-def register_rule(
-    *module_types: type[nn.Module] | str, name: str | None = None, positions: bool = False, in_place: bool = False
-) -> Callable[[RuleFunction], RuleFunction]:
+def register_rule(*module_types: type[nn.Module], name: str | None = None) -> Callable[[RuleFunction], RuleFunction]:
     """Register the decorated function as the rule for modules of these types and their subclasses.
 
-    The rule of the nearest class in a module's method resolution order is taken. It does not apply to subclasses that
-    override ``forward``, or ``_conv_forward`` of PyTorch's convolutions. A later registration replaces an earlier one.
+    The function is ``(module, input, output gradient) -> {own parameter: (B,)}``; both tensors carry the batch in
+    dimension 0. Such a module runs on the batch as a whole, as one function, so it must treat each sample by itself,
+    and take and return one tensor. The rule of the nearest class in a module's method resolution order is taken. It
+    does not apply to subclasses that override ``forward``. A later registration replaces an earlier one. Modules
+    without a rule need none: the functions that they call have rules.
 
     Args:
-        *module_types: The ``torch.nn.Module`` subclasses the rule is for, or their full dotted names where the
-            library that defines them need not be installed.
+        *module_types: The ``torch.nn.Module`` subclasses the rule is for.
         name: The family's name in reports; the function's name by default.
-        positions: See `LayerRule`.
-        in_place: See `LayerRule`.
 
     Raises:
         TypeError: If no type is given or one is not a ``torch.nn.Module`` subclass.
@@ -86,27 +51,50 @@ def register_rule(
     if not module_types:
         raise TypeError("register_rule needs at least one torch.nn.Module subclass; it was given none")
     for kind in module_types:
-        if not isinstance(kind, str) and not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-            raise TypeError(f"module_types must be torch.nn.Module subclasses or names; one was {kind!r}")
+        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+            raise TypeError(f"module_types must be torch.nn.Module subclasses; one was {kind!r}")
 
     def decorate(function: RuleFunction) -> RuleFunction:
-        family: str = name if name is not None else getattr(function, "__name__", "rule")
-        rule = LayerRule(family, function, positions, in_place)
-        RULES.update(dict.fromkeys(module_types, rule))
+        rule = ModuleRule(name if name is not None else getattr(function, "__name__", "rule"), function)
+        MODULES.update(dict.fromkeys(module_types, rule))
         return function
 
     return decorate
 
 
-def find_rule(module: nn.Module) -> tuple[Rule | None, str]:
-    """Return the rule for a module and an empty string, or None and the reason for the general fallback."""
+def rule_of(module: nn.Module) -> ModuleRule | None:
+    """Return the registered rule of a module; None if it has none, or computes its output in another way."""
     checks.is_a(nn.Module, module=module)
-    if not _COMPUTING.isdisjoint(vars(module)):
-        return None, "its forward method was replaced on the instance"
+    if not MODULES:
+        return None
     for cls in type(module).__mro__:
-        rule = RULES.get(cls) or RULES.get(f"{cls.__module__}.{cls.__qualname__}")
-        if rule is not None:
-            return rule, ""
-        if not _COMPUTING.isdisjoint(vars(cls)):
+        if cls in MODULES:
+            return MODULES[cls]
+        if "forward" in vars(cls):
             break
-    return None, f"{cls.__name__} has no rule"
+    return None
+
+
+class OfModule(Formula):
+    """The formula of a module with a rule of the user's; gradients themselves come from autograd, sample by sample."""
+
+    def __init__(self, module: nn.Module, rule: ModuleRule, names: Sequence[str]) -> None:
+        self._module, self._rule, self._names, self.name = module, rule, names, rule.name
+
+    def sqnorms(self, saved: Tensors, gradients: Tensors, slots: Sequence[int]) -> list[Tensor]:
+        norms = self._rule.function(self._module, saved[0], gradients[0])
+        return [norms[self._names[slot]] for slot in slots]
+
+    def gradient(self, saved: Tensors, gradients: Tensors, slot: int) -> Tensor:
+        own = dict(self._module.named_parameters(recurse=False))
+        name = self._names[slot]
+
+        def one(a: Tensor, g: Tensor) -> Tensor:
+            def output(value: Tensor) -> Tensor:
+                result: Tensor = torch.func.functional_call(self._module, {name: value}, (a.unsqueeze(0),))
+                return result
+
+            pulled: Tensor = torch.func.vjp(output, own[name].detach())[1](g.unsqueeze(0))[0]
+            return pulled
+
+        return torch.stack([one(a, g) for a, g in zip(saved[0], gradients[0], strict=True)])

@@ -10,12 +10,12 @@ from torch import Tensor
 from fastgrad._torch import vmap
 from fastgrad.losses import compute_dtype
 from fastgrad.ops.dispatch import bind_contextvar, implementation
-from fastgrad.persample.run import Alone, Recorded
-from fastgrad.rules.call import Call, Use
-from fastgrad.rules.formula import Formula
-from fastgrad.rules.linear import Product, joined, weight_sqnorm
-from fastgrad.rules.probe import visiting
-from fastgrad.rules.reduce import sqnorm
+from fastgrad.engine.run import Alone, Recorded
+from fastgrad.layers.call import Call, Use
+from fastgrad.layers.formula import Formula
+from fastgrad.layers.linear import Product, joined, weight_sqnorm
+from fastgrad.layers.probe import visiting
+from fastgrad.layers.reduce import sqnorm
 
 #: Bytes of per-sample gradients held at once.
 CHUNK_BYTES = 64 * 2**20

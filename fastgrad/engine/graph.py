@@ -37,6 +37,28 @@ def returned(call: object, output: Tensor) -> Tensor:
     return result
 
 
+class _Mixed(torch.autograd.Function):
+    """An output that is computed from all samples: it has a value, and no gradient per sample."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, name: str, anchor: Tensor) -> Tensor:
+        ctx.name = name
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        raise ValueError(
+            f"outputs must not depend on {ctx.name} of the recorded model, which joins the samples of the batch, so that "
+            "no gradient per sample is known; compute it from the other outputs"
+        )
+
+
+def mixed(value: Tensor, name: str) -> Tensor:
+    """Return an output of all samples, from which no gradient may be taken."""
+    result: Tensor = _Mixed.apply(value, name, torch.zeros((), requires_grad=True))
+    return result
+
+
 def call_of(node: Any) -> Any:
     """Return the call whose output a node gave, or None."""
     return node.call if node.name() == "_ReturnedBackward" else None

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastgrad._torch import functorch, lowered, pytree, saved_tensor_hooks
-from fastgrad.rules import ENTERED, RULES
-from fastgrad.rules.call import Call, Refused
+from fastgrad.layers import ENTERED, RULES
+from fastgrad.layers.call import Call, Refused
 
 
 class Split(Exception):  # noqa: N818 - a way to go on, not an error

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastgrad.rules.reduce import sqnorm, upcast
+from fastgrad.layers.reduce import sqnorm, upcast
 
 Tensors = Sequence[Tensor]
 

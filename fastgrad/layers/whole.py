@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgrad._torch import pytree
-from fastgrad.rules.call import Call
-from fastgrad.rules.cells import CELLS
+from fastgrad.layers.call import Call
+from fastgrad.layers.cells import CELLS
 
 
 def on_images(function: Callable[..., Any], call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fastgrad.persample.run import Alone, Recorded
-from fastgrad.rules.call import Call
+from fastgrad.engine.run import Alone, Recorded
+from fastgrad.layers.call import Call
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastgrad._torch import next_number
-from fastgrad.rules.call import Call, Refused
-from fastgrad.rules.registry import MODULES, ModuleRule, OfModule, rule_of
+from fastgrad.layers.call import Call, Refused
+from fastgrad.layers.registry import MODULES, ModuleRule, OfModule, rule_of
 
 
 class Redirect:
