@@ -14,6 +14,8 @@ from fastgrad._torch import number_of
 # Names of the graph nodes of sums, and of copies and products with a constant.
 _SUMS, _FACTORS = frozenset({"Add", "Sub"}), frozenset({"Mul", "Div", "Neg", "ToCopy"})
 
+_OURS = frozenset({"_TapBackward", "_GraphedBackward", "_ReturnedBackward", "_MixedBackward"})
+
 
 class _Returned(torch.autograd.Function):
     """``x -> x``: the node of an output of a recorded call, which lives as long as the graph."""
@@ -42,13 +44,13 @@ class _Mixed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, name: str, anchor: Tensor) -> Tensor:
-        ctx.name = name
+        ctx.output = name
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         raise ValueError(
-            f"outputs must not depend on {ctx.name} of the recorded model, which joins the samples of the batch, so that "
+            f"outputs must not depend on {ctx.output} of the recorded model, which joins the samples of the batch, so that "
             "no gradient per sample is known; compute it from the other outputs"
         )
 
@@ -61,7 +63,7 @@ def mixed(value: Tensor, name: str) -> Tensor:
 
 def call_of(node: Any) -> Any:
     """Return the call whose output a node gave, or None."""
-    return node.call if node.name() == "_ReturnedBackward" else None
+    return node.call if type(node).__name__ == "_ReturnedBackward" else None
 
 
 def nodes(outputs: Iterable[Any]) -> Iterator[Any]:
@@ -106,7 +108,7 @@ def terms(outputs: Iterable[Tensor]) -> Iterator[list[Any]]:
 
 
 def _sums(node: Any, count: int) -> bool:
-    return node.name().removesuffix("Backward0") in (_SUMS if count > 1 else _SUMS | _FACTORS)
+    return type(node).__name__.removesuffix("Backward0") in (_SUMS if count > 1 else _SUMS | _FACTORS)
 
 
 def untracked(outputs: Iterable[Tensor], numbers: list[tuple[int, int]], inputs: Iterable[Any]) -> set[int]:
@@ -149,7 +151,7 @@ def foreign(outputs: Iterable[Tensor]) -> bool:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, BackwardCFunction) and not node.name().startswith(("_TapBackward", "_GraphedBackward", "_ReturnedBackward")):
+        if isinstance(node, BackwardCFunction) and type(node).__name__ not in _OURS:
             return True
         waiting += [other for other, _ in node.next_functions]
     return False
