@@ -49,10 +49,14 @@ class _Mixed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        raise ValueError(
-            f"outputs must not depend on {ctx.output} of the recorded model, which joins the samples of the batch, so that "
-            "no gradient per sample is known; compute it from the other outputs"
-        )
+        raise _joined(ctx)
+
+
+def _joined(node: Any) -> ValueError:
+    return ValueError(
+        f"outputs must not depend on {node.output} of the recorded model, which joins the samples of the batch, so that "
+        "no gradient per sample is known; compute it from the other outputs"
+    )
 
 
 def mixed(value: Tensor, name: str) -> Tensor:
@@ -81,11 +85,16 @@ def nodes(outputs: Iterable[Any]) -> Iterator[Any]:
 
 
 def uses(outputs: Iterable[Any]) -> tuple[dict[int, Any], set[int]]:
-    """Return the calls that outputs reach, by id, and the ids of the leaves that they use outside of calls."""
+    """Return the calls that outputs reach, by id, and the ids of the leaves that they use outside of calls.
+
+    ValueError if they reach an output that joins samples.
+    """
     calls: dict[int, Any] = {}
     leaves: set[int] = set()
     for node in nodes(outputs):
         call = call_of(node)
+        if type(node).__name__ == "_MixedBackward":
+            raise _joined(node)
         if call is not None:
             calls[id(call)] = call
         elif (leaf := getattr(node, "variable", None)) is not None:
