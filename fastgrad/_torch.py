@@ -178,7 +178,7 @@ functorch: Any = _functorch
 saved_tensor_hooks: Callable[[], Any] = functools.partial(torch._C._autograd._top_saved_tensors_default_hooks, False)
 
 
-#: What ends a checkpoint's recomputation early. Taken for an error of the model, it would be computed again for nothing.
+#: What ends a checkpoint's recomputation early. Taken for an error of the model, it would be run again for nothing.
 StopRecomputation: type[Exception] = checkpoint._StopRecomputationError
 
 

@@ -54,8 +54,8 @@ class _Mixed(torch.autograd.Function):
 
 def _joined(node: Any) -> ValueError:
     return ValueError(
-        f"outputs must not depend on {node.output} of the recorded model, which joins the samples of the batch, so that "
-        "no gradient per sample is known; compute it from the other outputs"
+        f"outputs must not depend on {node.output} of the recorded model, which joins the samples of the batch, so "
+        "that no gradient per sample is known; compute it from the other outputs"
     )
 
 
@@ -160,8 +160,7 @@ def foreign(outputs: Iterable[Tensor]) -> bool:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, BackwardCFunction) and type(node).__name__ not in _OURS:
+        if issubclass(type(node), BackwardCFunction) and type(node).__name__ not in _OURS:
             return True
         waiting += [other for other, _ in node.next_functions]
     return False
-

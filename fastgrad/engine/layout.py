@@ -13,6 +13,9 @@ from torch import Tensor
 
 from fastgrad._torch import pytree
 
+#: Leaves, what puts other leaves in their place, and the leaves' names.
+Tree = tuple[list[Any], Callable[[Sequence[Any]], Any], list[str]]
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -47,8 +50,12 @@ class Layout:
         if samples == 1:
             return batch.unsqueeze(0)
         if self.kind == "rows":
-            return batch.unflatten(self.dim, (samples, -1)).movedim(self.dim, 0)
+            rows: Tensor = batch.unflatten(self.dim, (samples, -1)).movedim(self.dim, 0)
+            return rows
         return batch if self.kind == "stack" else None
+
+
+SAME, MIXED = Layout("same"), Layout("mixed")
 
 
 def usual(shape: Sequence[int]) -> Layout | None:
@@ -72,11 +79,11 @@ def find(rows: Tensor, batch: Tensor, precision: float | None) -> Layout | None:
     if tuple(batch.shape) == tuple(rows.shape):
         found.append(Layout("stack"))
     if tuple(batch.shape) == shape:
-        found += [Layout("same")] if _alike(rows) else []
+        found += [SAME] if _alike(rows) else []
         found += [Layout("sum"), Layout("mean")] if rows.is_floating_point() else []
     fitting = (each for each in found if precision is None or agree(each.joined(rows), batch, precision))
     # What has no row for each sample may be of all of them, such as a mean over tokens.
-    return next(fitting, Layout("mixed") if len(rows) not in batch.shape else None)
+    return next(fitting, MIXED if len(rows) not in batch.shape else None)
 
 
 def _without(shape: Sequence[int], dim: int) -> tuple[int, ...]:
@@ -105,7 +112,7 @@ def is_object(value: object) -> bool:
     return hasattr(value, "__dict__") and not plain
 
 
-def flatten(tree: Any, above: tuple[int, ...] = ()) -> tuple[list[Any], Callable[[Sequence[Any]], Any], list[str]]:
+def flatten(tree: Any, above: tuple[int, ...] = ()) -> Tree:
     """Return the leaves of a tree, what puts other leaves in their place, and the leaves' names.
 
     Objects that hold tensors in attributes are trees as well; ``above`` are the ids of those around.

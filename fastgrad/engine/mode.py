@@ -131,7 +131,7 @@ class PerSample(TorchFunctionMode):
             return func(*args, **kwargs)
         with lowered():
             one = func(*args, **kwargs)
-        if func in _DRAWN and not one.shape[:1] == (1,):
+        if func in _DRAWN and one.shape[:1] != (1,):
             return one
         with lowered():
             if func in _DRAWN:
@@ -141,5 +141,3 @@ class PerSample(TorchFunctionMode):
             else:
                 every = one.unsqueeze(0).repeat(call.samples, *[1] * one.dim())
         return call.wrapped(every)
-
-

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from fastgrad._torch import vmap
-from fastgrad.losses import compute_dtype
-from fastgrad.ops.dispatch import bind_contextvar, implementation
-from fastgrad.engine.run import Alone, Recorded
-from fastgrad.layers.call import Call, Use
+from fastgrad.engine.structure import Alone, Recorded
+from fastgrad.layers.call import Use
 from fastgrad.layers.formula import Formula
 from fastgrad.layers.linear import Product, joined, weight_sqnorm
 from fastgrad.layers.probe import visiting
 from fastgrad.layers.reduce import sqnorm
+from fastgrad.losses import compute_dtype
+from fastgrad.ops.dispatch import bind_contextvar, implementation
 
 #: Bytes of per-sample gradients held at once.
 CHUNK_BYTES = 64 * 2**20
@@ -232,7 +232,9 @@ class _Backward:
         leaves = {key: part.thawed.get(key, p) for key, p in self.wanted.items()}
         with part.swapped():
             own = torch.autograd.grad(outputs, list(leaves.values()), at, allow_unused=True, retain_graph=True)
-        return {key: g.to_dense().to(compute_dtype(g.dtype)) for key, g in zip(leaves, own, strict=True) if g is not None}
+        return {
+            key: g.to_dense().to(compute_dtype(g.dtype)) for key, g in zip(leaves, own, strict=True) if g is not None
+        }
 
     def _of_sum(self, key: int, shares: list[Share]) -> tuple[list[int], Tensor]:
         """Return samples, and the squared norms of the sums of their gradients."""
@@ -241,7 +243,11 @@ class _Backward:
         rows = shares[0].rows
         if all(share.rows == rows for share in shares):
             forms = {type(share.formula) for share in shares}
-            if forms == {Product} and len({(share.formula, share.slot) for share in shares}) == 1 and not shares[0].slot:
+            if (
+                forms == {Product}
+                and len({(share.formula, share.slot) for share in shares}) == 1
+                and not shares[0].slot
+            ):
                 whole = slice(0, len(rows))
                 factors = [share.formula.factors(*share.given(whole), share.slot) for share in shares]
                 return rows, weight_sqnorm(*joined([f for f in factors if f is not None]))
@@ -258,5 +264,3 @@ class _Backward:
             own = [(share, share.rows.index(row)) for share in shares if row in share.rows]
             norms.append(sqnorm(sum(share.gradient(slice(i, i + 1)) for share, i in own)))  # type: ignore[arg-type]
         return every, torch.cat(norms)
-
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fastgrad.engine.run import Alone, Recorded
+from fastgrad.engine.structure import Alone, Recorded
 from fastgrad.layers.call import Call
 
 
@@ -40,7 +40,10 @@ def routes_of(recorded: Recorded, names: Mapping[int, str]) -> list[Route]:
             for key, kinds in own.items():
                 if len(kinds) > len(formulas.get(key, [])):
                     formulas[key] = kinds
-    return [Route(name, *_route(formulas.get(key, []), recorded.structure.alone if alone else "")) for key, name in names.items()]
+    return [
+        Route(name, *_route(formulas.get(key, []), recorded.structure.alone if alone else ""))
+        for key, name in names.items()
+    ]
 
 
 def _route(kinds: list[str], alone: str) -> tuple[str, str]:

@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -98,7 +98,7 @@ class State:
 
     @contextlib.contextmanager
     def own_buffers(self) -> Iterator[None]:
-        """Have the model write to copies of the buffers that are kept, so that no graph holds the buffers themselves."""
+        """Have the model write to copies of the buffers that are kept, so that no graph holds the originals."""
         modules = dict(self._modules)
         kept = [(modules[path]._buffers, name, b, v) for (path, name), (b, _, v) in self._versions.items()]
         for buffers, name, _, value in kept:
@@ -187,14 +187,14 @@ class Random:
         devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
         self._states = {device: torch.cuda.get_rng_state(device) for device in devices}
         self._cpu = torch.get_rng_state()
-        self._python, self._numpy = random.getstate(), numpy.random.get_state(legacy=False)
+        self._python, self._numpy = random.getstate(), np.random.get_state(legacy=False)
 
     def drew(self) -> bool:
         """Whether random numbers were drawn since."""
         if not torch.equal(self._cpu, torch.get_rng_state()) or self._python != random.getstate():
             return True
-        before, now = (s["state"] for s in (self._numpy, numpy.random.get_state(legacy=False)))
-        if before["pos"] != now["pos"] or not numpy.array_equal(before["key"], now["key"]):
+        before, now = (s["state"] for s in (self._numpy, np.random.get_state(legacy=False)))
+        if before["pos"] != now["pos"] or not np.array_equal(before["key"], now["key"]):
             return True
         return any(not torch.equal(state, torch.cuda.get_rng_state(d)) for d, state in self._states.items())
 
@@ -202,7 +202,7 @@ class Random:
         """Have the same numbers drawn again."""
         torch.set_rng_state(self._cpu)
         random.setstate(self._python)
-        numpy.random.set_state(self._numpy)
+        np.random.set_state(self._numpy)
         for device, state in self._states.items():
             torch.cuda.set_rng_state(state, device)
 

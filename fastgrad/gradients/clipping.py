@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from fastgrad import checks
 from fastgrad._torch import outside_of_compilation
-from fastgrad.gradients.recorder import record, recorded_sqnorms
 from fastgrad.engine.layout import Layout, flatten
-from fastgrad.engine.run import Recorded
+from fastgrad.engine.structure import Recorded
+from fastgrad.gradients.recorder import record, recorded_sqnorms
 
 #: Rounding that operations without a fixed order may add, in units of the dtype's epsilon.
 _UNITS = 16
@@ -156,7 +156,6 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
             torch.autograd.backward([losses], [factors], retain_graph=norms is not columns[-1], inputs=group)
         return columns[0] if self._joint else torch.stack(columns, 1)
 
-
     @staticmethod
     def _require_proportion(sqnorms: Sequence[Tensor], twice: Sequence[Tensor]) -> None:
         """Raise ValueError unless the norms of twice the losses are twice as large."""
@@ -228,7 +227,7 @@ def _require_separate(model: nn.Module, losses: Tensor, outputs: Sequence[tuple[
                 "losses must be computed from outputs that carry the batch in one dimension; they depend on one of "
                 f"shape {tuple(g.shape)}, in which it was not found"
             )
-        own, other = (x.reshape(samples, -1) for x in (apart, layout.apart(h, samples)))
+        own, other = (x.reshape(samples, -1) for x in (apart, layout.apart(h, samples)) if x is not None)
         expected = own * factors.to(own).unsqueeze(1)
         allowed = _UNITS * torch.finfo(own.dtype).eps * expected.abs().amax(1, keepdim=True)
         if bool(((other - expected).abs() > allowed).any()):

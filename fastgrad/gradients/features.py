@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,9 +16,10 @@ from fastgrad._torch import original, outside_of_compilation, pytree
 from fastgrad.batches import batch_size, choices, class_logits, input_tensors, logits_of, one_for_none, take
 from fastgrad.engine.norms import squared_norms
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
-from fastgrad.engine.run import Recorded, Structure, known_structure, run
 from fastgrad.engine.routes import Route, routes_of
+from fastgrad.engine.run import known_structure, run
 from fastgrad.engine.state import State, detach_plain, evaluated
+from fastgrad.engine.structure import Recorded, Structure
 from fastgrad.gradients.contrasts import check_target
 from fastgrad.ops.dispatch import IMPLEMENTATIONS, bind_contextvar, choose, implementation
 
@@ -103,6 +105,7 @@ class GradientFeatures:
         self._names()
         refuse_mixing(self.model, training=False)
         self._latest: Recorded | None = None
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the latest call, which belongs to a graph."""
         return {**self.__dict__, "_latest": None}
@@ -192,7 +195,9 @@ class GradientFeatures:
         pairs = zip(self.model.parameters(), model.parameters(), strict=True)
         wanted = {id(own): own for p, own in pairs if id(p) in names}
         with bind_contextvar(implementation, self.impl):
-            output, recorded = run(model, model, args, kwargs, wanted, self.model, undo=True)
+            output, recorded = run(
+                model, functools.partial(_logits, model), args, kwargs, wanted, self.model, undo=True
+            )
         self._latest, self._keys = recorded, list(wanted)
         logits = class_logits(output, batch_size(args, kwargs))
         z = logits.detach()
@@ -246,7 +251,7 @@ def signal_sqnorms(
 ) -> Tensor:
     """Return squared norms ``(S, B, P)`` of gradients of the wanted parameters, or logarithms, finite even for zeros.
 
-    ``delta`` ``(S, B, N)`` holds S gradients of a call's output, in float64 for ``log``, as their squares may underflow.
+    ``delta`` ``(S, B, N)`` holds S gradients of a call's output, in float64 for ``log``, because squares may underflow.
     """
     # If the backward pass is linear in delta, scaling delta to unit size keeps every intermediate square in range.
     scale = delta.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(delta.dtype).tiny)
@@ -264,6 +269,11 @@ def signal_sqnorms(
     scale = scale.to(norms.dtype)
     # In this order, no intermediate product leaves the dtype's range if the result is within it.
     return norms * scale * scale
+
+
+def _logits(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """Call a model; other outputs than its logits are no matter."""
+    return logits_of(model(*args, **kwargs))
 
 
 def _check_target(target: object, names: Sequence[str]) -> None:

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from fastgrad import checks
 from fastgrad._torch import in_backward, is_transformed, next_number, number_of, original, outside_of_compilation
-from fastgrad.losses import compute_dtype
 from fastgrad.engine import graph
 from fastgrad.engine.modules import Redirect
 from fastgrad.engine.norms import squared_norms
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
-from fastgrad.engine.run import Recorded, run
+from fastgrad.engine.run import run
+from fastgrad.engine.structure import Recorded, Structure
+from fastgrad.losses import compute_dtype
 
 
 class _Active(threading.local):
@@ -282,7 +283,7 @@ def reached(recording: record, outputs: Sequence[Tensor], names: Mapping[int, st
             )
     if not calls:
         if recording.batches == {0}:
-            return [Recorded({}, 0, [], None)]  # type: ignore[arg-type]
+            return [Recorded({}, 0, [], Structure())]
         raise RuntimeError(
             "outputs must be computed from calls of the recorded model, with gradients enabled; they reach none"
         )

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fastgrad._torch import functorch, lowered, next_number, pytree, saved_tensor_hooks
+from fastgrad.layers.formula import Copies, Formula
+from fastgrad.layers.probe import tap
 from fastgrad.losses import compute_dtype
 from fastgrad.ops.dispatch import implementation
-from fastgrad.layers.probe import tap
-from fastgrad.layers.formula import Copies, Formula
 
 
 class NotPerSampleError(ValueError):

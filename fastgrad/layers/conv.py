@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgrad._torch import next_number
-from fastgrad.ops.conv.geometry import per_axis
-from fastgrad.ops.conv.sqnorm import conv_sqnorm
-from fastgrad.ops.dispatch import implementation
 from fastgrad.layers.call import Call
 from fastgrad.layers.formula import Formula, Tensors
 from fastgrad.layers.reduce import sqnorm, upcast
+from fastgrad.ops.conv.geometry import per_axis
+from fastgrad.ops.conv.sqnorm import conv_sqnorm
+from fastgrad.ops.dispatch import implementation
 
 Ints = tuple[int, ...]
 
@@ -63,7 +63,8 @@ class Convolution(Formula):
         a, g = upcast(saved[0], gradients[0])
         a, g = (t.unflatten(0, (-1, o.images)) for t in (a, g))
         if slot:
-            return g.flatten(3).sum((1, 3))
+            bias: Tensor = g.flatten(3).sum((1, 3))
+            return bias
         samples, weight = a.shape[0], a.new_empty(self._shape)
         each = [
             torch.ops.aten.convolution_backward(
@@ -116,7 +117,7 @@ def conv(
     else:
         pads = (0,) * axes if isinstance(padding, str) else per_axis(padding, axes)
 
-    def on_batch() -> Tensor:
+    def on_batch() -> Any:
         begin = next_number()
         x = call.physical(input)
         x = call.spread(input, x)
@@ -134,12 +135,11 @@ def conv(
     return call.on_batch(on_batch)
 
 
+_PLAIN: tuple[Any, ...] = (torch.conv1d, torch.conv2d, torch.conv3d)
+_TRANSPOSED: tuple[Any, ...] = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
 #: By the function, its rule.
-CONVOLUTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    function: functools.partial(conv, function, axes, transposed)
-    for transposed, functions in (
-        (False, (torch.conv1d, torch.conv2d, torch.conv3d)),
-        (True, (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)),
-    )
+CONVOLUTIONS: dict[Any, Callable[..., Any]] = {
+    function: functools.partial(conv, function, axes, functions is _TRANSPOSED)
+    for functions in (_PLAIN, _TRANSPOSED)
     for axes, function in enumerate(functions, 1)
 }

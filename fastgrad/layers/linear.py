@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgrad._torch import next_number
-from fastgrad.ops.conv.sqnorm import linear_sqnorm
-from fastgrad.ops.dispatch import implementation
 from fastgrad.layers.call import Call
 from fastgrad.layers.formula import Formula, Tensors
 from fastgrad.layers.reduce import positions_first, sqnorm, upcast
+from fastgrad.ops.conv.sqnorm import linear_sqnorm
+from fastgrad.ops.dispatch import implementation
 
 
 def weight_sqnorm(a: Tensor, g: Tensor) -> Tensor:
@@ -85,14 +85,14 @@ class Table(Formula):
     def gradient(self, saved: Tensors, gradients: Tensors, slot: int) -> Tensor:
         index, g = self._given(saved, gradients)
         table = g.new_zeros(len(g), self._rows, g.shape[2])
-        return table.scatter_add(1, index.unsqueeze(2).expand_as(g), g)
+        return torch.scatter_add(table, 1, index.unsqueeze(2).expand_as(g), g)
 
 
 STRAIGHT, TURNED = Product(turned=False), Product(turned=True)
 
 
 def _product(call: Call, run: Callable[..., Tensor], x: Tensor, w: Tensor, b: Any, formula: Product) -> Tensor:
-    def on_batch() -> Tensor:
+    def on_batch() -> Any:
         begin = next_number()
         a = call.spread(x, call.physical(x))
         return call.tapped([run(a, w, b)], [a], [w, b], formula, begin)[0]
@@ -136,7 +136,7 @@ def embedding(
         return NotImplemented
     padding = None if padding_idx is None else padding_idx % weight.shape[0]
 
-    def on_batch() -> Tensor:
+    def on_batch() -> Any:
         begin = next_number()
         index = call.spread(input, call.physical(input))
         out = F.embedding(index, weight, padding_idx, sparse=sparse)
@@ -158,7 +158,7 @@ def embedding_bag(
     *options: Any,
     **named: Any,
 ) -> Any:
-    """Rule for ``torch.nn.functional.embedding_bag`` with sparse gradients, which copies for each sample cannot have."""
+    """Rule for ``torch.nn.functional.embedding_bag`` with sparse gradients, which copies cannot have."""
     if not sparse or not call.owns(weight) or max_norm is not None or scale_grad_by_freq:
         return NotImplemented
     table = call.copy_of(weight)

@@ -46,7 +46,8 @@ class BatchNorm(Normalisation):
         self._mean, self._var, self._eps = mean.detach(), var.detach(), eps
 
     def _by_statistics(self, a: Tensor) -> Tensor:
-        return F.batch_norm(a, self._mean.to(a.dtype), self._var.to(a.dtype), eps=self._eps)
+        normalized: Tensor = F.batch_norm(a, self._mean.to(a.dtype), self._var.to(a.dtype), eps=self._eps)
+        return normalized
 
     def sqnorms(self, saved: Tensors, gradients: Tensors, slots: Sequence[int]) -> list[Tensor]:
         (a,), (g,) = saved, gradients
@@ -69,7 +70,7 @@ def _channels(
 ) -> Any:
     """Run a normalisation of channels; ``make(images)`` gives its formula."""
 
-    def on_batch() -> Tensor:
+    def on_batch() -> Any:
         begin = next_number()
         x = call.spread(input, call.physical(input))
         images = x.shape[1]
@@ -180,7 +181,7 @@ def _over_last(
         return NotImplemented
     formula = Normalisation(lambda a: run(a, None, None), len(shape), 1)
 
-    def on_batch() -> Tensor:
+    def on_batch() -> Any:
         begin = next_number()
         x = call.spread(input, call.physical(input))
         return call.tapped([run(x, weight, bias)], [x], [weight, bias], formula, begin)[0]

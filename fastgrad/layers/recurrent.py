@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgrad._torch import next_number
-from fastgrad.losses import compute_dtype
 from fastgrad.layers.call import Call, Refused
 from fastgrad.layers.formula import Formula, Tensors
 from fastgrad.layers.linear import bias_sqnorm, weight_sqnorm
 from fastgrad.layers.reduce import leaf
+from fastgrad.losses import compute_dtype
 
 
 class _Direction:
@@ -88,9 +88,10 @@ class Recurrent(Formula):
         dtype = compute_dtype(gradients[0].dtype)
         x, *states = (t.to(dtype) for t in saved)
         hiddens, cells = states[0], states[-1]
-        per, directions = len(self._names), []
+        per = len(self._names)
+        directions: list[_Direction] = []
         with torch.enable_grad():
-            for layer in range(self._layers):
+            for _ in range(self._layers):
                 for back in range(self._both):
                     at = len(directions)
                     own = dict(zip(self._names, self._weights[at * per : (at + 1) * per], strict=True))

@@ -35,7 +35,7 @@ def dropout(call: Call, input: Tensor, p: float = 0.5, training: bool = True, in
     if not call.is_batched(input) or not training:
         return NotImplemented
 
-    def on_batch() -> Tensor:
+    def on_batch() -> Any:
         x = call.physical(input)
         if call.rows is None:
             return F.dropout(x, p, training, inplace)
@@ -65,7 +65,7 @@ def attention(
         # Also one that was computed from parameters, and so is a copy per sample, (heads, T, T).
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
 
-    def on_batch() -> Tensor:
+    def on_batch() -> Any:
         q, k, v = (call.physical(t).flatten(0, 1) for t in (query, key, value))
         mask = attn_mask
         if attn_mask is not None and call.is_batched(attn_mask):
@@ -94,6 +94,8 @@ WHOLE: dict[Callable[..., Any], Callable[..., Any]] = {
     F.dropout: dropout,
     **{function: functools.partial(on_images, function) for function in IMAGES},
 }
+
+
 def contains(self: Tensor, element: Any) -> bool:
     """Compute ``Tensor.__contains__``."""
     return bool((self == element).any())

@@ -1,0 +1,241 @@
+"""A forward pass of a model on each sample of a batch: together under vmap, in groups by what it reads, or alone."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fastgrad._torch import StopRecomputation, has_global_hooks, hooks_of, pytree, vmap
+from fastgrad.batches import batch_size, same_class
+from fastgrad.engine.layout import Rows, Tree, flatten, is_object
+from fastgrad.engine.memory import lacks_memory
+from fastgrad.engine.mode import PerSample, Split
+from fastgrad.engine.modules import replaced
+from fastgrad.engine.state import Place, State
+from fastgrad.engine.structure import Alone, Structure
+from fastgrad.layers.call import Call, NotPerSampleError, Refused
+
+
+@dataclass
+class Outcome:
+    """What one part of a batch gave: outputs and changed attributes, as `Rows` of its samples or other values."""
+
+    index: Tensor | None  # which samples; None for all
+    part: Call | Alone
+    output: Tree
+    attributes: dict[Place, Tree]
+    #: Tensors of one sample that someone, such as a hook, kept, and the batches behind them.
+    kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+
+class Plain(TorchFunctionMode):
+    """Looks at results, and keeps PyTorch's attention from its fused paths, as `PerSample` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes, self.precision = 0, 0.0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.bytes += out.numel() * out.element_size()
+            if out.is_floating_point():
+                self.precision = max(self.precision, torch.finfo(out.dtype).eps)
+        return out
+
+
+class Pass:
+    """A call of ``forward``, that of ``model``; ``parameters`` are those whose gradients count, by id.
+
+    With ``undo`` the model is left as it was, and ``forward`` is a call of the model with its hooks.
+    """
+
+    def __init__(
+        self, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, parameters: Mapping[int, Tensor],
+        *, undo: bool,
+    ) -> None:  # fmt: skip
+        self.model, self.forward, self.parameters, self.undo = model, forward, parameters, undo
+        self.samples = batch_size(args, kwargs)
+        self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
+        #: Inputs that may hold tensors in attributes, such as caches.
+        self.objects = [x for x in self.leaves if is_object(x)]
+        modules = list(model.modules())
+        self.training = any(module.training for module in modules)
+        self.hooks = sum(len(table) for module in modules for table in hooks_of(module))
+
+    def key(self) -> Any:
+        """Return the structure of the inputs and of the model."""
+        inputs = tuple(
+            (x.dim(), x.dtype, bool(x.dim()) and x.shape[0] == self.samples, x.requires_grad)
+            if isinstance(x, Tensor)
+            else type(x)
+            for x in self.leaves
+        )
+        return inputs, self.spec, self.samples == 1, self.training, self.hooks
+
+    def call_of(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments that have these leaves."""
+        args, kwargs = pytree.tree_unflatten(list(leaves), self.spec)
+        return args, kwargs
+
+    def copied_leaves(self) -> list[Any]:
+        """Return the inputs' leaves, copied if a call may write to them."""
+        return [
+            x.detach().clone().requires_grad_(x.requires_grad)
+            if isinstance(x, Tensor)
+            else copy.copy(x)
+            if isinstance(x, (set, list, dict))
+            else x
+            for x in self.leaves
+        ]
+
+    def ordinary(self) -> tuple[Plain, Tree]:
+        """Call the model on the whole batch; its outputs have no graph."""
+        # As in the call itself, gradients are enabled: hooks of tensors cannot be registered without.
+        args, kwargs = self.call_of(self.copied_leaves())
+        with warnings.catch_warnings(), Plain() as plain:
+            warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
+            values, rebuilt, names = flatten(self.forward(*args, **kwargs))
+        # Autocast keeps casts of parameters, and these belong to another graph.
+        torch.clear_autocast_cache()
+        return plain, ([v.detach() if isinstance(v, Tensor) else v for v in values], rebuilt, names)
+
+    def outcomes(self, structure: Structure, state: State) -> list[Outcome]:
+        """Run all samples: together, in groups of those with which the model reads the same values, or alone."""
+        found: list[Outcome] = []
+        waiting: list[Tensor | None] = [None]
+        if not structure.alone and self._hooks_gradients():
+            structure.alone, structure.foreign = "a hook may change its gradients (full backward hook)", True
+        while waiting:
+            index = waiting.pop(0)
+            leaves, again = self._taken(structure, index), False
+            with state.own_buffers() if self.undo or found or index is not None else contextlib.nullcontext():
+                try:
+                    if structure.alone:
+                        found += self._alone(structure, state, leaves, index)
+                    else:
+                        found.append(self._together(structure, state, leaves, index))
+                except Split as split:
+                    whole = torch.arange(self.samples) if index is None else index
+                    values = split.values.to(whole.device)
+                    groups: list[Tensor | None] = [whole[(values == v).all(1)] for v in values.unique(dim=0)]
+                    waiting, again = groups + waiting, True
+                except (NotPerSampleError, StopRecomputation):
+                    raise
+                except Exception as error:
+                    if lacks_memory(error):
+                        raise
+                    if structure.alone:
+                        raise self._of_samples(error, state) from error
+                    _other_way(structure, error)
+                    waiting, found, again = [None], [], True
+            if again or waiting:
+                state.restore()
+        return found
+
+    def _of_samples(self, error: Exception, state: State) -> Exception:
+        """Return the error to raise where a sample alone fails: the model's own, if the batch fails as well."""
+        state.restore()
+        try:
+            self.ordinary()
+        except Exception:
+            return error
+        state.restore()
+        return NotPerSampleError(
+            "model must run on each sample alone, as a batch of one; it runs on the batch, but on one sample it raised "
+            f"{type(error).__name__}: {error}"
+        )
+
+    def _hooks_gradients(self) -> bool:
+        """Whether modules that the call runs have hooks of gradients."""
+        modules = [m for m in self.model.modules() if m is not self.model or self.undo]
+        return has_global_hooks(backward=True) or any(m._backward_hooks or m._backward_pre_hooks for m in modules)
+
+    def _taken(self, structure: Structure, index: Tensor | None) -> list[Any]:
+        if index is None:
+            return self.leaves
+        taken: dict[int, Tensor] = {}
+        for x, carries in zip(self.leaves, structure.carriers, strict=True):
+            if carries and id(x) not in taken:
+                taken[id(x)] = x.index_select(0, index.to(x.device))
+        return [taken.get(id(x), x) if c else x for x, c in zip(self.leaves, structure.carriers, strict=True)]
+
+    def _together(self, structure: Structure, state: State, leaves: list[Any], index: Tensor | None) -> Outcome:
+        carried = [i for i, carries in enumerate(structure.carriers) if carries]
+        # A tensor that is given twice stays one object: attention checks whether query and key are identical.
+        unique = {id(leaves[i]): leaves[i] for i in carried}
+        count = self.samples if index is None else len(index)
+        call = Call(self.parameters, count, index, self.samples, structure.spread_made)
+        seen: list[weakref.ref[Tensor]] | None = [] if self.hooks or has_global_hooks() else None
+        made: list[Outcome] = []
+
+        def rows(tree: Any) -> Tree:
+            values, rebuilt, names = flatten(tree)
+            every = [Rows(call.spread(v, call.physical(v))) if isinstance(v, Tensor) else v for v in values]
+            return every, rebuilt, names
+
+        def one(*tensors: Tensor) -> Tensor:
+            call.begin()
+            pairs = zip(unique.items(), tensors, strict=True)
+            of_sample = {key: same_class(x.unsqueeze(0), given) for (key, given), x in pairs}
+            own = list(leaves)
+            for i in carried:
+                own[i] = of_sample[id(leaves[i])]
+            args, kwargs = self.call_of(own)
+            with replaced(self.model, call), PerSample(call, seen):
+                output = self.forward(*args, **kwargs)
+            made.append(Outcome(index, call, rows(output), _written(state, rows)))
+            return tensors[0].detach()
+
+        vmap(one, randomness="different")(*unique.values())
+        alive = {id(t): t for ref in seen or () if (t := ref()) is not None}
+        made[0].kept = [(t, call.physical(t)) for t in alive.values()]
+        return made[0]
+
+    def _alone(self, structure: Structure, state: State, leaves: list[Any], index: Tensor | None) -> Iterator[Outcome]:
+        for i in range(self.samples if index is None else len(index)):
+            if i:
+                state.restore(numbers=False)
+            own = [x[i : i + 1] if c else x for x, c in zip(leaves, structure.carriers, strict=True)]
+            with state.own_buffers():
+                yield self._sample(state, own, torch.tensor([i]) if index is None else index[i : i + 1])
+
+    def _sample(self, state: State, leaves: list[Any], index: Tensor) -> Outcome:
+        part = Alone(self.model, self.parameters)
+
+        def rows(tree: Any) -> Tree:
+            values, rebuilt, names = flatten(tree)
+            # Views of their own: outputs that are computed from other outputs are no way to these.
+            values = [v.view_as(v) if isinstance(v, Tensor) and v.requires_grad else v for v in values]
+            part.outputs += [v for v in values if isinstance(v, Tensor) and v.requires_grad]
+            return [Rows(v.unsqueeze(0)) if isinstance(v, Tensor) else v for v in values], rebuilt, names
+
+        args, kwargs = self.call_of(leaves)
+        with part.swapped():
+            output = rows(self.forward(*args, **kwargs))
+        return Outcome(index, part, output, _written(state, rows))
+
+
+def _other_way(structure: Structure, error: Exception) -> None:
+    """Note how to run a model that cannot run under vmap as it is."""
+    structure.foreign |= isinstance(error, Refused) and error.hooked
+    text = str(error).partition("\n")[0]
+    if not structure.spread_made and "vmap" in text and "inplace" in text.replace("in-place", "inplace"):
+        structure.spread_made = True
+    else:
+        structure.alone = text or type(error).__name__
+
+
+def _written(state: State, rows: Callable[[Any], Tree]) -> dict[Place, Tree]:
+    """Return the changed attributes that hold tensors."""
+    found = {place: rows(value) for place, value in state.changes().items()}
+    return {place: tree for place, tree in found.items() if any(isinstance(leaf, Rows) for leaf in tree[0])}

@@ -1,0 +1,105 @@
+"""What is known of a model for inputs of one structure, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastgrad.engine.layout import Layout
+from fastgrad.engine.state import Buffer, Place
+from fastgrad.layers.call import Call
+
+
+@dataclass(eq=False)
+class Structure:
+    """What the first run on inputs of a structure has shown."""
+
+    carriers: tuple[bool, ...] = ()  # which inputs have a row for each sample
+    layouts: list[Layout | None] = field(default_factory=list)  # of each output; None for what is no tensor
+    names: list[str] = field(default_factory=list)  # of each output
+    attributes: dict[Place, list[Layout | None]] = field(default_factory=dict)
+    written: frozenset[Buffer] = frozenset()  # buffers that a call writes to
+    writes: bool = False  # whether a call changes attributes, buffers or random numbers
+    ordinary: bool = False  # whether only an ordinary call changes them as it should
+    spread_made: bool = False  # see `fastgrad.layers.call.Call`
+    alone: str = ""  # why samples run alone
+    bytes_of_element: float = 0.0  # of what functions gave for each number of the inputs
+    #: Whether gradients may not be in proportion to those of the outputs: functions of autograd, or hooks.
+    foreign: bool = False
+    batches: bool = False  # whether several gradients are known to go back together
+
+
+class Alone:
+    """One sample that ran as it is: its gradients are those of its own ``outputs``.
+
+    Frozen parameters were ``thawed`` for it, by their ids.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Mapping[int, Tensor]) -> None:
+        frozen = {key: p for key, p in parameters.items() if not p.requires_grad}
+        self.thawed = {key: p.detach().clone().requires_grad_() for key, p in frozen.items()}
+        self.outputs: list[Tensor] = []
+        self._model = model
+
+    @contextlib.contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Have the model use these copies of frozen parameters, which require gradients."""
+        tables = [module._parameters for module in self._model.modules()] if self.thawed else []
+        places = [(table, name, p) for table in tables for name, p in table.items() if id(p) in self.thawed]
+        try:
+            for table, name, p in places:
+                table[name] = self.thawed[id(p)]  # type: ignore[assignment]
+            yield
+        finally:
+            for table, name, p in places:
+                table[name] = p
+
+
+@dataclass(eq=False)
+class Recorded:
+    """A run of a model on a batch; it lives as long as the graph of its outputs."""
+
+    parameters: Mapping[int, Tensor]
+    samples: int
+    #: Which samples, None for all in order, and how they ran.
+    parts: list[tuple[Tensor | None, Call | Alone]]
+    structure: Structure
+    #: Nodes of the graph behind the call's inputs.
+    inputs: list[Any] = field(default_factory=list)
+
+    @property
+    def hooked(self) -> bool:
+        """Whether tensors that the call saved go through hooks, as those of a checkpoint around it."""
+        return any(isinstance(part, Call) and part.hooks is not None for _, part in self.parts)
+
+    def forget_graphs(self) -> None:
+        """Keep only how samples ran."""
+        for _, part in self.parts:
+            if isinstance(part, Alone):
+                part.outputs.clear()
+
+
+class _Known:
+    """Structures by model and key; by ids, because modules may define equality."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[weakref.ref[nn.Module], dict[Any, Structure]]] = {}
+        self._lock = threading.Lock()
+
+    def of(self, model: nn.Module) -> dict[Any, Structure]:
+        with self._lock:
+            ref, found = self._held.get(id(model), (None, {}))
+            if ref is None or ref() is not model:
+                key, found = id(model), {}
+                self._held[key] = weakref.ref(model, lambda _: self._held.pop(key, None)), found
+            return found
+
+
+#: ``known.of(model)``: what is known of a model, by the structure of inputs, the latest last.
+known = _Known()
