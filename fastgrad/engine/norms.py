@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fastgrad._torch import vmap
 from fastgrad.engine.structure import Alone, Recorded
-from fastgrad.layers.call import Use
+from fastgrad.layers.call import COPIES, Use
 from fastgrad.layers.formula import Formula
-from fastgrad.layers.linear import Product, joined, weight_sqnorm
+from fastgrad.layers.linear import STRAIGHT, Table, sum_sqnorm
 from fastgrad.layers.probe import visiting
 from fastgrad.layers.reduce import sqnorm
 from fastgrad.losses import compute_dtype
@@ -54,7 +54,8 @@ class Dense(Share):
     """Gradients of one sample that ran alone."""
 
     def __init__(self, row: int, value: Tensor) -> None:
-        self.rows, self._value = [row], value.unsqueeze(0)
+        super().__init__([row], COPIES, 0, ([], [value.unsqueeze(0)]))
+        self._value = value.unsqueeze(0)
 
     def gradient(self, places: slice) -> Tensor:
         return self._value
@@ -242,15 +243,12 @@ class _Backward:
             return shares[0].rows, shares[0].sqnorms()
         rows = shares[0].rows
         if all(share.rows == rows for share in shares):
-            forms = {type(share.formula) for share in shares}
-            if (
-                forms == {Product}
-                and len({(share.formula, share.slot) for share in shares}) == 1
-                and not shares[0].slot
-            ):
-                whole = slice(0, len(rows))
-                factors = [share.formula.factors(*share.given(whole), share.slot) for share in shares]
-                return rows, weight_sqnorm(*joined([f for f in factors if f is not None]))
+            whole = slice(0, len(rows))
+            products = [s for s in shares if s.formula is STRAIGHT and not s.slot]
+            tables = [s for s in shares if isinstance(s.formula, Table)]
+            if len(products) + len(tables) == len(shares):
+                factors = [STRAIGHT.factors(*s.given(whole), 0) for s in products]
+                return rows, sum_sqnorm(factors, [s.formula.rows(*s.given(whole)) for s in tables])
             size = max(1, CHUNK_BYTES // max(1, self.wanted[key].numel() * 8))
             parts = [
                 sqnorm(sum((share.gradient(slice(i, min(i + size, len(rows)))) for share in shares[1:]),

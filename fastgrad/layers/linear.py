@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +16,8 @@ from fastgrad.layers.reduce import positions_first, sqnorm, upcast
 from fastgrad.ops.conv.sqnorm import linear_sqnorm
 from fastgrad.ops.dispatch import implementation
 
+Factors = tuple[Tensor, Tensor]
+
 
 def weight_sqnorm(a: Tensor, g: Tensor) -> Tensor:
     """Return squared norms ``(B,)`` of weight gradients ``sum_t g_t a_t^T`` from ``(B, T, C)`` and ``(B, T, O)``."""
@@ -30,6 +31,19 @@ def bias_sqnorm(g: Tensor) -> Tensor:
     """Return squared norms of bias gradients, the sum of ``g`` over positions: ``(B, T, O) -> (B,)``."""
     (g,) = upcast(g)
     return sqnorm(g[:, 0] if g.shape[1] == 1 else g.sum(1))
+
+
+def row_sqnorm(index: Tensor, g: Tensor) -> Tensor:
+    """Return squared norms ``(B,)`` of a table's gradients, from indices ``(B, T)`` and gradients ``(B, T, C)``.
+
+    Positions with the same index add up before the norm is taken: position t adds ``||s_t||^2 / c_t``, where ``s_t``
+    sums ``g`` over the c_t positions with its index. Unlike a sum over pairs, this has no negative terms, so nothing
+    cancels.
+    """
+    if g.shape[1] == 1:
+        return sqnorm(g[:, 0])
+    same = (index.unsqueeze(1) == index.unsqueeze(2)).to(g.dtype)
+    return (torch.bmm(same, g).square().sum(2) / same.sum(2)).sum(1)
 
 
 class Product(Formula):
@@ -50,7 +64,7 @@ class Product(Formula):
             return g.sum(1)
         return a.mT @ g if self._turned else g.mT @ a
 
-    def factors(self, saved: Tensors, gradients: Tensors, slot: int) -> tuple[Tensor, Tensor] | None:
+    def factors(self, saved: Tensors, gradients: Tensors, slot: int) -> Factors:
         a, g = (positions_first(x, 1) for x in upcast(saved[0], gradients[0]))
         return (g.new_ones(g.shape[0], g.shape[1], 1), g) if slot else (a, g)
 
@@ -63,7 +77,8 @@ class Table(Formula):
     def __init__(self, rows: int, padding: int | None) -> None:
         self._rows, self._padding = rows, padding
 
-    def _given(self, saved: Tensors, gradients: Tensors) -> tuple[Tensor, Tensor]:
+    def rows(self, saved: Tensors, gradients: Tensors) -> tuple[Tensor, Tensor]:
+        """Return indices ``(B, T)`` and the gradients ``(B, T, C)`` of their rows."""
         (g,) = upcast(positions_first(gradients[0], 1))
         index = saved[0].reshape(g.shape[0], g.shape[1])
         if self._padding is not None:
@@ -71,19 +86,10 @@ class Table(Formula):
         return index, g
 
     def sqnorms(self, saved: Tensors, gradients: Tensors, slots: Sequence[int]) -> list[Tensor]:
-        """Add up positions with the same index before the norm is taken.
-
-        Position t adds ``||s_t||^2 / c_t``, where ``s_t`` sums ``g`` over the c_t positions with its index. Unlike a
-        sum over pairs of positions, this has no negative terms, so nothing cancels.
-        """
-        index, g = self._given(saved, gradients)
-        if g.shape[1] == 1:
-            return [sqnorm(g[:, 0])]
-        same = (index.unsqueeze(1) == index.unsqueeze(2)).to(g.dtype)
-        return [(torch.bmm(same, g).square().sum(2) / same.sum(2)).sum(1)]
+        return [row_sqnorm(*self.rows(saved, gradients))]
 
     def gradient(self, saved: Tensors, gradients: Tensors, slot: int) -> Tensor:
-        index, g = self._given(saved, gradients)
+        index, g = self.rows(saved, gradients)
         table = g.new_zeros(len(g), self._rows, g.shape[2])
         return torch.scatter_add(table, 1, index.unsqueeze(2).expand_as(g), g)
 
@@ -91,7 +97,7 @@ class Table(Formula):
 STRAIGHT, TURNED = Product(turned=False), Product(turned=True)
 
 
-def _product(call: Call, run: Callable[..., Tensor], x: Tensor, w: Tensor, b: Any, formula: Product) -> Tensor:
+def _product(call: Call, run: Callable[..., Tensor], x: Tensor, w: Tensor, b: Any, formula: Product) -> Any:
     def on_batch() -> Any:
         begin = next_number()
         a = call.spread(x, call.physical(x))
@@ -165,12 +171,21 @@ def embedding_bag(
     return F.embedding_bag(input, table, offsets, None, norm_type, False, mode, False, *options, **named)
 
 
-def joined(a: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return the factors of the sum of gradients with these factors: their positions side by side."""
-    left, right = zip(*a, strict=True)
-    return torch.cat(left, 1), torch.cat(right, 1)
+def sum_sqnorm(products: Sequence[Factors], rows: Sequence[Factors]) -> Tensor:
+    """Return squared norms ``(B,)`` of the sums of gradients of one matrix ``(V, C)``.
 
-
-def dense_bytes(parameter: Tensor) -> int:
-    """Return the bytes of one sample's gradient of a parameter."""
-    return math.prod(parameter.shape) * 4
+    ``products`` are inputs ``(B, T, C)`` and output gradients ``(B, T, V)`` of linear functions; ``rows`` are indices
+    ``(B, T)`` and gradients ``(B, T, C)`` of a table's rows. The sum over functions is one over all positions, so no
+    gradient is formed: a row at t and a product at s meet in ``d[s, index[t]] (a[s] . g[t])``.
+    """
+    norms = []
+    if products:
+        a, d = (torch.cat(each, 1) for each in zip(*products, strict=True))
+        norms.append(weight_sqnorm(a, d))
+    if rows:
+        index, g = (torch.cat(each, 1) for each in zip(*rows, strict=True))
+        norms.append(row_sqnorm(index, g))
+    if len(norms) == 2:
+        at = d.gather(2, index.unsqueeze(1).expand(-1, d.shape[1], -1))
+        norms.append(2 * (at.double() * (a @ g.mT)).sum((1, 2)).to(g.dtype))
+    return torch.stack(norms).sum(0)
