@@ -50,20 +50,6 @@ def _of(t: Tensor, places: slice, count: int) -> Tensor:
     return t[slice(places.start * times, places.stop * times)]
 
 
-class Dense(Share):
-    """Gradients of one sample that ran alone."""
-
-    def __init__(self, row: int, value: Tensor) -> None:
-        super().__init__([row], COPIES, 0, ([], [value.unsqueeze(0)]))
-        self._value = value.unsqueeze(0)
-
-    def gradient(self, places: slice) -> Tensor:
-        return self._value
-
-    def sqnorms(self) -> Tensor:
-        return sqnorm(self._value)
-
-
 def squared_norms(
     calls: Iterable[Recorded],
     outputs: Sequence[Tensor],
@@ -209,7 +195,7 @@ class _Backward:
             grads = found[at : at + len(part.outputs)]
             at += len(part.outputs)
             for key, value in self._own(part, grads, keep).items():
-                shares.setdefault(key, []).append(Dense(row, value))
+                shares.setdefault(key, []).append(Share([row], COPIES, 0, ([], [value.unsqueeze(0)])))
         for key, each in shares.items():
             self._put(result, key, *self._of_sum(key, each))
         return result
@@ -245,10 +231,9 @@ class _Backward:
         if all(share.rows == rows for share in shares):
             whole = slice(0, len(rows))
             products = [s for s in shares if s.formula is STRAIGHT and not s.slot]
-            tables = [s for s in shares if isinstance(s.formula, Table)]
+            tables = [s.formula.rows(*s.given(whole)) for s in shares if isinstance(s.formula, Table)]
             if len(products) + len(tables) == len(shares):
-                factors = [STRAIGHT.factors(*s.given(whole), 0) for s in products]
-                return rows, sum_sqnorm(factors, [s.formula.rows(*s.given(whole)) for s in tables])
+                return rows, sum_sqnorm([STRAIGHT.factors(*s.given(whole), 0) for s in products], tables)
             size = max(1, CHUNK_BYTES // max(1, self.wanted[key].numel() * 8))
             parts = [
                 sqnorm(sum((share.gradient(slice(i, min(i + size, len(rows)))) for share in shares[1:]),
