@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fastgrad.detector.model import TwoStageModel
     from fastgrad.gradients.clipping import clip_gradients
     from fastgrad.gradients.features import GradientFeatures
+    from fastgrad.gradients.gram import grad_gram, grad_square_sum
     from fastgrad.gradients.noise_scale import NoiseScale
     from fastgrad.gradients.recorder import grad_sqnorm, record
     from fastgrad.introspection import IntrospectiveClassifier
@@ -41,7 +42,9 @@ _LAZY = {
     "UncertaintyDetector": "fastgrad.detector",
     "clip_gradients": "fastgrad.gradients.clipping",
     "export": "fastgrad.deploy.file.export",
+    "grad_gram": "fastgrad.gradients.gram",
     "grad_sqnorm": "fastgrad.gradients.recorder",
+    "grad_square_sum": "fastgrad.gradients.gram",
     "record": "fastgrad.gradients.recorder",
     "threshold_for": "fastgrad.metrics",
 }
@@ -58,7 +61,9 @@ __all__ = [
     "contrast_rows_linear",
     "contrast_sqnorm",
     "export",
+    "grad_gram",
     "grad_sqnorm",
+    "grad_square_sum",
     "linear_contrast_sqnorm",
     "linear_contrast_stats",
     "record",

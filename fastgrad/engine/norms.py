@@ -8,47 +8,15 @@ import torch
 from torch import Tensor
 
 from fastgrad._torch import vmap
+from fastgrad.engine.backward import CHUNK_BYTES, Backward, Given, Share
 from fastgrad.engine.layout import agree
-from fastgrad.engine.structure import Alone, Recorded
-from fastgrad.layers.call import COPIES, Use
-from fastgrad.layers.formula import Formula
+from fastgrad.engine.structure import Recorded
+from fastgrad.layers.call import Use
 from fastgrad.layers.linear import STRAIGHT, Table, sum_sqnorm
 from fastgrad.layers.probe import visiting
 from fastgrad.layers.reduce import sqnorm
 from fastgrad.losses import compute_dtype
 from fastgrad.ops.dispatch import bind_contextvar, implementation
-
-#: Bytes of per-sample gradients held at once.
-CHUNK_BYTES = 64 * 2**20
-#: What a formula needs: saved tensors and output gradients, of all samples of a part.
-Given = tuple[Sequence[Tensor], Sequence[Tensor]]
-
-
-class Share:
-    """One use's part in the gradients of a parameter, for the samples of a part of a batch."""
-
-    def __init__(self, rows: list[int], formula: Formula, slot: int, given: Given) -> None:
-        self.rows, self.formula, self.slot, self._given = rows, formula, slot, given
-
-    def given(self, places: slice) -> Given:
-        """Return what the formula needs, for some of the samples."""
-        saved, gradients = self._given
-        count = len(self.rows)
-        return [_of(t, places, count) for t in saved], [_of(t, places, count) for t in gradients]
-
-    def gradient(self, places: slice) -> Tensor:
-        """Return gradients ``(b, *shape)`` of some of the samples."""
-        return self.formula.gradient(*self.given(places), self.slot)
-
-    def sqnorms(self) -> Tensor:
-        """Return squared norms ``(B,)`` of this share alone."""
-        return self.formula.sqnorms(*self._given, [self.slot])[0]
-
-
-def _of(t: Tensor, places: slice, count: int) -> Tensor:
-    """Return the rows of some samples; a sample may have several, side by side."""
-    times = t.shape[0] // count
-    return t[slice(places.start * times, places.stop * times)]
 
 
 def squared_norms(
@@ -64,35 +32,10 @@ def squared_norms(
 
     Arguments are as in `torch.autograd.grad`; ``keep`` keeps the graph for another call. All calls have B samples.
     """
-    return _Backward(list(calls), wanted).run(outputs, gradients, batched, keep)
+    return _Norms(calls, wanted).run(outputs, gradients, batched, keep)
 
 
-class _Backward:
-    def __init__(self, calls: list[Recorded], wanted: Mapping[int, Tensor]) -> None:
-        self.calls, self.wanted = calls, wanted
-        self.samples = calls[0].samples if calls else 0
-        self.uses: list[tuple[list[int], Use]] = []
-        self.alone: list[tuple[int, Alone]] = []
-        counts: dict[int, int] = {}
-        for recorded in calls:
-            seen: set[int] = set()
-            for index, part in recorded.parts:
-                rows = list(range(recorded.samples)) if index is None else index.tolist()
-                if isinstance(part, Alone):
-                    self.alone.append((rows[0], part))
-                    seen |= wanted.keys()
-                    continue
-                self.uses += [(rows, use) for use in part.uses if any(key in wanted for key in use.keys)]
-                # Samples of another group have uses of their own.
-                for key, count in part.counts.items():
-                    if count > 1:
-                        counts[key] = 2
-                    seen.add(key)
-            for key in seen:
-                counts[key] = counts.get(key, 0) + 1
-        #: Parameters with several uses, whose norm is that of the sum.
-        self.several = {key for key, count in counts.items() if count > 1}
-
+class _Norms(Backward):
     def run(
         self, outputs: Sequence[Tensor], gradients: Sequence[Tensor] | None, batched: bool, keep: bool
     ) -> dict[int, Tensor]:
@@ -128,12 +71,10 @@ class _Backward:
 
     def _once(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor] | None, keep: bool) -> dict[int, Tensor]:
         given: dict[int, Given] = {}
-        inputs = [use.probe for _, use in self.uses] + [out for _, part in self.alone for out in part.outputs]
-        if not inputs:
+        found = self.back(lambda _, use: self._visit(use, given), outputs, gradients, keep)
+        if not found:
             return {}
-        with visiting({id(use.probe): self._visit(use, given) for _, use in self.uses}):
-            found = torch.autograd.grad(outputs, inputs, gradients, retain_graph=keep, allow_unused=True)
-        return self._sums(found, given, keep)
+        return self._sums(found, given)
 
     def _together(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], keep: bool) -> dict[int, Tensor]:
         """Send several gradients back in one pass."""
@@ -163,7 +104,7 @@ class _Backward:
         rows = []
         for s in range(gradients[0].shape[0]):
             found = [norms[i][s] if i in norms else None for i in range(len(probes))]
-            rows.append(self._sums(found, {key: (saved, [g[s] for g in at]) for key, saved, at in later}, keep))
+            rows.append(self._sums(found, {key: (saved, [g[s] for g in at]) for key, saved, at in later}))
         return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
     def _visit(self, use: Use, given: dict[int, Given]) -> Callable[..., Tensor]:
@@ -183,7 +124,7 @@ class _Backward:
 
         return visit
 
-    def _sums(self, found: Sequence[Tensor | None], given: Mapping[int, Given], keep: bool) -> dict[int, Tensor]:
+    def _sums(self, found: Sequence[Tensor | None], given: Mapping[int, Given]) -> dict[int, Tensor]:
         """Put the norms of all parts of the batch together."""
         result: dict[int, Tensor] = {}
         shares: dict[int, list[Share]] = {}
@@ -197,12 +138,8 @@ class _Backward:
                     shares.setdefault(key, []).append(Share(rows, use.formula, slot, given[id(use.probe)]))
                 else:
                     self._put(result, key, rows, norms[:, column])
-        at = len(self.uses)
-        for row, part in self.alone:
-            grads = found[at : at + len(part.outputs)]
-            at += len(part.outputs)
-            for key, value in self._own(part, grads, keep).items():
-                shares.setdefault(key, []).append(Share([row], COPIES, 0, ([], [value.unsqueeze(0)])))
+        for key, share in self.of_alone(found):
+            shares.setdefault(key, []).append(share)
         for key, each in shares.items():
             self._put(result, key, *self._of_sum(key, each))
         return result
@@ -217,19 +154,6 @@ class _Backward:
             result[key] = norms.new_zeros(self.samples)
         result[key][torch.tensor(rows, device=norms.device)] = norms
 
-    def _own(self, part: Alone, gradients: Sequence[Tensor | None], keep: bool) -> dict[int, Tensor]:
-        """Return the gradients of a sample that ran alone."""
-        pairs = [(out, g) for out, g in zip(part.outputs, gradients, strict=True) if g is not None]
-        if not pairs:
-            return {}
-        outputs, at = zip(*pairs, strict=True)
-        leaves = {key: part.thawed.get(key, p) for key, p in self.wanted.items()}
-        with part.swapped():
-            own = torch.autograd.grad(outputs, list(leaves.values()), at, allow_unused=True, retain_graph=True)
-        return {
-            key: g.to_dense().to(compute_dtype(g.dtype)) for key, g in zip(leaves, own, strict=True) if g is not None
-        }
-
     def _of_sum(self, key: int, shares: list[Share]) -> tuple[list[int], Tensor]:
         """Return samples, and the squared norms of the sums of their gradients."""
         if len(shares) == 1:
@@ -240,7 +164,7 @@ class _Backward:
             products = [s for s in shares if s.formula is STRAIGHT and not s.slot]
             tables = [s.formula.rows(*s.given(whole)) for s in shares if isinstance(s.formula, Table)]
             if len(products) + len(tables) == len(shares):
-                return rows, sum_sqnorm([STRAIGHT.factors(*s.given(whole), 0) for s in products], tables)
+                return rows, sum_sqnorm([s.factors()[::-1] for s in products], tables)
             size = max(1, CHUNK_BYTES // max(1, self.wanted[key].numel() * 8))
             parts = [
                 sqnorm(sum((share.gradient(slice(i, min(i + size, len(rows)))) for share in shares[1:]),

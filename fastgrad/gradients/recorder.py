@@ -213,10 +213,25 @@ def grad_sqnorm(
     gradients = None if grad_outputs is None else checks.tensors("grad_outputs", grad_outputs)
     if is_grads_batched and gradients is None:
         raise ValueError("grad_outputs must be given when is_grads_batched is True; it was None")
-    if not _active.stack:
-        raise RuntimeError("grad_sqnorm must be called inside record(model)")
+    recording = active("grad_sqnorm")
     compute = outside_of_compilation(recorded_sqnorms)
-    return compute(_active.stack[-1], outputs, wanted, gradients, is_grads_batched, bool(retain_graph))
+    return compute(recording, outputs, wanted, gradients, is_grads_batched, bool(retain_graph))
+
+
+def active(name: str) -> record:
+    """Return the innermost recording of this thread, for the function of this name."""
+    if not _active.stack:
+        raise RuntimeError(f"{name} must be called inside record(model)")
+    return _active.stack[-1]
+
+
+def parameters_of(recording: record, wanted: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Return parameters of the recorded model by their ids; ValueError if one is not the model's."""
+    own = set(map(id, recording.model.parameters()))
+    for i, p in enumerate(wanted):
+        if id(p) not in own:
+            raise ValueError(f"params must be parameters of the recorded model; number {i} is not one")
+    return {id(p): p for p in wanted}
 
 
 def recorded_sqnorms(
@@ -228,11 +243,8 @@ def recorded_sqnorms(
     keep: bool,
 ) -> tuple[Tensor, ...]:
     """Compute `grad_sqnorm` for a given recording."""
+    asked = parameters_of(recording, wanted)
     names = {id(p): name for name, p in recording.model.named_parameters()}
-    for i, p in enumerate(wanted):
-        if id(p) not in names:
-            raise ValueError(f"params must be parameters of the recorded model; number {i} is not one")
-    asked = {id(p): p for p in wanted}
     calls = reached(recording, outputs, {key: names[key] for key in asked})
     rows = {recorded.samples for recorded in calls}
     leading = (gradients[0].shape[0],) if batched and gradients is not None else ()
@@ -272,8 +284,10 @@ def _norms_of(
     return squared_norms(own, outputs, gradients, asked, batched=batched, keep=keep)
 
 
-def reached(recording: record, outputs: Sequence[Tensor], names: Mapping[int, str]) -> list[Recorded]:
-    """Return the recorded calls that ``outputs`` reach.
+def reached(
+    recording: record, outputs: Sequence[Tensor], names: Mapping[int, str], argument: str = "outputs"
+) -> list[Recorded]:
+    """Return the recorded calls that ``outputs``, an ``argument`` of the caller, reach.
 
     Raise RuntimeError if they reach none. Raise ValueError if they reach one of these parameters, ids to names, in a
     call that ``torch.func`` transforms, or if a term of theirs reaches both a call and, outside of calls, one of these
@@ -284,20 +298,20 @@ def reached(recording: record, outputs: Sequence[Tensor], names: Mapping[int, st
         inside = [node for node in graph.nodes(outputs) if number_of(node) in numbers]
         if used := graph.uses(inside)[1] & names.keys():
             raise ValueError(
-                f"outputs must depend on {names[used.pop()]!r} through recorded calls of the model; they reach it in "
-                f"{what}"
+                f"{argument} must depend on {names[used.pop()]!r} through recorded calls of the model; they reach it "
+                f"in {what}"
             )
     if not calls:
         if recording.batches == {0}:
             return [Recorded({}, 0, [], Structure())]
         raise RuntimeError(
-            "outputs must be computed from calls of the recorded model, with gradients enabled; they reach none"
+            f"{argument} must be computed from calls of the recorded model, with gradients enabled; they reach none"
         )
     for nodes in graph.terms(outputs) if outside & names.keys() else ():
         called, used = graph.uses(nodes)
         if called and (used := used & names.keys()):
             raise ValueError(
-                f"outputs must depend on {names[min(used, key=list(names).index)]!r} through calls of the "
+                f"{argument} must depend on {names[min(used, key=list(names).index)]!r} through calls of the "
                 "recorded model or of its modules alone; it is used outside of them as well, as in another method than "
                 "forward. Call that from the forward of a module of your own, and record this"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from fastgrad.layers.call import Call
 from fastgrad.layers.formula import Formula, Tensors
 from fastgrad.layers.reduce import sqnorm, upcast
 from fastgrad.ops.conv.geometry import per_axis
+from fastgrad.ops.conv.gradient import Kernel, conv_factors, conv_gradient
 from fastgrad.ops.conv.sqnorm import conv_sqnorm
 from fastgrad.ops.dispatch import implementation
 
@@ -42,38 +44,42 @@ class Convolution(Formula):
     def __init__(self, options: Options, shape: Ints) -> None:
         self._options, self._shape = options, shape
 
-    def sqnorms(self, saved: Tensors, gradients: Tensors, slots: Sequence[int]) -> list[Tensor]:
-        o, a, g = self._options, saved[0], gradients[0]
-        if o.images > 1:  # one more axis, whose kernel is 1, sums over them
+    def _of_samples(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Kernel]:
+        """Return inputs and output gradients ``(B, C, *L)``: one more axis, whose kernel is 1, sums over images."""
+        o = self._options
+        one: Ints = (1,) if o.images > 1 else ()
+        zero: Ints = (0,) if o.images > 1 else ()
+        if o.images > 1:
             a, g = (t.unflatten(0, (-1, o.images)).movedim(1, 2) for t in (a, g))
-            o = o._replace(kernel=(1, *o.kernel), stride=(1, *o.stride), padding=(0, *o.padding))
-            o = o._replace(dilation=(1, *o.dilation))
+        axes = one + o.kernel, one + o.stride, zero + o.padding, one + o.dilation
+        return a, g, Kernel(*axes, o.groups, o.transposed)
+
+    def sqnorms(self, saved: Tensors, gradients: Tensors, slots: Sequence[int]) -> list[Tensor]:
+        a, g, o = self._of_samples(saved[0], gradients[0])
         return [
             sqnorm(upcast(g)[0].flatten(2).sum(2))
             if slot
-            else conv_sqnorm(
-                a, g, o.kernel, o.stride, o.padding, o.dilation, o.groups,
-                transposed=o.transposed, impl=implementation.get(),
-            )
+            else conv_sqnorm(a, g, *o[:5], transposed=o.transposed, impl=implementation.get())
             for slot in slots
-        ]  # fmt: skip
+        ]
 
     def gradient(self, saved: Tensors, gradients: Tensors, slot: int) -> Tensor:
-        o = self._options
-        a, g = upcast(saved[0], gradients[0])
-        a, g = (t.unflatten(0, (-1, o.images)) for t in (a, g))
+        return self.part(saved, gradients, slot, slice(None))
+
+    def part(self, saved: Tensors, gradients: Tensors, slot: int, at: slice) -> Tensor:
+        a, g, o = self._of_samples(saved[0], gradients[0])
         if slot:
-            bias: Tensor = g.flatten(3).sum((1, 3))
-            return bias
-        samples, weight = a.shape[0], a.new_empty(self._shape)
-        each = [
-            torch.ops.aten.convolution_backward(
-                g[i], a[i], weight, None, o.stride, o.padding, o.dilation, o.transposed, o.extra, o.groups,
-                [False, True, False],
-            )[1]
-            for i in range(samples)
-        ]  # fmt: skip
-        return torch.stack(each)
+            bias: Tensor = upcast(g)[0].flatten(2).sum(2)
+            return bias[:, at]
+        found = conv_gradient(a, g, o, at)
+        return found.reshape(*found.shape[:3], *self._shape[2:])
+
+    def positions(self, saved: Tensors, gradients: Tensors, slot: int) -> int:
+        image = saved[0] if self._options.transposed else gradients[0]
+        return 0 if slot or self._options.groups > 1 else math.prod(image.shape[2:]) * self._options.images
+
+    def factors(self, saved: Tensors, gradients: Tensors, slot: int) -> tuple[Tensor, Tensor]:
+        return conv_factors(*self._of_samples(saved[0], gradients[0]))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -30,12 +30,28 @@ class Formula:
         """Return each sample's gradient ``(B, *shape)`` of the parameter in ``slot``."""
         raise NotImplementedError
 
-    def factors(self, saved: Tensors, gradients: Tensors, slot: int) -> tuple[Tensor, Tensor] | None:
-        """Return ``(B, T, C)`` and ``(B, T, O)`` whose products, summed over T, are the gradient ``(B, C, O)``.
+    def part(self, saved: Tensors, gradients: Tensors, slot: int, at: slice) -> Tensor:
+        """Return each sample's gradient, of a part of the parameter.
 
-        The gradient may have its two dimensions in either order. None if it has no such form.
+        ``at`` are places in the parameter's dimension 0, or 1 if it has three dimensions or more: a convolution's
+        channels.
         """
-        return None
+        found = self.gradient(saved, gradients, slot)
+        if at == slice(None):
+            return found
+        return found[:, at] if found.dim() < 4 else found[:, :, at]
+
+    def positions(self, saved: Tensors, gradients: Tensors, slot: int) -> int:
+        """Return T if `factors` serve, or else 0."""
+        return 0
+
+    def factors(self, saved: Tensors, gradients: Tensors, slot: int) -> tuple[Tensor, Tensor]:
+        """Return ``(B, T, R)`` and ``(B, T, C)``, whose outer products, summed over T, are the gradient ``(B, R, C)``.
+
+        ``R`` is the parameter's dimension 0 and ``C`` all others. Rows of which a single entry is one and all others
+        are zero may be its indices, integers ``(B, T)``.
+        """
+        raise NotImplementedError
 
 
 class Copies(Formula):

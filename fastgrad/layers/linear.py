@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,9 +65,18 @@ class Product(Formula):
             return g.sum(1)
         return a.mT @ g if self._turned else g.mT @ a
 
+    def part(self, saved: Tensors, gradients: Tensors, slot: int, at: slice) -> Tensor:
+        if slot:
+            return self.gradient(saved, gradients, slot)[:, at]
+        left, right = self.factors(saved, gradients, slot)
+        return left[..., at].mT @ right
+
+    def positions(self, saved: Tensors, gradients: Tensors, slot: int) -> int:
+        return 0 if slot else math.prod(gradients[0].shape[1:-1])
+
     def factors(self, saved: Tensors, gradients: Tensors, slot: int) -> Factors:
         a, g = (positions_first(x, 1) for x in upcast(saved[0], gradients[0]))
-        return (g.new_ones(g.shape[0], g.shape[1], 1), g) if slot else (a, g)
+        return (a, g) if self._turned else (g, a)
 
 
 class Table(Formula):
@@ -89,9 +99,21 @@ class Table(Formula):
         return [row_sqnorm(*self.rows(saved, gradients))]
 
     def gradient(self, saved: Tensors, gradients: Tensors, slot: int) -> Tensor:
+        return self.part(saved, gradients, slot, slice(None))
+
+    def part(self, saved: Tensors, gradients: Tensors, slot: int, at: slice) -> Tensor:
         index, g = self.rows(saved, gradients)
-        table = g.new_zeros(len(g), self._rows, g.shape[2])
-        return torch.scatter_add(table, 1, index.unsqueeze(2).expand_as(g), g)
+        first, last, _ = at.indices(self._rows)
+        inside = (index >= first) & (index < last)
+        table = g.new_zeros(len(g), last - first, g.shape[2])
+        places = torch.where(inside, index - first, 0).unsqueeze(2).expand_as(g)
+        return torch.scatter_add(table, 1, places, g * inside.unsqueeze(2))
+
+    def positions(self, saved: Tensors, gradients: Tensors, slot: int) -> int:
+        return math.prod(gradients[0].shape[1:-1])
+
+    def factors(self, saved: Tensors, gradients: Tensors, slot: int) -> Factors:
+        return self.rows(saved, gradients)
 
 
 STRAIGHT, TURNED = Product(turned=False), Product(turned=True)

@@ -81,8 +81,8 @@ class Recurrent(Formula):
         self._mode, self._weights, self._names, self._layers = mode, [w.detach() for w in weights], names, layers
         self._both, self._versions = 2 if both else 1, [w._version for w in weights]
 
-    def _replayed(self, saved: Tensors, gradients: Tensors) -> list[tuple[Tensor | None, Tensor]]:
-        """Return the factors of every weight."""
+    def replayed(self, saved: Tensors, gradients: Tensors) -> list[tuple[Tensor | None, Tensor]]:
+        """Return inputs ``(B, T, C)``, None for a bias, and output gradients ``(B, T, O)`` of every weight."""
         if [w._version for w in self._weights] != self._versions:
             raise RuntimeError("the weights of a recurrent layer were modified in place since its forward pass")
         dtype = compute_dtype(gradients[0].dtype)
@@ -109,16 +109,12 @@ class Recurrent(Formula):
         return factors
 
     def sqnorms(self, saved: Tensors, gradients: Tensors, slots: Sequence[int]) -> list[Tensor]:
-        factors = self._replayed(saved, gradients)
+        factors = self.replayed(saved, gradients)
         return [bias_sqnorm(g) if a is None else weight_sqnorm(a, g) for a, g in (factors[slot] for slot in slots)]
 
     def gradient(self, saved: Tensors, gradients: Tensors, slot: int) -> Tensor:
-        a, g = self._replayed(saved, gradients)[slot]
+        a, g = self.replayed(saved, gradients)[slot]
         return g.sum(1) if a is None else g.mT @ a
-
-    def factors(self, saved: Tensors, gradients: Tensors, slot: int) -> tuple[Tensor, Tensor] | None:
-        a, g = self._replayed(saved, gradients)[slot]
-        return (g.new_ones(*g.shape[:2], 1), g) if a is None else (a, g)
 
 
 def recurrent(mode: str, function: Callable[..., Any], call: Call, input: Tensor, *rest: Any) -> Any:

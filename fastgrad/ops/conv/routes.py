@@ -1,8 +1,8 @@
 """Exact routes to a convolution's per-sample squared weight-gradient norms.
 
-Each route takes a `Problem` small enough for the cache and returns ``(K, B)``. The direct routes form the gradient
-``G = sum_t g_t p_t`` of a few samples (``p_t`` the patch under position t) and sum its squares. The Gram route never
-forms it: ``||G||^2 = sum_{t,t'} (p_t . p_t')(g_t . g_t')``, whose first factor is shared by all K gradients.
+Each route takes a `Problem` small enough for the cache. The direct routes return the gradients ``G = sum_t g_t p_t`` of
+a few samples (``p_t`` the patch under position t), whose squares `run` sums. The Gram route never forms them:
+``||G||^2 = sum_{t,t'} (p_t . p_t')(g_t . g_t')``, whose first factor is shared by all K gradients.
 
 A Gram sum rounds relative to its terms, so it loses ``D / ||G||^2`` of its digits, ``D = sum_t |p_t|^2 |g_t|^2``. `run`
 measures that ratio and gathers patches for the samples where it is too large; where values cannot be looked at
@@ -42,7 +42,7 @@ def _ungroup(norms: Tensor, p: Problem) -> Tensor:
     return norms.reshape(-1, p.groups, norms.shape[1]).sum(1).t()
 
 
-def _windows(x: Tensor, p: Problem) -> Tensor:
+def windows(x: Tensor, p: Problem) -> Tensor:
     """Return all patches, ``(X, C * taps, positions)``."""
     axes = len(p.kernel)
     for axis, (kernel, stride, dilation) in enumerate(zip(p.kernel, p.stride, p.dilation, strict=True)):
@@ -60,16 +60,19 @@ def _samples(p: Problem) -> Tensor:
 
 
 def patch(p: Problem) -> Tensor:
-    """Gather all patches and take one batched product: K T O C taps multiply-adds per sample and group."""
+    """Return ``(B * G, K, O, C * taps)``: gather all patches and take one batched product.
+
+    It takes K T O C taps multiply-adds per sample and group.
+    """
     # Windows are gathered fastest where the positions of a channel lie side by side.
-    columns = _windows(_samples(p if math.prod(p.kernel) == 1 else p._replace(a=p.a.contiguous())), p)
+    columns = windows(_samples(p if math.prod(p.kernel) == 1 else p._replace(a=p.a.contiguous())), p)
     g = _gradient_matrix(p)
     gradient = torch.bmm(g.flatten(1, 2), columns.transpose(1, 2))
-    return _ungroup(_squares(gradient.view(*g.shape[:3], -1)), p)
+    return gradient.view(*g.shape[:3], -1)
 
 
 def grouped(p: Problem) -> Tensor:
-    """Call the library's weight gradient once, for a convolution whose groups are the samples."""
+    """Return the same by one call of the library's weight gradient, for a convolution whose groups are the samples."""
     x, pads = p.a, [before for before, _ in p.pads]
     # The library pads both sides alike, and leaves out less than a stride at the end.
     if any(not 0 <= before - after < step for (before, after), step in zip(p.pads, p.stride, strict=True)):
@@ -83,7 +86,8 @@ def grouped(p: Problem) -> Tensor:
         g.reshape(1, -1, *p.g.shape[3:]), x.reshape(1, -1, *x.shape[2:]), weight, None, p.stride, pads,
         p.dilation, False, [0] * len(pads), batch * p.groups, [False, True, False],
     )[1]  # fmt: skip
-    return _ungroup(_squares(gradient.view(batch * p.groups, count, outputs, -1)), p)
+    found: Tensor = gradient.view(batch * p.groups, count, outputs, -1)
+    return found
 
 
 def _quadratic_form(gram: Tensor, p: Problem) -> tuple[Tensor, Tensor]:
@@ -151,7 +155,7 @@ def gram(p: Problem, wide: bool = False) -> tuple[Tensor, Tensor]:
     if p.overlaps:
         return _quadratic_form(_overlapping_gram(p, wide), p)
     x = _samples(p)
-    columns = _windows(x.double() if wide else x, p)
+    columns = windows(x.double() if wide else x, p)
     return _quadratic_form(torch.bmm(columns.transpose(1, 2), columns), p)
 
 
@@ -164,7 +168,7 @@ def run(route: str, p: Problem, *, guarded: bool) -> Tensor:
     With ``guarded``, values may be looked at: samples whose gradient nearly cancels take a direct route.
     """
     if route in DIRECT:
-        return DIRECT[route](p)
+        return _ungroup(_squares(DIRECT[route](p)), p)
     single = p.a.dtype == torch.float32
     norms, incoherent = gram(p, wide=single and not guarded)
     if guarded and single:
@@ -172,5 +176,5 @@ def run(route: str, p: Problem, *, guarded: bool) -> Tensor:
         if bool(lost.any()):
             index = lost.nonzero().squeeze(1)
             again = p._replace(a=p.a.index_select(0, index), g=p.g.index_select(1, index))
-            norms[:, index] = patch(again).to(norms.dtype)
+            norms[:, index] = _ungroup(_squares(patch(again)), again).to(norms.dtype)
     return norms.to(p.a.dtype)

@@ -1,0 +1,190 @@
+"""Inner products of samples' gradients of one parameter, and sums of their squares.
+
+A gradient is a sum over uses of the parameter, and one use's is ``sum_t l_t r_t^T`` over its positions, or known as a
+whole. Either pairs of positions are multiplied, ``<G_i, G_j> = sum_{t,t'} (l_it . l_jt') (r_it . r_jt')``, or gradients
+are formed, of all samples and as much of the parameter as fits a chunk, so that each is computed once. `seconds` tells
+which is cheaper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fastgrad.engine.backward import CHUNK_BYTES, Share
+from fastgrad.layers.linear import STRAIGHT, Product, Table
+from fastgrad.layers.reduce import upcast
+from fastgrad.ops.conv.cost import ADD, CALL, PRODUCT
+
+Shares = Sequence[Share]
+
+
+class Side:
+    """All uses of a parameter of this ``shape`` in the gradients of ``samples`` samples."""
+
+    def __init__(self, shape: Sequence[int], samples: int, shares: Shares) -> None:
+        self.shape, self.samples, self.shares = tuple(shape), samples, joined(shares)
+        #: Rows of a table that are used, if only they are kept.
+        self.kept: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the gradients are."""
+        return self.shares[0].device
+
+    def positions(self) -> list[int]:
+        """Return the number of positions of each use; 0 for one that is known as a whole."""
+        return [share.positions() for share in self.shares]
+
+    def part(self, at: slice) -> Tensor:
+        """Return gradients ``(B, ...)`` of a part, as `fastgrad.layers.formula.Formula.part`."""
+        found = [(share.rows, upcast(share.part(at))[0]) for share in self.shares]
+        if len(found) == 1 and len(found[0][0]) == self.samples:
+            return found[0][1]
+        total = found[0][1].new_zeros(self.samples, *found[0][1].shape[1:])
+        for rows, own in found:
+            total.index_add_(0, _index(rows, total), own)
+        return total
+
+    def parts(self, samples: int) -> Iterator[slice]:
+        """Yield the parts in which gradients of so many samples fit a chunk."""
+        dim = 0 if len(self.shape) < 3 else 1
+        size, each = (self.shape[dim], 4 * self.samples) if self.shape else (1, 1)
+        for other in (*self.shape[:dim], *self.shape[dim + 1 :]):
+            each *= other
+        step = max(1, CHUNK_BYTES // max(1, each * samples // self.samples))
+        if step >= size:
+            yield slice(None)
+            return
+        for first in range(0, size, step):
+            yield slice(first, min(first + step, size))
+
+
+def _index(rows: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(rows, device=like.device)
+
+
+def joined(shares: Shares) -> list[Share]:
+    """Return shares in which a linear function that is called many times, as over time, is one of many positions."""
+    several: dict[tuple[int, ...], list[Share]] = {}
+    others: list[Share] = []
+    for share in shares:
+        straight = isinstance(share.formula, Product) and not share.slot
+        (several.setdefault(tuple(share.rows), []) if straight else others).append(share)
+    for rows, same in several.items():
+        if len(same) == 1:
+            others += same
+        else:
+            left, right = (torch.cat(each, 1) for each in zip(*(share.factors() for share in same), strict=True))
+            others.append(Share(list(rows), STRAIGHT, 0, ([right], [left])))
+    return others
+
+
+def _compacted(*sides: Side) -> None:
+    """Keep the rows that are used, of a parameter that is nothing but a table."""
+    if not all(isinstance(share.formula, Table) for side in sides for share in side.shares):
+        return
+    pairs = [share.factors() for side in sides for share in side.shares]
+    used, places = torch.unique(torch.cat([index.flatten() for index, _ in pairs]), return_inverse=True)
+    own = iter(zip(places.split([index.numel() for index, _ in pairs]), pairs, strict=True))
+    table = Table(len(used), None)
+    for side in sides:
+        given = [(share.rows, *next(own)) for share in side.shares]
+        side.shares = [Share(rows, table, 0, ([at.view_as(i)], [g])) for rows, at, (i, g) in given]
+        side.shape, side.kept = (len(used), *side.shape[1:]), used
+
+
+def seconds(
+    shape: Sequence[int], samples: tuple[int, int], positions: tuple[Sequence[int], Sequence[int]]
+) -> tuple[float, float]:
+    """Return the predicted times of products of positions and of gradients that are formed.
+
+    Pure function of the parameter's shape and, for both sides, the samples and the positions of each use.
+    """
+    first, size = shape[0], torch.Size(shape).numel()
+    (b, c), (many, more) = samples, (sum(each) for each in positions)
+    pairs = b * many * c * more
+    each = pairs * (2 * (first + size // first) / PRODUCT + 4 / ADD)
+    formed = (b * many + c * more) * size / PRODUCT + (b + c) * size * 3 / ADD + b * c * size / PRODUCT
+    return each + 20 * CALL * len(positions[0]) * len(positions[1]), formed + 10 * CALL
+
+
+def gram(side: Side, other: Side | None = None) -> Tensor:
+    """Return inner products ``(B, B')`` of the gradients of two sides, or of one with itself, in float64."""
+    sides = (side, other or side)
+    _compacted(*((side, other) if other else (side,)))
+    first, second = sides
+    positions = first.positions(), second.positions()
+    result = torch.zeros(first.samples, second.samples, dtype=torch.float64, device=first.device)
+    if all((*positions[0], *positions[1])):
+        apart, formed = seconds(first.shape, (first.samples, second.samples), positions)
+        if apart < formed:
+            return _of_positions(result, first, second)
+    for at in first.parts(first.samples + (0 if other is None else second.samples)):
+        own = _rows(first.part(at))
+        result += own @ (own if other is None else _rows(second.part(at))).mT
+    return result
+
+
+def _rows(gradients: Tensor) -> Tensor:
+    return gradients.reshape(gradients.shape[0], -1)
+
+
+def _of_positions(result: Tensor, first: Side, second: Side) -> Tensor:
+    alike = first is second
+    ours = [(share.rows, *share.factors()) for share in first.shares]
+    theirs = ours if alike else [(share.rows, *share.factors()) for share in second.shares]
+    for n, (rows, *factors) in enumerate(ours):
+        for m, (columns, *others) in enumerate(theirs):
+            if alike and m < n:
+                continue
+            found = pairs(factors, others)
+            places = _index(rows, result)[:, None], _index(columns, result)
+            result.index_put_(places, found, accumulate=True)
+            if alike and m > n:
+                result.mT.index_put_(places, found, accumulate=True)
+    return result
+
+
+def pairs(factors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    """Return ``(b, b')`` sums over all pairs of positions, in float64, from factors ``(b, T, .)`` and ``(b', T', .)``.
+
+    Of several positions the terms may cancel, so that they are computed in float64 as well.
+    """
+    (left, right), (b, t), (c, u) = factors, factors[1].shape[:2], others[1].shape[:2]
+    dtype = right.dtype if t == u == 1 else torch.float64
+    step = max(1, CHUNK_BYTES // (16 * max(1, t * c * u)))
+    found = []
+    for i in range(0, b, step):
+        product = _products(left[i : i + step], others[0], dtype).double()
+        product *= _products(right[i : i + step], others[1], dtype)
+        found.append(product.view(-1, t, c, u).sum((1, 3)))
+    return torch.cat(found)
+
+
+def _products(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return inner products of all rows ``(b T, b' T')``; integers are the rows of a unit matrix."""
+    if x.dim() == 2 and y.dim() == 2:
+        return (x.reshape(-1, 1) == y.reshape(-1)).to(dtype)
+    if x.dim() == 2:
+        return y.flatten(0, 1)[:, x.flatten()].mT.to(dtype)
+    x = x.flatten(0, 1).to(dtype)
+    return x[:, y.flatten()] if y.dim() == 2 else x @ y.flatten(0, 1).mT.to(dtype)
+
+
+def square_sum(side: Side) -> Tensor:
+    """Return the sum over samples of squared gradients, of the parameter's shape."""
+    shape = side.shape
+    _compacted(side)
+    if side.positions() == [1]:
+        left, right = (factor.squeeze(1) for factor in side.shares[0].factors())
+        square = right.square()
+        found = square.new_zeros(side.shape[0], square.shape[1])
+        found = found.index_add_(0, left, square) if left.dim() == 1 else left.square().mT @ square
+        found = found.view(side.shape)
+    else:
+        parts = [side.part(at).square().sum(0) for at in side.parts(side.samples)]
+        found = parts[0] if len(parts) == 1 else torch.cat(parts, 0 if len(shape) < 3 else 1)
+    return found if side.kept is None else found.new_zeros(shape).index_copy_(0, side.kept, found)

@@ -1,0 +1,224 @@
+"""Inner products of per-sample gradients, and sums of their squares, from one backward pass."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastgrad import checks
+from fastgrad._torch import outside_of_compilation
+from fastgrad.engine.backward import Backward, Share
+from fastgrad.engine.memory import lacks_memory
+from fastgrad.engine.products import Side, gram, square_sum
+from fastgrad.engine.structure import Recorded
+from fastgrad.gradients.recorder import active, parameters_of, reached, record
+from fastgrad.layers.call import Use
+from fastgrad.layers.formula import Tensors
+from fastgrad.layers.linear import STRAIGHT
+from fastgrad.layers.recurrent import Recurrent
+from fastgrad.losses import compute_dtype
+from fastgrad.ops.dispatch import full_precision
+
+Take = Callable[[int, Side], None]
+
+
+def grad_gram(
+    outputs: Tensor | Sequence[Tensor],
+    params: nn.Parameter | Sequence[nn.Parameter],
+    *,
+    each: bool = False,
+    other: Tensor | Sequence[Tensor] | None = None,
+    retain_graph: bool | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """Return the inner products of all pairs of samples' gradients, exactly, where gradients are not stored.
+
+    Entry (i, j) is ``<g_i, g_j>``, summed over ``params``. A linear function's share is ``(A A^T) * (D D^T)``, from
+    inputs A and output gradients D; of several positions, the cheaper of products of positions and of gradients that
+    are formed a part of the parameter at a time. Samples that ran alone keep their gradients meanwhile.
+
+    Args:
+        outputs: As in `grad_sqnorm`: a loss that is a *sum* over samples, or any tensors computed from the recorded
+            model's outputs.
+        params: Parameters of the recorded model.
+        each: Whether to return one matrix per parameter instead of their sum.
+        other: Outputs of another call of the model, with B' samples, or another loss of the same call: columns are
+            then its samples.
+        retain_graph: Whether to keep the graphs for another call.
+
+    Returns:
+        ``(B, B)`` or ``(B, B')``, or a tuple of them, one per parameter: float32 (float64 for a float64 model). Errors
+        are roundings relative to ``||g_i|| ||g_j||``. Zeros for parameters that one side does not depend on.
+
+    Raises:
+        RuntimeError: Outside of ``record``, or if no recorded call leads to ``outputs`` or to ``other``.
+        ValueError: As `grad_sqnorm`, and if the calls behind one side have different numbers of samples, or are of
+            another model than the one that was recorded last.
+        MemoryError: If the results do not fit into memory.
+
+    Example::
+
+        with fastgrad.record(model):
+            loss = F.cross_entropy(model(x), y, reduction="sum")
+            gram = fastgrad.grad_gram(loss, list(model.parameters()))
+    """
+    recording = active("grad_gram")
+    first, wanted = checks.tensors("outputs", outputs), checks.tensors("params", params)
+    second = None if other is None else checks.tensors("other", other)
+    compute = outside_of_compilation(_grams)
+    found = compute(recording, first, wanted, second, each, bool(retain_graph))
+    return tuple(found[id(p)] for p in wanted) if each else found[0]
+
+
+def _grams(
+    recording: record,
+    outputs: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+    other: Sequence[Tensor] | None,
+    each: bool,
+    keep: bool,
+) -> dict[int, Tensor]:
+    """Return matrices by the ids of parameters, or with key 0 their sum."""
+    asked = parameters_of(recording, wanted)
+    row = _Pass(_calls(recording, outputs, asked, "outputs"), asked, outputs)
+    column = row if other is None else _Pass(_calls(recording, other, asked, "other"), asked, other)
+    count = len(asked) if each else 1
+    keys, dtype = list(asked) if each else [0], compute_dtype(*(p.dtype for p in wanted))
+    devices = {key: asked.get(key, wanted[0]).device for key in keys}
+    try:
+        sums = {key: torch.zeros(row.samples, column.samples, dtype=torch.float64, device=devices[key]) for key in keys}
+
+        def add(key: int, found: Tensor) -> None:
+            at = key if each else 0
+            sums[at] += found.to(sums[at].device)
+
+        if column is row:
+            row.run(keep, lambda key, side: add(key, gram(side)))
+        else:
+            # The side of fewer samples waits for the other's gradients.
+            waits, comes = (row, column) if row.samples <= column.samples else (column, row)
+            held: dict[int, Side] = {}
+            shared = {id(call) for call in row.calls} & {id(call) for call in column.calls}
+            waits.run(keep or bool(shared), held.__setitem__, at_once=False)
+
+            def meet(key: int, side: Side) -> None:
+                if key in held:
+                    found = gram(held[key], side)
+                    add(key, found if waits is row else found.mT)
+
+            comes.run(keep, meet)
+    except Exception as error:
+        if not lacks_memory(error):
+            raise
+        raise MemoryError(
+            f"outputs must have so few samples that inner products fit into memory; those of {row.samples} and "
+            f"{column.samples} samples take {count * row.samples * column.samples * 8} bytes"
+        ) from error
+    return {key: total.to(compute_dtype(asked[key].dtype) if each else dtype) for key, total in sums.items()}
+
+
+def grad_square_sum(
+    outputs: Tensor | Sequence[Tensor],
+    params: nn.Parameter | Sequence[nn.Parameter],
+    *,
+    retain_graph: bool | None = None,
+) -> tuple[Tensor, ...]:
+    """Return each parameter's sum over samples of squared gradients, the diagonal of the empirical Fisher matrix.
+
+    Laplace approximations and elastic weight consolidation take it. The sum of a result is that of `grad_sqnorm`.
+
+    Args:
+        outputs: As in `grad_sqnorm`.
+        params: Parameters of the recorded model.
+        retain_graph: Whether to keep the graph for another call.
+
+    Returns:
+        One tensor of its own shape per parameter, float32 (float64 for float64); zeros if outputs do not depend on it.
+
+    Raises:
+        RuntimeError: As `grad_sqnorm`.
+        ValueError: As `grad_gram`.
+    """
+    recording = active("grad_square_sum")
+    first, wanted = checks.tensors("outputs", outputs), checks.tensors("params", params)
+    found = outside_of_compilation(_square_sums)(recording, first, wanted, bool(retain_graph))
+    return tuple(found[id(p)] for p in wanted)
+
+
+def _square_sums(
+    recording: record, outputs: Sequence[Tensor], wanted: Sequence[Tensor], keep: bool
+) -> dict[int, Tensor]:
+    asked = parameters_of(recording, wanted)
+    sums = {key: torch.zeros_like(p, dtype=compute_dtype(p.dtype), requires_grad=False) for key, p in asked.items()}
+
+    def add(key: int, side: Side) -> None:
+        sums[key] += square_sum(side).to(sums[key])
+
+    _Pass(_calls(recording, outputs, asked, "outputs"), asked, outputs).run(keep, add)
+    return sums
+
+
+def _calls(recording: record, outputs: Sequence[Tensor], asked: Iterable[int], name: str) -> list[Recorded]:
+    """Return the recorded model's calls that outputs reach, all of one number of samples."""
+    names = {id(p): name for name, p in recording.model.named_parameters()}
+    every = reached(recording, outputs, {key: names[key] for key in asked}, name)
+    calls = [call for call in every if not call.samples or call.parameters.keys() & names.keys()]
+    if not calls:
+        raise ValueError(f"{name} must be computed from calls of the recorded model; those were calls of another one")
+    sizes = sorted({call.samples for call in calls})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{name} must be computed from calls of one number of samples; there were {' and '.join(map(str, sizes))}"
+        )
+    return calls
+
+
+class _Pass(Backward):
+    """A backward pass that hands all uses of a parameter over as soon as they are known."""
+
+    def __init__(self, calls: Iterable[Recorded], wanted: Mapping[int, Tensor], outputs: Sequence[Tensor]) -> None:
+        super().__init__(calls, wanted)
+        self.outputs = outputs
+        counts = Counter(key for _, use in self.uses for key in use.keys)
+        self.later = set(wanted) if self.alone else {key for key, count in counts.items() if count > 1}
+
+    @torch.no_grad()
+    def run(self, keep: bool, take: Take, *, at_once: bool = True) -> None:
+        """Call ``take(id of a parameter, its side)``, with ``at_once`` within the backward pass if possible."""
+        held: dict[int, list[Share]] = {}
+
+        def of(key: int, shares: list[Share]) -> Side:
+            return Side(self.wanted[key].shape, self.samples, shares)
+
+        def visit(rows: list[int], use: Use) -> Callable[[Tensors, Tensors], None]:
+            def see(saved: Tensors, gradients: Tensors) -> None:
+                for key, share in _shares(rows, use, saved, gradients):
+                    if at_once and key in self.wanted and key not in self.later:
+                        take(key, of(key, [share]))
+                    elif key in self.wanted:
+                        held.setdefault(key, []).append(share)
+
+            return see
+
+        found = self.back(visit, self.outputs, None, keep) if self.samples else ()
+        with full_precision(self.outputs[0].device):
+            for key, share in self.of_alone(found) if found else ():
+                held.setdefault(key, []).append(share)
+            for key, shares in held.items():
+                take(key, of(key, shares))
+
+
+def _shares(rows: list[int], use: Use, saved: Tensors, gradients: Tensors) -> Iterable[tuple[int, Share]]:
+    """Yield the shares of a use with the ids of their parameters."""
+    if not isinstance(use.formula, Recurrent):
+        yield from (
+            (k, Share(rows, use.formula, s, (saved, gradients))) for k, s in zip(use.keys, use.slots, strict=True)
+        )
+        return
+    # It is computed again once, not for each of its weights.
+    factors = use.formula.replayed(saved, gradients)
+    for key, slot in zip(use.keys, use.slots, strict=True):
+        a, g = factors[slot]
+        yield key, Share(rows, STRAIGHT, int(a is None), ([g if a is None else a], [g]))
