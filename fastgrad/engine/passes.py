@@ -22,6 +22,7 @@ from fastgrad.engine.mode import PerSample, Split
 from fastgrad.engine.modules import replaced
 from fastgrad.engine.state import Place, State
 from fastgrad.engine.structure import Alone, Structure
+from fastgrad.layers import MODULES
 from fastgrad.layers.call import Call, NotPerSampleError, Refused
 
 
@@ -69,6 +70,7 @@ class Pass:
         #: Inputs that may hold tensors in attributes, such as caches.
         self.objects = [x for x in self.leaves if is_object(x)]
         self.modules = list(model.named_modules())
+        self.numbers = range(0)
         self.training = any(module.training for _, module in self.modules)
         self.hooks = sum(len(table) for _, module in self.modules for table in hooks_of(module))
 
@@ -80,7 +82,7 @@ class Pass:
             else type(x)
             for x in self.leaves
         )
-        return inputs, self.spec, self.samples == 1, self.training, self.hooks
+        return inputs, self.spec, self.samples == 1, self.training, self.hooks, len(MODULES)
 
     def call_of(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments that have these leaves."""
@@ -187,7 +189,7 @@ class Pass:
             call.begin()
             pairs = zip(unique.items(), tensors, strict=True)
             of_sample = {key: same_class(x.unsqueeze(0), given) for (key, given), x in pairs}
-            own = list(leaves)
+            own = [copy.copy(x) if isinstance(x, (set, list, dict)) else x for x in leaves]
             for i in carried:
                 own[i] = of_sample[id(leaves[i])]
             args, kwargs = self.call_of(own)
@@ -206,6 +208,7 @@ class Pass:
             if i:
                 state.restore(numbers=False)
             own = [x[i : i + 1] if c else x for x, c in zip(leaves, structure.carriers, strict=True)]
+            own = [copy.copy(x) if isinstance(x, (set, list, dict)) else x for x in own]
             with state.own_buffers():
                 yield self._sample(state, own, torch.tensor([i]) if index is None else index[i : i + 1])
 

@@ -206,7 +206,7 @@ class GradientFeatures:
         logits = class_logits(output, batch_size(args, kwargs))
         z = logits.detach()
         features = signal_sqnorms(recorded, logits, self._deltas(z, target), wanted, log=self.log)
-        recorded.forget_graphs()
+        recorded.close()
         return z, features.movedim(0, 1) if self.contrast or self.joint else features[0]
 
     def _deltas(self, logits: Tensor, target: Tensor | None) -> Tensor:
