@@ -474,6 +474,6 @@ def test_an_attribute_that_has_a_row_for_each_sample_is_refused() -> None:
         if rows == 1:
             check(model, (X,))
             continue
-        for call in (features_of_squares(model), lambda x: recorded(model, lambda: model(x).sum())):
+        for call in (features_of_squares(model), lambda x, model=model: recorded(model, lambda: model(x).sum())):
             with pytest.raises(ValueError, match="its output is not that of each sample alone"):
                 call(X)

@@ -339,7 +339,7 @@ def test_uses_in_several_calls_add_up(model: nn.Sequential) -> None:
             found = fastgrad.grad_sqnorm(loss(*views[:count]), parameters)
         assert_close(
             torch.stack(found, 1),
-            loss_norms((loss(*rows) for rows in zip(*(v.split(1) for v in views[:count]))), model),
+            loss_norms((loss(*rows) for rows in zip(*(v.split(1) for v in views[:count]), strict=True)), model),
         )
     # Parts count as calls, too.
     with fastgrad.record(model):
