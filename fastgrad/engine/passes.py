@@ -127,7 +127,7 @@ class Pass:
                     else:
                         found.append(self._together(structure, state, leaves, index))
                 except Split as split:
-                    whole = torch.arange(self.samples) if index is None else index
+                    whole = torch.arange(self.samples, device="cpu") if index is None else index
                     values = split.values.to(whole.device)
                     groups: list[Tensor | None] = [whole[(values == v).all(1)] for v in values.unique(dim=0)]
                     waiting, again = groups + waiting, True
@@ -210,7 +210,7 @@ class Pass:
             own = [x[i : i + 1] if c else x for x, c in zip(leaves, structure.carriers, strict=True)]
             own = [copy.copy(x) if isinstance(x, (set, list, dict)) else x for x in own]
             with state.own_buffers():
-                yield self._sample(state, own, torch.tensor([i]) if index is None else index[i : i + 1])
+                yield self._sample(state, own, torch.tensor([i], device="cpu") if index is None else index[i : i + 1])
 
     def _sample(self, state: State, leaves: list[Any], index: Tensor) -> Outcome:
         part = Alone(self.model, self.parameters)
