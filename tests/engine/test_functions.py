@@ -188,11 +188,15 @@ USED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str, str]] = {
         "copies",
     ),
     "mask": (experts, "layer.weight", "alone"),
-    "cdist": (lambda net, x: net.head(torch.cdist(x[:, None], net.matrix.expand(len(x), 3, 3))[:, 0]), "matrix", "copies"),
+    "cdist": (
+        lambda net, x: net.head(torch.cdist(x[:, None], net.matrix.expand(len(x), 3, 3))[:, 0]), "matrix", "copies",
+    ),
     "tensor hook": (hooked, "layer.weight", "alone"),
     "node hook": (noded, "layer.weight", "alone"),
     "dividing hook": (divided, "layer.weight", "alone"),
-    "cond": (lambda net, x: net.head(torch.cond(x.sum() > -99, torch.sin, torch.cos, (x,))), "head.weight", "alone"),
+    "cond": (
+        lambda net, x: net.head(torch.cond(x.sum() > -99, torch.sin, torch.cos, (x,))), "head.weight", "alone",
+    ),
     "scan of steps": (lambda net, x: net.head(torch.cumprod(x.unsqueeze(1) * net.matrix, 1)[:, -1]), "matrix", "copies"),
 }  # fmt: skip
 

@@ -125,7 +125,7 @@ PLACES: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "doubled": (lambda net, x: doubled(net, x.sum(1)), "rule"),
     "unrolled": (unrolled, "sum"),
     "encoded": (encoded, "rule"),
-    "cat": (lambda net, x: net.head(net.layer(torch.cat([x, x[:, :1]], axis=1)).tanh()).mean(1), "rule"),  # type: ignore[call-overload]
+    "cat": (lambda net, x: net.head(net.layer(torch.cat([x, x[:, :1]], axis=1)).tanh()).mean(1), "rule"),  # type: ignore[call-arg]
     "list": (lambda net, x: net.head(net.layer(x.transpose(0, 1)[[1, 0, 2]]).tanh().mean(0)), "rule"),
     "by name": (lambda net, x: net.head(torch.matmul(x.mean(1), other=net.layer.weight)), "rule"),
     "sample by sample": (lambda net, x: torch.cat([net.head(net.layer(row)[None].mean(1)) for row in x]), "rule"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import itertools
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -71,8 +71,12 @@ def one_by_one(model: nn.Module, args: Sequence[Any]) -> list[Any]:
         own, cut = copy.deepcopy(model, {id(p): p for p in model.parameters()}), {}
         for t in (t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)):
             cut[id(t)] = (t[i : i + 1] if t.dim() and t.shape[0] == samples else t).clone()
-        outputs.append(own(*pytree.tree_map_only(Tensor, lambda t, cut=cut: cut[id(t)], tuple(args))))
+        outputs.append(own(*pytree.tree_map_only(Tensor, functools.partial(_of, cut), tuple(args))))
     return outputs
+
+
+def _of(cut: dict[int, Tensor], t: Tensor) -> Tensor:
+    return cut[id(t)]
 
 
 def alone(model: nn.Module, args: Sequence[Any]) -> Tensor:
@@ -117,8 +121,9 @@ def check(
     alone.
     """
     extractors = [features_of_squares(model), features_of_squares(model, chunk_size=2)] if features else []
-    for args, state in itertools.zip_longest(calls, states, fillvalue={}):
-        vars(model).update(state)
+    given = iter(states)
+    for args in calls:
+        vars(model).update(next(given, {}))
         truth, before = alone(model, args), left(model)
         for extractor in extractors:
             assert_exact(extractor(*copied(args))[1], truth)
