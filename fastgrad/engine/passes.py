@@ -57,19 +57,20 @@ class Plain(TorchFunctionMode):
 class Pass:
     """A call of ``forward``, that of ``model``; ``parameters`` are those whose gradients count, by id.
 
-    With ``undo`` the model is left as it was, and ``forward`` is a call of the model with its hooks.
+    With ``undo`` the model is left as it was, and ``forward`` is a call of the model with its hooks. ``modules`` are
+    the model's, with their paths.
     """
 
     def __init__(
         self, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, parameters: Mapping[int, Tensor],
-        *, undo: bool,
+        *, undo: bool, modules: Sequence[tuple[str, nn.Module]] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.forward, self.parameters, self.undo = model, forward, parameters, undo
         self.samples = batch_size(args, kwargs)
         self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
         #: Inputs that may hold tensors in attributes, such as caches.
         self.objects = [x for x in self.leaves if is_object(x)]
-        self.modules = list(model.named_modules())
+        self.modules = list(model.named_modules()) if modules is None else modules
         self.numbers = range(0)
         self.training = any(module.training for _, module in self.modules)
         self.hooks = sum(len(table) for _, module in self.modules for table in hooks_of(module))

@@ -37,24 +37,29 @@ def run(
     owner: nn.Module | None = None,
     *,
     undo: bool = False,
+    modules: Sequence[tuple[str, nn.Module]] | None = None,
 ) -> tuple[Any, Recorded]:
     """Call ``forward``, that of ``model``, and return its output and what is known of each sample's gradients.
 
     ``parameters`` are those whose gradients count, by id. What the model writes is as after an ordinary call, or with
-    ``undo`` as before. ``owner`` is the model of which this is a copy for one call. ValueError if samples interact.
+    ``undo`` as before. ``owner`` is the model of which this is a copy for one call, and ``modules`` are its
+    modules, with their paths. ValueError if samples interact.
     """
     keep_freed_memory()
-    one = _Run(model, forward, args, kwargs, parameters, undo=undo)
+    one = _Run(model, forward, args, kwargs, parameters, undo=undo, modules=modules)
     # Compiled parts run as they are written: their compiled form hides the functions from modes.
     compiles = "torch._dynamo" in sys.modules
     with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():
         return one.result(known.of(model if owner is None else owner)) if one.samples else one.empty()
 
 
-def known_structure(owner: nn.Module, model: nn.Module, args: Any, kwargs: Any) -> Structure | None:
+def known_structure(
+    owner: nn.Module, model: nn.Module, args: Any, kwargs: Any, modules: Sequence[tuple[str, nn.Module]]
+) -> Structure | None:
     """Return what is known of a model for inputs like these, if it or ``model``, its copy, ran on such."""
     structures = known.of(owner)
-    return structures.get(Pass(model, model, args, kwargs, {}, undo=True).key()) if structures else None
+    one = Pass(model, model, args, kwargs, {}, undo=True, modules=modules)
+    return structures.get(one.key()) if structures else None
 
 
 class _Run(Pass):

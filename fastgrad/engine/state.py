@@ -252,8 +252,11 @@ def evaluated(model: nn.Module) -> nn.Module:
 
     ValueError if it must be copied and cannot be.
     """
-    inside = [t for t in (*model.parameters(), *model.buffers()) if t.is_inference()]
-    if not inside and not any(module.training for module in model.modules()):
+    if not any(
+        module.training
+        or any(t is not None and t.is_inference() for t in (*module._parameters.values(), *module._buffers.values()))
+        for module in model.modules()
+    ):
         return model
     shared = [t for module in model.modules() for value in vars(module).values() for t in pytree.tree_leaves(value)]
     tensors = [*model.parameters(), *model.buffers(), *(t for t in shared if isinstance(t, Tensor))]
