@@ -68,9 +68,9 @@ class Pass:
         self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
         #: Inputs that may hold tensors in attributes, such as caches.
         self.objects = [x for x in self.leaves if is_object(x)]
-        modules = list(model.modules())
-        self.training = any(module.training for module in modules)
-        self.hooks = sum(len(table) for module in modules for table in hooks_of(module))
+        self.modules = list(model.named_modules())
+        self.training = any(module.training for _, module in self.modules)
+        self.hooks = sum(len(table) for _, module in self.modules for table in hooks_of(module))
 
     def key(self) -> Any:
         """Return the structure of the inputs and of the model."""
@@ -157,7 +157,7 @@ class Pass:
 
     def _hooks_gradients(self) -> bool:
         """Whether modules that the call runs have hooks of gradients."""
-        modules = [m for m in self.model.modules() if m is not self.model or self.undo]
+        modules = [m for _, m in self.modules if m is not self.model or self.undo] if self.hooks else []
         return has_global_hooks(backward=True) or any(m._backward_hooks or m._backward_pre_hooks for m in modules)
 
     def _taken(self, structure: Structure, index: Tensor | None) -> list[Any]:

@@ -51,9 +51,10 @@ def run(
         return one.result(known.of(model if owner is None else owner)) if one.samples else one.empty()
 
 
-def known_structure(model: nn.Module, args: Any, kwargs: Any) -> Structure | None:
-    """Return what is known of a model for inputs like these, if it ran on such."""
-    return known.of(model).get(Pass(model, model, args, kwargs, {}, undo=True).key())
+def known_structure(owner: nn.Module, model: nn.Module, args: Any, kwargs: Any) -> Structure | None:
+    """Return what is known of a model for inputs like these, if it or ``model``, its copy, ran on such."""
+    structures = known.of(owner)
+    return structures.get(Pass(model, model, args, kwargs, {}, undo=True).key()) if structures else None
 
 
 class _Run(Pass):
@@ -63,7 +64,7 @@ class _Run(Pass):
         structure = structures.pop(key, None)
         if structure is not None:
             structures[key] = structure
-            state = State(self.model, structure.written, self.objects)
+            state = State(self.modules, structure.written, self.objects)
             with self._undone(state):
                 outcomes = self.outcomes(structure, state)
                 if all(len(out.output[0]) == len(structure.layouts) for out in outcomes):
@@ -105,7 +106,7 @@ class _Run(Pass):
 
     def first(self) -> tuple[Any, Recorded]:
         """Run the samples and compare with an ordinary call; NotPerSampleError if samples interact."""
-        state = State(self.model, None, self.objects)
+        state = State(self.modules, None, self.objects)
         plain, expected = self.ordinary()
         drew, written = state.drew(), state.written()
         after = {place: copied(value) for place, value in state.changes().items() if value is not ABSENT}
@@ -248,7 +249,7 @@ class _Run(Pass):
 
     def _mix(self, structure: Structure, state: State, leaves: list[Any]) -> None:
         """Put the outputs that an ordinary call computes from all samples into ``leaves``."""
-        now = State(self.model, structure.written, self.objects)
+        now = State(self.modules, structure.written, self.objects)
         state.restore()
         values = self.ordinary()[1][0]
         now.restore()

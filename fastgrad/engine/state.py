@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from fastgrad._torch import pytree
 
-#: Entries of a module's ``__dict__`` that are looked at by their own entries.
-_TABLES = ("_buffers",)
+_MUTABLE = (list, dict, set)
 #: Entries that no forward pass writes.
 _FIXED = frozenset(
     {
@@ -58,35 +57,43 @@ def same(value: Any, other: Any) -> bool:
 
 
 class State:
-    """Attributes and buffers of a model's modules, and the state of the random numbers, as they are now.
+    """What a model's modules hold, and the state of the random numbers, as they are now.
 
-    Attributes of ``objects``, such as caches among a call's inputs, count like those of modules.
-
-    Buffers that a run may write to in place are ``written``: their values are kept as well. None keeps all.
+    ``modules`` come with their paths. Attributes of ``objects``, such as caches among a call's inputs, count like those
+    of modules. Buffers that a run may write to in place are ``written``, None for all: their values are kept as well.
     """
 
     def __init__(
-        self, model: nn.Module, written: frozenset[Buffer] | None = None, objects: Iterable[object] = ()
+        self,
+        modules: Sequence[tuple[str, nn.Module]],
+        written: frozenset[Buffer] | None = None,
+        objects: Iterable[object] = (),
     ) -> None:
-        self._modules = list(model.named_modules())
-        holders = [module for _, module in self._modules] + list(objects)
-        self._held: list[tuple[Any, dict[str, Any]]] = [
-            (holder, {k: copied(v) for k, v in vars(holder).items() if k not in _FIXED}) for holder in holders
-        ]
-        self._versions = {
-            (path, name): (
-                buffer,
-                buffer._version,
-                buffer.detach().clone() if written is None or (path, name) in written else None,
-            )
-            for path, module in self._modules
-            for name, buffer in module._buffers.items()
-            if buffer is not None and not buffer.is_inference()
-        }
-        self._random = Random(model)
-        values = (value for _, held in self._held for value in held.values())
+        self._modules = modules
+        #: Each holder of attributes, these, and copies of those that may be written to.
+        self._held: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []
         #: Whether attributes hold tensors of an earlier call's graph, through which parameters may be used.
-        self.holds_graphs = any(map(_graphed, values))
+        self.holds_graphs = False
+        for holder in (*(module for _, module in modules), *objects):
+            now = vars(holder)
+            held, inner = {name: now[name] for name in now.keys() - _FIXED}, {}
+            for name, value in held.items():
+                if type(value) in _MUTABLE:
+                    inner[name] = copied(value)
+                    self.holds_graphs = self.holds_graphs or _graphed(value)
+                elif isinstance(value, Tensor):
+                    self.holds_graphs = self.holds_graphs or value.grad_fn is not None
+            self._held.append((holder, held, inner))
+        self._versions = {
+            (path, name): (buffer, buffer._version, buffer.detach().clone())
+            for path, module in modules
+            for name, buffer in module._buffers.items()
+            if (written is None or (path, name) in written) and buffer is not None and not buffer.is_inference()
+        }
+        #: Copies that take the place of buffers for a while.
+        self._own: dict[int, Tensor] = {}
+        parameters = (p for _, module in modules for p in module._parameters.values())
+        self._random = Random({p.device for p in parameters if p is not None and p.is_cuda})
 
     def written(self) -> frozenset[Buffer]:
         """Return the buffers that were written to since."""
@@ -100,32 +107,36 @@ class State:
     def own_buffers(self) -> Iterator[None]:
         """Have the model write to copies of the buffers that are kept, so that no graph holds the originals."""
         modules = dict(self._modules)
-        kept = [(modules[path]._buffers, name, b, v) for (path, name), (b, _, v) in self._versions.items()]
-        for buffers, name, _, value in kept:
-            if value is not None:
-                buffers[name] = value.clone()
+        kept = [(modules[path]._buffers, name, b, v.clone()) for (path, name), (b, _, v) in self._versions.items()]
+        self._own.update({id(own): own for _, _, _, own in kept})
+        for buffers, name, _, own in kept:
+            buffers[name] = own
         try:
             yield
         finally:
-            for buffers, name, buffer, value in kept:
-                if value is not None:
-                    buffers[name] = buffer
+            for buffers, name, buffer, _ in kept:
+                buffers[name] = buffer
 
     def changes(self) -> dict[Place, Any]:
         """Return the attributes that differ, with their present values; `ABSENT` for those that are gone."""
         found: dict[Place, Any] = {}
-        for at, (module, held) in enumerate(self._held):
-            now = vars(module)
-            for name in {**held, **now}:
-                if name in _FIXED or same(held.get(name, ABSENT), now.get(name, ABSENT)):
+        for at, (holder, held, inner) in enumerate(self._held):
+            now = vars(holder)
+            names = now.keys() - _FIXED
+            for name in names:
+                value = now[name]
+                if held.get(name, ABSENT) is value and (name not in inner or same(inner[name], value)):
                     continue
-                if name in _TABLES and isinstance(module, nn.Module):
-                    before, after = held[name], now[name]
-                    for key in {**before, **after}:
-                        if before.get(key, ABSENT) is not after.get(key, ABSENT):
-                            found[at, name, key] = after.get(key, ABSENT)
+                if name == "_buffers" and isinstance(holder, nn.Module):
+                    before = inner[name]
+                    for key in {**before, **value}:
+                        after = value.get(key, ABSENT)
+                        if before.get(key, ABSENT) is not after and id(after) not in self._own:
+                            found[at, name, key] = after
                 else:
-                    found[at, name, ""] = now.get(name, ABSENT)
+                    found[at, name, ""] = value
+            if held.keys() != names:
+                found.update({(at, name, ""): ABSENT for name in held.keys() - names})
         return found
 
     def name(self, place: Place) -> str:
@@ -137,8 +148,9 @@ class State:
     def before(self, place: Place) -> Any:
         """Return what an attribute was, a copy if it was a list, dict or set."""
         at, table, key = place
-        held = self._held[at][1].get(table, ABSENT)
-        return copied(held.get(key, ABSENT) if key and held is not ABSENT else held)
+        _, held, inner = self._held[at]
+        value = inner.get(table, held.get(table, ABSENT))
+        return copied(value.get(key, ABSENT) if key else value)
 
     def write(self, place: Place, value: Any) -> None:
         """Write an attribute: lists, dicts and sets keep their identity."""
@@ -150,7 +162,7 @@ class State:
             entries.pop(name, None)
             return
         now = entries.get(name, ABSENT)
-        if type(now) is type(value) and type(now) in (list, dict, set):
+        if type(now) is type(value) and type(now) in _MUTABLE:
             if type(now) is list:
                 now[:] = value
             else:
@@ -164,7 +176,7 @@ class State:
         for place in self.changes():
             self.write(place, self.before(place))
         for buffer, version, value in self._versions.values():
-            if value is not None and buffer._version != version:
+            if buffer._version != version:
                 with torch.no_grad():
                     buffer.copy_(value)
         if numbers:
@@ -181,10 +193,9 @@ def _graphed(value: Any) -> bool:
 
 
 class Random:
-    """The state of the random numbers of PyTorch, on the CPU and where a model lies, of Python and of NumPy."""
+    """The state of the random numbers of PyTorch, on the CPU and some ``devices``, of Python and of NumPy."""
 
-    def __init__(self, model: nn.Module) -> None:
-        devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    def __init__(self, devices: Iterable[torch.device]) -> None:
         self._states = {device: torch.cuda.get_rng_state(device) for device in devices}
         self._cpu = torch.get_rng_state()
         self._python, self._numpy = random.getstate(), np.random.get_state(legacy=False)

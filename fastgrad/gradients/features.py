@@ -153,12 +153,16 @@ class GradientFeatures:
             samples = batch_size(args, kwargs)
             target = self._of_batch(target, samples)
             refuse_mixing(self.model, training=False)
-            model = evaluated(self.model)
+            try:
+                model = evaluated(self.model)
+            except ValueError:
+                refuse_parts(self.model)  # parameters may have become parts since
+                raise
             if samples == 0:
                 return self._empty(model, args, kwargs)
             start, parts = 0, []
             while start < samples:
-                known = known_structure(self.model, args, kwargs)
+                known = known_structure(self.model, model, args, kwargs)
                 chunk = self._chunk(known, args, kwargs, samples)
                 if chunk >= samples:
                     return self._pass(model, args, kwargs, target)
@@ -236,7 +240,7 @@ class GradientFeatures:
         return math.ceil(samples / math.ceil(samples / chunk))
 
     def _empty(self, model: nn.Module, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
-        state, (args, kwargs) = State(model), one_for_none((args, kwargs))
+        state, (args, kwargs) = State(list(model.named_modules())), one_for_none((args, kwargs))
         with torch.no_grad(), state.own_buffers():
             logits = logits_of(model(*args, **kwargs))[:0]
         state.restore()
