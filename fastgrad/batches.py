@@ -17,6 +17,9 @@ from fastgrad.checks import extra, holds_values
 Tree = TypeVar("Tree")
 #: Largest number of inputs in doubt for which every choice is tried.
 _DOUBTS = 4
+#: Values in a piece of a batch on a CPU: six images at 224 x 224 pixels, which fit its caches. Of a batch of 50, each
+#: takes two or three times as long.
+_NUMBERS = 1 << 20
 
 
 def input_tensors(*trees: Any) -> list[Tensor]:
@@ -51,6 +54,14 @@ def take(tree: Tree, index: Tensor | slice, samples: int, carriers: Sequence[boo
     rows = [cut[id(leaf)] if carries else leaf for leaf, carries in zip(leaves, carriers, strict=True)]
     taken: Tree = pytree.tree_unflatten(rows, spec)
     return taken
+
+
+def pieces(tree: Tree, device: torch.device) -> Iterator[Tree]:
+    """Yield a batch in pieces that a network on ``device`` is fast on."""
+    samples, numbers = batch_size(tree), sum(tensor.numel() for tensor in input_tensors(tree))
+    size = max(1, _NUMBERS * samples // max(1, numbers)) if device.type == "cpu" else samples
+    for start in range(0, samples, size):
+        yield take(tree, slice(start, start + size), samples)
 
 
 def same_class(made: Tensor, tensor: Tensor) -> Tensor:

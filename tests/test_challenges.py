@@ -25,8 +25,8 @@ from fastgrad.challenges import (
     iter_challenges,
     pgd,
 )
-from fastgrad.challenges.attacks import evaluating
 from fastgrad.challenges.generate import STEPS
+from fastgrad.evaluation import evaluating
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 

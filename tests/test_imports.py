@@ -13,9 +13,9 @@ import fastgrad
 
 ROOT = Path(fastgrad.__file__).parent
 ORDER = [
-    "_torch", "atomic", "checks", "kernels", "losses", "ops", "layers", "batches", "prediction", "engine", "gradients",
-    "scores", "blocks", "challenges", "introspection", "metrics", "plots", "detector", "interop", "deploy", "commands",
-    "__main__",
+    "_torch", "atomic", "checks", "kernels", "losses", "ops", "layers", "batches", "prediction", "memory",
+    "evaluation", "engine", "gradients", "scores", "blocks", "challenges", "introspection", "metrics", "plots",
+    "detector", "interop", "deploy", "commands", "__main__",
 ]  # fmt: skip
 #: What these may import of anything but the standard library.
 ALONE = {"kernels": {"triton", "fastgrad"}, "losses": {"torch"}}

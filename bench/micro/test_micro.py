@@ -17,7 +17,7 @@ import torch
 from bench import clock
 from bench.registry import SEED, Case, cases
 from bench.report import pages
-from fastgrad.engine.memory import keep_freed_memory
+from fastgrad.memory import keep_freed_memory
 
 PACKAGES = ("torch", "triton", "numpy", "torchvision", "backpack-for-pytorch", "opacus", "pytorch-ood")
 Rows = dict[str, list[dict[str, Any]]]

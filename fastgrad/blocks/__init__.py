@@ -9,10 +9,10 @@
 | `view`           | input                | 1                      | change of the answer under a zoom      |
 | `features`       | h                    | 0                      | what enters the last linear layer      |
 | `contrasts`      | h, logits            | 0                      | last-layer gradient norms, all classes |
-| `gradients`      | 3 backward passes    | about 8                | gradient norms of every parameter      |
+| `gradients`      | 3 backward passes    | about 9                | gradient norms of every parameter      |
 
 Detectors read the first four by default, and the fifth if the budget allows a second forward pass. The others must be
-requested by name.
+requested by name. An exported file cannot serve `gradients`.
 """
 
 from __future__ import annotations

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrad.blocks.block import CLIP, JOINT, Array, Block, Part, Settings
+from fastgrad.blocks.block import CLIP, JOINT, Array, Block, Part, Reading, Settings
 from fastgrad.blocks.channels import Channels, output_of, sampled
 from fastgrad.blocks.extraction import Pass
 from fastgrad.blocks.subject import Subject
-from fastgrad.engine.run import Reading
 from fastgrad.losses import compute_dtype
 from fastgrad.ops.channel_moments import channel_square_sums
 from fastgrad.scores.rows import Rows
@@ -43,7 +42,12 @@ class Activations(Block):
 
     def values(self, found: Pass) -> Tensor:
         """Return the columns side by side, in the order of the forward pass."""
-        seen = zip(found.subject.channels, found.readings(self.name), strict=True)
+        values, places = found.readings(self.name), found.subject.channels
+        if all(value.dim() > 2 for value in values):  # maps, of which all columns take one logarithm together
+            dims = [tuple(range(2, value.dim())) for value in values]
+            means = [v.to(compute_dtype(v.dtype)).square().mean(dim) for v, dim in zip(values, dims, strict=True)]
+            return _log(torch.cat(means, 1))
+        seen = zip(places, values, strict=True)
         return torch.cat([_columns(value, place.dim) if place.grid else value for place, value in seen], 1)
 
     @classmethod
@@ -63,9 +67,11 @@ def _columns(value: Tensor, dim: int, mask: Tensor | None = None) -> Tensor:
     if mask is not None and dim == -1 and value.dim() == 3 and mask.shape == value.shape[:2]:
         # Padding is not part of a text; what a network computes there says nothing about it.
         weights = mask.to(torch.float32).unsqueeze(-1)
-        means = channel_square_sums(value * weights.to(value.dtype), -1) / weights.sum(1).clamp_min(1)
-    else:
-        means = channel_square_sums(value, dim) / max(1, math.prod(value.shape[1:]) // value.shape[dim])
+        return _log(channel_square_sums(value * weights.to(value.dtype), -1) / weights.sum(1).clamp_min(1))
+    return _log(channel_square_sums(value, dim) / max(1, math.prod(value.shape[1:]) // value.shape[dim]))
+
+
+def _log(means: Tensor) -> Tensor:
     return means.clamp_min(torch.finfo(torch.float32).tiny).log()
 
 

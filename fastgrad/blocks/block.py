@@ -1,13 +1,13 @@
 """The base class of blocks: features that a detector reads from an input, with their price and one-class scores.
 
-A block says which modules of the network it reads and which gradients it needs; all blocks share one forward pass, and
-`View` makes a second one. A block also says which one-class scores can be fitted on its tensor, and what the challenge
-classifier sees of it.
+A block says which modules of the network it reads; all blocks share one forward pass, and `View` and `Gradients` make
+more. A block also says which one-class scores can be fitted on its tensor, and what the challenge classifier sees of
+it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,9 +20,8 @@ from fastgrad.scores.mahalanobis import Mahalanobis
 from fastgrad.scores.rows import Rows
 
 if TYPE_CHECKING:
-    from fastgrad.blocks.extraction import Pass, Signal
+    from fastgrad.blocks.extraction import Pass
     from fastgrad.blocks.subject import Subject
-    from fastgrad.engine.run import Reading
 
 #: Name of the challenge classifier among the sources of evidence; the other sources are blocks.
 CHALLENGE_CLASSIFIER = "challenges"
@@ -47,6 +46,24 @@ class Settings:
     count: int  # clean samples of the smallest fit; it gives all fits as many components, so that scores compare
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a module saw in the forward pass of a batch, in the order of the logits' rows.
+
+    If a module is called several times, the last call counts.
+
+    Attributes:
+        path: The module's name within the model (empty for the model itself).
+        function: ``(inputs, output) -> (B, ...)``, without gradients, called right after the module has run; positional
+            inputs come before those given by keyword.
+        copied: Whether the result may share memory with what the module saw, which the network may overwrite.
+    """
+
+    path: str
+    function: Callable[[tuple[Any, ...], Any], Tensor]
+    copied: bool = True
+
+
 class Block:
     """Base class of all blocks.
 
@@ -56,6 +73,7 @@ class Block:
         ranks: Numbers of dimensions that its tensor may have.
         shapes: The allowed shapes, in words.
         squared_norms: Whether it holds squared norms, of which detectors take logarithms.
+        live: Whether only a live model can serve it: an exported file has no gradients.
     """
 
     name: ClassVar[str]
@@ -63,6 +81,7 @@ class Block:
     ranks: ClassVar[tuple[int, ...]] = (2,)
     shapes: ClassVar[str]
     squared_norms: ClassVar[bool] = False
+    live: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         """Refuse a name that a part of a detector cannot have."""
@@ -87,10 +106,6 @@ class Block:
 
     def readings(self, subject: Subject, mask: Tensor | None) -> tuple[Reading, ...]:
         """Return what to read in the forward pass; ``mask`` ``(B, T)``, if any, marks the positions that count."""
-        return ()
-
-    def signals(self, subject: Subject) -> tuple[Signal, ...]:
-        """Return what to backpropagate from the logits, for the squared norms of all parameters' gradients."""
         return ()
 
     def values(self, found: Pass) -> Tensor:

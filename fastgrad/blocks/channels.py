@@ -108,7 +108,7 @@ def sampled(value: Tensor, grid: int) -> Tensor:
     steps = tuple(-(-length // grid) for length in value.shape[2:])
     inside = (..., *(slice(None if step == 1 else step, None, step) for step in steps))
     if not is_traced() or all(step == 1 for step in steps) or len(steps) > 3:
-        return value.detach()[inside].clone(memory_format=torch.contiguous_format)
+        return value[inside].clone(memory_format=torch.contiguous_format)
     pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(steps) - 1]
     inside = (..., *(slice(None if step == 1 else 1, None) for step in steps))
     result: Tensor = pool(value, 1, steps)[inside]

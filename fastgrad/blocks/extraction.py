@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,17 +13,13 @@ from torch import Tensor, nn
 
 from fastgrad import checks
 from fastgrad._torch import is_traced, original, outside_of_compilation, pytree
-from fastgrad.batches import as_call, batch_size, copied, logits_of, one_for_none
-from fastgrad.blocks.block import Block
+from fastgrad.batches import as_call, batch_size, logits_of, one_for_none
+from fastgrad.blocks.block import Block, Reading
 from fastgrad.blocks.subject import Subject, watch
-from fastgrad.engine.backward import signal_sqnorms
-from fastgrad.engine.copy import detach_plain
-from fastgrad.engine.network import Network
-from fastgrad.engine.run import Run
+from fastgrad.evaluation import Evaluated, Hook
+from fastgrad.memory import keep_freed_memory
 
 Inputs = Tensor | Mapping[str, Any]
-#: Maps logits ``(B, N)`` to a gradient at the logits ``(B, N)``, to be backpropagated through a network.
-Signal = Callable[[Tensor], Tensor]
 
 
 class Pass:
@@ -34,29 +29,35 @@ class Pass:
         if subject.mask is not None and subject.mask not in kwargs:
             raise ValueError(f"inputs must have {subject.mask!r}, as those of fit had")
         mask = None if subject.mask is None else kwargs[subject.mask]
-        self.network, self.subject, self.log = extraction._network, subject, extraction.log
+        self.extraction, self.subject, self.log = extraction, subject, extraction.log
         self.args, self.kwargs, self.samples = args, kwargs, samples
+        self._network = Evaluated(extraction.model)
         self._readings = {block.name: block.readings(subject, mask) for block in extraction.blocks}
-        #: By block, the signals that have not been backpropagated yet.
-        self._signals = {block.name: signals for block in extraction.blocks if (signals := block.signals(subject))}
-        plan = self.network.plan(args, kwargs, samples) if self._signals else None
-        self.run = Run(samples)
-        with torch.set_grad_enabled(plan is not None):
-            readings = list(itertools.chain(*self._readings.values()))
-            output = self.network.forward(plan, self.run, *copied((args, kwargs)), readings=readings)
-        self._output = logits_of(output)
+        self._values: dict[Reading, Tensor] = {}
+        readings = [reading for each in self._readings.values() for reading in each]
+        hooks = [(self._network.model.get_submodule(reading.path), self._hook(reading)) for reading in readings]
         #: ``(B, N)``.
-        self.logits = self._output.detach()
+        self.logits = logits_of(self._network.run(args, kwargs, hooks))
+        for reading in readings:
+            if reading not in self._values:
+                raise RuntimeError(f"the forward pass did not call {reading.path!r}, which was to be read")
+
+    def _hook(self, reading: Reading) -> Hook:
+        def read(inputs: tuple[Any, ...], output: Any) -> None:
+            value = reading.function(inputs, output)
+            if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != self.samples:
+                was = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(
+                    f"the reading of {reading.path!r} must be a tensor with one row for each of {self.samples} "
+                    f"samples; it was {was}"
+                )
+            self._values[reading] = value.detach().clone() if reading.copied else value
+
+        return read
 
     def readings(self, name: str) -> list[Tensor]:
         """Return what a block's readings saw, in the block's order."""
-        return [self.run.readings[reading] for reading in self._readings[name]]
-
-    def squared_norms(self, name: str) -> Tensor:
-        """Return squared norms of every parameter's gradient ``(B, S, P)`` for a block's S signals, or logarithms."""
-        logits = self.logits.double() if self.log else self.logits
-        delta = torch.stack([signal(logits) for signal in self._signals.pop(name)])
-        return signal_sqnorms(self.run, self._output, delta, log=self.log, keep=bool(self._signals)).movedim(0, 1)
+        return [self._values[reading] for reading in self._readings[name]]
 
     def image(self) -> Tensor:
         """Return the one image tensor among the inputs."""
@@ -70,14 +71,13 @@ class Pass:
         place = self.subject.image
         args = tuple(image if i == place else value for i, value in enumerate(self.args))
         kwargs = {name: image if name == place else value for name, value in self.kwargs.items()}
-        with torch.no_grad():
-            return logits_of(self.network.forward(None, Run(self.samples), *copied((args, kwargs)))).detach()
+        return logits_of(self._network.run(args, kwargs))
 
 
 class Extraction:
-    """Computes logits and blocks of inputs, with one shared forward pass and as few backward passes as possible.
+    """Computes logits and blocks of inputs, with one shared forward pass.
 
-    The model is only read: it runs as a private copy in evaluation mode.
+    The model is only read, in evaluation mode (`fastgrad.evaluation.Evaluated`).
 
     Args:
         model: Any classifier whose output `fastgrad.batches.logits_of` can read.
@@ -91,29 +91,30 @@ class Extraction:
     ) -> None:
         self.model, self.blocks, self.log, self.known = original(model), tuple(blocks), log, known
         self._lock = threading.Lock()
-        self._network = Network(self.model, tensors=lambda output: [logits_of(output)])
         self._shapes: dict[str, torch.Size] = {}
+        #: What blocks keep between calls, by their names.
+        self.kept: dict[str, Any] = {}
+        keep_freed_memory()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Leave the lock and the plans out of copies and pickles, which make their own."""
+        """Leave out the lock and what blocks keep, which copies and pickles make anew."""
         return functools.partial(Extraction, log=self.log, known=self.known), (self.model, self.blocks)
 
     def __call__(self, x: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Return logits ``(B, N)`` and blocks of a batch; ValueError if a block cannot serve this network or input."""
-        # torch.compile cannot follow an extraction, which builds modules; `fastgrad.export` gives it a graph.
+        # A compiler does not follow hooks; `fastgrad.export` records a graph of an extraction.
         return outside_of_compilation(self._run)(x)
 
     def _run(self, x: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():
             args, kwargs = arguments(x)
             samples = batch_size(args, kwargs)
-            empty = isinstance(samples, int) and samples == 0
+            empty = samples == 0
             if empty:
                 args, kwargs = one_for_none((args, kwargs))
             subject = self.subject(args, kwargs)
             found = Pass(self, subject, args, kwargs, 1 if empty else samples)
-            with torch.no_grad():
-                logits, values = found.logits, {block.name: self._values(block, found) for block in self.blocks}
+            logits, values = found.logits, {block.name: self._values(block, found) for block in self.blocks}
         return (logits[:0], {n: v[:0] for n, v in values.items()}) if empty else (logits, values)
 
     def subject(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Subject:
@@ -130,9 +131,9 @@ class Extraction:
             return self.known
 
     def of(self, blocks: Sequence[Block]) -> Extraction:
-        """Return an extraction of other blocks from the same network, which is neither watched nor planned again."""
+        """Return an extraction of other blocks from the same network, which is not watched again."""
         other = Extraction(self.model, blocks, log=self.log, known=self.known)
-        other._network, other._shapes = self._network, self._shapes
+        other._shapes = self._shapes
         return other
 
     def _values(self, block: Block, found: Pass) -> Tensor:
@@ -158,5 +159,5 @@ class Extraction:
 
 def arguments(x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the model's arguments, detached from any graph."""
-    outside: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, detach_plain, as_call(x))
+    outside: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, Tensor.detach, as_call(x))
     return outside

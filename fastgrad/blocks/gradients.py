@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
+from typing import ClassVar
 
 from torch import Tensor
 
-from fastgrad import losses
+from fastgrad.batches import copied
 from fastgrad.blocks.block import Array, Block, Part, Settings
-from fastgrad.blocks.extraction import Pass, Signal
+from fastgrad.blocks.extraction import Pass
 from fastgrad.blocks.subject import Subject
-
-#: Losses and targets whose gradients say different things about a sample.
-JOINED: tuple[Signal, ...] = tuple(
-    partial(losses.delta, target=target, loss=loss)
-    for loss, target in (("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predicted"))
-)
+from fastgrad.gradients.features import GradientFeatures
 
 
 class Gradients(Block):
@@ -30,16 +25,23 @@ class Gradients(Block):
     ranks = (2, 3)
     shapes = "(B, P) or (B, S, P)"
     squared_norms = True
+    live = True
+    #: Losses and targets whose gradients say different things about a sample.
+    signals: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predicted"),
+    )  # fmt: skip
 
     def price(self, subject: Subject) -> float:
-        """Return the price of each signal's backward pass and norms: about a training step's backward pass."""
-        return 2.5 * len(JOINED)
-
-    def signals(self, subject: Subject) -> tuple[Signal, ...]:
-        return JOINED
+        """Return the price: a forward pass of its own, and for each signal a training step's backward pass."""
+        return 1 + 2.5 * len(self.signals)
 
     def values(self, found: Pass) -> Tensor:
-        return found.squared_norms(self.name)
+        own, kept = found.extraction, found.extraction.kept
+        if self.name not in kept:
+            kept[self.name] = GradientFeatures(own.model, signals=self.signals, log=own.log)
+        args, kwargs = copied((found.args, found.kwargs))
+        features: Tensor = kept[self.name](*args, **kwargs)[1]
+        return features
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:

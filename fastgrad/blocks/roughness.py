@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrad.blocks.block import Array, Block, Part, Settings
+from fastgrad.blocks.block import Array, Block, Part, Reading, Settings
 from fastgrad.blocks.channels import output_of
 from fastgrad.blocks.extraction import Pass
 from fastgrad.blocks.local_contrast import differences, mean_extremes
 from fastgrad.blocks.subject import Subject
-from fastgrad.engine.run import Reading
 from fastgrad.losses import compute_dtype
 
 # Largest numbers of positions per channel and of channels that are read. 1,024 positions gained .005 on photographs

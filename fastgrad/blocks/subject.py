@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +14,7 @@ from fastgrad._torch import DispatchMode, original, pytree
 from fastgrad.batches import batch_size, class_logits, refuse_probabilities, take
 from fastgrad.blocks import channels
 from fastgrad.blocks.channels import Channels
-from fastgrad.engine.copy import Shadow
-from fastgrad.engine.fallback import agree
-from fastgrad.engine.hooks import attach
-from fastgrad.engine.objects import objects_kept
-from fastgrad.engine.state import RandomState, undone
+from fastgrad.evaluation import Evaluated, Hook, RandomState, agree, buffers_kept
 
 #: Writing one value costs about as much as this many operations of a matrix product.
 _WRITE = 16
@@ -50,22 +45,25 @@ class Subject:
 class _Watch(DispatchMode):
     """One forward pass: outputs of modules, operations of products and of writing, and the coarsest precision."""
 
-    def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+    def __init__(self, network: Evaluated, args: Any, kwargs: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen: list[tuple[str, nn.Module, Any, Tensor]] = []
         self.operations = self.precision = 0.0
-        shadow = Shadow(model)
+        hooks = [
+            (module, self._hook(path, module))
+            for path, module in network.model.named_modules()
+            if path and (channels.is_normalization(module) or isinstance(module, channels.LAYERS))
+        ]
+        with self:
+            self.logits = class_logits(network.run(args, kwargs, hooks))
 
-        def leave(path: str, module: nn.Module, _: nn.Module, inputs: Any, __: Any, output: Any) -> None:
+    def _hook(self, path: str, module: nn.Module) -> Hook:
+        def leave(inputs: tuple[Any, ...], output: Any) -> None:
             value = channels.output_of(output)
             if value is not None and value.is_floating_point():
                 self.seen.append((path, module, inputs, value))
 
-        for path, module in model.named_modules():
-            if path and (channels.is_normalization(module) or isinstance(module, channels.LAYERS)):
-                attach(shadow.modules[id(module)], functools.partial(leave, path, module))
-        with torch.no_grad(), self:
-            self.logits = class_logits(shadow.root(*args, **kwargs))
+        return leave
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -95,12 +93,14 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Su
     ``args`` and ``kwargs`` hold at least one sample. ValueError if the model does not return logits ``(B, N)``, returns
     probabilities instead, or mixes samples.
     """
-    model, samples = original(model), batch_size(args, kwargs)
-    places = torch.arange(3, device="cpu") % samples
-    with objects_kept(model), undone(model, (args, kwargs)) as inputs:
-        before = RandomState(model.modules())
-        three, two = (_Watch(model, *take(inputs, places[:count], samples)) for count in (3, 2))
+    network, samples = Evaluated(original(model)), batch_size(args, kwargs)
+    places, before = torch.arange(3, device="cpu") % samples, RandomState(network.model.modules())
+    try:
+        with buffers_kept(network.model):
+            three, two = (_Watch(network, *take((args, kwargs), places[:count], samples)) for count in (3, 2))
         drew = not before.same()
+    finally:
+        before.restore()
     logits = three.logits
     refuse_probabilities(logits)
     # A model that draws random numbers cannot be compared: two samples get other numbers than three.

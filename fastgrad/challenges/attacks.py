@@ -7,38 +7,14 @@ but it does not vanish for confident predictions, where float32 cross-entropy ha
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Generator, Tensor, nn
 
 from fastgrad import checks
 from fastgrad.batches import class_logits
 from fastgrad.challenges.pixels import PixelRange, check_images
-from fastgrad.engine.state import buffers_kept
+from fastgrad.evaluation import evaluating
 from fastgrad.ops.dispatch import full_precision
-
-# Threads take turns: a second one would take the evaluation mode of the first for the model's own mode. The keys are
-# ids of first parameters, which a model and its wrappers share.
-_turns: dict[int, threading.RLock] = {}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Set evaluation mode inside; restore the mode and buffers of every module afterwards, also after an error."""
-    with _turns.setdefault(id(next(model.parameters(), model)), threading.RLock()), buffers_kept(model):
-        # A module that TorchScript has frozen has no mode.
-        modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
-        # eval() is not called, because a module's own train() may change weights: loralib's merges them.
-        for module, _ in modes:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
 
 
 @torch.inference_mode(False)  # this also turns gradients on

@@ -15,7 +15,7 @@ The method in fifteen lines, a module or function each:
 11. `fastgrad.scores.temperature`: calibrate the probabilities on labels of clean inputs.
 12. `risk`: an answer is wrong because the network is unsure, or because the input misleads it. How far the evidence and
     the kind of challenge point to the second is learned from inputs and challenges, by fits without each.
-13. `price`: measure an answer; drop the last block and repeat from step 4 until it fits the budget.
+13. `price`: before step 4, measure an answer of a draft of the detector; drop the last block until one fits the budget.
 14. `report`: say what was read, drawn and dropped, the price, and on demand what each block adds on kinds left out.
 15. `storage`: save everything that was fitted as named tensors, in one file without code.
 """

@@ -29,7 +29,7 @@ from torch import Tensor
 from fastgrad import checks
 from fastgrad.blocks.block import CHALLENGE_CLASSIFIER, Settings
 from fastgrad.detector.challenge_classifier import ChallengeClassifier, JointRows
-from fastgrad.detector.constants import CAP, WEIGHT
+from fastgrad.detector.constants import CAP, STEPS, WEIGHT
 from fastgrad.detector.inputs import Blocks, take
 from fastgrad.scores.conformal import PValues, weighted
 from fastgrad.scores.fitted import Fitted, Sequence
@@ -75,7 +75,9 @@ class DetectorModule(Fitted):
         raw, log_p = values_of(self.scores, blocks)
         evidence = self.evidence(raw)
         # A comparison with NaN is false, so NaN would pass for reliable.
-        total, parts = (v.where(~v.isnan(), torch.inf) for v in (self.total(evidence), self.by_source(evidence)))
+        total, parts = (
+            v.nan_to_num(torch.inf, torch.inf, -torch.inf) for v in (self.total(evidence), self.by_source(evidence))
+        )
         return total, parts, log_p
 
     def total(self, evidence: Tensor) -> Tensor:
@@ -160,7 +162,7 @@ class Calibrated(NamedTuple):
     table: Table
 
 
-def fit_scores(table: Table, chosen: NDArray[np.bool_], count: int) -> dict[str, Score]:
+def fit_scores(table: Table, chosen: NDArray[np.bool_], count: int, *, steps: int = STEPS) -> dict[str, Score]:
     """Fit the scores of all blocks on the clean samples among the ``chosen``, and the challenge classifier on all."""
     settings = Settings(table.log, count)
     clean = {name: values.numpy() for name, values in take(table.blocks, chosen & (table.kinds == 0)).items()}
@@ -173,7 +175,7 @@ def fit_scores(table: Table, chosen: NDArray[np.bool_], count: int) -> dict[str,
     if (chosen & (table.kinds > 0)).any():
         joint = JointRows(parts=Sequence(**{name: table.known[name].joint(clean, settings) for name in clean}))
         joined = torch.cat([joint(take(table.blocks, part)).float() for part in _parts(chosen)])
-        classifier = ChallengeClassifier.fit(joined, table.kinds[chosen], table.classes)
+        classifier = ChallengeClassifier.fit(joined, table.kinds[chosen], table.classes, steps=steps)
         scores[CHALLENGE_CLASSIFIER] = Score(rows=joint, score=classifier, source=CHALLENGE_CLASSIFIER, weight=WEIGHT)
     return scores
 
@@ -207,16 +209,21 @@ def with_p_values(scores: Mapping[str, Score], raw: Tensor, counted: NDArray[np.
     return DetectorModule(scores=Sequence(**scores), p_values=p_values)
 
 
-def fit_detector(table: Table, folds: int, random: np.random.RandomState) -> Calibrated:
-    """Fit scores by folds and once more on all folds, and calibrate their sum."""
+def fit_detector(table: Table, folds: int, random: np.random.RandomState, *, draft: bool = False) -> Calibrated:
+    """Fit scores by folds and once more on all folds, and calibrate their sum.
+
+    A ``draft`` has the same parts and price, from one fit on all folds and a classifier that has learned nothing.
+    """
     fold = deal(table, folds, random)
     fitting, clean = fold >= 0, table.kinds == 0
     # A fit without a fold scores that fold; the fit on all folds, number -1, scores samples in none and new samples.
-    fits = {number: fitting & (fold != number) for number in (*range(fold.max() + 1), -1)}
+    fold = np.full_like(fold, -1) if draft else fold
+    fits = {number: fitting & (fold != number) for number in range(fold.max() + 1)} | {-1: fitting}
     smallest = min(int((clean & chosen).sum()) for chosen in fits.values())
     if smallest < 2:
         raise ValueError(f"groups must leave 2 clean samples of other sources to each fold; they left {smallest}")
-    fitted = {number: fit_scores(table, chosen, smallest) for number, chosen in fits.items()}
+    steps = 0 if draft else STEPS
+    fitted = {number: fit_scores(table, chosen, smallest, steps=steps) for number, chosen in fits.items()}
     final = {name: score for name, score in fitted[-1].items() if all(name in scores for scores in fitted.values())}
     if not final:
         raise ValueError("blocks must have at least one score, or there must be challenges; there was neither")

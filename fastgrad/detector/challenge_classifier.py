@@ -38,7 +38,7 @@ class ChallengeClassifier(Fitted):
     bias: Tensor  # (C,)
 
     @classmethod
-    def fit(cls, rows: Tensor, kinds: NDArray[np.intp], classes: int) -> ChallengeClassifier:
+    def fit(cls, rows: Tensor, kinds: NDArray[np.intp], classes: int, *, steps: int = STEPS) -> ChallengeClassifier:
         """Minimise the weighted cross-entropy plus ``||W||^2 / (2 c n)`` of rows ``(n, d)``; c is `INVERSE_PENALTY`.
 
         ``kinds`` ``(n,)`` are 0 for clean samples and other numbers for challenges; both must occur. Those of the C
@@ -65,7 +65,7 @@ class ChallengeClassifier(Fitted):
 
         with torch.inference_mode(False), torch.no_grad(), full_precision(x.device):
             start = np.zeros(shape[0] * shape[1])
-            found = minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": STEPS})
+            found = minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": steps})
         values = torch.from_numpy(found.x).view(shape)
         return cls(weight=values[:-1].contiguous(), bias=values[-1] + absent)
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastgrad._torch import pytree
-from fastgrad.batches import bar, batch_size, bytes_of, carrying, split_batch, take, to_device
+from fastgrad.batches import bar, batch_size, bytes_of, carrying, pieces, split_batch, take, to_device
 from fastgrad.blocks.extraction import Extraction, Inputs
 from fastgrad.challenges import CHALLENGES, PixelRange, iter_challenges
 from fastgrad.challenges.attacks import reached
@@ -212,7 +212,9 @@ def read(extraction: Extraction, device: torch.device, batches: Iterable[Batch])
     kinds: list[str] = []
     groups: list[int] = []
     for x, own_kinds, sources in batches:
-        logits, blocks = extraction(to_device(x, device))
+        found = [extraction(to_device(part, device)) for part in pieces(x, device)]
+        logits = torch.cat([own for own, _ in found])
+        blocks = {name: torch.cat([own[name] for _, own in found]) for name in found[0][1]}
         what = "challenges" if own_kinds[0] else "clean and calibration"
         # A class may be masked out by minus infinity, but not all classes.
         if failed := int((~logits.float().logsumexp(1).isfinite()).sum()):

@@ -93,38 +93,14 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         Raises:
             ValueError: X or y is malformed, or there are fewer than 4 in-distribution samples.
         """
-        self._fit_table(X, y, kinds=kinds, held_out=held_out, groups=groups)
-        return self
-
-    def _fit_table(
-        self, X: Features, y: Given, *, kinds: Given, held_out: Given, groups: Given, known: inputs.Blocks | None = None
-    ) -> Calibrated:
-        """Fit as `fit` does; return also what fits without each sample say about it.
-
-        ``known`` are blocks by name that replace those of `fastgrad.blocks` or add to them.
-        """
-        checks.is_bool(log=self.log)
-        if self.folds is not None and (not isinstance(self.folds, (int, np.integer)) or self.folds < 2):
-            raise ValueError(f"folds must be an integer of at least 2 or None; it was {self.folds!r}")
-        if self.calibration_fraction is not None:
-            checks.lies_in("(0, 1)", calibration_fraction=self.calibration_fraction)
-        checks.lies_in("(0, 1)", false_alarm_rate=self.false_alarm_rate)
-        self._known = {**BLOCKS, **(known or {})}
         blocks = self._blocks(X, reset=True)
         count = len(next(iter(blocks.values())))
         challenging, self.classes_ = inputs.challenging_of(y, count)
         codes, numbers = inputs.kinds_of(kinds, challenging), checks.groups_of(groups, count)
         random = check_random_state(self.random_state)
         calibrating = inputs.held_out_of(held_out, challenging, numbers, self.calibration_fraction, random)
-        usual = constants.FOLDS_OF_FEW if count - challenging.sum() < constants.FEW else constants.FOLDS
-        folds = self.folds or (constants.FOLDS_OF_SPLIT if calibrating.any() else usual)
-        table = Table(blocks, self._known, codes, numbers, calibrating, self.log)
-        # Products are small: the spinning threads of NumPy and PyTorch would wait for each other, three times as long.
-        with threadpool_limits(limits=1):
-            calibrated = fit_detector(table, int(folds), random)
-        self.module_ = calibrated.module
-        self.module_.options["false_alarm_rate"] = float(self.false_alarm_rate)
-        return calibrated
+        self.module_ = fit_table(self, Table(blocks, BLOCKS, codes, numbers, calibrating, self.log), random).module
+        return self
 
     def decision_function(self, X: Features) -> Array:
         """Return the uncertainty ``(B,)``: -log of the p-value. Higher is less reliable; compare with `threshold`."""
@@ -193,7 +169,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         """Return X as named blocks, checked against those seen in `fit` unless ``reset``."""
         # One of SciPy's sparse formats is a dictionary, too.
         if isinstance(X, Mapping) and not issparse(X):
-            blocks = inputs.check_blocks(X, self._known, log=self.log)
+            blocks = inputs.check_blocks(X, BLOCKS, log=self.log)
         else:
             array = checks.validated(self, "X", X, reset=reset)
             if self.log:
@@ -205,3 +181,20 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         elif shapes != self.shapes_:
             raise ValueError(f"X must have the blocks and shapes of fit, {self.shapes_}; it had {shapes}")
         return {name: as_tensor(array) for name, array in blocks.items()}
+
+
+def fit_table(
+    detector: UncertaintyDetector, table: Table, random: np.random.RandomState, *, draft: bool = False
+) -> Calibrated:
+    """Fit a detector with the options of ``detector``; return also what fits without each sample say about it."""
+    checks.is_bool(log=detector.log)
+    if detector.folds is not None and (not isinstance(detector.folds, (int, np.integer)) or detector.folds < 2):
+        raise ValueError(f"folds must be an integer of at least 2 or None; it was {detector.folds!r}")
+    checks.lies_in("(0, 1)", false_alarm_rate=detector.false_alarm_rate)
+    usual = constants.FOLDS_OF_FEW if (table.kinds == 0).sum() < constants.FEW else constants.FOLDS
+    folds = detector.folds or (constants.FOLDS_OF_SPLIT if table.held_out.any() else usual)
+    # Products are small: the spinning threads of NumPy and PyTorch would wait for each other, three times as long.
+    with threadpool_limits(limits=1):
+        calibrated = fit_detector(table, int(folds), random, draft=draft)
+    calibrated.module.options["false_alarm_rate"] = float(detector.false_alarm_rate)
+    return calibrated

@@ -1,18 +1,20 @@
-"""`TwoStageModel.fit`, step by step: draw, check, read, probabilities, calibrate, risk, price, report."""
+"""`TwoStageModel.fit`, step by step: draw, check, read, probabilities, price, calibrate, risk, report."""
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 import math
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.base import clone
+from sklearn.utils import check_random_state
 from torch import Tensor
 
 from fastgrad.batches import batch_size, take, to_device
@@ -20,18 +22,19 @@ from fastgrad.blocks import BLOCKS, Block, Features
 from fastgrad.blocks.extraction import Extraction, Inputs, arguments
 from fastgrad.blocks.subject import Subject, watch
 from fastgrad.challenges import CHALLENGES, challenge_cost
+from fastgrad.checks import groups_of
 from fastgrad.detector import collect, constants, loaders
-from fastgrad.detector.calibrate import Calibrated
+from fastgrad.detector.calibrate import Calibrated, DetectorModule, Table
 from fastgrad.detector.collect import Sample
-from fastgrad.detector.estimator import UncertaintyDetector
+from fastgrad.detector.estimator import UncertaintyDetector, fit_table
+from fastgrad.detector.inputs import Blocks, check_blocks, kinds_of
 from fastgrad.detector.price import DEFAULT_BLOCKS, EXTENDED_BLOCKS, EXTENDED_FROM, PriceReport, fit_to_budget
-from fastgrad.detector.report import Report, gains
-from fastgrad.detector.risk import NoisyOr, Risk, doubt
-from fastgrad.engine.fallback import agree
-from fastgrad.engine.refusals import refuse_devices
-from fastgrad.engine.state import RandomState
+from fastgrad.detector.report import Gain, Report, gains
+from fastgrad.detector.risk import NoisyOr, Risk, doubt, log_probabilities
+from fastgrad.evaluation import RandomState, agree, refuse_devices
 from fastgrad.introspection import IntrospectiveClassifier
 from fastgrad.introspection.network import IntrospectiveNetwork
+from fastgrad.scores.rows import as_tensor
 from fastgrad.scores.temperature import Temperature
 
 if TYPE_CHECKING:
@@ -43,8 +46,24 @@ FITTED = ("detector", "classifier", "gate", "temperature", "risk")
 _ROUNDING = 2.5e-3
 
 
-def fit(two_stage: TwoStageModel, options: loaders.FitOptions) -> None:
-    """Fit ``two_stage``, which changes only after everything has worked."""
+@dataclass(frozen=True)
+class Parts:
+    """What a fit gives a two-stage model; parts that it does not need are None."""
+
+    extraction: Extraction
+    detector: DetectorModule
+    classifier: IntrospectiveNetwork | None
+    gate: NoisyOr | None
+    temperature: Temperature | None
+    risk: Risk | None
+    report: Report | None = None
+    gains: Callable[[], dict[str, Gain]] | None = None
+
+
+def fit(
+    two_stage: TwoStageModel, options: loaders.FitOptions, answer: Callable[[Parts], Callable[[Inputs], object]]
+) -> Parts:
+    """Fit what ``two_stage`` asks for; ``answer`` returns how it would answer with some parts, to measure the price."""
     refuse_devices(two_stage.model)
     base = two_stage.detector or UncertaintyDetector(log=False, random_state=two_stage.seed)
     clean, given = loaders.draw_all(options, two_stage.seed, base.calibration_fraction)
@@ -55,10 +74,12 @@ def fit(two_stage: TwoStageModel, options: loaders.FitOptions) -> None:
     sample = loaders.checked(
         clean, given, subject.classes, two_stage.seed, clone(base), options, answered=two_stage.classifier is not None
     )
-    reading = [block for block in blocks if block.refusal(subject) is None]
-    if two_stage.classifier is not None and all(block.name != Features.name for block in reading):
-        reading.append(Features())
-    extraction = two_stage._extraction(reading, subject)
+    served = [block for block in blocks if block.refusal(subject) is None]
+    # The classifier reads h, also where the detector does not.
+    unread = [Features.name] if two_stage.classifier is not None else []
+    beside = [Features() for name in unread if all(block.name != name for block in served)]
+    # Logarithms of norms cannot underflow, but the user's detector may expect the norms themselves.
+    extraction = Extraction(two_stage.model, [*served, *beside], log=not base.log, known=subject)
     _require_own(extraction, x)
     generated = collect.generated_batches(sample, two_stage.model, device, two_stage.seed, verbose)
     features = collect.read(extraction, device, itertools.chain(collect.drawn_batches(sample, verbose), generated))
@@ -72,43 +93,34 @@ def fit(two_stage: TwoStageModel, options: loaders.FitOptions) -> None:
     classifier = _classifier(two_stage, features, labels, sample.fresh)
     # If the classifier was trained on challenges, its share of an answer is learned.
     gated = classifier is not None and bool((challenging & labelled).any())
+    by_name: Blocks = {**BLOCKS, **{block.name: block for block in blocks}}
+    arrays = check_blocks({block.name: features.blocks[block.name] for block in served}, by_name, log=base.log)
+    groups = groups_of(np.where(features.groups >= 0, sample.sources[features.groups], -1), len(labels))
+    kinds, read = kinds_of(features.kinds, challenging.numpy()), {name: as_tensor(x) for name, x in arrays.items()}
 
-    @functools.cache
-    def complete(names: tuple[str, ...]) -> tuple[TwoStageModel, Calibrated, str]:
-        """Return the model with these blocks, what its detector was fitted on, and where its risk comes from."""
-        detector: UncertaintyDetector = clone(base)
-        calibrated = detector._fit_table(
-            {name: features.blocks[name] for name in names},
-            challenging.numpy().astype(int),
-            kinds=features.kinds,
-            held_out=held_out if held_out.any() else None,
-            groups=np.where(features.groups >= 0, sample.sources[features.groups], -1),
-            known={block.name: block for block in blocks},
-        )
-        result = copy.copy(two_stage)
-        result._modules = dict(two_stage._modules)
-        result.extraction_ = extraction.of([one for one in reading if one.name in (*names, Features.name)])
-        result.detector_ = calibrated.module.to(device)
-        result.classifier_, result.temperature_ = classifier, temperature
-        gate = NoisyOr.fit(None, calibrated.evidence, challenging, challenging).to(device) if gated else None
-        result.gate_ = gate
-        result.risk_, why = _risk(result, features, labels, sample.fresh, calibrated, options.risk)
-        return result, calibrated, why
+    def complete(names: tuple[str, ...], *, draft: bool) -> tuple[Parts, Calibrated, str]:
+        """Return parts with these blocks, what their detector was fitted on, and where their risk comes from."""
+        own = {name: value for name, value in read.items() if name in names}
+        table = Table(own, by_name, kinds, groups, held_out, base.log)
+        fitted = fit_table(base, table, check_random_state(clone(base).random_state), draft=draft)
+        gate = NoisyOr.fit(None, fitted.evidence, challenging, challenging).to(device) if gated else None
+        log_p = functools.partial(log_probabilities, temperature=temperature, classifier=classifier, gate=gate)
+        risk, why = _risk(log_p, features, labels, sample.fresh, fitted, options.risk, device)
+        kept = extraction.of([block for block in extraction.blocks if block.name in (*names, *unread)])
+        return Parts(kept, fitted.module.to(device), classifier, gate, temperature, risk), fitted, why
 
     if two_stage.blocks is None:
         price = fit_to_budget(
             two_stage.model, blocks, x, two_stage.budget, subject=subject,
-            answer=lambda some: complete(tuple(block.name for block in some))[0],
+            answer=lambda some: answer(complete(tuple(block.name for block in some), draft=True)[0]),
         )  # fmt: skip
     else:
         # Blocks that were named are kept at any price.
         names, predicted = tuple(block.name for block in blocks), 1 + sum(block.price(subject) for block in blocks)
         price = PriceReport(names, predicted, math.nan, (), math.inf, math.nan, batch_size(x), math.nan)
-    result, calibrated, why = complete(price.blocks)
-    result.report_ = _report(sample, features, price, calibrated, why)
-    result._gains = functools.partial(gains, calibrated.table, features.kinds)
-    for name in ("extraction_", "report_", "_gains", *(f"{name}_" for name in FITTED)):
-        setattr(two_stage, name, getattr(result, name))
+    parts, fitted, why = complete(price.blocks, draft=False)
+    gain = functools.partial(gains, fitted.table, features.kinds)
+    return replace(parts, report=_report(sample, features, price, fitted, why), gains=gain)
 
 
 def _blocks(two_stage: TwoStageModel, subject: Subject) -> list[Block]:
@@ -168,12 +180,13 @@ def _classifier(
 
 
 def _risk(
-    two_stage: TwoStageModel,
+    log_probabilities: functools.partial[Tensor],
     features: collect.Features,
     labels: NDArray[np.int64],
     fresh: NDArray[np.bool_],
     fitted: Calibrated,
     asked: bool | None,
+    device: torch.device,
 ) -> tuple[Risk | None, str]:
     """Return the risk, from labelled clean inputs that the answer was not trained on and from their challenges."""
     if asked is False:
@@ -186,18 +199,18 @@ def _risk(
         given = f"{usual} labelled clean inputs that the answer was not trained on"
         return None, f"none: {given} are too few; it needs {constants.FEWEST_LABELLED}"
     chosen = torch.from_numpy(usable)
-    evidence, device = fitted.evidence[chosen], two_stage.device
-    h = features.blocks.get(Features.name)
+    evidence, h = fitted.evidence[chosen], features.blocks.get(Features.name)
     h = None if h is None else h[chosen].to(device)
-    log_p = two_stage._log_probabilities(features.logits[chosen].to(device), h, evidence.to(device)).cpu()
+    log_p = log_probabilities(features.logits[chosen].to(device), h, evidence.to(device)).cpu()
     truth, kinds = torch.from_numpy(labels)[chosen], torch.from_numpy(fitted.table.kinds)[chosen]
     wrong = log_p.argmax(-1) != truth
     risk = Risk.fit(doubt(log_p), evidence, fitted.log_p[chosen], wrong, kinds)
     alone = features.logits[chosen].argmax(-1) != truth
+    answered = log_probabilities.keywords["classifier"] is not None
 
     def errors(rows: Tensor) -> str:
         # Both are given, because a classifier trained on few inputs answers worse than the network.
-        beside = "" if two_stage.classifier_ is None else f", {int(alone[rows].sum())} by the network alone"
+        beside = f", {int(alone[rows].sum())} by the network alone" if answered else ""
         return f"{int(wrong[rows].sum())} answered wrongly{beside}"
 
     made = int((kinds > 0).sum())

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.utils.validation import column_or_1d
 from torch import Tensor
 
+from fastgrad import checks
 from fastgrad.blocks import Block
 from fastgrad.checks import Array, to_array
 from fastgrad.detector import constants
@@ -101,6 +102,8 @@ def held_out_of(
 
     A share of None means a fifth from 1,000 sources on, and no sample below.
     """
+    if share is not None:
+        checks.lies_in("(0, 1)", calibration_fraction=share)
     clean = np.flatnonzero(~challenging)
     if len(clean) < 4:
         raise ValueError(

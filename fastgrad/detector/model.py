@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
 
 from fastgrad import checks
 from fastgrad._torch import original
@@ -22,14 +21,11 @@ from fastgrad.blocks.extraction import Extraction, Inputs
 from fastgrad.blocks.subject import Subject
 from fastgrad.detector import UncertaintyDetector, constants, fitting, loaders, storage
 from fastgrad.detector.calibrate import DetectorModule
-from fastgrad.detector.price import device_of
 from fastgrad.detector.report import Gain, Report
-from fastgrad.detector.risk import NoisyOr, Risk, doubt
-from fastgrad.engine.refusals import refuse_scripted
-from fastgrad.engine.state import buffers_kept
+from fastgrad.detector.risk import NoisyOr, Risk, doubt, log_probabilities
+from fastgrad.evaluation import buffers_kept, device_of, refuse_scripted
 from fastgrad.introspection import IntrospectiveClassifier
 from fastgrad.introspection.network import IntrospectiveNetwork
-from fastgrad.losses import compute_dtype
 from fastgrad.prediction import Prediction
 from fastgrad.scores.temperature import Temperature
 
@@ -56,7 +52,8 @@ class TwoStageModel(nn.Module):
     """A trained classifier that also says how unusual each input is, and how likely each answer is wrong.
 
     Torchvision, timm and Hugging Face classifiers work as they are. The network is only read: it runs in evaluation
-    mode, and its mode, gradients and hooks stay as they were. `fit` does not change its buffers, either.
+    mode, and its mode, gradients and hooks stay as they were. `fit` does not change its buffers, either. A network with
+    a module in training mode is copied at every call; call ``eval()`` first to save that time.
 
     Args:
         model: The trained network, from a batch or a mapping of keyword arguments to logits ``(B, N)``: a tensor,
@@ -125,7 +122,8 @@ class TwoStageModel(nn.Module):
         # Fitted arguments are copied, so that this module and the user's do not share state.
         if detector is not None and hasattr(detector, "module_"):
             known: dict[str, Block] = {block.name: block for block in self.blocks or ()}
-            self.extraction_ = self._extraction([known.get(key) or BLOCKS[key]() for key in detector.shapes_], None)
+            own = [known.get(key) or BLOCKS[key]() for key in detector.shapes_]
+            self.extraction_ = Extraction(model, own, log=not detector.log)
             self.detector_ = copy.deepcopy(detector.module_).to(self.device)
         if classifier is not None and hasattr(classifier, "network_"):
             labels = classifier.classes_
@@ -136,7 +134,7 @@ class TwoStageModel(nn.Module):
                 )
             self.classifier_ = copy.deepcopy(classifier.to_module()).to(self.device)
             if self.extraction_ is not None and all(b.name != Features.name for b in self.extraction_.blocks):
-                self.extraction_ = self._extraction([*self.extraction_.blocks, Features()], None)
+                self.extraction_ = Extraction(model, [*self.extraction_.blocks, Features()], log=self.extraction_.log)
 
     @property
     def device(self) -> torch.device:
@@ -175,29 +173,12 @@ class TwoStageModel(nn.Module):
         logits, blocks = extraction(x)
         with torch.no_grad():
             uncertainty, evidence, kinds = detector.explain(blocks)
-            log_p = self._log_probabilities(logits, blocks.get(Features.name), evidence)
+            mixed = (self.temperature_, self.classifier_, self.gate_)
+            log_p = log_probabilities(logits, blocks.get(Features.name), evidence, *mixed)
             doubts = doubt(log_p)
             risk = None if self.risk_ is None else self.risk_(doubts, evidence, kinds).to(log_p.dtype)
             prediction = Prediction(logits, log_p.exp(), uncertainty.to(log_p.dtype), risk)
         return prediction, doubts, evidence, kinds
-
-    def _log_probabilities(self, logits: Tensor, h: Tensor | None, evidence: Tensor) -> Tensor:
-        """Return log probabilities ``(B, N)``: the network's and the classifier's, mixed by the gate."""
-        precise = logits.to(compute_dtype(logits.dtype))
-        network = precise if self.temperature_ is None else self.temperature_(precise)
-        first: Tensor = network.log_softmax(-1)
-        if self.classifier_ is None:
-            return first
-        assert h is not None  # a model with a classifier reads it
-        second = self.classifier_.answer(h.to(precise.dtype), precise).log_softmax(-1)
-        if second.shape[1] != first.shape[1]:
-            raise ValueError(
-                f"classifier must be fitted on every class of the network, {first.shape[1]}; it has {second.shape[1]}"
-            )
-        if self.gate_ is None:
-            return second
-        odds = self.gate_.log_odds(evidence).to(first.dtype).unsqueeze(-1)
-        return torch.logaddexp(first + logsigmoid(-odds), second + logsigmoid(odds))
 
     @property
     def alarms(self) -> dict[str, str]:
@@ -262,8 +243,21 @@ class TwoStageModel(nn.Module):
             clean, challenges, calibration, max_samples, challenges_per_input, risk, clip, mean, std, verbose
         )
         with buffers_kept(self.model):
-            fitting.fit(self, options)
+            parts = fitting.fit(self, options, self._with)
+        self._take(parts)
         return self
+
+    def _take(self, parts: fitting.Parts) -> None:
+        for name in fitting.FITTED:
+            setattr(self, f"{name}_", getattr(parts, name))
+        self.extraction_, self.report_, self._gains = parts.extraction, parts.report, parts.gains
+
+    def _with(self, parts: fitting.Parts) -> TwoStageModel:
+        """Return a model of the same network with other parts."""
+        result = copy.copy(self)
+        result._modules = dict(self._modules)
+        result._take(parts)
+        return result
 
     def report(self, *, gains: bool = False) -> Report:
         """Return the summary of the last fit; it prints as text.
@@ -355,10 +349,6 @@ class TwoStageModel(nn.Module):
         if self.extraction_ is None or self.extraction_.model is not original(self.model):
             raise RuntimeError("model must be the network that TwoStageModel was fitted with: call fit(clean) again")
         return self.detector_, self.extraction_
-
-    def _extraction(self, blocks: Sequence[Block], subject: Subject | None) -> Extraction:
-        # Logarithms of norms cannot underflow, but the user's detector may expect the norms themselves.
-        return Extraction(self.model, blocks, log=self.detector is None or not self.detector.log, known=subject)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the features of the fit, which only gains need."""

@@ -22,7 +22,7 @@ from fastgrad.batches import as_call, batch_size, copied, logits_of, take
 from fastgrad.blocks import Block
 from fastgrad.blocks.extraction import Inputs
 from fastgrad.blocks.subject import Subject
-from fastgrad.challenges.attacks import evaluating
+from fastgrad.evaluation import device_of, evaluating
 
 #: In the order of AUROC gain per price: if a set is above its limit, blocks are dropped from the end. Tuned on
 #: photographs with EfficientNet-Lite0 and Lite1, with an earlier form of image statistics and roughness. Without
@@ -34,7 +34,7 @@ EXTENDED_BLOCKS: tuple[str, ...] = (*DEFAULT_BLOCKS, "view")
 #: Budget from which on a second forward pass is affordable.
 EXTENDED_FROM = 2.0
 #: Measuring ends at this standard error after so many rounds, or after so many seconds and at least three rounds.
-ERROR, ROUNDS, SECONDS = 0.03, 7, 4.0
+ERROR, ROUNDS, SECONDS = 0.03, 7, 2.5
 #: Seconds that the plain network may take for the measured inputs; larger batches are cut.
 PASS = 0.1
 
@@ -123,11 +123,6 @@ def price(model: nn.Module, run: Callable[[Inputs], object], x: Inputs, limit: f
             if known and len(ratios) >= ROUNDS:
                 break
     return statistics.median(ratios), _error(ratios)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return the device of the network's parameters."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _plain(model: nn.Module, x: Inputs) -> float:

@@ -61,7 +61,7 @@ def _joined(node: Any) -> ValueError:
 
 def mixed(value: Tensor, name: str) -> Tensor:
     """Return an output of all samples, from which no gradient may be taken."""
-    result: Tensor = _Mixed.apply(value, name, torch.zeros((), requires_grad=True))
+    result: Tensor = _Mixed.apply(value, name, value.new_zeros((), requires_grad=True))
     return result
 
 

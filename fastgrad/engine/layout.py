@@ -63,8 +63,8 @@ def usual(shape: Sequence[int]) -> Layout | None:
     return Layout("rows") if len(shape) and shape[0] == 1 else None
 
 
-def find(rows: Tensor, batch: Tensor, precision: float | None) -> Layout | None:
-    """Return the layout in which ``(B, *shape)`` agrees with the ``batch``'s own result; None if it agrees in none.
+def find(rows: Tensor, batch: Tensor, precision: float | None) -> Layout:
+    """Return the layout in which ``(B, *shape)`` agrees with the ``batch``'s own result; `MIXED` if it agrees in none.
 
     ``precision`` is the relative rounding error of the coarsest numbers; None compares shapes alone.
     """
@@ -82,8 +82,7 @@ def find(rows: Tensor, batch: Tensor, precision: float | None) -> Layout | None:
         found += [SAME] if _alike(rows) else []
         found += [Layout("sum"), Layout("mean")] if rows.is_floating_point() else []
     fitting = (each for each in found if precision is None or agree(each.joined(rows), batch, precision))
-    # What has no row for each sample may be of all of them, such as a mean over tokens.
-    return next(fitting, MIXED if len(rows) not in batch.shape else None)
+    return next(fitting, MIXED)
 
 
 def _without(shape: Sequence[int], dim: int) -> tuple[int, ...]:

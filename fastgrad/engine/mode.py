@@ -67,11 +67,9 @@ class PerSample(TorchFunctionMode):
         self._call, self._seen = call, seen
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _HARMLESS:
-            return func(*args, **(kwargs or {}))
         if func in _REQUIRES_GRAD:
             return self._call.physical(args[0]).requires_grad
-        out = self._run(func, args, kwargs or {})
+        out = func(*args, **(kwargs or {})) if func in _HARMLESS else self._run(func, args, kwargs or {})
         if self._seen is not None:
             self._seen += [weakref.ref(t) for t in pytree.tree_leaves(out) if self._call.is_batched(t)]
         return out

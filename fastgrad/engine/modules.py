@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastgrad._torch import next_number
+from fastgrad._torch import next_number, without_modes
 from fastgrad.layers.call import Call, Refused
 from fastgrad.layers.registry import MODULES, ModuleRule, OfModule, rule_of
 
@@ -67,9 +67,14 @@ def replaced(model: nn.Module, call: Call) -> Iterator[None]:
 
 def _run(rule: ModuleRule, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     call: Call | None = getattr(_calls, "now", None)
-    names = [name for name, p in module.named_parameters(recurse=False)]
-    weights = [p for _, p in module.named_parameters(recurse=False)]
-    if call is None or kwargs or len(args) != 1 or not call.is_batched(args[0]) or not any(map(call.owns, weights)):
+    formula = OfModule(module, rule)
+    if (
+        call is None
+        or kwargs
+        or len(args) != 1
+        or not call.is_batched(args[0])
+        or not any(map(call.owns, formula.weights))
+    ):
         return forward(*args, **kwargs)
     if args[0].shape[0] != 1:
         raise Refused("a module with a registered rule gets other rows than one for each sample")
@@ -77,7 +82,9 @@ def _run(rule: ModuleRule, module: nn.Module, forward: Callable[..., Any], args:
     def on_batch() -> Tensor:
         begin = next_number()
         x = call.physical(args[0]).flatten(0, 1)
-        out = call.tapped([forward(x)], [x], weights, OfModule(module, rule, names), begin, in_place=False)[0]
+        with without_modes():  # which would take the batch for one sample
+            y = forward(x)
+        out = call.tapped([y], [x], formula.weights, formula, begin, in_place=False)[0]
         return out.unsqueeze(1)
 
     return call.on_batch(on_batch)

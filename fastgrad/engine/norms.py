@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgrad._torch import vmap
+from fastgrad.engine.layout import agree
 from fastgrad.engine.structure import Alone, Recorded
 from fastgrad.layers.call import COPIES, Use
 from fastgrad.layers.formula import Formula
@@ -115,9 +116,15 @@ class _Backward:
             for structure in structures:
                 structure.foreign = True
             return self.run(outputs, gradients, batched, keep)
+        # Where PyTorch's backward pass is wrong for several gradients (cdist), they go one by one.
+        for s in (0, count - 1):
+            alone = self._once(outputs, [g[s] for g in gradients], keep=True)
+            right = all(agree(found[key][s], norms, torch.finfo(norms.dtype).eps) for key, norms in alone.items())
+            for structure in structures:
+                structure.foreign |= not right
         for structure in structures:
-            structure.batches = True
-        return found
+            structure.batches = not structure.foreign
+        return found if structures[0].batches else self.run(outputs, gradients, batched, keep)
 
     def _once(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor] | None, keep: bool) -> dict[int, Tensor]:
         given: dict[int, Given] = {}

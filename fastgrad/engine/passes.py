@@ -22,6 +22,7 @@ from fastgrad.engine.mode import PerSample, Split
 from fastgrad.engine.modules import replaced
 from fastgrad.engine.state import Place, State
 from fastgrad.engine.structure import Alone, Structure
+from fastgrad.layers import MODULES
 from fastgrad.layers.call import Call, NotPerSampleError, Refused
 
 
@@ -56,19 +57,21 @@ class Plain(TorchFunctionMode):
 class Pass:
     """A call of ``forward``, that of ``model``; ``parameters`` are those whose gradients count, by id.
 
-    With ``undo`` the model is left as it was, and ``forward`` is a call of the model with its hooks.
+    With ``undo`` the model is left as it was, and ``forward`` is a call of the model with its hooks. ``modules`` are
+    the model's, with their paths.
     """
 
     def __init__(
         self, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, parameters: Mapping[int, Tensor],
-        *, undo: bool,
+        *, undo: bool, modules: Sequence[tuple[str, nn.Module]] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.forward, self.parameters, self.undo = model, forward, parameters, undo
         self.samples = batch_size(args, kwargs)
         self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
         #: Inputs that may hold tensors in attributes, such as caches.
         self.objects = [x for x in self.leaves if is_object(x)]
-        self.modules = list(model.named_modules())
+        self.modules = list(model.named_modules()) if modules is None else modules
+        self.numbers = range(0)
         self.training = any(module.training for _, module in self.modules)
         self.hooks = sum(len(table) for _, module in self.modules for table in hooks_of(module))
 
@@ -80,7 +83,7 @@ class Pass:
             else type(x)
             for x in self.leaves
         )
-        return inputs, self.spec, self.samples == 1, self.training, self.hooks
+        return inputs, self.spec, self.samples == 1, self.training, self.hooks, len(MODULES)
 
     def call_of(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments that have these leaves."""
@@ -125,7 +128,7 @@ class Pass:
                     else:
                         found.append(self._together(structure, state, leaves, index))
                 except Split as split:
-                    whole = torch.arange(self.samples) if index is None else index
+                    whole = torch.arange(self.samples, device="cpu") if index is None else index
                     values = split.values.to(whole.device)
                     groups: list[Tensor | None] = [whole[(values == v).all(1)] for v in values.unique(dim=0)]
                     waiting, again = groups + waiting, True
@@ -187,7 +190,7 @@ class Pass:
             call.begin()
             pairs = zip(unique.items(), tensors, strict=True)
             of_sample = {key: same_class(x.unsqueeze(0), given) for (key, given), x in pairs}
-            own = list(leaves)
+            own = [copy.copy(x) if isinstance(x, (set, list, dict)) else x for x in leaves]
             for i in carried:
                 own[i] = of_sample[id(leaves[i])]
             args, kwargs = self.call_of(own)
@@ -206,8 +209,9 @@ class Pass:
             if i:
                 state.restore(numbers=False)
             own = [x[i : i + 1] if c else x for x, c in zip(leaves, structure.carriers, strict=True)]
+            own = [copy.copy(x) if isinstance(x, (set, list, dict)) else x for x in own]
             with state.own_buffers():
-                yield self._sample(state, own, torch.tensor([i]) if index is None else index[i : i + 1])
+                yield self._sample(state, own, torch.tensor([i], device="cpu") if index is None else index[i : i + 1])
 
     def _sample(self, state: State, leaves: list[Any], index: Tensor) -> Outcome:
         part = Alone(self.model, self.parameters)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgrad._torch import saved_tensor_hooks, saving_plainly
+from fastgrad._torch import next_number, saved_tensor_hooks, saving_plainly
 from fastgrad.batches import choices, input_tensors
 from fastgrad.engine import graph
 from fastgrad.engine.layout import MIXED, SAME, Layout, Rows, Tree, find, flatten, usual
@@ -37,24 +37,29 @@ def run(
     owner: nn.Module | None = None,
     *,
     undo: bool = False,
+    modules: Sequence[tuple[str, nn.Module]] | None = None,
 ) -> tuple[Any, Recorded]:
     """Call ``forward``, that of ``model``, and return its output and what is known of each sample's gradients.
 
     ``parameters`` are those whose gradients count, by id. What the model writes is as after an ordinary call, or with
-    ``undo`` as before. ``owner`` is the model of which this is a copy for one call. ValueError if samples interact.
+    ``undo`` as before. ``owner`` is the model of which this is a copy for one call, and ``modules`` are its
+    modules, with their paths. ValueError if samples interact.
     """
     keep_freed_memory()
-    one = _Run(model, forward, args, kwargs, parameters, undo=undo)
+    one = _Run(model, forward, args, kwargs, parameters, undo=undo, modules=modules)
     # Compiled parts run as they are written: their compiled form hides the functions from modes.
     compiles = "torch._dynamo" in sys.modules
     with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():
         return one.result(known.of(model if owner is None else owner)) if one.samples else one.empty()
 
 
-def known_structure(owner: nn.Module, model: nn.Module, args: Any, kwargs: Any) -> Structure | None:
+def known_structure(
+    owner: nn.Module, model: nn.Module, args: Any, kwargs: Any, modules: Sequence[tuple[str, nn.Module]]
+) -> Structure | None:
     """Return what is known of a model for inputs like these, if it or ``model``, its copy, ran on such."""
     structures = known.of(owner)
-    return structures.get(Pass(model, model, args, kwargs, {}, undo=True).key()) if structures else None
+    one = Pass(model, model, args, kwargs, {}, undo=True, modules=modules)
+    return structures.get(one.key()) if structures else None
 
 
 class _Run(Pass):
@@ -64,7 +69,7 @@ class _Run(Pass):
         structure = structures.pop(key, None)
         if structure is not None:
             structures[key] = structure
-            state = State(self.modules, structure.written, self.objects)
+            state = State(self.modules, structure.written, [*self.objects, *structure.holders])
             with self._undone(state):
                 outcomes = self.outcomes(structure, state)
                 if all(len(out.output[0]) == len(structure.layouts) for out in outcomes):
@@ -106,28 +111,41 @@ class _Run(Pass):
 
     def first(self) -> tuple[Any, Recorded]:
         """Run the samples and compare with an ordinary call; NotPerSampleError if samples interact."""
-        state = State(self.modules, None, self.objects)
+        holders = State(self.modules, frozenset()).objects()
+        state = State(self.modules, None, [*self.objects, *holders])
+        versions = {name: p._version for name, p in self.model.named_parameters()}
+        begin = next_number()
         plain, expected = self.ordinary()
+        self.numbers = range(begin, next_number())
         drew, written = state.drew(), state.written()
-        after = {place: copied(value) for place, value in state.changes().items() if value is not ABSENT}
+        changes = state.changes()
+        after = {place: copied(value) for place, value in changes.items() if value is not ABSENT}
         state.restore()
+        if any(table in ("_parameters", "_modules") for _, table, _ in changes):
+            raise NotPerSampleError(
+                "model must not make layers or parameters in forward; call it once before, if only a first call does"
+            )
+        moved = {n: p.detach().clone() for n, p in self.model.named_parameters() if p._version != versions.get(n)}
         size = plain.bytes / max(1, sum(x.numel() for x in input_tensors(self.leaves)))
         failure: Exception | None = None
-        for carriers in choices(self.leaves, self.samples):
-            structure = Structure(carriers, written=written, writes=bool(written or after or drew))
-            structure.bytes_of_element = size
+        each = list(choices(self.leaves, self.samples))
+        for carriers in each:
+            doubtful = len(each) > 1
+            structure = Structure(carriers, written=written, writes=bool(written or changes or drew))
+            structure.bytes_of_element, structure.holders = size, holders if changes else []
             try:
                 with self._undone(state):
                     outcomes = self.outcomes(structure, state)
+                    self._require_unmoved(moved)
                     try:
-                        self._compare(structure, state, outcomes, expected, after, plain.precision)
+                        self._compare(structure, state, outcomes, expected, after, plain.precision, doubtful)
                     except NotPerSampleError:
                         # Samples that draw numbers in another order can only be compared in evaluation mode.
                         if not (drew and self.training and state.drew()):
                             raise
                         self._first_in_evaluation()
                         structure.layouts, structure.attributes = [], {}
-                        self._compare(structure, state, outcomes, expected, after, None)
+                        self._compare(structure, state, outcomes, expected, after, None, doubtful)
                     output, recorded = self.joined(structure, state, outcomes)
                     if not state.holds_graphs and not self._is_tracked(recorded, output):
                         structure.alone = _UNSEEN
@@ -144,6 +162,18 @@ class _Run(Pass):
             raise NotPerSampleError(f"{failure}. It also draws random numbers in evaluation mode") from failure
         raise failure
 
+    def _require_unmoved(self, values: Mapping[str, Tensor]) -> None:
+        """Raise NotPerSampleError if a run changed parameters that an ordinary call had left with these values."""
+        for name, value in values.items():
+            parameter = self.model.get_parameter(name)
+            if not torch.equal(parameter, value):
+                with torch.no_grad():
+                    parameter.copy_(value)
+                raise NotPerSampleError(
+                    "model must not write to its parameters in forward, as a moving average does; it wrote to "
+                    f"{name!r}. Write to them outside of forward"
+                )
+
     def _first_in_evaluation(self) -> None:
         """Raise NotPerSampleError if samples interact in evaluation mode."""
         model = evaluated(self.model)
@@ -158,6 +188,7 @@ class _Run(Pass):
         expected: Tree,
         after: Mapping[Place, Any],
         precision: float | None,
+        doubtful: bool,
     ) -> None:
         """Find the layouts of outputs and attributes; NotPerSampleError names the first output that has none.
 
@@ -166,14 +197,13 @@ class _Run(Pass):
         leaves, _, structure.names = expected
         if {len(out.output[0]) for out in outcomes} != {len(leaves)}:
             raise _interact("the number of its outputs")
-        for at, (leaf, name) in enumerate(zip(leaves, structure.names, strict=True)):
+        for at, leaf in enumerate(leaves):
             rows = _rows([out.output[0][at] for out in outcomes], outcomes)
-            layout = find(rows, leaf, precision) if rows is not None and isinstance(leaf, Tensor) else None
-            if layout is None and rows is not None:
-                raise _interact(f"its output {name}" if name else "its output")
-            structure.layouts.append(layout)
-        if all(layout in (None, MIXED) for layout in structure.layouts):
-            raise _interact("its output")
+            structure.layouts.append(find(rows, leaf, precision) if rows is not None else None)
+        # Where it is in doubt which inputs carry the batch, outputs of all samples speak against a choice.
+        mixed = [name for name, layout in zip(structure.names, structure.layouts, strict=True) if layout == MIXED]
+        if mixed and (doubtful or all(layout in (None, MIXED) for layout in structure.layouts)):
+            raise _interact(f"its output {mixed[0]}".rstrip())
         for place in _places(outcomes):
             trees = [out.attributes[place] for out in outcomes if place in out.attributes]
             wanted = flatten(after[place])[0] if place in after else []
@@ -183,9 +213,9 @@ class _Run(Pass):
                 layout = None
                 if rows is not None and len(wanted) == len(trees[0][0]) and isinstance(wanted[at], Tensor):
                     layout = find(rows, wanted[at], precision)
-                    if layout in (None, MIXED):
-                        if rows.requires_grad:
-                            raise _interact(f"the attribute {state.name(place)!r}")
+                    if layout == MIXED and rows.requires_grad:
+                        raise _interact(f"the attribute {state.name(place)!r}")
+                    if layout == MIXED or (layout.kind in ("sum", "mean") and not rows.requires_grad):
                         layout, structure.ordinary = None, True
                 # What was computed from parameters alone is a cache, whose graph must not outlive the call.
                 cache = layout == SAME and leaf.values.requires_grad
@@ -203,7 +233,7 @@ class _Run(Pass):
     def joined(self, structure: Structure, state: State, outcomes: list[Outcome]) -> tuple[Any, Recorded]:
         """Return the output of the batch, and write what the call changed."""
         parts = [(out.index, out.part) for out in outcomes]
-        recorded = Recorded(self.parameters, self.samples, parts, structure, self._behind())
+        recorded = Recorded(self.parameters, self.samples, parts, structure, self._behind(), self.numbers)
 
         def whole(each: Sequence[Any], layout: Layout | None) -> Any:
             rows = _rows(each, outcomes)
@@ -225,6 +255,7 @@ class _Run(Pass):
             _make_whole(kept, recorded)
         if self.undo:
             state.restore()
+            recorded.restore = state.restore
             return output, recorded
         attributes: dict[Place, Any] = {}
         for place in _places(outcomes):
@@ -249,7 +280,7 @@ class _Run(Pass):
 
     def _mix(self, structure: Structure, state: State, leaves: list[Any]) -> None:
         """Put the outputs that an ordinary call computes from all samples into ``leaves``."""
-        now = State(self.modules, structure.written, self.objects)
+        now = State(self.modules, structure.written, [*self.objects, *structure.holders])
         state.restore()
         values = self.ordinary()[1][0]
         now.restore()

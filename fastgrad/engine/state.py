@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -13,14 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad._torch import pytree
+from fastgrad.engine.layout import is_object
 
-_MUTABLE = (list, dict, set)
-#: Entries that no forward pass writes.
+_MUTABLE = (list, dict, set, deque)
+#: Entries of a module's ``__dict__`` that no forward pass writes, but for a first one that adds hooks or layers.
+_TABLES = frozenset(
+    {
+        "_parameters", "_modules", "_backward_pre_hooks", "_backward_hooks", "_forward_hooks",
+        "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+        "_forward_pre_hooks_with_kwargs",
+    }
+)  # fmt: skip
 _FIXED = frozenset(
     {
-        "_parameters", "_modules", "training", "forward", "_non_persistent_buffers_set", "_backward_pre_hooks",
-        "_backward_hooks", "_is_full_backward_hook", "_forward_hooks", "_forward_hooks_with_kwargs",
-        "_forward_hooks_always_called", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_state_dict_hooks",
+        "training", "forward", "_non_persistent_buffers_set", "_is_full_backward_hook", "_state_dict_hooks",
         "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
     }
 )  # fmt: skip
@@ -32,15 +39,13 @@ Buffer = tuple[str, str]
 
 
 def copied(value: Any) -> Any:
-    """Return a copy of lists, dicts and sets, also inside each other; anything else as it is."""
+    """Return a copy of lists, dicts, sets and deques, also inside each other; anything else as it is."""
     kind = type(value)
     if kind is list:
         return [copied(item) for item in value]
     if kind is dict:
         return {key: copied(item) for key, item in value.items()}
-    if kind is set:
-        return set(value)
-    return value
+    return copy.copy(value) if isinstance(value, _MUTABLE) else value
 
 
 def same(value: Any, other: Any) -> bool:
@@ -49,11 +54,11 @@ def same(value: Any, other: Any) -> bool:
         return True
     if type(value) is not type(other):
         return False
-    if type(value) is list:
+    if isinstance(value, (list, deque)):
         return len(value) == len(other) and all(map(same, value, other))
-    if type(value) is dict:
+    if isinstance(value, dict):
         return value.keys() == other.keys() and all(same(item, other[key]) for key, item in value.items())
-    return type(value) is set and value == other
+    return isinstance(value, set) and value == other
 
 
 class State:
@@ -70,25 +75,33 @@ class State:
         objects: Iterable[object] = (),
     ) -> None:
         self._modules = modules
+        # The first run on inputs of a structure looks at everything.
+        self._skipped = _FIXED if written is None else _FIXED | _TABLES
         #: Each holder of attributes, these, and copies of those that may be written to.
         self._held: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []
         #: Whether attributes hold tensors of an earlier call's graph, through which parameters may be used.
         self.holds_graphs = False
         for holder in (*(module for _, module in modules), *objects):
             now = vars(holder)
-            held, inner = {name: now[name] for name in now.keys() - _FIXED}, {}
+            held, inner = {name: now[name] for name in now.keys() - self._skipped}, {}
             for name, value in held.items():
-                if type(value) in _MUTABLE:
+                if isinstance(value, _MUTABLE):
                     inner[name] = copied(value)
                     self.holds_graphs = self.holds_graphs or _graphed(value)
                 elif isinstance(value, Tensor):
                     self.holds_graphs = self.holds_graphs or value.grad_fn is not None
             self._held.append((holder, held, inner))
-        self._versions = {
-            (path, name): (buffer, buffer._version, buffer.detach().clone())
+        tensors = (
+            (table, name, path, value)
             for path, module in modules
-            for name, buffer in module._buffers.items()
-            if (written is None or (path, name) in written) and buffer is not None and not buffer.is_inference()
+            for table in (module._buffers, vars(module))
+            for name, value in table.items()
+            if (written is None or (path, name) in written) and isinstance(value, Tensor) and not value.is_inference()
+        )
+        #: Buffers and other tensors in attributes, with what held them and what they were.
+        self._versions = {
+            (path, name): (table, value, value._version, value.detach().clone())
+            for table, name, path, value in (tensors if written is None or written else ())
         }
         #: Copies that take the place of buffers for a while.
         self._own: dict[int, Tensor] = {}
@@ -97,7 +110,7 @@ class State:
 
     def written(self) -> frozenset[Buffer]:
         """Return the buffers that were written to since."""
-        return frozenset(place for place, (buffer, version, _) in self._versions.items() if buffer._version != version)
+        return frozenset(place for place, (_, held, before, _) in self._versions.items() if held._version != before)
 
     def drew(self) -> bool:
         """Whether random numbers were drawn since."""
@@ -106,25 +119,26 @@ class State:
     @contextlib.contextmanager
     def own_buffers(self) -> Iterator[None]:
         """Have the model write to copies of the buffers that are kept, so that no graph holds the originals."""
-        modules = dict(self._modules)
-        kept = [(modules[path]._buffers, name, b, v.clone()) for (path, name), (b, _, v) in self._versions.items()]
+        kept = [(table, name, held, value.clone()) for (_, name), (table, held, _, value) in self._versions.items()]
         self._own.update({id(own): own for _, _, _, own in kept})
-        for buffers, name, _, own in kept:
-            buffers[name] = own
+        for table, name, _, own in kept:
+            table[name] = own
         try:
             yield
         finally:
-            for buffers, name, buffer, _ in kept:
-                buffers[name] = buffer
+            for table, name, held, _ in kept:
+                table[name] = held
 
     def changes(self) -> dict[Place, Any]:
         """Return the attributes that differ, with their present values; `ABSENT` for those that are gone."""
         found: dict[Place, Any] = {}
         for at, (holder, held, inner) in enumerate(self._held):
             now = vars(holder)
-            names = now.keys() - _FIXED
+            names = now.keys() - self._skipped
             for name in names:
                 value = now[name]
+                if id(value) in self._own:
+                    continue
                 if held.get(name, ABSENT) is value and (name not in inner or same(inner[name], value)):
                     continue
                 if name == "_buffers" and isinstance(holder, nn.Module):
@@ -138,6 +152,12 @@ class State:
             if held.keys() != names:
                 found.update({(at, name, ""): ABSENT for name in held.keys() - names})
         return found
+
+    def objects(self) -> list[Any]:
+        """Return the objects with attributes of their own that modules hold, also in lists."""
+        values = (value for _, held, _ in self._held for value in held.values())
+        found = (item for value in values for item in (value if type(value) is list else (value,)) if is_object(item))
+        return list({id(item): item for item in found}.values())
 
     def name(self, place: Place) -> str:
         """Return the dotted name of an attribute."""
@@ -162,23 +182,22 @@ class State:
             entries.pop(name, None)
             return
         now = entries.get(name, ABSENT)
-        if type(now) is type(value) and type(now) in _MUTABLE:
-            if type(now) is list:
-                now[:] = value
-            else:
-                now.clear()
-                now.update(value)
-        else:
+        if type(now) is not type(value) or not isinstance(now, _MUTABLE):
             entries[name] = value
+        elif isinstance(now, list):
+            now[:] = value
+        else:
+            now.clear()
+            (now.extend if isinstance(now, deque) else now.update)(value)
 
     def restore(self, *, numbers: bool = True) -> None:
         """Put everything back as it was."""
         for place in self.changes():
             self.write(place, self.before(place))
-        for buffer, version, value in self._versions.values():
-            if buffer._version != version:
+        for _, held, version, value in self._versions.values():
+            if held._version != version:
                 with torch.no_grad():
-                    buffer.copy_(value)
+                    held.copy_(value)
         if numbers:
             self._random.restore()
 
@@ -233,8 +252,11 @@ def evaluated(model: nn.Module) -> nn.Module:
 
     ValueError if it must be copied and cannot be.
     """
-    inside = [t for t in (*model.parameters(), *model.buffers()) if t.is_inference()]
-    if not inside and not any(module.training for module in model.modules()):
+    if not any(
+        module.training
+        or any(t is not None and t.is_inference() for t in (*module._parameters.values(), *module._buffers.values()))
+        for module in model.modules()
+    ):
         return model
     shared = [t for module in model.modules() for value in vars(module).values() for t in pytree.tree_leaves(value)]
     tensors = [*model.parameters(), *model.buffers(), *(t for t in shared if isinstance(t, Tensor))]

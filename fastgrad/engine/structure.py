@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,8 @@ class Structure:
     layouts: list[Layout | None] = field(default_factory=list)  # of each output; None for what is no tensor
     names: list[str] = field(default_factory=list)  # of each output
     attributes: dict[Place, list[Layout | None]] = field(default_factory=dict)
-    written: frozenset[Buffer] = frozenset()  # buffers that a call writes to
+    written: frozenset[Buffer] = frozenset()  # buffers and other tensors of modules that a call writes to
+    holders: list[Any] = field(default_factory=list)  # objects of modules whose attributes a call may write
     writes: bool = False  # whether a call changes attributes, buffers or random numbers
     ordinary: bool = False  # whether only an ordinary call changes them as it should
     spread_made: bool = False  # see `fastgrad.layers.call.Call`
@@ -72,14 +73,21 @@ class Recorded:
     structure: Structure
     #: Nodes of the graph behind the call's inputs.
     inputs: list[Any] = field(default_factory=list)
+    #: Sequence numbers of the operations of the ordinary call that a first run made.
+    ordinary: range = range(0)
+    #: Puts back what the call wrote, for a call that leaves the model as it was.
+    restore: Callable[[], None] | None = None
 
     @property
     def hooked(self) -> bool:
         """Whether tensors that the call saved go through hooks, as those of a checkpoint around it."""
         return any(isinstance(part, Call) and part.hooks is not None for _, part in self.parts)
 
-    def forget_graphs(self) -> None:
+    def close(self) -> None:
         """Keep only how samples ran."""
+        if self.restore is not None and any(isinstance(part, Alone) for _, part in self.parts):
+            self.restore()  # a checkpoint has computed samples again
+        self.restore = None
         for _, part in self.parts:
             if isinstance(part, Alone):
                 part.outputs.clear()

@@ -83,7 +83,7 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
         self._outputs = [
             (leaf, layout)
             for leaf, layout in zip(leaves, layouts, strict=True)
-            if isinstance(leaf, Tensor) and leaf.is_floating_point()
+            if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
         ]
         self._count, self._samples, self._foreign = self._count + 1, recorded.samples, recorded.structure.foreign
 
@@ -228,6 +228,8 @@ def _require_separate(model: nn.Module, losses: Tensor, outputs: Sequence[tuple[
                 f"shape {tuple(g.shape)}, in which it was not found"
             )
         own, other = (x.reshape(samples, -1) for x in (apart, layout.apart(h, samples)) if x is not None)
+        if own.is_complex():
+            own, other = (torch.view_as_real(x).flatten(1) for x in (own, other))
         expected = own * factors.to(own).unsqueeze(1)
         allowed = _UNITS * torch.finfo(own.dtype).eps * expected.abs().amax(1, keepdim=True)
         if bool(((other - expected).abs() > allowed).any()):

@@ -152,7 +152,6 @@ class GradientFeatures:
             args, kwargs = pytree.tree_map_only(Tensor, detach_plain, (args, kwargs))
             samples = batch_size(args, kwargs)
             target = self._of_batch(target, samples)
-            refuse_mixing(self.model, training=False)
             try:
                 model = evaluated(self.model)
             except ValueError:
@@ -160,15 +159,16 @@ class GradientFeatures:
                 raise
             if samples == 0:
                 return self._empty(model, args, kwargs)
+            modules = list(model.named_modules())
             start, parts = 0, []
             while start < samples:
-                known = known_structure(self.model, model, args, kwargs)
+                known = known_structure(self.model, model, args, kwargs, modules)
                 chunk = self._chunk(known, args, kwargs, samples)
                 if chunk >= samples:
-                    return self._pass(model, args, kwargs, target)
+                    return self._pass(model, modules, args, kwargs, target)
                 index = slice(start, start + chunk)
                 part = take((args, kwargs), index, samples, None if known is None else known.carriers)
-                parts.append(self._pass(model, *part, None if target is None else target[index]))
+                parts.append(self._pass(model, modules, *part, None if target is None else target[index]))
                 start += chunk
             return torch.cat([logits for logits, _ in parts]), torch.cat([features for _, features in parts])
 
@@ -193,20 +193,31 @@ class GradientFeatures:
             raise RuntimeError("a report needs one call first: it depends on what the model does with its inputs")
         return routes_of(self._latest, dict(zip(self._keys, self.names, strict=True)))
 
-    def _pass(self, model: nn.Module, args: Any, kwargs: Any, target: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _pass(
+        self,
+        model: nn.Module,
+        modules: Sequence[tuple[str, nn.Module]],
+        args: Any,
+        kwargs: Any,
+        target: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         """Run one forward and backward pass of an undivided batch."""
         names = self._names()
-        pairs = zip(self.model.parameters(), model.parameters(), strict=True)
-        wanted = {id(own): own for p, own in pairs if id(p) in names}
+        # A copy holds other parameters where those of the model were made in inference mode.
+        keys = (
+            names
+            if model is self.model
+            else {id(own) for p, own in zip(self.model.parameters(), model.parameters(), strict=True) if id(p) in names}
+        )
+        wanted = {id(p): p for p in model.parameters() if id(p) in keys}
         with bind_contextvar(implementation, self.impl):
-            output, recorded = run(
-                model, functools.partial(_logits, model), args, kwargs, wanted, self.model, undo=True
-            )
+            forward = functools.partial(_logits, model)
+            output, recorded = run(model, forward, args, kwargs, wanted, self.model, undo=True, modules=modules)
         self._latest, self._keys = recorded, list(wanted)
         logits = class_logits(output, batch_size(args, kwargs))
         z = logits.detach()
         features = signal_sqnorms(recorded, logits, self._deltas(z, target), wanted, log=self.log)
-        recorded.forget_graphs()
+        recorded.close()
         return z, features.movedim(0, 1) if self.contrast or self.joint else features[0]
 
     def _deltas(self, logits: Tensor, target: Tensor | None) -> Tensor:

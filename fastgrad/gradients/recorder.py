@@ -32,8 +32,13 @@ _active = _Active()
 # By the id of a module, its redirection and how many recordings of it are open in all threads.
 _open: dict[int, tuple[Redirect, int]] = {}
 _lock = threading.Lock()
-
-
+_TRANSFORMED = (
+    "a call that torch.func transforms (vmap, jacrev). Make that in the forward of a module of your own, and "
+    "record this"
+)
+_FIRST = (
+    "the ordinary call that a first call is compared with, as through a list that a hook adds to. Keep the latest alone"
+)
 _Recording = TypeVar("_Recording", bound="record")
 
 
@@ -81,8 +86,8 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
             raise ValueError("model must not be compiled in place (model.compile()); compile its parts instead")
         #: Batch sizes of the calls so far.
         self.batches: set[int] = set()
-        #: Sequence numbers of operations in calls that ``torch.func`` transforms, which have no probes.
-        self.transformed: list[range] = []
+        #: Sequence numbers of operations in calls without probes, and what these calls are.
+        self.outside: list[tuple[range, str]] = []
         #: Ids of the modules whose calls were recorded; a checkpoint around one calls it again on the way back.
         self._called: set[int] = set()
         #: For each entry that was not yet left, the thread's recordings and the redirected modules.
@@ -111,7 +116,7 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         stack, modules = self._entered.pop()
         stack.remove(self)
         self.batches.clear()
-        self.transformed.clear()
+        self.outside.clear()
         with _lock:
             for module in modules:
                 redirect, count = _open.pop(id(module))
@@ -142,14 +147,16 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
     def _note(self, output: Any, recorded: Recorded) -> None:
         """Take note of a call."""
         self.batches.add(recorded.samples)
+        if recorded.ordinary:
+            self.outside.append((recorded.ordinary, _FIRST))
 
     def _call_transformed(self, forward: Any, args: Any, kwargs: Any) -> Any:
         """Run a call without probes and note its operations, including those of calls within it."""
         first = next_number()
         output = forward(*args, **kwargs)
-        while self.transformed and self.transformed[-1].start >= first:
-            self.transformed.pop()
-        self.transformed.append(range(first, next_number()))
+        while self.outside and self.outside[-1][0].start >= first:
+            self.outside.pop()
+        self.outside.append((range(first, next_number()), _TRANSFORMED))
         return output
 
 
@@ -273,13 +280,12 @@ def reached(recording: record, outputs: Sequence[Tensor], names: Mapping[int, st
     parameters. A term without calls, such as a weight decay, is allowed: it has no gradient per sample.
     """
     calls, outside = graph.uses(outputs)
-    for numbers in (numbers for each in dict.fromkeys((*_active.stack, recording)) for numbers in each.transformed):
+    for numbers, what in (pair for each in dict.fromkeys((*_active.stack, recording)) for pair in each.outside):
         inside = [node for node in graph.nodes(outputs) if number_of(node) in numbers]
         if used := graph.uses(inside)[1] & names.keys():
             raise ValueError(
-                f"outputs must depend on {names[used.pop()]!r} through ordinary calls of the recorded model; they "
-                "reach it in a call that torch.func transforms (vmap, jacrev). Make that in the forward of a module of "
-                "your own, and record this"
+                f"outputs must depend on {names[used.pop()]!r} through recorded calls of the model; they reach it in "
+                f"{what}"
             )
     if not calls:
         if recording.batches == {0}:

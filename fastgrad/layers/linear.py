@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgrad._torch import next_number
-from fastgrad.layers.call import Call
+from fastgrad.layers.call import Call, NotPerSampleError
 from fastgrad.layers.formula import Formula, Tensors
 from fastgrad.layers.reduce import positions_first, sqnorm, upcast
 from fastgrad.ops.conv.sqnorm import linear_sqnorm
@@ -138,7 +138,12 @@ def embedding(
     sparse: bool = False,
 ) -> Any:
     """Rule for ``torch.nn.functional.embedding``."""
-    if not call.owns(weight) or max_norm is not None or scale_grad_by_freq:
+    if scale_grad_by_freq:
+        raise NotPerSampleError(
+            "model must not mix the samples of a batch, or there is no gradient per sample; an embedding divides "
+            "gradients by counts over the batch (scale_grad_by_freq=True)"
+        )
+    if not call.owns(weight) or max_norm is not None:
         return NotImplemented
     padding = None if padding_idx is None else padding_idx % weight.shape[0]
 

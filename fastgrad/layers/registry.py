@@ -78,23 +78,25 @@ def rule_of(module: nn.Module) -> ModuleRule | None:
 class OfModule(Formula):
     """The formula of a module with a rule of the user's; gradients themselves come from autograd, sample by sample."""
 
-    def __init__(self, module: nn.Module, rule: ModuleRule, names: Sequence[str]) -> None:
-        self._module, self._rule, self._names, self.name = module, rule, names, rule.name
+    def __init__(self, module: nn.Module, rule: ModuleRule) -> None:
+        self._module, self._rule, self.name = module, rule, rule.name
+        own = {name: p for name, p in module._parameters.items() if p is not None}
+        self._names, self.weights = list(own), list(own.values())
 
     def sqnorms(self, saved: Tensors, gradients: Tensors, slots: Sequence[int]) -> list[Tensor]:
         norms = self._rule.function(self._module, saved[0], gradients[0])
         return [norms[self._names[slot]] for slot in slots]
 
     def gradient(self, saved: Tensors, gradients: Tensors, slot: int) -> Tensor:
-        own = dict(self._module.named_parameters(recurse=False))
-        name = self._names[slot]
-
-        def one(a: Tensor, g: Tensor) -> Tensor:
-            def output(value: Tensor) -> Tensor:
-                result: Tensor = torch.func.functional_call(self._module, {name: value}, (a.unsqueeze(0),))
-                return result
-
-            pulled: Tensor = torch.func.vjp(output, own[name].detach())[1](g.unsqueeze(0))[0]
-            return pulled
-
-        return torch.stack([one(a, g) for a, g in zip(saved[0], gradients[0], strict=True)])
+        table, name = self._module._parameters, self._names[slot]
+        own, value = table[name], self.weights[slot].detach().requires_grad_()
+        found = []
+        try:
+            table[name] = value  # type: ignore[assignment]
+            for a, g in zip(saved[0].split(1), gradients[0].split(1), strict=True):
+                with torch.enable_grad():
+                    output = type(self._module).forward(self._module, a)
+                found.append(torch.autograd.grad(output, value, g)[0])
+        finally:
+            table[name] = own
+        return torch.stack(found)

@@ -75,7 +75,9 @@ class PValues(Fitted):
     def forward(self, scores: Tensor) -> Tensor:
         """Return the log p-values ``(K, B)`` of ``scores`` ``(K, B)``, at most 0."""
         scores = scores.double()
-        tails = torch.cat([scores, -scores.index_select(0, self.two_sided)])
+        # Where no score has a lower tail, some operations less, which count in the answer to a single input.
+        lower_tails = len(self.two_sided) > 0
+        tails = torch.cat([scores, -scores.index_select(0, self.two_sided)]) if lower_tails else scores
         upper = torch.searchsorted(self.scores, tails).clamp(max=self.scores.shape[1] - 1)
         lower = (upper - 1).clamp(min=0)
         low, high = self.scores.gather(1, lower), self.scores.gather(1, upper)
@@ -85,6 +87,8 @@ class PValues(Fitted):
         excess = ((tails - self.start) / self.scale).clamp(min=0)
         log_p = torch.where(tails > self.start, self.start_log_p - self.count * torch.log1p(excess / self.count), body)
         log_p = log_p - self.share
+        if not lower_tails:
+            return log_p.clamp(max=0.0)
         return torch.minimum(log_p[: len(self.other)], log_p.index_select(0, self.other)).clamp(max=0.0)
 
 

@@ -132,7 +132,7 @@ def as_tensor(array: Array) -> Tensor:
 
 def clipped(rows: Tensor, limit: float) -> Tensor:
     """Clip ``rows`` to within ``limit`` of 0; infinity, a failure and not a large value, becomes NaN instead."""
-    return torch.where(rows.isinf(), torch.nan, rows.clamp(-limit, limit))
+    return rows.nan_to_num(torch.nan, torch.nan, torch.nan).clamp(-limit, limit)
 
 
 def whitening(rows: Tensor, dimensions: int, rounding: Tensor) -> Tensor:

@@ -27,7 +27,6 @@ def test_a_file_that_an_earlier_revision_left_is_not_timed(tmp_path: Path, monke
 
     monkeypatch.setattr(export, "network", lambda name, root, folder: (net, images, images(40, 0)))
     for name, value in {
-        "FORMS": {"default": ()},
         "RUNTIMES": {"onnx": "ONNX Runtime"},
         "BATCHES": (2,),
         "SECONDS": 0.001,

@@ -12,11 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgrad import losses
 from fastgrad._torch import flat_graph
 from fastgrad.blocks import BLOCKS, Activations, Block, Contrasts, Gradients, View, channels, register_block
 from fastgrad.blocks.extraction import Extraction, Pass, arguments
-from fastgrad.blocks.gradients import JOINED
 from fastgrad.blocks.subject import Subject, watch
 
 EPS = torch.finfo(torch.float64).eps
@@ -261,14 +259,6 @@ def test_bad_options_are_named() -> None:
     with pytest.raises(TypeError, match=r"zoom must be a number; it was '0\.9'"):
         View(zoom="0.9")  # type: ignore[arg-type]
     assert json.loads(json.dumps(View(np.float32(0.75)).options())) == {"zoom": 0.75}
-
-
-def test_signals_are_the_losses_gradients() -> None:
-    logits = torch.randn(4, 5, dtype=torch.float64)
-    for signal, (loss, target) in zip(
-        JOINED, (("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predicted")), strict=True
-    ):
-        assert torch.equal(signal(logits), losses.delta(logits, target, loss=loss))
 
 
 class Positions(nn.Module):

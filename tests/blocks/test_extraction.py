@@ -72,6 +72,7 @@ def attended(net: Any, x: torch.Tensor) -> torch.Tensor:
     return net.head(mixed.mean(1))
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize(
     "make",
     [
@@ -80,20 +81,13 @@ def attended(net: Any, x: torch.Tensor) -> torch.Tensor:
     ],
     ids=["attention", "encoder layer"],
 )
-def test_attention_rounds_as_it_does_with_gradients(make: Callable[[], nn.Module]) -> None:
+def test_attention_answers_as_in_an_ordinary_call(make: Callable[[], nn.Module], frozen: bool) -> None:
     torch.manual_seed(0)
-    model = Net(attended, mix=make(), head=nn.Linear(32, 5))
-    for module in model.modules():
-        module.training = False
-    x = torch.randn(6, 50, 32)
-    with torch.enable_grad():
-        expected = model(x).detach()
-    extraction = Extraction(model, [Contrasts()])
-    logits, _ = extraction(x)
-    assert torch.equal(logits, expected)
-    assert not any(module.training for module in model.modules())
-    if isinstance(model.mix, nn.MultiheadAttention):
-        assert model.mix.dropout == 0.5
+    model, x = Net(attended, mix=make(), head=nn.Linear(32, 5)).requires_grad_(not frozen), torch.randn(6, 50, 32)
+    for training in (True, False):
+        logits, _ = Extraction(model.train(training), [Activations()])(x)
+        with torch.no_grad():
+            torch.testing.assert_close(logits, model.eval()(x))
 
 
 @pytest.mark.filterwarnings("ignore")

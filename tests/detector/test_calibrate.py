@@ -11,6 +11,7 @@ from scipy.stats import betabinom
 
 from fastgrad import TwoStageModel, UncertaintyDetector
 from fastgrad.blocks import BLOCKS
+from fastgrad.detector import estimator
 from fastgrad.detector.calibrate import DetectorModule, Table, deal, values_of
 from fastgrad.detector.report import gains
 
@@ -64,9 +65,9 @@ def test_no_fit_sees_what_it_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     original = calibrate.fit_scores
 
-    def watched(table: Table, chosen: np.ndarray, count: int) -> dict[str, calibrate.Score]:
+    def watched(table: Table, chosen: np.ndarray, count: int, *, steps: int) -> dict[str, calibrate.Score]:
         seen.append(set(table.groups[chosen]))
-        return original(table, chosen, count)
+        return original(table, chosen, count, steps=steps)
 
     monkeypatch.setattr(calibrate, "fit_scores", watched)
     rng = np.random.default_rng(0)
@@ -192,13 +193,15 @@ def test_a_thousand_samples_hold_a_part_out() -> None:
 
 
 @pytest.mark.parametrize("each", [4, 20])
-def test_of_a_source_that_is_held_out_one_sample_calibrates(each: int) -> None:
+def test_of_a_source_that_is_held_out_one_sample_calibrates(each: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One sample in five would leave almost no source to fit on, and samples of one source repeat what it says."""
     groups = np.random.default_rng(0).permutation(np.arange(1000) // each)
     X = clean(np.random.default_rng(0), 1000)
     detector = UncertaintyDetector(log=False, calibration_fraction=0.2, folds=2)
-    found = detector._fit_table(X, None, kinds=None, held_out=None, groups=groups)
-    own = groups[found.table.held_out]
+    fits, plain = [], estimator.fit_detector
+    monkeypatch.setattr(estimator, "fit_detector", lambda *given, **how: fits.append(plain(*given, **how)) or fits[-1])
+    detector.fit(X, groups=groups)
+    own = groups[fits[0].table.held_out]
     assert len(own) == len(set(own)) == len(detector.module_.calibration_scores) == 200 // each
     # By default it takes 1,000 sources for a split.
     assert not UncertaintyDetector(log=False).fit(X, groups=groups).module_.options["exact"]

@@ -11,6 +11,7 @@ from fastgrad.batches import take
 from fastgrad.blocks import BLOCKS, Block, Logits
 from fastgrad.blocks.extraction import Extraction, Pass, arguments
 from fastgrad.blocks.subject import watch
+from fastgrad.detector import fitting
 from fastgrad.detector.fitting import _blocks
 from fastgrad.detector.model import TwoStageModel
 from fastgrad.detector.price import DEFAULT_BLOCKS, EXTENDED_BLOCKS, _seconds, fit_to_budget, price
@@ -123,37 +124,44 @@ def test_the_answer_itself_is_measured_and_the_model_stays_as_it_was(counting, i
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_fit_measures_what_its_user_will_call(monkeypatch):
-    seen = []
-
-    def measured(model, run, x, limit):
-        seen.append(run(x))
-        return 1.0, 0.0
-
-    monkeypatch.setattr("fastgrad.detector.price.price", measured)
+@pytest.mark.parametrize("classifier", [None, IntrospectiveClassifier(max_epochs=1)])
+def test_a_fit_measures_the_parts_that_its_user_will_call(monkeypatch, classifier):
+    measured = []
+    monkeypatch.setattr("fastgrad.detector.price.price", lambda _, run, *__: (measured.append(run), (1.0, 0.0))[1])
     x = torch.rand(60, 3, 8, 8)
-    two_stage = TwoStageModel(network()).fit([(x, torch.arange(60) % 4)], verbose=False)
-    answer = two_stage(take(x, slice(0, len(seen[0].logits)), 60))
-    for before, now in zip(seen[0], answer, strict=True):
-        torch.testing.assert_close(before, now)
-    assert seen[0].risk is not None
+    two_stage = TwoStageModel(network(), classifier=classifier).fit([(x, torch.arange(60) % 4)], verbose=False)
+
+    def parts(model):
+        return {name: value.dim() for name, value in model.state_dict().items()}
+
+    draft = measured[0]
+    assert parts(draft) == parts(two_stage)
+    assert [block.name for block in draft.extraction_.blocks] == [b.name for b in two_stage.extraction_.blocks]
+    answer = draft(take(x, slice(0, 5), 60))
+    assert torch.equal(answer.logits, two_stage(x[:5]).logits)
+    assert (answer.risk is None) == (two_stage.risk_ is None) == (classifier is not None)
 
 
-def test_blocks_that_are_dropped_train_no_classifier_again(monkeypatch):
-    trained = []
+def test_dropped_blocks_cause_no_further_fit(monkeypatch):
+    trained, fitted = [], []
 
     class Counting(IntrospectiveClassifier):
         def fit(self, *args, **kwargs):
             trained.append(self)
             return super().fit(*args, **kwargs)
 
+    plain = fitting.fit_table
     monkeypatch.setattr("fastgrad.detector.price.price", lambda *_: (9.0, 0.0))
+    monkeypatch.setattr(
+        fitting, "fit_table", lambda *given, draft: (fitted.append(draft), plain(*given, draft=draft))[1]
+    )
     x = torch.rand(60, 3, 8, 8)
     two_stage = TwoStageModel(network(), classifier=Counting(max_epochs=1))
     with pytest.warns(RuntimeWarning, match="which is kept alone"):
         two_stage.fit([(x, torch.arange(60) % 4)], verbose=False)
     assert len(two_stage.report().price.dropped) == len(DEFAULT_BLOCKS) - 1
     assert len(trained) == 1
+    assert fitted == [True] * len(DEFAULT_BLOCKS) + [False]
     assert two_stage.gate_ is not None
 
 

@@ -25,7 +25,6 @@ def shapes(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 FORMS = {
     "forward": ["logits", "features", "activations", "image", "roughness"],
     "view": ["logits", "activations", "view"],
-    "gradients": ["gradients", "logits", "features", "image"],
     "contrasts": ["contrasts", "logits", "features", "image"],
 }
 

@@ -22,9 +22,8 @@ def compare(
 ) -> None:
     """Raise RuntimeError if the file's answers differ from the live module's, which ``answers`` computes.
 
-    Compared are all inputs together, one alone, three, and one of NaN, which must not pass for reliable. For NaN the
-    evidence may differ: a gradient passes a ReLU of NaN, or becomes NaN there. NaN is skipped for a network that looks
-    its input up in a table, as of words.
+    Compared are all inputs together, one alone, three, and one of NaN, which must not pass for reliable. NaN is skipped
+    for a network that looks its input up in a table, such as one of words.
 
     A difference above ``tolerance`` passes if the live module's own answer moves as far when each number of its input
     moves by rounding: the detector of an untrained network magnifies it. ``unit`` is the relative rounding of the
@@ -47,8 +46,6 @@ def compare(
             raise
         given = package._outputs(x).items()
         worst = {name: difference(ours, live) for (name, ours), live in zip(given, expected, strict=True)}
-        if x is unknown:
-            worst.pop("evidence", None)
         if max(worst.values()) <= tolerance:
             continue
         moved = [answers(y) for y in _moved(x, unit)]

@@ -1,7 +1,6 @@
-"""One file for deployment: network, backward pass, squared norms and detector as one graph.
+"""One file for deployment: network and detector as one graph.
 
-The extraction calls ``torch.autograd.grad`` inside ``forward``, which no exporter follows. `fastgrad.deploy.file.graph`
-unrolls it: one run on fake tensors records a flat graph of every operation, without autograd. AOTInductor compiles the
+One run on fake tensors records a flat graph of every operation (`fastgrad.deploy.file.graph`). AOTInductor compiles the
 graph to native code in a ``.pt2``, or it becomes an ONNX file (`fastgrad.deploy.file.onnx_export`).
 `fastgrad.deploy.file.package` reads either.
 """
@@ -27,8 +26,7 @@ from fastgrad.deploy.file import onnx_export
 from fastgrad.deploy.file.comparison import compare
 from fastgrad.deploy.file.graph import trace
 from fastgrad.deploy.file.package import SUFFIXES, Description, write_description
-from fastgrad.engine.state import Repeatable
-from fastgrad.engine.trial import precision_of
+from fastgrad.evaluation import RandomState, evaluating
 
 #: Operations that compiled code would round differently. With PyTorch's own kernels, the features of convolutional
 #: networks and vision transformers equal the live ones, bit for bit or nearly: the detector has nothing to magnify.
@@ -52,7 +50,6 @@ def export(
     false_alarm_rate: float | None = None,
     scores: Tensor | np.ndarray[Any, Any] | None = None,
     max_batch: int = 1024,
-    one_by_one: bool | None = None,
     tolerance: float = 1e-4,
     evidence: bool = False,
 ) -> Path:
@@ -62,14 +59,14 @@ def export(
     Triton Inference Server and others (`fastgrad.deploy.file.onnx_file`).
 
     The graph takes a batch of any size from 1 to ``max_batch``. It returns logits, probabilities, uncertainty and, if
-    fitted with labels, risk. For contiguous inputs they equal those of the live module up to float32 rounding. To an
-    untrained network all images look nearly the same, and the detector magnifies the rounding.
+    fitted with labels, risk. For contiguous inputs they equal those of the live module up to float32 rounding. An
+    untrained network barely separates images, and the detector magnifies the rounding. Blocks of gradient norms are
+    refused: only the live module serves them.
 
     A ``.pt2`` runs on this operating system, on the kind of device that holds ``example_input``, on processors with at
     least the vector instructions that PyTorch uses here (``ATEN_CPU_CAPABILITY`` sets fewer), and under this PyTorch or
     a newer one. An ``.onnx`` runs wherever ONNX Runtime does, and is checked by ``onnx.checker``. The answers of either
-    on ``example_input`` are compared with the live module's before the file appears. With gradients, rounding that
-    moves an activation across the kink of a ReLU changes the backward pass, and the answer with it.
+    on ``example_input`` are compared with the live module's before the file appears.
 
     Args:
         two_stage: a fitted `TwoStageModel`, or any module in evaluation mode that returns ``(logits (B, N),
@@ -86,8 +83,6 @@ def export(
             ``calibration_scores``, if there are at least 20. They give the histogram, the drift monitor's reference,
             and the thresholds of a module without ``threshold``.
         max_batch: largest batch size.
-        one_by_one: whether the file works through a batch one input after another, which on a CPU is faster
-            for whole-network gradients of large inputs; None chooses. ONNX files never do.
         tolerance: largest difference of the file's outputs from the live module's, relative to their size or 1. A
             larger one passes if rounding explains it: the live module's own answer moves as far when each number of
             its input moves by 100 units of rounding.
@@ -99,8 +94,8 @@ def export(
 
     Raises:
         TypeError: ``two_stage`` is no module, ``example_input`` no floating tensor or ``path`` no path.
-        ValueError: an argument does not fit the model; the module is in training mode, draws random numbers, changes
-            its buffers, or its answer to an input depends on others in the batch.
+        ValueError: an argument does not fit the model; a block of the module needs gradients; the module is in training
+            mode, draws random numbers, changes its buffers, or its answer to an input depends on others in the batch.
         MissingExtraError: an ``.onnx`` needs ``pip install 'fastgrad[onnx]'``.
         RuntimeError: no C++ compiler is installed for a ``.pt2``, PyTorch compiles none here (Windows before 2.9), the
             module's graph depends on the batch size, the answers differ by more than ``tolerance``, or an operation has
@@ -109,8 +104,6 @@ def export(
     checks.is_path(path=path)
     target = Path(path)
     onnx = target.suffix == ".onnx"
-    if onnx and one_by_one:
-        raise ValueError("one_by_one must be None or False for an .onnx, which has no loop; it was True")
     checks.lies_in("(0, inf]", tolerance=tolerance)
     if false_alarm_rate is None:
         own = getattr(getattr(two_stage, "detector_", None), "options", {})
@@ -156,12 +149,14 @@ def export(
         if onnx:
             onnx_export.write(answers, example_input, file, description)
         else:
-            compile_function(answers, example_input, file, max_batch=max_batch, one_by_one=one_by_one)
+            compile_function(answers, example_input, file, max_batch=max_batch)
             write_description(file, description)
-        floating = {name: value for name, value in two_stage.named_parameters() if value.is_floating_point()}
-        compare(file, answers, example_input, tolerance, precision_of({**floating, "": example_input}))
+        dtypes = {example_input.dtype, *(value.dtype for value in two_stage.parameters() if value.is_floating_point())}
+        compare(file, answers, example_input, tolerance, max(torch.finfo(dtype).eps for dtype in dtypes))
 
-    replace_atomically(write, target)
+    # A network in training mode would be copied while it is recorded.
+    with evaluating(two_stage):
+        replace_atomically(write, target)
     return target
 
 
@@ -194,6 +189,12 @@ def _check_model(two_stage: nn.Module, example_input: Tensor, evidence: bool) ->
     evaluates = getattr(two_stage, "evaluates", False)
     if not evaluates and any(module.training for module in two_stage.modules()):
         raise ValueError("two_stage must be in evaluation mode; call two_stage.eval() first")
+    for block in getattr(getattr(two_stage, "extraction_", None), "blocks", ()):
+        if block.live:
+            raise ValueError(
+                "two_stage must read no block that needs gradients; it reads "
+                f"{block.name!r}, which a live model serves and a file does not. Fit with other blocks to export it"
+            )
     outputs = two_stage(example_input[:1])
     given = [value for value in outputs if value is not None] if isinstance(outputs, tuple) else []
     if [getattr(value, "ndim", 0) for value in given] not in ([2, 2, 1], [2, 2, 1, 1]):
@@ -214,10 +215,14 @@ def _check_steady(two_stage: nn.Module, example_input: Tensor, alone: Tensor) ->
     if alone.isnan().any():
         raise ValueError("example_input must be real inputs; the logits of the first were NaN, which checks nothing")
     first, last = example_input[:1], example_input[-1:]
-    repeatable = Repeatable(two_stage)
+    random, buffers = RandomState(two_stage.modules()), list(two_stage.buffers())
+    versions = [buffer._version for buffer in buffers if not buffer.is_inference()]
     # Flipping makes the other input a different one even if the example holds only one.
     together = two_stage(torch.cat([first, last.flatten(1).flip(1).view(last.shape)]))[0][:1]
-    if differs := repeatable.differs():
+    drew, later = not random.same(), list(two_stage.buffers())
+    written = versions != [buffer._version for buffer in later if not buffer.is_inference()]
+    if drew or written or list(map(id, later)) != list(map(id, buffers)):
+        differs = "draw other random numbers" if drew else "find its buffers changed"
         raise ValueError(f"two_stage must give the same answers at every call; after one, the next would {differs}")
     worst = float((together - alone).detach().abs().max() / alone.detach().abs().max())
     # Far above the rounding of any batch size, TF32 included.
@@ -268,14 +273,10 @@ def compile_function(
     path: str | os.PathLike[str],
     *,
     max_batch: int = 1024,
-    one_by_one: bool | None = None,
 ) -> None:
     """Trace ``function``, compile it for batches of any size, write it to ``path``; the arguments are `trace`'s."""
     _torch.require_cpp_compiler("export")
-    program = trace(function, example_input, max_batch=max_batch, one_by_one=one_by_one)
-    loop = any("while_loop" in str(node.target) for node in program.graph.nodes)
+    program = trace(function, example_input, max_batch=max_batch)
     kernels = _torch.keeping(*OWN_KERNELS) if example_input.device.type == "cpu" else contextlib.nullcontext()
     with checks.without_warnings(), kernels:
-        # Channels-last convolutions suit a forward pass. The products of a gradient's norms read channels one
-        # by one: each would begin with a copy.
-        _torch.compile_package(program, Path(path), keep_layout=loop)
+        _torch.compile_package(program, Path(path), keep_layout=False)

@@ -1,6 +1,6 @@
 """The exported graph as an ONNX file. `fastgrad.deploy.file.onnx_file` says what is in it.
 
-Backward passes are part of the graph like any other operation; operations without an ONNX form are refused by name.
+Operations without an ONNX form are refused by name.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from fastgrad.checks import extra, without_warnings
 from fastgrad.deploy.file.description import Description, description_text, outputs_of
 from fastgrad.deploy.file.graph import trace
 from fastgrad.deploy.file.onnx_file import INPUT, KEY, sum_entry
-from fastgrad.deploy.file.onnx_operators import PASSED_OVER, decompositions
-from fastgrad.deploy.file.onnx_optimizer import optimize, sample_apart
+from fastgrad.deploy.file.onnx_operators import decompositions
+from fastgrad.deploy.file.onnx_optimizer import sample_apart
 
 #: The oldest version of the operators that PyTorch translates to; every runtime since 2022 reads it.
 OPSET = 18
@@ -46,26 +46,21 @@ def convert(
 
     known = ("aten.", "prims.", "<built-in")
     with without_warnings():
-        # Fused attention's backward pass and oneDNN's LSTM are single operations without a translation.
+        # Fused attention and oneDNN's LSTM are single operations without a translation.
         with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
-            program = trace(function, example_input, max_batch=max_batch, one_by_one=False)
-        table = decompositions()
-        for node in program.graph.nodes:
-            if node.target in PASSED_OVER:
-                node.target = table[node.target]
+            program = trace(function, example_input, max_batch=max_batch)
         try:
-            program = program.run_decompositions(table)
+            program = program.run_decompositions(decompositions())
             operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-            _refuse(name for name in operators if "backward" in name or not name.startswith(known))
+            _refuse(name for name in operators if not name.startswith(known))
             result: Any = torch.onnx.export(
                 program, (), input_names=[INPUT], output_names=list(outputs), opset_version=OPSET,
-                dynamo=True, verbose=False, optimize=False,
+                dynamo=True, verbose=False, optimize=True,
             )  # fmt: skip
         except RuntimeError as error:
             # Raised by PyTorch's own translation, or by one of its decompositions.
             _refuse(re.findall(r"\btarget=torch\.ops\.([\w.]+)", str(error)))
             raise
-        optimize(result.model)
         sample_apart(result.model)
     model = result.model_proto
     if model.ByteSize() >= _LARGEST:
@@ -80,8 +75,7 @@ def convert(
 
 def _refuse(names: Iterable[str]) -> None:
     if found := sorted(set(names)):
-        otherwise = ", or fit with blocks=[...] that need no gradients" * any("backward" in name for name in found)
-        raise RuntimeError(f"no ONNX form exists of {', '.join(found)}; export to .pt2{otherwise}")
+        raise RuntimeError(f"no ONNX form exists of {', '.join(found)}; export to .pt2")
 
 
 def _tidy(model: Any) -> None:

@@ -32,7 +32,7 @@ from fastgrad._torch import X86, load_package
 from fastgrad.deploy.file import onnx_file
 from fastgrad.deploy.file.description import DTYPES, FORMAT, description_text, outputs_of
 from fastgrad.deploy.file.description import Description as Description
-from fastgrad.engine.memory import keep_freed_memory
+from fastgrad.memory import keep_freed_memory
 from fastgrad.prediction import Prediction
 
 MEMBER = "extra/fastgrad.json"

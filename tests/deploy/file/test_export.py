@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from deploy_models import TinyTwoStage
-from exported_models import X, shapes, two_stage_model
+from exported_models import FORMS, X, shapes, two_stage_model
 from python_process import run_python
 from torch import nn
 
@@ -267,6 +267,15 @@ def test_bad_arguments(change: dict, error: type[Exception], message: str, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+def test_a_block_that_needs_gradients_is_refused_by_name(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval()
+    live = fastgrad.TwoStageModel(net, blocks=["logits", "gradients"]).fit([torch.randn(40, 3, 8, 8)], None)
+    for suffix in ("pt2", "onnx"):
+        with pytest.raises(ValueError, match="reads 'gradients', which a live model serves and a file does not"):
+            export(live, X, tmp_path / f"m.{suffix}")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_in_the_files_place_is_seen_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "m.pt2").mkdir()
     with pytest.raises(
@@ -296,7 +305,7 @@ def test_a_graph_that_depends_on_the_batch_size_is_refused() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.stack([row.sum() * i for i, row in enumerate(x)])
 
-    with pytest.raises(RuntimeError, match=r"depends on the batch size.*\.pt2 can be exported with one_by_one=True$"):
+    with pytest.raises(RuntimeError, match=r"depends on the batch size.* or a loop over x$"):
         trace(Loop(), X)
 
     def fixed(x: torch.Tensor) -> torch.Tensor:
@@ -313,9 +322,6 @@ def test_a_graph_that_depends_on_the_batch_size_is_refused() -> None:
 
     with pytest.raises(RuntimeError, match="PyTorch has for fixed sizes alone"):
         trace(turned, X)
-    for function in (fixed, turned):
-        program = trace(lambda x, function=function: (function(x),), X, one_by_one=True)
-        torch.testing.assert_close(*program.module()(X), function(X))
 
 
 def test_an_operation_that_pytorch_has_for_values_alone_is_named() -> None:
@@ -324,13 +330,13 @@ def test_an_operation_that_pytorch_has_for_values_alone_is_named() -> None:
     library.define("doubled(Tensor x) -> Tensor")
     library.impl("doubled", lambda x: 2 * x, "CPU")
     with pytest.raises(ValueError, match=r"for values alone.* PyTorch says: fastgrad_tests\.doubled\.default"):
-        trace(torch.ops.fastgrad_tests.doubled, X, one_by_one=False)
+        trace(torch.ops.fastgrad_tests.doubled, X)
 
     def without_kernel(x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError("could not find kernel for quantized.conv2d")
 
     with pytest.raises(ValueError, match=r"for values alone.* could not find kernel for quantized\.conv2d"):
-        trace(without_kernel, X, one_by_one=False)
+        trace(without_kernel, X)
 
 
 def test_a_network_that_leaves_pytorch_is_told_so() -> None:
@@ -338,42 +344,7 @@ def test_a_network_that_leaves_pytorch_is_told_so() -> None:
         return torch.from_numpy(np.clip(x.detach().numpy(), 0, 1))
 
     with pytest.raises(ValueError, match=r"hand them to NumPy.* PyTorch says: \.numpy\(\) is not supported"):
-        trace(clipped, X, one_by_one=False)
-
-
-def test_a_layer_whose_gradients_have_no_form_for_every_batch_size_is_named() -> None:
-    class Padded(nn.Conv2d):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return nn.functional.conv2d(nn.functional.pad(x, (0, 1, 0, 1)), self.weight, self.bias)
-
-    from fastgrad.detector.model import TwoStageModel
-
-    torch.manual_seed(0)
-    net = nn.Sequential(Padded(3, 6, 2), nn.ReLU(), nn.Flatten(), nn.Linear(384, 4)).eval()
-    live = TwoStageModel(net, blocks=["logits", "gradients"]).fit([(shapes(200, 1)[0],)], None)
-    with pytest.raises(RuntimeError, match=r"layer '.*0' \(Padded\) .*dynamic batch.* one_by_one=True"):
-        trace(lambda x: live(x)[:3], X, one_by_one=False)
-    x = shapes(5, 2)[0]
-    assert_equal(trace(lambda x: live(x)[:3], X, one_by_one=True).module()(x), live(x)[:3])
-
-
-def test_a_layer_whose_gradients_are_found_sample_by_sample_is_named() -> None:
-    class Begun(nn.Module):
-        """A GRU from a state of its own, which ``vmap`` cannot take."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner, self.state = nn.GRU(64, 4, batch_first=True), nn.Parameter(torch.randn(1, 1, 4))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.inner(x.flatten(2), self.state.repeat(1, x.shape[0], 1))[0][:, -1]
-
-    extractor = fastgrad.GradientFeatures(Begun())
-    _, expected = extractor(X)
-    with pytest.raises(RuntimeError, match=r"layer '' \(Begun\) .*dynamic batch.* one_by_one=True"):
-        trace(lambda x: (extractor(x)[1],), X, one_by_one=False)
-    (found,) = trace(lambda x: (extractor(x)[1],), X, one_by_one=True).module()(X)
-    torch.testing.assert_close(found, expected)
+        trace(clipped, X)
 
 
 def assert_equal(ours: tuple, theirs: tuple) -> None:
@@ -388,16 +359,11 @@ def assert_equal(ours: tuple, theirs: tuple) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "one_by_one"),
-    [
-        ("forward", False),
-        ("gradients", True),
-        *(pytest.param(form, False, marks=pytest.mark.slow) for form in ("view", "gradients", "contrasts")),
-    ],
+    "form", ["forward", *(pytest.param(form, marks=pytest.mark.slow) for form in ("view", "contrasts"))]
 )
-def test_a_two_stage_model_unrolls_to_one_graph(form: str, one_by_one: bool) -> None:
+def test_a_two_stage_model_is_one_graph(form: str) -> None:
     live = two_stage_model(form)
-    program = trace(lambda x: tuple(live(x))[:3], X, one_by_one=one_by_one)
+    program = trace(lambda x: tuple(live(x))[:3], X)
     assert not [node for node in program.graph.nodes if "fastgrad" in str(node.target)]
     for batch in (1, 2, 7, 64):
         x, _ = shapes(batch, 2000 + batch)
@@ -405,13 +371,10 @@ def test_a_two_stage_model_unrolls_to_one_graph(form: str, one_by_one: bool) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("form", "one_by_one"),
-    [("forward", None), ("view", None), ("gradients", None), ("gradients", True), ("contrasts", None)],
-)
-def test_a_two_stage_model_in_one_file(form: str, one_by_one: bool | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_a_two_stage_model_in_one_file(form: str, tmp_path: Path) -> None:
     live = two_stage_model(form)
-    package = ModelPackage(export(live, X, tmp_path / "m.pt2", one_by_one=one_by_one))
+    package = ModelPackage(export(live, X, tmp_path / "m.pt2"))
     assert package.description.threshold == pytest.approx(live.threshold(0.05))
     assert package.description.histogram is not None
     for batch in (1, 3, 64):

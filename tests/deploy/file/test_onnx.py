@@ -61,11 +61,7 @@ def test_every_block_has_an_onnx_form(form: str) -> None:
         for ours, theirs in zip(prediction[:3], expected[:3], strict=True):
             assert difference(ours, theirs) <= ROUNDING
         for block, found in evidence.items():
-            # What is sent back for a confident answer is small: an absolute difference of its logits is a relative one
-            # of the signal, and twice that of a squared norm, of which the logarithm is read.
-            squared = block == "gradients"
-            rounding = 2 * float((prediction.logits - expected.logits).abs().max()) if squared else 0.0
-            assert difference(found, reasons[block]) <= ROUNDING + rounding
+            assert difference(found, reasons[block]) <= ROUNDING
 
 
 def test_what_is_not_finite_is_so_in_the_file() -> None:
@@ -145,34 +141,6 @@ def test_what_has_no_onnx_form_is_named(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"no ONNX form exists of aten\.bincount\.default; export to \.pt2$"):
         convert(weighted, X, outputs=["y"])
 
-    def sampled(x: torch.Tensor) -> torch.Tensor:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            places = x.detach()[:, :2].movedim(1, -1)
-            (gradient,) = torch.autograd.grad(nn.functional.grid_sample(x, places, align_corners=False).sum(), x)
-        return gradient.detach()
-
-    with pytest.raises(RuntimeError, match=r"grid_sampler_2d_backward\.default; export .*, or fit with blocks="):
-        convert(sampled, X, outputs=["y"])
-
-    def edges(x: torch.Tensor) -> torch.Tensor:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            return torch.autograd.grad(nn.functional.pad(x, (1, 2, 1, 1), "reflect").square().sum(), x)[0]
-
-    # PyTorch has a form of it in other operations, which fails.
-    with pytest.raises(RuntimeError, match=r"no ONNX form exists of aten\.reflection_pad2d_backward\.default"):
-        convert(edges, X, outputs=["y"])
-
-    def means(x: torch.Tensor) -> torch.Tensor:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            return torch.autograd.grad(nn.functional.avg_pool2d(x, (2,)).square().sum(), x)[0]
-
-    # Of one size for both axes, which PyTorch passes on as it is.
-    with pytest.raises(RuntimeError, match=r"no ONNX form exists of aten\.avg_pool2d_backward\.default"):
-        convert(means, X, outputs=["y"])
-
 
 def test_a_file_that_answers_otherwise_does_not_appear(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"the file's uncertainty differ .* at most 0.0001 is allowed"):
@@ -181,8 +149,6 @@ def test_a_file_that_answers_otherwise_does_not_appear(tmp_path: Path) -> None:
 
 
 def test_what_onnx_runtime_lacks_is_refused_before_the_work(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"one_by_one must be None or False for an \.onnx"):
-        export(TinyTwoStage(), X, tmp_path / "m.onnx", one_by_one=True)
     with pytest.raises(ValueError, match=r"example_input must have another dtype for an \.onnx: .* none in bfloat16"):
         export(TinyTwoStage(), X.bfloat16(), tmp_path / "m.onnx")
 
@@ -252,27 +218,6 @@ def test_lengths_beyond_the_end_are_no_reason_to_read_them(tmp_path: Path) -> No
         (tmp_path / "long.onnx").write_bytes(bytes([14 << 3 | 2, len(entry)]) + entry)
         with pytest.raises(PackageError, match=r"not a readable \.onnx: it is not a whole"):
             read_description(tmp_path / "long.onnx")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("network", ["max pooling", "attention"])
-def test_backward_passes_of_other_layers(network: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    if network == "max pooling":
-        net = nn.Sequential(
-            nn.Conv2d(3, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU6(), nn.MaxPool2d(2, padding=1),
-            nn.ConvTranspose2d(6, 8, 3, groups=2), nn.BatchNorm2d(8), nn.GELU(), nn.Flatten(), nn.LazyLinear(4),
-        )  # fmt: skip
-        net(torch.zeros(2, 3, 8, 8))
-    else:
-        net = nn.Sequential(
-            nn.Flatten(2), nn.Linear(64, 16), nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Flatten(),
-            nn.Linear(48, 4),
-        )  # fmt: skip
-    x, _ = shapes(120, 5)
-    live = TwoStageModel(net.eval(), blocks=["logits", "gradients"]).fit([x], None)
-    package = ModelPackage(export(live, shapes(8, 3)[0], tmp_path / "m.onnx", tolerance=1e-4))
-    check(package, live, x[:5])
 
 
 def test_a_network_that_looks_words_up(tmp_path: Path) -> None:

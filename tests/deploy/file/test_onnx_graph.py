@@ -10,7 +10,7 @@ import torch
 from onnx_needed import WARNINGS, skip_without_onnx
 from torch import Tensor, nn
 
-from fastgrad.deploy.file import onnx_export, onnx_file, onnx_operators, onnx_optimizer
+from fastgrad.deploy.file import onnx_export, onnx_file
 
 skip_without_onnx()
 pytestmark = WARNINGS
@@ -71,89 +71,6 @@ def test_a_grid_that_costs_more_than_the_map_is_read_from_the_map() -> None:
     assert Counter(node.op_type for node in proto.graph.node)["Conv"] == 1
 
 
-def test_a_grid_through_which_a_gradient_goes_is_read_from_the_map(tmp_path: Path) -> None:
-    class Back(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.pool = nn.Conv2d(3, 4, 3), nn.MaxPool2d(1, 2)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-            with torch.enable_grad():
-                x = x.detach().requires_grad_()
-                return torch.autograd.grad(self.pool(self.conv(x)).square().sum(), x)
-
-    torch.manual_seed(0)
-    _, kinds = written(Back().eval(), torch.randn(3, 3, 9, 8), ("gradient",), tmp_path)
-    assert kinds["MaxPool"] > 0
-
-
-class Back(nn.Module):
-    """The sums of gradients at four layers, sent back through convolutions of all kinds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 32, 3, 2, 1)
-        self.layers = nn.ModuleList(
-            [
-                nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.Conv2d(32, 64, 1),
-                nn.Conv2d(64, 32, 3, padding=2, dilation=2, groups=2), nn.Conv2d(32, 32, 3, padding=0),
-            ]
-        )  # fmt: skip
-
-    def forward(self, x: Tensor) -> tuple[Tensor]:
-        with torch.enable_grad():
-            x = self.stem(x)
-            first = x = x.detach().requires_grad_()
-            outputs = [first]
-            for number, layer in enumerate(self.layers):
-                outputs.append(x := layer(x))
-                x = torch.relu(x) if number % 2 else nn.functional.relu6(x)
-            return (torch.cat([g.sum((2, 3)) for g in torch.autograd.grad(x.square().sum(), outputs)], 1),)
-
-
-def test_a_backward_pass_has_convolutions_and_steps_alone(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = Back().eval()
-    # Of few bits, so that no order of summation rounds, and none puts a number on the other side of an edge.
-    for parameter in model.parameters():
-        parameter.data.copy_(torch.randint(-2, 3, parameter.shape) / 2)
-    x = torch.randint(-4, 5, (3, 3, 24, 24)).float()
-    # Of sums of up to 144 products of up to 288 terms each, rounded otherwise.
-    _, kinds = written(model, x, ("sums",), tmp_path, rtol=1e-4, atol=float(1e-5 * model(x)[0].abs().max()))
-    assert kinds["ConvTranspose"] == kinds["Where"] == 0
-
-
-class Slope(nn.Module):
-    """The gradient of the sum of squares of what a layer gives."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> tuple[Tensor]:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            return torch.autograd.grad(self.layer(x).square().sum(), x)  # type: ignore[return-value]
-
-
-@pytest.mark.parametrize("activation", [nn.SiLU(), nn.Mish()], ids=str)
-def test_a_slope_that_pytorch_composes_and_computes(activation: nn.Module, tmp_path: Path) -> None:
-    written(Slope(activation), torch.linspace(-20, 20, 600).view(3, 200), ("slope",), tmp_path)
-
-
-@pytest.mark.parametrize(
-    "pool",
-    [
-        nn.AvgPool2d(3, 2, 1), nn.AvgPool2d((2, 3), (1, 3)), nn.AvgPool2d(3, 2, ceil_mode=True),
-        nn.AvgPool2d(3, 2, 1, ceil_mode=True), nn.AvgPool2d(5, 4, 2, count_include_pad=False),
-        nn.AdaptiveAvgPool2d((2, 4)), nn.AdaptiveAvgPool2d((8, 12)), nn.AdaptiveAvgPool2d((3, 17)),
-    ],
-)  # fmt: skip
-def test_means_send_back(pool: nn.Module, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    written(Slope(pool), torch.randn(3, 4, 8, 12), ("slope",), tmp_path)
-
-
 def test_a_mean_with_another_divisor(tmp_path: Path) -> None:
     class Sums(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,17 +112,6 @@ def test_bounds_of_other_types(low: float | None, high: float | None, tmp_path: 
             return x.clamp(low, high), (4 * x).int().clamp(low, high).float()
 
     written(Clamp(), torch.tensor([[-1.2, -0.3, 0.3, 0.7, 1.2]] * 3), ("y", "integers"), tmp_path)
-
-
-@pytest.mark.parametrize("edge", [0.0, 6.0])
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_a_step_is_a_comparison(sign: float, edge: float) -> None:
-    near = torch.tensor([edge]).nextafter(torch.tensor([-10.0, 10.0]))
-    x = torch.cat([near, torch.tensor([edge, -3e38, 3e38, 1.0, -1e-20, 1e-20])]).view(1, 1, 2, 4).repeat(1, 2, 1, 1)
-    if edge == 0:  # numbers beside zero are too small to be a gradient's doing
-        x[..., 0, :2] *= 2.0**60
-    expected = (sign * (x - edge) > 0).float()
-    torch.testing.assert_close(onnx_operators._above(x, sign, edge), expected, rtol=0, atol=0)
 
 
 def optimized(file: Path, folder: Path) -> Counter[str]:
@@ -251,11 +157,3 @@ def test_operators_are_joined(tmp_path: Path) -> None:
         # 27 products of a convolution, 16 of a mean and 8 of a row, each rounded once.
         bound = 60 * torch.finfo(torch.float32).eps * found.abs().max()
         assert (found - model(rows)).abs().max() <= bound
-
-
-@pytest.mark.parametrize("name", onnx_optimizer._RULES)
-def test_rules_look_at_the_nodes_before_one_node(name: str) -> None:
-    """A pattern that ends in two nodes would be looked for among all pairs."""
-    from onnxscript.rewriter.rules import common
-
-    assert getattr(common, name)._target_pattern.has_single_output_node
