@@ -36,7 +36,7 @@ MODULES: dict[str, tuple[str, ...] | None] = {
     "fastgrad.deploy.serve.ray": None,
     "fastgrad.gradients.features": ("Route", "logits_of"),
     "fastgrad.interop": ("as_pytorch_ood",),
-    "fastgrad.layers": None,
+    "fastgrad.layers": ("register_rule",),
     "fastgrad.losses": (
         "LOSSES", "REDUCTIONS", "TARGETS", "contrast_delta", "contrast_diagonal", "contrast_norms", "delta",
         "target_norms",
