@@ -6,6 +6,7 @@ One sample's gradient of that layer is rank one, ``delta h^T`` with ``delta = dL
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ def contrast_sqnorm(
     """
     leading = _head_pair(features, logits, loss, reduction, bias=bias, log=log)
     norms = last_layer.contrast_sqnorm(_matrix(features), _matrix(logits), loss, bias, log, reduction == "mean", impl)
-    return norms.reshape(*leading, logits.shape[-1])
+    return norms if logits.dim() == 2 else norms.reshape(*leading, logits.shape[-1])
 
 
 def target_sqnorm(
@@ -239,12 +240,15 @@ def check_target(target: str | Tensor, logits: Tensor, *, wait: bool = False) ->
             raise NoClassError(f"{wanted}; it held {low if low < 0 else high}")
 
 
-def _features_and_options(features: Tensor, loss: str, reduction: str, flags: dict[str, object]) -> None:
+def _check_features(features: Tensor, loss: str, reduction: str, flags: dict[str, object]) -> None:
     checks.one_of("loss", loss, losses.LOSSES)
     checks.one_of("reduction", reduction, losses.REDUCTIONS)
     checks.is_bool(**flags)
     checks.is_float("features", features)
     checks.holds_values("features", features)
+
+
+def _has_features(features: Tensor) -> None:
     if features.dim() < 1:
         raise ValueError("features must have shape (..., D); it was a scalar")
 
@@ -254,28 +258,48 @@ def _matrix(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
-def _head_pair(features: Tensor, logits: Tensor, loss: str, reduction: str = "sum", **flags: object) -> tuple[int, ...]:
+#: Options and kinds of tensors that passed the checks. Checking a call like an earlier one takes as long as a softmax.
+_passed: set[tuple[object, ...]] = set()
+
+
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.dtype, tensor.device, tensor.layout, tensor.is_nested
+
+
+def _head_pair(
+    features: Tensor, logits: Tensor, loss: str, reduction: str = "sum", *, bias: bool = True, log: bool = False
+) -> tuple[int, ...]:
     """Check options, and features against logits; return their leading shape."""
-    _features_and_options(features, loss, reduction, flags)
-    checks.is_float("logits", logits)
-    if logits.dim() < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"logits must have shape (..., N) with N >= 1; it was {tuple(logits.shape)}")
-    leading = tuple(logits.shape[:-1])
+    call = None
+    if not torch.compiler.is_compiling():
+        with contextlib.suppress(AttributeError, TypeError):
+            call = (loss, reduction, type(bias), type(log), *_kind(features), *_kind(logits))
+    if call is None or call not in _passed:
+        _check_features(features, loss, reduction, {"bias": bias, "log": log})
+        checks.is_float("logits", logits)
+        checks.same_device("features", features, "logits", logits)
+        checks.holds_values("logits", logits)
+        if (features.dtype == torch.float64) != (logits.dtype == torch.float64):
+            raise TypeError(
+                f"features and logits must both be float64 or neither; they were {features.dtype} and {logits.dtype}"
+            )
+        if call is not None:
+            _passed.add(call)
+    _has_features(features)
+    shape = logits.shape
+    if not shape or shape[-1] < 1:
+        raise ValueError(f"logits must have shape (..., N) with N >= 1; it was {tuple(shape)}")
+    leading = shape[:-1]
     if features.shape[:-1] != leading:
         raise ValueError(
-            f"features must have the leading shape of logits, {leading}; it was {tuple(features.shape[:-1])}"
-        )
-    checks.same_device("features", features, "logits", logits)
-    checks.holds_values("logits", logits)
-    if (features.dtype == torch.float64) != (logits.dtype == torch.float64):
-        raise TypeError(
-            f"features and logits must both be float64 or neither; they were {features.dtype} and {logits.dtype}"
+            f"features must have the leading shape of logits, {tuple(leading)}; it was {tuple(features.shape[:-1])}"
         )
     return leading
 
 
 def _linear(features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, reduction: str, **flags: object) -> None:
-    _features_and_options(features, loss, reduction, flags)
+    _check_features(features, loss, reduction, flags)
+    _has_features(features)
     checks.is_float("weight", weight)
     size = features.shape[-1]
     if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != size:

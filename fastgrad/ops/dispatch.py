@@ -59,9 +59,9 @@ def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def choose(impl: str, tensor: torch.Tensor) -> str:
     """Resolve ``impl`` to ``"triton"`` or ``"eager"`` for ``tensor``; ValueError if it is unknown or cannot run."""
-    one_of("impl", impl, IMPLEMENTATIONS)
     if impl == "eager" or (impl == "auto" and (tensor.device.type != "cuda" or torch.compiler.is_exporting())):
         return "eager"
+    one_of("impl", impl, IMPLEMENTATIONS)
     # Recorded graphs become files, which run without this package; torch.func cannot differentiate our operators.
     alone = not torch.compiler.is_compiling() and (is_transformed() or (is_traced() and not opaque_ops.get()))
     if impl == "auto" and alone:
@@ -140,8 +140,10 @@ def operator(name: str, eager: Callable[..., _T], fake: Callable[..., _T]) -> Ca
 
     def function(*arguments: Any) -> _T:
         *inputs, impl = arguments
+        run: Callable[..., _T] = overload if choose(impl, inputs[0]) == "triton" else eager
+        if not torch.is_autocast_enabled(inputs[0].device.type):
+            return run(*inputs)
         with full_precision(inputs[0].device):
-            result: _T = (overload if choose(impl, inputs[0]) == "triton" else eager)(*inputs)
-        return result
+            return run(*inputs)
 
     return function
