@@ -113,7 +113,8 @@ def linear_contrast_kernel(
         rounded = add_bias(acc, bias_ptr, cols, N, HAS_BIAS).to(z_ptr.dtype.element_ty)
         inside = valid[:, None] & (cols < N)[None, :]
         tl.store(z_rows[:, None] + cols.to(tl.int64)[None, :], rounded, mask=inside)
-        moments = reduce_moments((rounded.to(tl.float32),), inside, LOSS, LOG, False, False)
+        z = tl.where(inside, rounded.to(tl.float32), float("-inf"))
+        moments = reduce_moments((z,), inside, LOSS, LOG, False, False)
         if NORM_IN_LOOP:
             features = tl.where(tile_n == 0, seen, 0.0)
         store_part(work_rows + tile_n.to(tl.int64) * B, plane, valid, moments, features)
@@ -175,7 +176,7 @@ def linear_stats_kernel(
             high = tl.maximum(high, tl.max(tl.where(other, v, float("-inf")), 1))
         else:
             # Half a tile at a time: its exponentials and their products fit the registers beside the tile.
-            z_left, z_right = halves(z, BLOCK_M, BLOCK_N)
+            z_left, z_right = halves(tl.where(inside, z, float("-inf")), BLOCK_M, BLOCK_N)
             inside_left, inside_right = halves(inside, BLOCK_M, BLOCK_N)
             moments = add_tile(moments, z_left, inside_left, LOSS, False, True)
             moments = add_tile(moments, z_right, inside_right, LOSS, False, True)

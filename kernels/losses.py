@@ -20,7 +20,8 @@ moments are a tuple: ``top`` and ``second``, the two largest logits (equal on a 
     =============  ===================================  ======================================
 
 with ``u = sigmoid(z)`` for bce and ``u = z`` for mse. Scaled by the second maximum, no sum underflows; for the
-logarithm of bce (``LOG``) the sum of squares is scaled by ``sigmoid(second)^2``.
+logarithm of bce (``LOG``) the sum of squares is scaled by ``sigmoid(second)^2``. Where neither a logarithm nor
+``STATS`` nor brier needs it, ``second`` is ``top``: a square that underflows then does not show in the result.
 
 A single logit is a row with ``top = z``, ``second = -inf`` and empty sums, so one associative reduction serves tiles
 of logits and partial moments alike. Its identity is the empty row: ``top = second = -inf``, zero sums, ``min z = inf``.
@@ -58,21 +59,28 @@ def reduce_moments(
 ):  # fmt: skip
     """Return the moments of each row of a tile ``[R, C]`` over its axis 1; entries outside ``valid`` do not exist.
 
-    With ``NESTED``, ``parts`` are moments of parts of a row (the empty row's outside ``valid``), else ``(logits,)``.
+    There, logits are minus infinity. With ``NESTED``, ``parts`` are moments of parts of a row (the empty row's outside
+    ``valid``), else ``(logits,)``.
     """
     lowest = float("-inf")
-    z = tl.where(valid, parts[0], lowest)
+    z = parts[0]
     top = tl.max(z, 1)
-    is_top = valid & (z == top[:, None])
+    is_top = z == top[:, None]
+    if LOSS == "mse":
+        is_top = is_top & valid
+    rest = is_top == 0
     copies = tl.sum(is_top.to(tl.float32), 1) - 1.0
     if NESTED:
-        below = tl.where(is_top, parts[1], z)
         # An empty row adds nothing; a real maximum of minus infinity adds nothing that is not in its sums.
-        rest = valid & (is_top == 0) & (z > lowest)
+        rest = rest & (z > lowest)
+    elif LOSS == "mse":
+        # The other losses' terms are 0, or as good as that.
+        rest = rest & valid
+    if (LOG or STATS) or (LOSS == "brier"):
+        below = tl.where(is_top, parts[1] if NESTED else lowest, z)
+        second = tl.where(copies > 0.0, top, tl.max(below, 1))
     else:
-        below = tl.where(is_top, lowest, z)
-        rest = valid & (is_top == 0)
-    second = tl.where(copies > 0.0, top, tl.max(below, 1))
+        second = top
     base = finite(second)[:, None]
     tie = tl.where(second > lowest, copies, 0.0)
 

@@ -24,7 +24,7 @@ _CACHED = 1 << 18
 # A single row up to this length takes less time in NumPy, in one thread.
 _FEW = 1 << 14
 # The least arguments of exponentials: what is smaller counts for nothing beside 1, and denormal numbers take longer.
-_LEAST = {torch.float32: -87.0, torch.float64: -708.0}
+_LEAST = {torch.float32: -87.33, torch.float64: -708.0}
 
 
 def _contrasts(features: Tensor, logits: Tensor, loss: str, bias: bool, log: bool, mean: bool) -> Tensor:
