@@ -3,7 +3,7 @@
 
 A new loss is a branch in each of them: its sums over a row (``empty_moments``, ``reduce_moments``), the squared norm of
 a contrast from these (``contrast_coefficients``, ``rest_value``), statistics over all contrasts
-(``contrast_statistics``) and an entry of delta for a fixed target (``delta_entry``; softmax losses have sweeps in
+(``contrast_statistics``) and an entry of delta for a fixed target (``delta_entry``; cross-entropy has a sweep in
 ``target``).
 
 For confident rows ``p_k - 1`` and ``|p|^2 - 2 p_k + 1`` cancel to nothing, so sums leave a row's maximum out. A row's
@@ -15,7 +15,7 @@ moments are a tuple: ``top`` and ``second``, the two largest logits (equal on a 
     =============  ===================================  ======================================
     cross_entropy  sum f^2, sum f                       min z
     bce, mse       sum u^2                              sum f, sum f u, sum u, min z
-    brier          sum f^2, sum f, sum f^3, sum f^4,
+    brier          sum f^2, sum f, sum f^3, sum f^4,     (none)
                    sum f g, sum f^2 g, sum f^2 g^2
     =============  ===================================  ======================================
 
@@ -242,40 +242,25 @@ def rest_value(z, coefficients, LOSS: tl.constexpr, LOG: tl.constexpr):
 def contrast_statistics(moments, N, LOSS: tl.constexpr):
     """Return minimum, maximum, mean, softmax expectation and the predicted class' value over each row's contrasts.
 
-    Brier is a cubic of the probability, so its extremes are not at those of the logits: the first two results are then
-    the predicted class' value, and the other contrasts need a sweep.
+    Not for brier, a cubic of the probability: its extremes are not at those of the logits.
     """
     coefficients = contrast_coefficients(moments, LOSS, False)
     top, second, square, mass = moments[0], moments[1], moments[2], moments[3]
     peak = coefficients[1]
     others = tl.zeros_like(top) + (N - 1)
     rho, _, _ = margin(top, second)
-    low = peak
-    high = peak
-    if LOSS == "brier":
-        _, _, _, square_top, shift, constant, inv, scale, p_rest = coefficients
-        q1 = inv * mass
-        q2 = inv * inv * square
-        q3 = inv * inv * moments[4]
-        total = square_top * (others * shift * shift + 2.0 * shift * q1 + q2) + others * constant
-        total += (1.0 + 2.0 * square_top) * q2
-        total = (total - 4.0 * p_rest * q3) * (scale * scale)
-        weighted = square_top * (shift * shift * mass + 2.0 * shift * inv * square + q3) + constant * mass
-        weighted += (1.0 + 2.0 * square_top) * q3
-        weighted = (weighted - 4.0 * p_rest * (inv * inv * moments[5])) * (scale * scale)
+    if LOSS == "cross_entropy":
+        _, _, _, constant, slope = coefficients
+        total = others * constant - slope * mass
+        weighted = constant * mass - slope * square
     else:
-        if LOSS == "cross_entropy":
-            _, _, _, constant, slope = coefficients
-            total = others * constant - slope * mass
-            weighted = constant * mass - slope * square
-        else:
-            slope = 2.0 if LOSS == "bce" else 8.0
-            total = others * coefficients[2] - slope * moments[5]
-            weighted = coefficients[2] * mass - slope * moments[4]
-        v = rest_value(second, coefficients, LOSS, False)
-        low = tl.where((others > 0.0) & (v < low), v, low)
-        v = rest_value(moments[-1], coefficients, LOSS, False)
-        high = tl.where((others > 0.0) & (v > high), v, high)
+        slope = 2.0 if LOSS == "bce" else 8.0
+        total = others * coefficients[2] - slope * moments[5]
+        weighted = coefficients[2] * mass - slope * moments[4]
+    v = rest_value(second, coefficients, LOSS, False)
+    low = tl.where((others > 0.0) & (v < peak), v, peak)
+    v = rest_value(moments[-1], coefficients, LOSS, False)
+    high = tl.where((others > 0.0) & (v > peak), v, peak)
     mean = tl.where(others > 0.0, peak + total, peak) / (others + 1.0)
     expected = (peak + tl.where(others > 0.0, rho * weighted, 0.0)) * (1.0 / (1.0 + rho * mass))
     return low, high, mean, expected, peak

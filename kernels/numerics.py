@@ -12,7 +12,7 @@ def finite(x):
 
 @triton.jit
 def exp(x):
-    """Return e^x for x up to 88, to about two units in the last place, but not below the least normal number; NaN stays NaN.
+    """Return e^x for x up to 88, to about two units in the last place, at least the least normal number; NaN stays NaN.
 
     Hardware rounds ``x * log2(e)`` to float32, an error of 2e-6 at x = -40, so the integer part n is taken out first: a
     large number added rounds to n and leaves it in the lowest bits, from where it becomes the exponent of ``2^n``.

@@ -83,9 +83,10 @@ def target_sqnorm(
     """Return the squared L2 norm of the last layer's gradient for one label per sample.
 
     ``target`` is ``"ones"``, ``"uniform"`` (1/N), ``"predicted"``, class indices ``(...)`` or soft targets
-    ``(..., N)``. ``"ones"`` is the confounding label, 1 for every class. The other arguments are those of
-    :func:`contrast_sqnorm`. The norm of a soft target may underflow before ``log`` takes its logarithm. Where the
-    probabilities are close to a soft target with unequal entries, digits are lost in proportion to their difference.
+    ``(..., N)``, which have the eager form alone. ``"ones"`` is the confounding label, 1 for every class. The other
+    arguments are those of :func:`contrast_sqnorm`. The norm of a soft target may underflow before ``log`` takes its
+    logarithm. Where the probabilities are close to a soft target with unequal entries, digits are lost in proportion to
+    their difference.
 
     Returns:
         ``(...)``, float32 (float64 for float64 logits).
@@ -119,9 +120,9 @@ def linear_contrast_sqnorm(
 ) -> tuple[Tensor, Tensor]:
     """Compute the last layer and all its contrasts: ``(logits, contrast_sqnorm(features, logits))``.
 
-    On a GPU that is one kernel launch, or two for large N. Features are ``(..., D)``, the weight ``(N, D)`` and
-    the bias ``(N,)`` or None, all of one dtype and device. With a bias, its gradient belongs to the norm. The other
-    arguments are those of :func:`contrast_sqnorm`.
+    Features are ``(..., D)``, the weight ``(N, D)`` and the bias ``(N,)`` or None, all of one device and dtype. Under
+    autocast they may be of several dtypes and are then cast to autocast's, as by ``torch.nn.functional.linear``. With a
+    bias, its gradient belongs to the norm. The other arguments are those of :func:`contrast_sqnorm`.
 
     Returns:
         Logits ``(..., N)`` in the dtype of the features, and the squared norms ``(..., N)`` of exactly these logits,
@@ -130,7 +131,7 @@ def linear_contrast_sqnorm(
     Raises:
         TypeError, ValueError: As in :func:`contrast_sqnorm`, or a tensor has another dtype than the features.
     """
-    _linear(features, weight, bias, loss, reduction, log=log)
+    features, weight, bias = _linear(features, weight, bias, loss, reduction, log=log)
     logits, norms = last_layer.linear_contrast_sqnorm(
         _matrix(features), weight, bias, loss, log, reduction == "mean", impl
     )
@@ -150,12 +151,13 @@ def linear_contrast_stats(
     """Compute statistics over all contrasts without storing ``(..., N)``: for vocabularies of 128k and more.
 
     The Triton kernel needs memory in proportion to B. The eager form holds 4 million logits at a time, or one row;
-    compiled, all of them. Arguments and errors are those of :func:`linear_contrast_sqnorm`.
+    compiled, all of them. ``"brier"`` has the eager form alone. Arguments and errors are those of
+    :func:`linear_contrast_sqnorm`.
 
     Returns:
         :class:`ContrastStats` of tensors ``(...)``, float32 (float64 for float64).
     """
-    _linear(features, weight, bias, loss, reduction)
+    features, weight, bias = _linear(features, weight, bias, loss, reduction)
     stats = last_layer.linear_contrast_stats(_matrix(features), weight, bias, loss, reduction == "mean", impl)
     return ContrastStats(*stats.reshape(*features.shape[:-1], 5).unbind(-1))
 
@@ -297,7 +299,10 @@ def _head_pair(
     return leading
 
 
-def _linear(features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, reduction: str, **flags: object) -> None:
+def _linear(
+    features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, reduction: str, **flags: object
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Check a linear layer and return it, cast to autocast's dtype if autocast is on and the dtypes differ."""
     _check_features(features, loss, reduction, flags)
     _has_features(features)
     checks.is_float("weight", weight)
@@ -306,9 +311,14 @@ def _linear(features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, re
         raise ValueError(f"weight must have shape (N, D) with N >= 1 and D = {size}; it was {tuple(weight.shape)}")
     checks.same_device("weight", weight, "features", features)
     _bias(bias, weight)
+    dtypes = {t.dtype for t in (features, weight, bias) if t is not None}
+    if len(dtypes) > 1 and torch.float64 not in dtypes and torch.is_autocast_enabled(features.device.type):
+        dtype = torch.get_autocast_dtype(features.device.type)
+        return features.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != features.dtype:
             raise TypeError(f"{name} must have the dtype of features, {features.dtype}; it was {tensor.dtype}")
+    return features, weight, bias
 
 
 def _bias(bias: Tensor | None, weight: Tensor) -> None:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from fastgrad import losses
 from fastgrad._torch import is_readable, is_transformed
 from fastgrad.losses import compute_dtype
-from fastgrad.ops.dispatch import operator
+from fastgrad.ops.dispatch import full_precision, operator
 
 # Logits, elements of rows (B, N, D) or of products (B, U, N) held at a time, or one row if it is longer.
 _CHUNK = 1 << 22
@@ -115,15 +115,6 @@ def _target(
     return norms + scale.log() if log else norms * scale
 
 
-def _linear(
-    features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, log: bool, mean: bool
-) -> tuple[Tensor, Tensor]:
-    """Return logits in the dtype of the features, and the squared norms of exactly these (rounded) logits."""
-    logits = linear(features, weight, bias)
-    norms = _contrasts(features, logits, loss, bias is not None, log, mean)
-    return logits, norms
-
-
 def _statistics(features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, mean: bool) -> Tensor:
     logits = linear(features, weight, bias)
     norms = _contrasts(features, logits, loss, bias is not None, False, mean)
@@ -180,9 +171,24 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
 
 
 contrast_sqnorm = operator("contrast_sqnorm", _contrasts, lambda h, z, *_: _empty(z, *z.shape))
-target_sqnorm = operator("target_sqnorm", _target, lambda h, z, *_: _empty(z, z.shape[0]))
-linear_contrast_sqnorm = operator(
-    "linear_contrast_sqnorm", _linear,
-    lambda h, w, *_: (h.new_empty((h.shape[0], w.shape[0])), _empty(h, h.shape[0], w.shape[0])),
+target_sqnorm = operator(
+    "target_sqnorm", _target, lambda h, z, *_: _empty(z, z.shape[0]),
+    lambda h, z, y, kind, *_: "soft targets have no kernel" if kind == "soft" else None,
 )  # fmt: skip
-linear_contrast_stats = operator("linear_contrast_stats", _linear_stats, lambda h, w, *_: _empty(h, h.shape[0], 5))
+linear_contrast_stats = operator(
+    "linear_contrast_stats", _linear_stats, lambda h, w, *_: _empty(h, h.shape[0], 5),
+    lambda h, w, b, loss, *_: "the statistics of brier have no kernel" if loss == "brier" else None,
+)  # fmt: skip
+
+
+def linear_contrast_sqnorm(
+    features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, log: bool, mean: bool, impl: str
+) -> tuple[Tensor, Tensor]:
+    """Return logits ``(B, N)`` of a linear layer and the norms of these logits' contrasts ``(B, N)``.
+
+    The product is PyTorch's: a kernel that fused it with the norms would save a read of the logits, which takes less
+    time than such a kernel's product loses against the vendor's.
+    """
+    with full_precision(features.device):
+        logits = linear(features, weight, bias)
+    return logits, contrast_sqnorm(features, logits, loss, bias is not None, log, mean, impl)

@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton")
 from bench.gpu.compile_cases import configured  # noqa: E402
 from bench.gpu.sanitize.cases import CONTRAST as PATHS  # noqa: E402
 from fastgrad.losses import contrast_norms  # noqa: E402
-from fastgrad.ops.triton.last_layer import contrast_sqnorm  # noqa: E402
+from fastgrad.ops.triton.contrasts import contrast_sqnorm  # noqa: E402
 
 LOSSES = ("cross_entropy", "bce", "mse", "brier")
 pytestmark = pytest.mark.usefixtures("poison")
