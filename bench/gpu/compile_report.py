@@ -153,6 +153,8 @@ def report(only: str, archs: list[str], quick: bool) -> list[dict[str, Any]]:
                 row |= costs(row, programs, given, products)
                 row["per_row"] = row["instructions"] * row["warps"] / given["ROWS"] if "ROWS" in given else None
                 rows[arch, kernel.hash] = row | {"faults": faults(row, case.wide)}
+                for fault in rows[arch, kernel.hash]["faults"]:
+                    print(f"FAULT {arch} {case.name} {kernel.name}: {fault}", file=sys.stderr)
     return list(rows.values())
 
 

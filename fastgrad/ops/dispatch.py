@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastgrad._torch import is_traced, is_transformed
+from fastgrad._torch import is_readable, is_traced, is_transformed
 from fastgrad.checks import KERNEL_DTYPES, one_of
 
 _T = TypeVar("_T")
@@ -119,11 +119,24 @@ def full_precision(device: torch.device) -> contextlib.AbstractContextManager[No
 
 def launcher(module: str, name: str) -> Callable[..., Any]:
     """Return a function of ``fastgrad.ops.triton``, imported when called, on the device of its first argument."""
+    found: list[Callable[..., Any]] = []
 
     def launch(first: Tensor, *rest: Any) -> Any:
-        function = getattr(importlib.import_module(f"fastgrad.ops.triton.{module}"), name)
-        with torch.cuda.device(first.device) if first.device.type == "cuda" else contextlib.nullcontext():
-            return function(first, *rest)
+        if not found:
+            found.append(getattr(importlib.import_module(f"fastgrad.ops.triton.{module}"), name))
+        if first.device.type != "cuda":
+            return found[0](first, *rest)
+        here = first.device.index == torch.cuda.current_device()
+        try:
+            with contextlib.nullcontext() if here else torch.cuda.device(first.device):
+                return found[0](first, *rest)
+        except RuntimeError as error:
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"{name} must be called once on tensors of these shapes before a CUDA graph is captured: its "
+                    "kernels were not compiled"
+                ) from error
+            raise
 
     return launch
 
@@ -167,7 +180,12 @@ def operator(
 
     def function(*arguments: Any) -> _T:
         *inputs, impl = arguments
-        run: Callable[..., _T] = overload if choose(impl, inputs[0], missing(*inputs)) == "triton" else eager
+        run: Callable[..., _T] = eager
+        if choose(impl, inputs[0], missing(*inputs)) == "triton":
+            tensors = [x for x in inputs if isinstance(x, Tensor)]
+            recorded = not is_readable(*tensors) or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+            # Nobody has to see the operator: the way through PyTorch's dispatcher takes as long as the launch.
+            run = overload if recorded else kernel
         if not torch.is_autocast_enabled(inputs[0].device.type):
             return run(*inputs)
         with full_precision(inputs[0].device):

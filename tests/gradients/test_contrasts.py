@@ -214,6 +214,20 @@ def test_autocast_reduces_no_precision() -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_mixed_dtypes_under_autocast_are_cast_as_by_linear() -> None:
+    h, weight, b = torch.randn(6, 3).bfloat16(), torch.randn(5, 3), torch.randn(5)
+    for other in (b, None):
+        with torch.autocast("cpu", torch.bfloat16):
+            z, norms = fastgrad.linear_contrast_sqnorm(h, weight, other)
+            stats = fastgrad.linear_contrast_stats(h, weight, other)
+            assert torch.equal(z, linear(h, weight, other))
+        assert z.dtype == torch.bfloat16
+        assert torch.equal(norms, fastgrad.contrast_sqnorm(h, z, bias=other is not None))
+        torch.testing.assert_close(stats.max, norms.amax(-1))
+    with pytest.raises(TypeError, match=r"weight.*bfloat16.*float32"):
+        fastgrad.linear_contrast_sqnorm(h, weight, b)
+
+
 def test_labels_of_samples_under_vmap() -> None:
     h, z, y = torch.randn(6, 3), torch.randn(6, 5), torch.randint(5, (6,))
     mapped = torch.func.vmap(fastgrad.target_sqnorm)

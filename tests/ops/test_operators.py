@@ -131,6 +131,22 @@ def test_gpus_without_compiled_kernels_are_left_to_torch(monkeypatch: pytest.Mon
     assert refusals == [old, old, None, None, None, None, *[f"{other} was gfx1100"] * 2]
 
 
+def test_a_kernel_compiled_within_a_capture_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(first: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(dispatch.importlib, "import_module", lambda name: SimpleNamespace(contrast_sqnorm=launch))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    launched = dispatch.launcher("contrasts", "contrast_sqnorm")
+    for capturing, message in (
+        (True, "contrast_sqnorm must be called once .* before a CUDA graph"),
+        (False, "^operation"),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda found=capturing: found)
+        with pytest.raises(RuntimeError, match=message):
+            launched(SimpleNamespace(device=torch.device("cuda", 0)))
+
+
 def test_what_torch_func_transforms_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

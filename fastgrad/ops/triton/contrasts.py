@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -16,39 +18,57 @@ from fastgrad.ops.tune import cdiv, chunk
 KINDS = ("ones", "uniform", "predicted", "indices")
 
 
+@lru_cache(1024)
+def _contrast_plan(
+    shape: tuple[int, int, int], strides: tuple[int, int, int, int], loss: str, bias: bool, log: bool, mean: bool,
+    arch: tune.Architecture,
+) -> tuple[str, int, int, int, tuple[int, ...], tune.Options, tune.Options]:  # fmt: skip
+    """Return path, programs, splits, logits of a split, the integers that all kernels take, and two kernels' constants.
+
+    ``strides`` are of rows and columns of the features, then of the logits.
+    """
+    B, N, D = shape
+    config, splits = tune.contrast(B, N, D, loss, arch)
+    align_h, align_z, align_n = map(devices.alignment, (strides[0], strides[2], N))
+    integers = (N // align_n, D, strides[0] // align_h, strides[1], strides[2] // align_z, strides[3])
+    options: tune.Options = {
+        "LOSS": loss, "LOG": log, "ALIGN_Z": align_z, "ALIGN_N": align_n, **config, **devices.OPTIONS
+    }  # fmt: skip
+    ends: tune.Options = {**options, "BIAS": bias, "MEAN": mean}
+    options["ALIGN_H"] = align_h
+    if "ROWS" in config:
+        return "rows", cdiv(B, config["ROWS"]), 1, N, integers, options | ends, {}
+    if splits == 1:
+        return "stream", B, 1, N, integers, options | ends, {}
+    chunk_n = chunk(N, splits, config["BLOCK_N"])
+    splits = cdiv(N, chunk_n)
+    ends["PARTS"] = tune.power_of_two(splits)
+    del ends["BLOCK_D"]
+    return "split", B * splits, splits, chunk_n, integers, options, ends
+
+
 def contrast_sqnorm(features: Tensor, logits: Tensor, loss: str, bias: bool, log: bool, mean: bool) -> Tensor:
     """Return squared norms of all one-hot contrasts, ``(B, N)`` float32, for features ``(B, D)``, logits ``(B, N)``."""
-    (B, D), N = features.shape, logits.shape[1]
+    B, N = logits.shape
     out = devices.empty((B, N), torch.float32, logits)
     if B == 0 or N == 0:
         return out
-    config, splits = tune.contrast(B, N, D, loss, devices.architecture(logits))
-    strides_h, align_h = devices.strides(features)
-    strides_z, align_z = devices.strides(logits)
-    align_n = devices.alignment(N)
-    shape = (N // align_n, D, *strides_h, *strides_z)
-    options: tune.Options = {
-        "LOSS": loss, "LOG": log, "ALIGN_H": align_h, "ALIGN_Z": align_z, "ALIGN_N": align_n, **config,
-        **devices.OPTIONS,
-    }  # fmt: skip
-    if "ROWS" in config:
-        contrast.contrast_rows_kernel[(cdiv(B, config["ROWS"]),)](
-            features, logits, out, B, *shape, BIAS=bias, MEAN=mean, **options
-        )
-    elif splits == 1:
-        contrast.contrast_stream_kernel[(B,)](features, logits, out, *shape, BIAS=bias, MEAN=mean, **options)
+    D = features.shape[1]
+    path, programs, splits, chunk_n, integers, options, ends = _contrast_plan(
+        (B, N, D), (*features.stride(), *logits.stride()), loss, bias, log, mean, devices.architecture(logits)
+    )
+    if path == "rows":
+        contrast.contrast_rows_kernel[(programs,)](features, logits, out, B, *integers, **options)
+    elif path == "stream":
+        contrast.contrast_stream_kernel[(programs,)](features, logits, out, *integers, **options)
     else:
-        chunk_n = chunk(N, splits, config["BLOCK_N"])
-        splits = cdiv(N, chunk_n)
         work = devices.empty((PLANES, B, splits), torch.float32, logits)
-        contrast.contrast_moments_kernel[(B * splits,)](
-            features, logits, work, *shape, splits, chunk_n, chunk(D, splits, 16), **options
+        contrast.contrast_moments_kernel[(programs,)](
+            features, logits, work, *integers, splits, chunk_n, chunk(D, splits, 16), **options
         )
-        del options["BLOCK_D"], options["ALIGN_H"]
-        contrast.contrast_finish_kernel[(B * splits,)](
-            logits, work, out, N // align_n, *strides_z, splits, chunk_n,
-            BIAS=bias, MEAN=mean, PARTS=tune.power_of_two(splits), **options,
-        )  # fmt: skip
+        contrast.contrast_finish_kernel[(programs,)](
+            logits, work, out, integers[0], *integers[4:], splits, chunk_n, **ends
+        )
     return out
 
 
