@@ -96,12 +96,10 @@ def contrast(B: int, N: int, D: int, loss: str, arch: Architecture) -> tuple[Opt
     # Rows that are no multiple of 16 bytes take registers for addresses. Sigmoids and squares of unbounded logits need
     # a few more than eight warps have: both before sm_90, squares also since sm_100.
     parted = N % 8 != 0
-    if loss == "cross_entropy":
-        block, crowded = 4096 if parted else 8192, False
-    else:
-        block = 4096 if loss == "brier" or (loss == "bce" and arch.version < 90) else 8192
-        crowded = parted or (loss != "brier" and arch.version < 90) or (loss == "mse" and arch.version >= 100)
-    warps = 16 if crowded and arch.backend == "cuda" else 8
+    plain = loss == "cross_entropy"
+    block = 8192 if plain and not parted else 4096
+    crowded = parted or (loss != "brier" and arch.version < 90) or (loss == "mse" and arch.version >= 100)
+    warps = 16 if crowded and not plain and arch.backend == "cuda" else 8
     # A processor has room for two programs. The last of them to run should not run alone.
     places = 2 * arch.processors
 
