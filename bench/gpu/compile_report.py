@@ -140,22 +140,25 @@ def faults(row: dict[str, Any], wide: bool) -> list[str]:
 
 
 def report(only: str, archs: list[str], quick: bool) -> list[dict[str, Any]]:
-    """Compile the cases whose name contains ``only``; equal launches are compiled once."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    """Compile the cases whose name contains ``only``; return a row for each launch."""
+    rows: list[dict[str, Any]] = []
+    # Equal kernels are read once.
+    found: dict[str, dict[str, int]] = {}
     wanted = [case for case in cases() if only in case.name and (case.quick or not quick)]
     for arch, case in itertools.product(archs, wanted):
         print(f"{arch} {case.name}", file=sys.stderr)
         for kernel, programs, given in compiled(case.call, arch):
-            if (arch, kernel.hash) not in rows:
-                row = {"case": case.name, "kernel": kernel.name, "arch": arch, "warps": kernel.metadata.num_warps}
-                row |= {"shared": kernel.metadata.shared, **read(kernel.asm)}
-                products = case.products if kernel.name in PRODUCTS else 0
-                row |= costs(row, programs, given, products)
-                row["per_row"] = row["instructions"] * row["warps"] / given["ROWS"] if "ROWS" in given else None
-                rows[arch, kernel.hash] = row | {"faults": faults(row, case.wide)}
-                for fault in rows[arch, kernel.hash]["faults"]:
-                    print(f"FAULT {arch} {case.name} {kernel.name}: {fault}", file=sys.stderr)
-    return list(rows.values())
+            if kernel.hash not in found:
+                found[kernel.hash] = read(kernel.asm)
+            row: dict[str, Any] = {"case": case.name, "kernel": kernel.name, "arch": arch}
+            row |= {"warps": kernel.metadata.num_warps, "shared": kernel.metadata.shared, **found[kernel.hash]}
+            row |= costs(row, programs, given, case.products if kernel.name in PRODUCTS else 0)
+            row["per_row"] = row["instructions"] * row["warps"] / given["ROWS"] if "ROWS" in given else None
+            row["faults"] = faults(row, case.wide)
+            rows.append(row)
+            for fault in row["faults"]:
+                print(f"FAULT {arch} {case.name} {kernel.name}: {fault}", file=sys.stderr)
+    return rows
 
 
 def main() -> None:
