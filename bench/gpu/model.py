@@ -37,10 +37,10 @@ WARPS, FEWER_WARPS, REGISTERS, PROGRAMS = 64, 48, 1 << 16, 32
 
 
 def steps(kernel: str, given: Mapping[str, Any]) -> int:
-    """Return the iterations that a program makes one after another, each with loads of its own."""
+    """Return the iterations that a program makes one after another; a product and its moments are one."""
     classes = given.get("N", given.get("N_units", 0) * given.get("ALIGN_N", 1))
     if kernel == "linear_stats_kernel":
-        return int(given["tiles_per_split"] * cdiv(given["D"], given["BLOCK_K"]))
+        return int(given["tiles_per_split"])
     if kernel in ("contrast_moments_kernel", "contrast_finish_kernel"):
         return cdiv(given["chunk_n"], given["BLOCK_N"]) + (kernel == "contrast_finish_kernel")
     if kernel in ("contrast_stream_kernel", "target_sqnorm_kernel"):

@@ -107,6 +107,7 @@ def contrast(B: int, N: int, D: int, loss: str, arch: Architecture) -> tuple[Opt
         return cdiv(B * splits, places) * (N / splits / LOGITS + PROGRAM) + LAUNCH * (splits > 1)
 
     splits = min(range(1, min(MOST_SPLITS, cdiv(N, 2048)) + 1), key=cost)
+    splits = 1 if cost(1) <= 1.1 * cost(splits) else splits
     block = min(block, max(2048, power_of_two(cdiv(N, splits))))
     return {"BLOCK_N": block, "BLOCK_D": _block(D, 2048), "num_warps": warps}, splits
 
