@@ -93,12 +93,12 @@ def contrast(B: int, N: int, D: int, loss: str, arch: Architecture) -> tuple[Opt
             warps = max(1, warps // 2)  # 64 threads each
         block_d = _block(D, max(16, 2048 // rows))
         return {"ROWS": rows, "BLOCK_N": block, "BLOCK_D": block_d, "num_warps": warps}, 1
-    # Rows that are no multiple of 16 bytes take registers for addresses. Sigmoids and squares of unbounded logits need
-    # a few more than eight warps have: both before sm_90, squares also since sm_100.
+    # Rows that are no multiple of 16 bytes take registers for addresses, which squares of unbounded logits and brier
+    # have not left in eight warps. Sigmoids and squares need a few more before sm_90, squares also since sm_100.
     parted = N % 8 != 0
     plain = loss == "cross_entropy"
     block = 8192 if plain and not parted else 4096
-    crowded = parted or (loss != "brier" and arch.version < 90) or (loss == "mse" and arch.version >= 100)
+    crowded = (parted and loss != "bce") or (loss != "brier" and arch.version < 90) or (loss == "mse" and arch.version >= 100)
     warps = 16 if crowded and not plain and arch.backend == "cuda" else 8
     # A processor has room for two programs. The last of them to run should not run alone.
     places = 2 * arch.processors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -20,15 +21,15 @@ KINDS = ("ones", "uniform", "predicted", "indices")
 
 @lru_cache(1024)
 def _contrast_plan(
-    shape: tuple[int, int, int], strides: tuple[int, int, int, int], loss: str, bias: bool, log: bool, mean: bool,
-    arch: tune.Architecture,
+    choose: Callable[..., tuple[tune.Options, int]], shape: tuple[int, int, int], strides: tuple[int, int, int, int],
+    loss: str, bias: bool, log: bool, mean: bool, arch: tune.Architecture,
 ) -> tuple[str, int, int, int, tuple[int, ...], tune.Options, tune.Options]:  # fmt: skip
     """Return path, programs, splits, logits of a split, the integers that all kernels take, and two kernels' constants.
 
-    ``strides`` are of rows and columns of the features, then of the logits.
+    ``choose`` is `tune.contrast`; ``strides`` are of rows and columns of the features, then of the logits.
     """
     B, N, D = shape
-    config, splits = tune.contrast(B, N, D, loss, arch)
+    config, splits = choose(B, N, D, loss, arch)
     align_h, align_z, align_n = map(devices.alignment, (strides[0], strides[2], N))
     integers = (N // align_n, D, strides[0] // align_h, strides[1], strides[2] // align_z, strides[3])
     options: tune.Options = {
@@ -55,8 +56,9 @@ def contrast_sqnorm(features: Tensor, logits: Tensor, loss: str, bias: bool, log
         return out
     D = features.shape[1]
     path, programs, splits, chunk_n, integers, options, ends = _contrast_plan(
-        (B, N, D), (*features.stride(), *logits.stride()), loss, bias, log, mean, devices.architecture(logits)
-    )
+        tune.contrast, (B, N, D), (*features.stride(), *logits.stride()), loss, bias, log, mean,
+        devices.architecture(logits),
+    )  # fmt: skip
     if path == "rows":
         contrast.contrast_rows_kernel[(programs,)](features, logits, out, B, *integers, **options)
     elif path == "stream":
