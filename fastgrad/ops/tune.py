@@ -98,7 +98,8 @@ def contrast(B: int, N: int, D: int, loss: str, arch: Architecture) -> tuple[Opt
     parted = N % 8 != 0
     plain = loss == "cross_entropy"
     block = 8192 if plain and not parted else 4096
-    crowded = (parted and loss != "bce") or (loss != "brier" and arch.version < 90) or (loss == "mse" and arch.version >= 100)
+    crowded = (parted and loss != "bce") or (arch.version < 90 and loss != "brier")
+    crowded = crowded or (arch.version >= 100 and loss == "mse")
     warps = 16 if crowded and not plain and arch.backend == "cuda" else 8
     # A processor has room for two programs. The last of them to run should not run alone.
     places = 2 * arch.processors

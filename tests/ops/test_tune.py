@@ -51,7 +51,8 @@ def test_programs_fill_whole_waves(B: int, N: int, arch: tune.Architecture) -> N
         return rows * splits / (count * places), time
 
     taken, time = waves(B)
-    if places <= B:
+    # Shorter rows are not worth a second launch.
+    if places <= B and N >= 1 << 16:
         assert taken >= 0.7
     # One row more never takes twice as long, as it would in a wave of its own.
     assert waves(B + 1)[1] <= 1.7 * time
