@@ -52,10 +52,10 @@ def test_programs_fill_whole_waves(B: int, N: int, arch: tune.Architecture) -> N
 
     taken, time = waves(B)
     # Shorter rows are not worth a second launch.
-    if places <= B and N >= 1 << 16:
-        assert taken >= 0.7
-    # One row more never takes twice as long, as it would in a wave of its own.
-    assert waves(B + 1)[1] <= 1.7 * time
+    if N >= 1 << 16:
+        assert taken >= 0.7 or places > B
+        # One row more never takes twice as long, as it would in a wave of its own.
+        assert waves(B + 1)[1] <= 1.7 * time
 
 
 @settings(deadline=None, max_examples=300)
