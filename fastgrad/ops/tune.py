@@ -97,7 +97,7 @@ def contrast(B: int, N: int, D: int, loss: str, arch: Architecture) -> tuple[Opt
     # have not left in eight warps. Sigmoids and squares need a few more before sm_90, squares also since sm_100.
     parted = N % 8 != 0
     plain = loss == "cross_entropy"
-    block = 8192 if plain and not parted else 4096
+    block = 8192 if plain and not parted else 2048 if loss == "brier" and arch.version >= 100 else 4096
     crowded = (parted and loss != "bce") or (arch.version < 90 and loss != "brier")
     crowded = crowded or (arch.version >= 100 and loss == "mse")
     warps = 16 if crowded and not plain and arch.backend == "cuda" else 8
