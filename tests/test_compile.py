@@ -58,6 +58,16 @@ def test_one_exponential_a_logit_and_one_instruction_for_it(arch: str) -> None:
         assert row["per_row"] <= 1300
 
 
+def test_time_in_python_is_measured_on_a_driver_that_launches_nothing() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu.host"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    times = {name: float(value) for name, value in (line.rsplit(": ", 1) for line in done.stdout.splitlines())}
+    assert times["call"] > times["Triton"] > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_case(arch: str) -> None:
