@@ -270,7 +270,16 @@ def test_of_two_jobs_with_one_folder_the_later_does_not_begin(
 ) -> None:
     def begin(part: int, images: Path = folder) -> job.Job:
         description = read_description(tiny_package)
-        return job.Job(tiny_package, description, images, tmp_path / "o.parts", part=part, columns=COLUMNS, **OPTIONS)
+        return job.Job(
+            tiny_package,
+            description,
+            images,
+            tmp_path / "o.parts",
+            tmp_path / "o",
+            part=part,
+            columns=COLUMNS,
+            **OPTIONS,
+        )
 
     first = begin(4)
     monkeypatch.chdir(tmp_path)
@@ -296,7 +305,9 @@ def test_a_part_that_comes_while_the_folder_is_looked_at_is_no_other_jobs(
 
     def begin() -> job.Job:
         description = read_description(tiny_package)
-        return job.Job(tiny_package, description, folder, tmp_path / "o.parts", part=9, columns=COLUMNS, **OPTIONS)
+        return job.Job(
+            tiny_package, description, folder, tmp_path / "o.parts", tmp_path / "o", part=9, columns=COLUMNS, **OPTIONS
+        )
 
     first = begin()
     job.write_part([], first.paths[0], first.schema, first.id)
@@ -422,7 +433,7 @@ def test_images_come_in_the_order_of_their_paths(tmp_path: Path) -> None:
     for name in ("a/1.png", "a-b/1.png", "a.png", "b/c/2.png", "b/c.png", "b/c-d/1.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    found, _ = sources.list_folder(tmp_path)
+    found, _ = sources.list_folder(tmp_path, tmp_path / "out")
     assert [tmp_path / name for name in found] == sorted(tmp_path.rglob("*.png"))
 
 
@@ -436,7 +447,7 @@ def test_names_have_slashes_on_every_system(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(sources, "Path", Windows)
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "0.png").write_bytes(image(0))
-    found, _ = sources.list_folder(tmp_path)
+    found, _ = sources.list_folder(tmp_path, tmp_path / "out")
     assert found == ["a/b/0.png"]
 
 
@@ -582,7 +593,9 @@ def test_what_cannot_be_scored(tiny_package: Path, tmp_path: Path) -> None:
         score(source, source, tmp_path / "out")
     description = dataclasses.replace(read_description(tiny_package), input_shape=(12,), mean=None, std=None)
     with pytest.raises(ValueError, match=r"this model takes no images: its inputs have shape \(12,\)"):
-        job.Job(tiny_package, description, source, tmp_path / "parts", part=1, columns=COLUMNS, **OPTIONS)
+        job.Job(
+            tiny_package, description, source, tmp_path / "parts", tmp_path / "o", part=1, columns=COLUMNS, **OPTIONS
+        )
     texts = [(pa.array(["a.png"], kind), str(kind)) for kind in (pa.string(), pa.large_string())]
     texts.append((pa.array(["a.png"]).dictionary_encode(), "dictionary<values=string"))
     for column, kind in ((pa.array([[1, 2]]), "list<"), (pa.array([{"path": "a.png"}]), "struct<path"), *texts):

@@ -11,9 +11,11 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import struct
 import sys
+import tempfile
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -75,13 +77,15 @@ class Child:
     """One process that answers with the function that a module's ``start(*arguments)`` returns, in ``most`` bytes.
 
     The arguments must fit JSON. ``alive`` says whether the process has started and can be asked; ``on_end`` is called
-    when it has ended, for whatever reason.
+    when it has ended, for whatever reason. Its temporary files lie in ``folder``, and are removed when it has ended;
+    None: where the system keeps such files.
     """
 
-    def __init__(self, module: str, arguments: Sequence[object], *, most: int) -> None:
+    def __init__(self, module: str, arguments: Sequence[object], *, most: int, folder: Path | None = None) -> None:
         # `default` converts NumPy's integers, which a limit may be.
         self._start = json.dumps([sys.path, _PACKAGE, module, arguments], default=int)
-        self._most = most
+        self._most, self._folder = most, folder
+        self._own: str | None = None
         self.process: Process | None = None
         self.alive = False
         self.on_end: Callable[[], None] = lambda: None
@@ -89,6 +93,10 @@ class Child:
     async def start(self, seconds: float) -> None:
         """Start the process; ChildError if it cannot do its work, ends, or does not reply in time."""
         environment = {k: v for k, v in os.environ.items() if k in _PLACES or k.startswith(_SETTINGS)}
+        if self._folder is not None:
+            self._own = tempfile.mkdtemp(dir=self._folder)
+            # The compiler's cache would lie under a well-known name.
+            environment |= dict.fromkeys(("TMPDIR", "TEMP", "TMP", "TORCHINDUCTOR_CACHE_DIR"), self._own)
         try:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-I", "-c", _START, self._start, stdin=PIPE, stdout=PIPE, stderr=None,
@@ -174,6 +182,8 @@ class Child:
             await self.process.wait()
         self.kill()
         await self.process.wait()
+        if self._own is not None:
+            await asyncio.to_thread(shutil.rmtree, self._own, ignore_errors=True)
 
 
 def ignore_signals(*names: str) -> None:
@@ -186,7 +196,7 @@ def ignore_signals(*names: str) -> None:
 def answer_requests(module: str, arguments: Sequence[object]) -> None:
     """Run in a child: reply once the module's ``start`` has returned a function, then answer requests with it."""
     # A service manager may signal all processes at a stop; the server alone decides when these end.
-    ignore_signals("SIGINT", "SIGTERM", "SIGBREAK")
+    ignore_signals("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     # What anything prints goes to standard error.
     os.dup2(2, 1)

@@ -1,4 +1,4 @@
-"""Decide who may send requests by their headers alone: host, origin and key."""
+"""Decide by the headers alone which requests are read: by their host, origin, key and encoding."""
 
 from __future__ import annotations
 
@@ -77,8 +77,10 @@ class Guard:
         return guarded
 
     def check(self, scope: Scope, without_key: Collection[str] = ()) -> None:
-        """Check the headers of one request, which needs no key on some paths; RequestError 400, 401 or 403."""
+        """Check the headers of one request, which needs no key on some paths; RequestError 400, 401, 403 or 411."""
         headers = Headers(scope=scope)
+        if "transfer-encoding" in headers:
+            raise RequestError(411, "send the body with its Content-Length alone; there was a Transfer-Encoding")
         host = headers.get("host", "localhost").lower()
         name = _PORT.sub("", host)
         if name not in self._hosts and address_of(name) is None:

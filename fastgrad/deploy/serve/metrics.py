@@ -53,7 +53,6 @@ class Metrics:
             gauge("drift_scores", "Scores that the drift monitor has read", lambda: monitor.count)
             shown = f"1 once drift is shown; probability of ever being wrong <= {drift_false_alarm_rate:g}"
             gauge("drift_alarm", shown, lambda: monitor.alarm)
-            gauge("drift_acknowledged", "1 once somebody took note of it", lambda: bool(monitor.acknowledged))
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         """Add a gauge whose value is computed when Prometheus asks for it."""

@@ -23,7 +23,6 @@ _log = logging.getLogger("uvicorn.error")
 class _Item:
     parts: Sequence[Bytes]
     future: asyncio.Future[bytes]
-    on_run: Callable[[int], None]
     attempts: int = 0
 
 
@@ -66,14 +65,13 @@ class Pool:
             raise
         self._tasks = [asyncio.create_task(self._serve(worker)) for worker in self.workers]
 
-    async def submit(self, parts: Sequence[Bytes], on_run: Callable[[int], None] = lambda size: None) -> bytes:
+    async def submit(self, *parts: Bytes) -> bytes:
         """Return the reply to one input, given in parts. Cancelling this takes the input out of the queue.
 
-        ``on_run`` is called with the size of its batch each time that goes to a process. RequestError if the input is
-        refused, or fails for a reason that the log has. ChildDiedError if its process ended repeatedly, or did not
-        answer in time.
+        RequestError if the input is refused, or fails for a reason that the log has. ChildDiedError if its process
+        ended repeatedly, or did not answer in time.
         """
-        item = _Item(parts, asyncio.get_running_loop().create_future(), on_run)
+        item = _Item(parts, asyncio.get_running_loop().create_future())
         self.queue.append(item)
         self._arrived.set()
         return await item.future
@@ -123,8 +121,6 @@ class Pool:
     async def _run(self, worker: Child, batch: list[_Item]) -> None:
         try:
             self.on_batch(len(batch))
-            for item in batch:
-                item.on_run(len(batch))
             reply = await worker.ask([part for item in batch for part in item.parts], self.hang_timeout)
         except Exception as error:
             if isinstance(error, ChildDiedError):

@@ -83,7 +83,7 @@ def deployment(
         async def __call__(self, request: Request) -> JSONResponse:
             try:
                 guard.check(request.scope)
-                self.starting = self.starting or asyncio.ensure_future(self.readers.start())
+                self.starting = self.starting or asyncio.ensure_future(self.readers.pool.start())
                 await asyncio.shield(self.starting)
                 return JSONResponse(await self.readers.answer(request, description, threshold, self.run))
             except RequestError as error:

@@ -1,8 +1,8 @@
-"""A name and the file that answers under it: loaded, watched, and replaced when the file changes.
+"""A name and the file that answers under it, and how another version of the file takes over.
 
-A file is copied before anything is read from it: workers load what was checked, also when one starts again. A changed
-file is loaded beside the old one. When its workers are ready, new requests go there; the old one ends when the
-last of its requests is answered. A file that cannot be loaded changes nothing.
+A file is copied before anything is read from it: workers load what was checked, also when one starts again. When the
+workers of a new version are ready, new requests go there; the old one ends when the last of its requests is answered. A
+file that cannot be loaded changes nothing.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ import asyncio
 import contextlib
 import logging
 import os
-import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
-from fastgrad.deploy.file.package import PackageError, digest_of, read_description
+import numpy as np
+
+from fastgrad.deploy.file.package import PackageError, read_description
+from fastgrad.deploy.file.reading import digest_of
 from fastgrad.deploy.serve.bodies import Limits
 from fastgrad.deploy.serve.child import Child, ChildError
 from fastgrad.deploy.serve.metrics import Metrics
@@ -63,7 +66,10 @@ def _remove(folder: Path, lock: int | None) -> None:
 
 
 class Served:
-    """One version of a file, with the processes that run it and its metrics; the arguments are `create_app`'s."""
+    """One version of a file, with the processes that run it and its metrics; the arguments are `create_app`'s.
+
+    PackageError if it is no exported model, too large, or its SHA-256 none of ``digests``; None allows any.
+    """
 
     def __init__(
         self,
@@ -76,22 +82,18 @@ class Served:
         limits: Limits = Limits(),  # noqa: B008 - it is frozen
         false_alarm_rate: float | None = None,
         drift_false_alarm_rate: float = 0.01,
-        pins: str | os.PathLike[str] | None = None,
+        digests: Collection[str] | None = None,
     ) -> None:
-        if not Path(path).is_file():
-            raise PackageError(f"{path}: there is no such file")
         folder, lock = _own_folder()
         self._remove = weakref.finalize(self, _remove, folder, lock)
         self.path, self.copy = path, (copy := folder / Path(path).name)
-        shutil.copyfile(path, copy)
-        # The copy's, before anything else reads it: the file itself may change at any time.
-        self.digest = digest_of(copy)
-        pinned = "" if pins is None else re.sub(r"(?m)^\s*#.*", "", Path(pins).read_text("utf-8-sig", "replace"))
-        if pins is not None and self.digest not in pinned.lower().split():
-            raise PackageError(f"{path} is not a file that {pins} names: its SHA-256 is {self.digest}")
         try:
+            # The copy's, before anything else reads it: the file itself may change at any time.
+            self.digest = digest_of(path, copy, limits.file)
+            if digests is not None and self.digest not in digests:
+                raise PackageError(f"{path} must have the SHA-256 {' or '.join(digests)}; it was {self.digest}")
             self.description = description = read_description(copy)
-        except PackageError as error:
+        except (PackageError, OSError) as error:
             raise self._failure(error) from None
         self.threshold = description.threshold_at(false_alarm_rate)
         self.false_alarm_rate = false_alarm_rate or description.false_alarm_rate
@@ -103,9 +105,9 @@ class Served:
         max_batch = min(max_batch, description.max_batch)
         module, most = "fastgrad.deploy.serve.worker", 8 * description.columns * max_batch + 2**16
         self.pool = pool = Pool(
-            [Child(module, (str(copy), threads), most=most) for _ in range(workers)], max_batch=max_batch,
-            batch_wait=batch_wait, hang_timeout=limits.seconds, load_timeout=limits.load_seconds,
-            on_batch=metrics.batch_size.observe,
+            [Child(module, (str(copy), threads), most=most, folder=folder) for _ in range(workers)],
+            max_batch=max_batch, batch_wait=batch_wait, on_batch=metrics.batch_size.observe,
+            hang_timeout=limits.seconds, load_timeout=limits.load_seconds,
         )  # fmt: skip
         metrics.gauge("queue_length", "Inputs that wait for a worker", lambda: len(pool.queue))
         metrics.gauge("worker_restarts", "Worker processes replaced since the start", lambda: pool.restarts)
@@ -120,6 +122,10 @@ class Served:
         finally:
             self._users -= 1
 
+    async def run(self, value: bytes) -> np.ndarray[Any, Any]:
+        """Return the row of one input, as `decoder` gives it."""
+        return np.frombuffer(await self.pool.submit(value))
+
     async def start(self) -> None:
         """Start the processes; PackageError if they cannot load the file."""
         try:
@@ -130,7 +136,7 @@ class Served:
 
     def _failure(self, error: Exception) -> PackageError:
         """Return the error with the path of the file itself, because nobody knows the copy's."""
-        said = str(error).replace(str(self.copy), str(self.path))
+        said = getattr(error, "strerror", None) or str(error).replace(str(self.copy), str(self.path))
         return PackageError(said if str(self.path) in said else f"{self.path} cannot be loaded: {said}")
 
     async def retire(self) -> None:
@@ -147,56 +153,38 @@ class Model:
     def __init__(self, name: str, path: Path, load: Callable[[Path], Served]) -> None:
         self.name, self.path, self._load = name, path, load
         self.reloads = self.failures = 0
-        self._stamp = _stamp(path)
         self.served = self._version()
+        self._one_at_a_time = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
 
     def _version(self) -> Served:
         version = self._load(self.path)
         gauge = version.metrics.gauge
-        gauge("model_reloads", "Changed files that took over since the start", lambda: self.reloads)
-        gauge("model_reload_failures", "Changed files that could not be loaded", lambda: self.failures)
+        gauge("model_reloads", "Files that took over since the start", lambda: self.reloads)
+        gauge("model_reload_failures", "Files that could not be loaded since the start", lambda: self.failures)
         return version
-
-    async def watch(self, seconds: float) -> None:
-        """Look at the file every so many seconds, forever, and load it if it has changed."""
-        tried = now = self._stamp
-        while True:
-            await asyncio.sleep(seconds)
-            before, now = now, _stamp(self.path)
-            # A file that is still being written differs at the next look.
-            if now is not None and now == before and now != tried:
-                tried = now
-                await self.reload()
 
     async def reload(self) -> None:
         """Load the file anew and let it take over; if that fails, log why and go on."""
-        try:
-            # Loading the same content again, copied or touched, would end the drift monitor and its alarm.
-            if await asyncio.to_thread(digest_of, self.path) == self.served.digest:
+        async with self._one_at_a_time:
+            try:
+                fresh = await asyncio.to_thread(self._version)
+                # Loading the same content again would end the drift monitor and its alarm.
+                if fresh.digest == self.served.digest:
+                    _log.info("model %s: %s is what it was", self.name, self.path)
+                    return
+                await fresh.start()
+            except Exception as error:
+                self.failures += 1
+                _log.error("model %s stays as it was: %s", self.name, error)
                 return
-            fresh = await asyncio.to_thread(self._version)
-            await fresh.start()
-        except Exception as error:
-            self.failures += 1
-            message = "model %s: %s has changed and cannot be loaded: %s; the one before goes on"
-            _log.error(message, self.name, self.path, error)
-            return
-        old, self.served = self.served, fresh
-        self.reloads += 1
-        _log.info("model %s: %s has changed and was loaded", self.name, self.path)
-        task = asyncio.create_task(old.retire())
-        self._retiring.add(task)
-        task.add_done_callback(self._retiring.discard)
+            old, self.served = self.served, fresh
+            self.reloads += 1
+            _log.info("model %s: %s was loaded", self.name, self.path)
+            task = asyncio.create_task(old.retire())
+            self._retiring.add(task)
+            task.add_done_callback(self._retiring.discard)
 
     async def close(self) -> None:
         """Finish what was accepted, by this version and those before."""
         await asyncio.gather(self.served.retire(), *self._retiring)
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """Return time, size and inode, which change with a file; None if there is none at the moment."""
-    with contextlib.suppress(OSError):
-        status = os.stat(path)
-        return status.st_mtime_ns, status.st_size, status.st_ino
-    return None

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from fastgrad.checks import extra
+from fastgrad.deploy.drift import DriftMonitor
 from fastgrad.deploy.serve.child import RequestError
 from fastgrad.deploy.serve.schema import Status, refusals
 from fastgrad.deploy.serve.served import Model
@@ -62,30 +63,27 @@ def add_status_routes(app: FastAPI, named: Callable[[str | None], Model]) -> Non
             "risk": served.description.risk,
         }
 
-    def drift(name: str | None, action: str | None = None, reason: str = "") -> dict[str, Any]:
+    def monitor_of(name: str | None) -> DriftMonitor:
         monitor = named(name).served.metrics.monitor
         if monitor is None:
             raise RequestError(404, "the model's file has no scores to compare with")
-        if action is not None:
-            try:
-                {"acknowledge": monitor.acknowledge, "reset": monitor.reset}[action](reason)
-            except ValueError as error:
-                raise RequestError(409, str(error)) from None
-            _log.warning("drift: %s, because %r", action, reason)
-        return monitor.state() | {"history": list(monitor.history)}
+        return monitor
 
     @app.get("/drift", summary="Whether inputs have drifted, on how many, with which error rate", **told)
     @app.get("/drift/{name}", summary="The same of one of several models", **told)
     async def drift_route(name: str | None = None) -> dict[str, Any]:
-        return drift(name)
+        return monitor_of(name).state()
 
-    noted: dict[str, Any] = {"responses": refusals(404, 409, 422)}
+    noted: dict[str, Any] = {"responses": refusals(404, 422)}
 
-    @app.post("/drift", summary="Acknowledge the drift alarm, or start anew; the reason is kept", **noted)
+    @app.post("/drift", summary="Forget all inputs so far and the alarm; the log keeps the reason", **noted)
     @app.post("/drift/{name}", summary="The same of one of several models", **noted)
-    async def drift_note_route(
-        action: Literal["acknowledge", "reset"],
+    async def drift_reset_route(
+        action: Literal["reset"],
         reason: Annotated[str, Query(min_length=1, max_length=500, pattern=r"\S")],
         name: str | None = None,
     ) -> dict[str, Any]:
-        return drift(name, action, reason)
+        monitor = monitor_of(name)
+        monitor.reset()
+        _log.warning("drift: %s, because %r", action, reason)
+        return monitor.state()
