@@ -33,7 +33,7 @@ _POSITIVE = (
     ("--max-body-mb", float, 16.0, "largest body in MiB, then 413 (16)"),
     ("--max-model-mb", float, 1024.0, "largest model file in MiB (1024)"),
     ("--max-pixels", int, MAX_PIXELS, "largest image in pixels, then 413 (10 million)"),
-    ("--max-connections", int, 512, "then the one that waits longest is closed (512)"),
+    ("--max-connections", int, 512, "then the one that waits longest is closed (512, or what open files allow)"),
 )
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 from python_process import run_python
-from serve_client import image, warned_of
+from serve_client import image, many_scans, warned_of
 
 from fastgrad.commands import cli
 from fastgrad.commands import score as score_command
-from fastgrad.deploy.file import package
+from fastgrad.deploy.file import images, package
 from fastgrad.deploy.file.images import decode_image
 from fastgrad.deploy.file.package import ModelPackage, PackageError, read_description
 from fastgrad.deploy.score import job, sources
@@ -367,34 +367,84 @@ def test_a_folder_that_no_job_made_is_left_as_it_is(
     assert [path.name for path in (tmp_path / "p.parts").iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="makes pipes")
+@pytest.mark.parametrize(
+    ("become", "error"),
+    [
+        (lambda path: os.mkfifo(path), "the file cannot be read: it is no regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "the file cannot be read: it is no regular file"),
+        (lambda path: None, "the file cannot be read: No such file or directory"),
+        (lambda path: path.write_bytes(many_scans(101)), "the image has more than 100 scans"),
+    ],
+    ids=["a pipe", "a device", "gone", "many scans"],
+)
+def test_a_file_that_became_something_else_gets_one_row(
+    become: Any, error: str, folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether that happens before the files are listed, while they are, or after."""
+    victim, plain = folder / "04.png", job.list_folder
+
+    def late(*args: Any) -> Any:
+        listed = plain(*args)
+        victim.unlink()
+        become(victim)
+        return listed
+
+    monkeypatch.setattr(job, "list_folder", late)
+    score(tiny_package, folder, tmp_path / "o")
+    rows = {row["name"]: row["error"] for row in pq.read_table(tmp_path / "o").to_pylist()}
+    assert len(rows) == 23
+    assert rows["04.png"] == error
+
+
+def test_a_file_that_vanishes_while_the_folder_is_listed_gets_a_row(
+    folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = os.walk
+
+    def walk(*args: Any, **options: Any) -> Any:
+        yield from [*plain(*args, **options)]
+        (folder / "04.png").unlink()
+
+    monkeypatch.setattr(os, "walk", walk)
+    assert score(tiny_package, folder, tmp_path / "o")["unreadable"] == 4
+
+
+def test_an_image_may_take_only_so_long(
+    folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "_SCANS", 10**6)
+    monkeypatch.setattr(job, "MAX_SECONDS", 0.1)
+    (folder / "slow.jpg").write_bytes(many_scans(50_000))
+    assert score(tiny_package, folder, tmp_path / "o")["images"] == 24
+    rows = {row["name"]: row["error"] for row in pq.read_table(tmp_path / "o").to_pylist()}
+    assert rows["slow.jpg"] == "decoding the image takes more than 0.1 s"
+
+
+def test_the_table_is_no_image_of_the_next_run(
+    folder: Path, tiny_package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    for out in (folder / "table.png", Path("table.png"), Path("more") / ".." / "table.png"):
+        assert score(tiny_package, folder, out)["images"] == 23
+
+
 def test_odd_names_large_files_and_unreadable_ones(tiny_package: Path, tmp_path: Path) -> None:
     base = tmp_path / "images"
     base.mkdir()
     odd = os.fsencode(base) + b"/caf\xe9.png"
     Path(os.fsdecode(odd)).write_bytes(image(1))
     (base / "large.png").write_bytes(image(2, (60, 60)))
-    (base / "gone.png").write_bytes(image(3))
     (base / "old.tif").write_bytes(image(4, (8, 8), "TIFF"))
     rows = {}
     for limit in (2000, 10**6):
         out = tmp_path / f"{limit}.parquet"
-        plain = Path.open
-
-        def failing(path: Path, *args: Any, plain: Any = plain, **more: Any) -> Any:
-            if path.name == "gone.png":
-                raise FileNotFoundError(2, "No such file or directory", str(path))
-            return plain(path, *args, **more)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Path, "open", failing)
-            score(tiny_package, base, out, max_bytes=limit)
+        score(tiny_package, base, out, max_bytes=limit)
         rows[limit] = {row["name"]: row for row in pq.read_table(out).to_pylist()}
-    assert set(rows[2000]) == {r"caf\xe9.png", "large.png", "gone.png", "old.tif"}
+    assert set(rows[2000]) == {r"caf\xe9.png", "large.png", "old.tif"}
     assert rows[2000][r"caf\xe9.png"]["error"] is None
     assert rows[2000]["large.png"]["error"] == "the image is too large; at most 2000 bytes are read"
     assert rows[10**6]["large.png"]["error"] is None
-    # Where the images lie is nobody's business who reads the table.
-    assert rows[2000]["gone.png"]["error"] == "the file cannot be read: No such file or directory"
     assert "none of JPEG, PNG, WEBP" in rows[2000]["old.tif"]["error"]
 
 
@@ -462,8 +512,8 @@ def test_large_cells_are_not_read(tiny_package: Path, tmp_path: Path) -> None:
     # More than the system can count is no limit.
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "1.png").write_bytes(image(1))
-    for images in (source, tmp_path / "images"):
-        assert score(tiny_package, images, out, max_bytes=2**63)["images"] == len(pq.read_table(out))
+    for place in (source, tmp_path / "images"):
+        assert score(tiny_package, place, out, max_bytes=2**63)["images"] == len(pq.read_table(out))
 
 
 def test_limits_of_the_file_and_of_the_caller_hold(

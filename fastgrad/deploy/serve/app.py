@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import gc
 import os
 import re
@@ -15,12 +14,11 @@ from typing import Any
 
 from fastgrad import __version__
 from fastgrad.checks import at_least, extra, is_a, is_path, lies_in
-from fastgrad.deploy.file.package import PackageError
 from fastgrad.deploy.serve.bodies import Limits, Readers
-from fastgrad.deploy.serve.child import ChildError, RequestError
+from fastgrad.deploy.serve.child import LOG, RequestError
 from fastgrad.deploy.serve.guard import Guard, refusal
 from fastgrad.deploy.serve.schema import Answer, refusals, request_body
-from fastgrad.deploy.serve.served import Model, Served
+from fastgrad.deploy.serve.served import Model
 from fastgrad.deploy.serve.status import add_status_routes
 
 with extra("serve"):
@@ -30,7 +28,7 @@ with extra("serve"):
     from fastapi.responses import HTMLResponse, JSONResponse
     from starlette.routing import Match
 
-# The page is one file; nothing it shows can load or run anything else.
+# Nothing that the page shows can load or run anything else.
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; img-src blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -55,9 +53,9 @@ def create_app(
 ) -> FastAPI:
     """Make the application that serves exported models.
 
-    ``app.state.reload()`` loads the files again, as ``fastgrad serve`` does on SIGHUP. A changed file takes over once
-    its processes are ready, and no request is lost. If it cannot be loaded, the previous one stays and the log says
-    why. Files are copied to the temporary folder.
+    Files are copied to the temporary folder. ``app.state.reload.set()`` loads them again, as ``fastgrad serve`` does on
+    SIGHUP: a changed file takes over once its processes are ready, and no request is lost. If it cannot be loaded, the
+    previous one stays and the log says why.
 
     Args:
         path: the ``.pt2`` or ``.onnx``; or several by name, of which the first answers requests without a name.
@@ -69,8 +67,7 @@ def create_app(
         limits: see `Limits`; those of connections and headers are enforced by ``fastgrad serve``.
         api_key: if given, all routes but the page, /health and /ready need it, as ``Authorization: Bearer KEY``.
         allowed_hosts: names that requests may have in ``Host``, beside ``localhost`` and addresses.
-        false_alarm_rate: share of in-distribution inputs to flag, one of the rates in the file; None: the
-            file's own.
+        false_alarm_rate: share of in-distribution inputs to flag, one of the rates in the file; None: the file's own.
         drift_false_alarm_rate: bound on the probability of ever raising the drift alarm without drift.
         sha256: pairs of a model's name and the SHA-256, in hexadecimal digits, of a file that it may be. Without a pair
             for its name, a model may be any file.
@@ -88,24 +85,22 @@ def create_app(
     paths = dict(path) if isinstance(path, Mapping) else {Path(path).stem: path}
     if not paths:
         raise ValueError("path must name at least one model; it was empty")
-    given = {name: value for name, value in (("decoders", decoders), ("threads", threads)) if value is not None}
-    at_least(1, workers=workers, max_batch=max_batch, **given)
+    given = {"workers": workers, "max_batch": max_batch, "threads": threads, "decoders": decoders}
+    at_least(1, **{name: value for name, value in given.items() if value is not None})
     lies_in("[0, inf)", batch_wait=batch_wait)
     lies_in("(0, 1)", drift_false_alarm_rate=drift_false_alarm_rate)
-    guard = Guard(api_key, allowed_hosts)
     is_a(Limits, limits=limits)
     for name, digest in sha256:
         if name not in paths or not re.fullmatch("[0-9a-fA-F]{64}", digest):
             names = " or ".join(paths)
             raise ValueError(f"sha256 must pair {names} with 64 hexadecimal digits; one pair was {name!r}, {digest!r}")
-    load = functools.partial(
-        Served, workers=workers, threads=threads, max_batch=max_batch, batch_wait=batch_wait, limits=limits,
-        false_alarm_rate=false_alarm_rate, drift_false_alarm_rate=drift_false_alarm_rate,
-    )  # fmt: skip
-    models = {}
+    guard, models = Guard(api_key, allowed_hosts), {}
     for name, file in paths.items():
-        digests = {digest.lower() for own, digest in sha256 if own == name} or None
-        models[name] = Model(name, Path(file), functools.partial(load, digests=digests))
+        models[name] = Model(
+            name, Path(file), workers=workers, threads=threads, max_batch=max_batch, batch_wait=batch_wait,
+            limits=limits, false_alarm_rate=false_alarm_rate, drift_false_alarm_rate=drift_false_alarm_rate,
+            digests={digest.lower() for own, digest in sha256 if own == name},
+        )  # fmt: skip
     first = next(iter(models.values()))
     readers = Readers(decoders or min(4, os.cpu_count() or 1), limits)
 
@@ -116,39 +111,35 @@ def create_app(
             raise RequestError(404, f"the model must be one of {', '.join(models)}; it was {name[:80]!r}")
         return models[name]
 
-    reloading: set[asyncio.Task[None]] = set()
-
-    def reload() -> None:
-        for model in models.values() if app.state.ready and not app.state.draining else ():
-            reloading.add(task := asyncio.create_task(model.reload()))
-            task.add_done_callback(reloading.discard)
+    async def reload() -> None:
+        while await app.state.reload.wait():
+            app.state.reload.clear()
+            await asyncio.gather(*(model.reload() for model in models.values()))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         try:
             await asyncio.gather(readers.pool.start(), *(model.served.start() for model in models.values()))
-        except (ChildError, PackageError) as error:
-            app.state.failure = f"the server cannot start: {error}"
+        except Exception as error:
+            LOG.error("the server cannot start: %s", str(error) or type(error).__name__)
             raise
         app.openapi()
         # Objects made so far stay; each garbage collection of them would stop the event loop for a tenth of a second.
         gc.collect()
         gc.freeze()
-        app.state.ready = True
+        app.state.ready, reloading = True, asyncio.create_task(reload())
         yield
-        app.state.ready = False
-        for task in reloading:
-            task.cancel()
-        await asyncio.gather(*reloading, return_exceptions=True)
+        app.state.ready = not reloading.cancel()
+        await asyncio.gather(reloading, return_exceptions=True)
         await asyncio.gather(*(model.close() for model in models.values()))
         await readers.pool.close()
 
     app = FastAPI(
         title="fastgrad", description="Class, uncertainty and whether to rely on it.", version=__version__,
-        docs_url=None, redoc_url=None, lifespan=lifespan, responses=refusals(400, 401, 403, 500),
+        docs_url=None, redoc_url=None, lifespan=lifespan, responses=refusals(400, 401, 403, 411, 500),
     )  # fmt: skip
-    app.state.ready, app.state.draining, app.state.failure = False, False, None
-    app.state.models, app.state.readers, app.state.reload = models, readers, reload
+    app.state.ready = app.state.draining = False
+    app.state.models, app.state.readers, app.state.reload = models, readers, asyncio.Event()
     app.add_middleware(guard.middleware, refused=lambda status: first.served.metrics.requests.labels(str(status)).inc())
 
     @app.exception_handler(RequestError)
@@ -158,8 +149,8 @@ def create_app(
     @app.exception_handler(405)
     async def other_methods(request: Request, error: HTTPException) -> JSONResponse:
         # The first route of a path knows only its own method.
-        partial = [route for route in app.routes if route.matches(request.scope)[0] is Match.PARTIAL]
-        allowed = sorted({method for route in partial for method in getattr(route, "methods", ())})
+        routes = [route for route in app.routes if route.matches(request.scope)[0] is Match.PARTIAL]
+        allowed = sorted({method for route in routes for method in getattr(route, "methods", ())})
         return JSONResponse({"detail": error.detail}, 405, {"Allow": ", ".join(allowed)})
 
     @app.exception_handler(RequestValidationError)

@@ -19,10 +19,8 @@ with extra("serve"):
     from anyio import current_time, fail_after, move_on_after
     from starlette.requests import ClientDisconnect, Request
 
-#: Seconds that a body may take however small it is.
-_GRACE = 5.0
-#: Bytes of the largest input.
-_INPUT = 2**28
+#: Seconds that a body may take however small it is, and bytes of the largest input.
+_GRACE, _INPUT = 5.0, 2**28
 
 
 @dataclass(frozen=True)
@@ -39,10 +37,9 @@ class Limits:
         rate: bytes of a body that must arrive per second, after the first five seconds; else 408.
         decode_seconds: to read one body; then 422, and the process that does it is ended.
         load_seconds: to load a model.
-        connections: open at once, or fewer if the process may open few files; at one more, the one that has waited
-            longest for its client is closed.
-        header_seconds: until a request's headers must have arrived, or the rest of a body after its refusal; then the
-            connection is closed.
+        connections: open at once, or fewer if the process may open few files; then the one that has waited longest is
+            closed.
+        header_seconds: for a request's headers, or the rest of a refused body; then the connection is closed.
         drain_seconds: from SIGTERM to the end of the server, even if answers are missing.
         file: bytes of a model file; a larger one is not loaded.
 
@@ -88,8 +85,8 @@ async def read_body(request: Request, limits: Limits, hold: Callable[[int], None
     except ClientDisconnect:
         raise RequestError(400, "the connection closed before the whole body came") from None
     if scope.cancelled_caught:
-        least = f"or came slower than {limits.rate} bytes a second"
-        raise RequestError(408, f"the body did not arrive within {limits.seconds:g} s, {least}")
+        least = f"{limits.seconds:g} s, or came slower than {limits.rate} bytes a second"
+        raise RequestError(408, f"the body did not arrive within {least}")
     if not body:
         raise RequestError(400, "the body is empty")
     return body
@@ -126,9 +123,8 @@ class Readers:
         RequestError if there is none: for its body, a result that is not finite, too many requests or too much time.
         """
         limits, end = self.limits, current_time() + self.limits.seconds
-        hold = functools.partial(self._hold, request)
         try:
-            body = await read_body(request, limits, hold)
+            body = await read_body(request, limits, functools.partial(self._hold, request))
             if self.active >= limits.queue:
                 raise RequestError(503, "too many requests are waiting; try again in a moment")
             self.active += 1
@@ -136,9 +132,8 @@ class Readers:
                 with fail_after(end - current_time()):
                     value = await self.read(request.headers.get("content-type", ""), body, description)
                     del body
-                    hold(len(value))
-                    row = await run(value)
-                return answer(description, threshold, row)
+                    self._hold(request, len(value))
+                    return answer(description, threshold, await run(value))
             finally:
                 self.active -= 1
         except TimeoutError:
@@ -152,8 +147,8 @@ class Readers:
 
     async def read(self, content_type: str, body: Bytes, description: Description) -> bytes:
         """Read one body, as `decoder.read_input` does; RequestError 422 also if it takes too long or ends processes."""
-        arguments = (content_type, description.input_shape, description.input_dtype)
+        arguments = json.dumps((content_type, description.input_shape, description.input_dtype))
         try:
-            return await self.pool.submit(json.dumps(arguments).encode() + b"\n", body)
+            return await self.pool.submit(arguments.encode() + b"\n", body)
         except ChildDiedError as error:
             raise RequestError(422, f"the body cannot be read: {error}") from None

@@ -40,8 +40,8 @@ class Metrics:
         self.latency = Histogram("request_seconds", text, buckets=_TIMES, **own)
         self.batch_size = Histogram("batch_size", "Inputs in a batch", buckets=_SIZES, **own)
         reference, gauge = description.score_reference(), self.gauge
-        scores = _buckets(reference)
-        self.uncertainty = Histogram("uncertainty", "Uncertainty of predictions", buckets=scores, **own)
+        text, scores = "Uncertainty of predictions", _buckets(reference)
+        self.uncertainty = Histogram("uncertainty", text, buckets=scores, **own)
         text = f"Share called unreliable among the last {RECENT} predictions"
         gauge("share_flagged", text, lambda: sum(recent) / max(1, len(recent)))
         if false_alarm_rate is not None:

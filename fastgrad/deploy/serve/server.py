@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import logging
 import re
 import signal
 import socket
@@ -15,6 +14,7 @@ from typing import Any, cast
 
 from fastgrad.checks import extra
 from fastgrad.deploy.serve.bodies import Limits
+from fastgrad.deploy.serve.child import LOG
 
 with extra("serve"):
     import h11
@@ -23,17 +23,15 @@ with extra("serve"):
 
 #: Bytes of a request's headers, and how many there may be: each takes a twentieth of the time of a plain request.
 _HEADERS, _COUNT = 16 * 2**10, 100
-#: Where headers end, for h11 too.
 _END = re.compile(rb"\n\r?\n")
 #: Bytes that are read of a body after its refusal, as a multiple of the largest body; who sends more may not learn why.
 _REST = 4
 #: Bytes that are read at once, and so held for a connection whose request waits.
 _READ = 2**14
-#: Seconds for which connections that are new, or were in use, may still send a request during shutdown, and those kept
-#: for the processes to end in.
+#: Seconds of a shutdown for connections that are new, or were in use, to send a request, and for processes to end.
 _LEAST, _MOST, _LAST = 1.0, 5.0, 2.0
-#: Options of the GNU C library's ``mallopt``: blocks above the first size come from the system and go back when they
-#: are freed; what is free at the heap's end goes back above the second.
+#: Options of the GNU C library's ``mallopt``: blocks above the first size go back to the system when they are freed, as
+#: does what is free at the heap's end above the second.
 _HEAP = {-3: 2**20, -1: 2**24}
 #: Connections accepted at once, and files that a process has open beside all connections.
 _AT_ONCE, _FILES = 2048, 128
@@ -63,7 +61,7 @@ class _Connection(h11.Connection):
             self.refused = any(name == b"transfer-encoding" for name, _ in event.headers)
         return event
 
-    def send(self, event: Any) -> bytes | None:
+    def send(self, event: Any) -> Any:
         """Send; an answer that comes before the whole body is the last."""
         if isinstance(event, h11.Response) and self.their_state is h11.SEND_BODY:
             headers = [*event.headers, (b"connection", b"close")]
@@ -83,8 +81,7 @@ class Protocol(H11Protocol):
         self.conn = _Connection(h11.SERVER, _HEADERS)
         transport.max_size = _READ  # type: ignore[attr-defined]
         self._close, transport.close = transport.close, self._close_when_read  # type: ignore[method-assign]
-        # On Windows `time.monotonic` gives the same time to all that come within 16 ms.
-        self._since = time.perf_counter()
+        self._since = time.perf_counter()  # on Windows `time.monotonic` has steps of 16 ms
         #: Since when headers, or the rest of a refused body, are awaited; None while neither is.
         self.overdue: float | None = self._since
         #: Bytes that may still come, and are not read, before it closes.
@@ -131,8 +128,7 @@ class Protocol(H11Protocol):
             self._close()
 
     def _should_upgrade(self) -> bool:
-        """Return False, without uvicorn's two lines in the log."""
-        return False
+        return False  # without uvicorn's two lines in the log
 
 
 class Server(uvicorn.Server):
@@ -149,8 +145,8 @@ class Server(uvicorn.Server):
             timeout_keep_alive=30,
         )  # fmt: skip
         super().__init__(config)
-        # Any client could fill the log with it.
-        logging.getLogger("uvicorn.error").addFilter(lambda record: not str(record.msg).startswith("Invalid HTTP"))
+        # Any client could fill the log with the first; why the server does not start is said without the second.
+        LOG.addFilter(lambda record: not str(record.msg).startswith(("Invalid HTTP", "Traceback")))
         # Freed bodies go back to the system; gaps in the heap would hold as much once more.
         with contextlib.suppress(TypeError, AttributeError):  # Windows; another C library
             for option, size in _HEAP.items():
@@ -160,7 +156,7 @@ class Server(uvicorn.Server):
         """Listen, and load the model files again on SIGHUP."""
         await super().startup(sockets)
         with contextlib.suppress(AttributeError, NotImplementedError):  # Windows
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.config.app.state.reload)  # type: ignore[union-attr]
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.config.app.state.reload.set)  # type: ignore[union-attr]
 
     async def on_tick(self, counter: int) -> bool:
         """Every tenth of a second: close connections whose headers, or refused bodies, take too long."""
@@ -195,16 +191,12 @@ def _room(connections: int) -> tuple[int, int]:
 
     If files run out, asyncio fills the log with megabytes a second and answers nobody.
     """
-    files = wanted = 2 * max(connections, _AT_ONCE) + _FILES
-    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit; macOS may refuse its own
+    files = -1
+    with contextlib.suppress(ImportError):  # Windows has no such limit
         import resource
 
-        soft, hard = (wanted if most < 0 else min(most, wanted) for most in resource.getrlimit(resource.RLIMIT_NOFILE))
-        files = soft
-        if soft < hard:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-            files = hard
-    share = max(1, (files - _FILES) // 2)
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    share = _AT_ONCE if files < 0 else max(1, (files - _FILES) // 2)
     return min(connections, share), min(_AT_ONCE, share)
 
 

@@ -396,46 +396,28 @@ def few(tiny_onnx: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 
 
 def test_more_connections_than_open_files(tiny_onnx: Any) -> None:
-    """The server asks for as many as its limit of connections needs; asyncio's log would grow without end."""
+    """There is room for fewer then; asyncio's log would grow without end."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
     try:
         server = Server(tiny_onnx)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     with contextlib.ExitStack() as opened:
         opened.callback(server.stop)
-        opened.enter_context(connections(server, 100))
+        opened.enter_context(connections(server, 300))
         assert server.predict(image(), "image/png")[0] == 200
         assert len(server.log) < 10_000
 
 
-#: Soft and hard limit of open files, what is asked for, and the room: connections, and how many are accepted at once.
-ROOM = [
-    ((1024, 4096), (4096, 4096), (512, 1984)), ((-1, -1), None, (512, 2048)), ((256, 256), None, (64, 64)),
-    ((20, 20), None, (1, 1)), ((64, -1), (4224, -1), (512, 2048)),
-    # The hard limit of macOS is none, and more than the kernel's own is refused.
-    ((256, 2**63 - 1), ValueError("current limit exceeds maximum limit"), (64, 64)),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("limit", "asked", "room"), ROOM)
-def test_connections_fit_the_open_files(
-    limit: tuple[int, int], asked: Any, room: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    ("files", "room"), [(8192, (512, 2048)), (1024, (448, 448)), (-1, (512, 2048)), (256, (64, 64)), (20, (1, 1))]
+)
+def test_connections_fit_the_open_files(files: int, room: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     resource = pytest.importorskip("resource")
-    found: list[tuple[int, int]] = []
-
-    def limit_to(_: int, most: tuple[int, int]) -> None:
-        if isinstance(asked, Exception):
-            raise asked
-        found.append(most)
-
-    monkeypatch.setattr(resource, "getrlimit", lambda _: limit)
-    monkeypatch.setattr(resource, "setrlimit", limit_to)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
     assert _room(512) == room
-    assert found == ([asked] if isinstance(asked, tuple) else [])
 
 
 def test_slow_bodies_do_not_hold_the_end(tiny_onnx: Path) -> None:
@@ -464,17 +446,17 @@ def test_copies_of_killed_workers_do_not_stay(tiny_package: Path, tiny_onnx: Pat
 
     def names() -> list[str]:
         return sorted(path.name for path in tmp_path.rglob("*.so")) + sorted(
-            path.name[:15] for path in tmp_path.iterdir()
+            path.name[:14] for path in tmp_path.iterdir()
         )
 
     with running(tiny_package if kind == "pt2" else tiny_onnx, env={"TMPDIR": str(tmp_path)}) as server:
         before = names()
-        assert before[-1:] == ["fastgrad-served"]
+        assert before[-1:] == ["fastgrad-serve"]
         for _ in range(2):
             (pid,) = workers_of(server.process.pid)
             os.kill(pid, signal.SIGKILL)
             wait_for(lambda pid=pid: workers_of(server.process.pid) not in ([], [pid]))
             assert server.predict(image(), "image/png")[0] == 200
         assert names() == before
-        os.kill(*workers_of(server.process.pid), signal.SIGKILL)
+        os.kill(workers_of(server.process.pid)[0], signal.SIGKILL)
     assert names() == []

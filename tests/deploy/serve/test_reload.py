@@ -41,8 +41,9 @@ def with_fakes(served: Served, constant: float) -> Served:
 
 async def started(path: Path) -> Model:
     """A model whose versions answer 1, then 2."""
-    versions = iter((1.0, 2.0))
-    model = Model("model", str(path), lambda path: with_fakes(Served(path), next(versions)))
+    model, plain = Model("model", path), Model._version
+    model.served = with_fakes(model.served, 1.0)
+    model._version = lambda: with_fakes(plain(model), 2.0)  # type: ignore[method-assign]
     await model.served.pool.start()
     return model
 
@@ -112,7 +113,7 @@ def test_a_file_that_cannot_be_loaded_changes_nothing(
 
     asyncio.run(run())
     assert re.search(rf"model model stays as it was: {path} (cannot be loaded: |is ){reason}", caplog.text)
-    assert "fastgrad-served" not in caplog.text
+    assert "fastgrad-serve" not in caplog.text
 
 
 def test_no_file_is_loaded_but_those_whose_digest_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -145,7 +146,7 @@ def test_a_file_that_cannot_be_run_is_named_and_its_copy_is_not(tmp_path: Path) 
     with pytest.raises(RuntimeError, match=rf"ERROR: +the server cannot start: {path} cannot be loaded: ") as raised:
         Server(path)
     assert "Traceback" not in str(raised.value)
-    assert "fastgrad-served" not in str(raised.value)
+    assert "fastgrad-serve" not in str(raised.value)
     served = Served(path)
     served.pool.load_timeout = 0.0
     with pytest.raises(PackageError, match=rf"^{path} cannot be loaded: no answer within 0 s$"):
@@ -218,7 +219,8 @@ def test_copies_of_servers_that_were_killed_are_removed(
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "fastgrad-served-link").symlink_to("elsewhere")
+    (tmp_path / "elsewhere" / "lock").touch()
+    (tmp_path / "fastgrad-serve-link").symlink_to("elsewhere")
     script = "import os, sys; from fastgrad.deploy.serve.served import Served; s = Served(sys.argv[1]); print(s.copy)"
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     command = [sys.executable, "-c", f"{script}; sys.stdout.flush(); os.kill(os.getpid(), 9)", str(tiny_package)]
@@ -229,11 +231,11 @@ def test_copies_of_servers_that_were_killed_are_removed(
     assert (second.pool.max_batch, second.pool.batch_wait) == (64, 0.5)  # no more than the file says
     # Its own, and nothing that another process holds or that is no folder.
     assert not Path(killed.stdout.strip()).exists()
-    assert folders() == sorted(["elsewhere", "fastgrad-served-link", first.copy.parent.name, second.copy.parent.name])
+    assert folders() == sorted(["elsewhere", "fastgrad-serve-link", first.copy.parent.name, second.copy.parent.name])
     listing = f"{script}; print(*os.listdir({str(tmp_path)!r}))"
     left = run_python("-c", listing, tiny_package, env=environment).split()
     assert {first.copy.parent.name, second.copy.parent.name} < set(left)
     for served in (first, second):
         asyncio.run(served.retire())
-    assert folders() == ["elsewhere", "fastgrad-served-link"]
+    assert folders() == ["elsewhere", "fastgrad-serve-link"]
     assert len(os.listdir("/dev/fd")) == files
