@@ -37,8 +37,7 @@ class Limits:
         rate: bytes of a body that must arrive per second, after the first five seconds; else 408.
         decode_seconds: to read one body; then 422, and the process that does it is ended.
         load_seconds: to load a model.
-        connections: open at once, or fewer if the process may open few files; then the one that has waited longest is
-            closed.
+        connections: open at once, or as open files allow; then the one that has waited longest is closed.
         header_seconds: for a request's headers, or the rest of a refused body; then the connection is closed.
         drain_seconds: from SIGTERM to the end of the server, even if answers are missing.
         file: bytes of a model file; a larger one is not loaded.

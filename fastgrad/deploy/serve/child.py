@@ -83,8 +83,7 @@ class Child:
     """
 
     def __init__(self, module: str, arguments: Sequence[object], *, most: int, folder: Path | None = None) -> None:
-        # `default` converts NumPy's integers, which a limit may be.
-        self._start = json.dumps([sys.path, _PACKAGE, module, arguments], default=int)
+        self._start = json.dumps([sys.path, _PACKAGE, module, arguments], default=int)  # a limit may be NumPy's
         self._most, self._folder = most, folder
         self._own: str | None = None
         self.process: Process | None = None
@@ -194,8 +193,7 @@ def answer_requests(module: str, arguments: Sequence[object]) -> None:
     # A service manager may signal all processes at a stop; the server alone decides when these end.
     ignore_signals("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    # What anything prints goes to standard error.
-    os.dup2(2, 1)
+    os.dup2(2, 1)  # what anything prints goes to standard error
     answer: Callable[[bytearray], Bytes] | None = None
     request = bytearray()
     while True:

@@ -93,7 +93,7 @@ def _file_of_form(content_type: str, body: bytes) -> bytes:
             files.append(file.file_object.read())
 
     try:
-        # Kept in memory, without a file on disk.
+        # Without a file on disk.
         config, headers = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}, {"Content-Type": content_type.encode("latin-1")}
         parser = create_form_parser(headers, lambda field: None, keep, config=config)
         parser.write(body)

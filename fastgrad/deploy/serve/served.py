@@ -115,7 +115,7 @@ class Served:
             raise self._failure(error) from None
 
     def _failure(self, error: Exception) -> PackageError:
-        """Return the error with the path of the file itself, because nobody knows the copy's."""
+        """Return the error with the file's own path: nobody knows the copy's."""
         said = getattr(error, "strerror", None) or str(error).replace(str(self.copy), self.path)
         return PackageError(said if self.path in said else f"{self.path} cannot be loaded: {said}")
 

@@ -192,11 +192,14 @@ def _room(connections: int) -> tuple[int, int]:
     If files run out, asyncio fills the log with megabytes a second and answers nobody.
     """
     files = -1
-    with contextlib.suppress(ImportError):  # Windows has no such limit
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit; macOS may refuse its own
         import resource
 
-        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    share = _AT_ONCE if files < 0 else max(1, (files - _FILES) // 2)
+        files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        files = most
+    # Four times as many as are accepted at once may wait until those that make room for them are closed.
+    share = _AT_ONCE if files < 0 else max(1, (files - _FILES) // 5)
     return min(connections, share), min(_AT_ONCE, share)
 
 

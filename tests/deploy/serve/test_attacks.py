@@ -30,6 +30,7 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("PIL")
 
+import serve_client
 from serve_client import Server, form, image, png, running, wait_for, workers_of
 
 from fastgrad.deploy.serve.server import _room
@@ -395,29 +396,34 @@ def few(tiny_onnx: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         yield server
 
 
-def test_more_connections_than_open_files(tiny_onnx: Any) -> None:
+def test_more_connections_than_open_files(tiny_onnx: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is room for fewer then; asyncio's log would grow without end."""
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
-    try:
-        server = Server(tiny_onnx)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    with contextlib.ExitStack() as opened:
-        opened.callback(server.stop)
-        opened.enter_context(connections(server, 300))
+    pytest.importorskip("resource")
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200)){serve_client.COMMAND}"
+    monkeypatch.setattr(serve_client, "COMMAND", limit)
+    with running(tiny_onnx) as server, connections(server, 300):
         assert server.predict(image(), "image/png")[0] == 200
         assert len(server.log) < 10_000
 
 
 @pytest.mark.parametrize(
-    ("files", "room"), [(8192, (512, 2048)), (1024, (448, 448)), (-1, (512, 2048)), (256, (64, 64)), (20, (1, 1))]
+    ("files", "room"), [(20_000, (512, 2048)), (4096, (512, 793)), (-1, (512, 2048)), (256, (25, 25)), (20, (1, 1))]
 )
 def test_connections_fit_the_open_files(files: int, room: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     resource = pytest.importorskip("resource")
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (15, files))
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _, most: asked.append(most))
     assert _room(512) == room
+    assert asked == [(files, files)]
+
+
+def test_the_hard_limit_of_open_files_may_be_more_than_the_system_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS."""
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 2**63 - 1))
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: int("more than the kernel's own"))
+    assert _room(512) == (25, 25)
 
 
 def test_slow_bodies_do_not_hold_the_end(tiny_onnx: Path) -> None:
