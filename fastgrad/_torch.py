@@ -6,11 +6,16 @@ Each entry says what would happen without it. All were tried on PyTorch 2.8.0, 2
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import logging
+import os
 import platform
+import shutil
+import stat
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -285,14 +290,43 @@ def compile_package(program: torch.export.ExportedProgram, file: Path, *, keep_l
     # Otherwise the code would use every instruction of this machine. Older PyTorch has no such option.
     if platform.machine() in ("x86_64", "AMD64") and getattr(torch._inductor.config.cpp, "march", "") is None:
         options["cpp.march"] = X86.get(torch.backends.cpu.get_cpu_capability())
+    _own_cache()
     torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=options)
 
 
-def load_package(file: Path) -> Callable[..., Any]:
-    """Load the function in a ``.pt2`` that `compile_package` wrote."""
-    import torch._inductor
+def _own_cache() -> None:
+    """Keep the compiler from loading what another user has put under the well-known name of its cache.
 
-    return torch._inductor.aoti_load_package(str(file))
+    Unless the environment names a cache: the one under that name if nobody else can write there, or a temporary one.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    folder = default_cache_dir()
+    # PyTorch itself may have put its own choice into the environment.
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", folder) != folder or not hasattr(os, "getuid"):  # Windows
+        return
+    with contextlib.suppress(OSError):
+        os.mkdir(folder, 0o700)
+    found = os.lstat(folder)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        folder = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+
+
+def load_package(file: Path) -> Callable[[Tensor], list[Tensor]]:
+    """Load the function in a ``.pt2`` that `compile_package` wrote; it takes one tensor.
+
+    ``torch._inductor.aoti_load_package`` would first compile three small programs to warn of another kind of processor,
+    or load them from its cache, where another user may have put his own.
+    """
+    loader = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", False, 1, -1)
+
+    def run(x: Tensor) -> list[Tensor]:
+        outputs: list[Tensor] = loader.boxed_run([x])
+        return outputs
+
+    return run
 
 
 @contextlib.contextmanager

@@ -23,7 +23,6 @@ Memory and time per score do not grow with the stream.
 from __future__ import annotations
 
 import math
-from collections import deque
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -115,9 +114,6 @@ class DriftMonitor:
         evidence: the capital ``e`` now: how much a bet of 1 against "nothing has changed" has become; for
             ``form="average"`` a bet of 1 on each image.
         alarm_at: number of the score (from 1) at which the alarm was raised, or None. An alarm stays until `reset`.
-        acknowledged: the reason given when the alarm was acknowledged, or None.
-        history: the last 100 acknowledgements and resets, a dictionary each: ``action``, ``reason``, and ``count``,
-            ``alarm_at`` and ``evidence`` at that time.
 
     Raises:
         ValueError: a rate outside (0, 1), an unknown form, or an unusable reference.
@@ -138,40 +134,14 @@ class DriftMonitor:
         self.false_alarm_rate = float(false_alarm_rate)
         self.form = form
         self._seed = seed
-        self.acknowledged: str | None = None
-        self.history: deque[dict[str, Any]] = deque(maxlen=100)
-        self._start()
+        self.reset()
 
-    def acknowledge(self, reason: str) -> None:
-        """Acknowledge the alarm, which stays, and keep the reason.
-
-        Raises:
-            ValueError: there is no alarm, or no reason.
-        """
-        if not self.alarm:
-            raise ValueError("there is no alarm to acknowledge")
-        self._note("acknowledge", reason)
-        self.acknowledged = reason
-
-    def reset(self, reason: str) -> None:
-        """Forget the stream and its alarm; keep the reference and the reason.
+    def reset(self) -> None:
+        """Forget the stream and its alarm; keep the reference.
 
         Each start has an error rate of its own: after k resets the probability that any of them raised a false alarm
         is at most k + 1 times `false_alarm_rate`.
-
-        Raises:
-            ValueError: there is no reason.
         """
-        self._note("reset", reason)
-        self._start()
-
-    def _note(self, action: str, reason: str) -> None:
-        if not isinstance(reason, str) or not reason.strip():
-            raise ValueError(f"reason must be some words; it was {reason!r}")
-        at = {"count": self.count, "alarm_at": self.alarm_at, "evidence": self.evidence}
-        self.history.append({"action": action, "reason": reason, **at})
-
-    def _start(self) -> None:
         self._random = np.random.default_rng(self._seed)
         self._counts = self.reference.counts.copy()
         self._total = float(self._counts.sum())
@@ -180,7 +150,6 @@ class DriftMonitor:
         self.count = 0
         self.evidence = 0.0 if self.form == "average" else 1.0
         self.alarm_at: int | None = None
-        self.acknowledged = None
 
     @property
     def alarm(self) -> bool:
@@ -226,8 +195,8 @@ class DriftMonitor:
         return self.alarm
 
     def state(self) -> dict[str, Any]:
-        """Return what a dashboard shows: the attributes except `history`, the rate, the form, and `summary`."""
-        shown = ("count", "evidence", "p_value", "alarm", "alarm_at", "acknowledged", "false_alarm_rate", "form")
+        """Return what a dashboard shows: the attributes, the rate, the form, and `summary`."""
+        shown = ("count", "evidence", "p_value", "alarm", "alarm_at", "false_alarm_rate", "form")
         return {name: getattr(self, name) for name in shown} | {"summary": self.summary()}
 
     def summary(self) -> str:
