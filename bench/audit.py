@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from cleanlab.rank import get_label_quality_scores
 from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import fastgrad
 from bench.detection.data import sets
 from bench.report import pages
-from fastgrad.metrics import auroc
 
 CLASSES, FLIPPED, FOLDS = 10, 0.1, 3
 #: Images of a draw, draws, and when scores are taken.
@@ -86,7 +86,7 @@ def draw(images: Tensor, truth: Tensor, seed: int) -> Iterator[dict[str, Any]]:
             first = np.argsort(-values)[: flipped.sum()]
             yield {
                 "seed": seed, "samples": samples, "epoch": epoch, "score": name,
-                "auroc": auroc(values[~flipped], values[flipped]), "precision": float(flipped[first].mean()),
+                "auroc": float(roc_auc_score(flipped, values)), "precision": float(flipped[first].mean()),
                 "accuracy": float((answers == truth.numpy()).mean()),
                 "learnt": float((answers == labels.numpy())[flipped].mean()),
             }  # fmt: skip

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fastgrad.gradients.ranking import SampleTable, rank_samples
     from fastgrad.gradients.recorder import grad_sqnorm, record
     from fastgrad.introspection import IntrospectiveClassifier
-    from fastgrad.metrics import threshold_for
+    from fastgrad.metrics import certified_threshold, threshold_for
 
 __version__ = "1.0.0"
 
@@ -41,6 +41,7 @@ _LAZY = {
     "SampleTable": "fastgrad.gradients.ranking",
     "TwoStageModel": "fastgrad.detector.model",
     "UncertaintyDetector": "fastgrad.detector",
+    "certified_threshold": "fastgrad.metrics",
     "clip_gradients": "fastgrad.gradients.clipping",
     "export": "fastgrad.deploy.file.export",
     "grad_sqnorm": "fastgrad.gradients.recorder",
@@ -57,6 +58,7 @@ __all__ = [
     "SampleTable",
     "TwoStageModel",
     "UncertaintyDetector",
+    "certified_threshold",
     "clip_gradients",
     "contrast_rows",
     "contrast_rows_linear",
