@@ -152,7 +152,8 @@ def answers(subject: Subject, case: str, two_stage: Any) -> Answers:
     found = answer(two_stage, seen)
     parts = [part.double().numpy() for part in (found.logits, found.probabilities, found.risk, found.uncertainty)]
     labels = subject.parts["test"][1].numpy()[seen.shown.source.clamp_min(0).numpy()]
-    return Answers(*parts, judged(subject, case).wrong, labels)
+    logits, probabilities, risk, uncertainty = parts
+    return Answers(logits, probabilities, risk, uncertainty, judged(subject, case).wrong, labels)
 
 
 def joined(parts: Sequence[Answers]) -> Answers:

@@ -191,7 +191,8 @@ class DriftMonitor:
         """The estimated share of wrong answers to the last 1,000 inputs with a risk; None if it cannot be computed."""
         if self.excess is None or len(self._recent) < FEWEST:
             return None
-        return error_rate(*np.array(self._recent).T, self.excess)
+        risk, uncertainty = np.array(self._recent).T
+        return error_rate(risk, uncertainty, self.excess)
 
     @property
     def alarm(self) -> bool:
