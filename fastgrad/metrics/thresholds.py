@@ -79,7 +79,7 @@ def certified_threshold(
 
     - new inputs come from the distribution of the calibration inputs. A new camera, season, class or attack breaks it;
       watch for these with `fastgrad.deploy.drift.DriftMonitor`, and calibrate again after an alarm.
-    - calibration inputs are drawn independently, such as one frame of a video and not all.
+    - calibration inputs are drawn independently: of a video, for example, one frame and not all.
     - nothing was fitted or chosen on them: not the network, the risk, or the best of several thresholds.
     - a higher risk never means fewer errors. Otherwise, the confidence is approximate.
 
@@ -140,7 +140,7 @@ def _last_passed(answered: NDArray[np.intp], wrong: Array, max_error: float, con
     passed, level = None, 0.0
     for place, (share, p) in enumerate(zip(shares.tolist(), p_values.tolist(), strict=True)):
         level += share
-        if p <= level:
+        if p <= level * (1 + 1e-9):  # sums of shares are rounded
             passed = place
         else:
             level = 0.0
