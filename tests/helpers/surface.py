@@ -27,6 +27,7 @@ MODULES: dict[str, tuple[str, ...] | None] = {
     "fastgrad.challenges": None,
     "fastgrad.checks": ("MissingExtraError",),
     "fastgrad.deploy.drift": None,
+    "fastgrad.deploy.error_rate": ("ErrorRate", "error_rate"),
     "fastgrad.deploy.file.images": ("ImageError", "ImageTooLargeError", "decode_image"),
     "fastgrad.deploy.file.package": ("Description", "ModelPackage", "PackageError", "read_description"),
     "fastgrad.deploy.score.local": None,
