@@ -23,6 +23,7 @@ Memory and time per score do not grow with the stream.
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, Literal
 
