@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from fastgrad import checks
 from fastgrad._torch import outside_of_compilation
 from fastgrad.engine.backward import Backward, Share
-from fastgrad.engine.memory import lacks_memory
 from fastgrad.engine.products import Side, gram, square_sum
 from fastgrad.engine.structure import Recorded
 from fastgrad.gradients.recorder import active, parameters_of, reached, record
@@ -20,6 +19,7 @@ from fastgrad.layers.formula import Tensors
 from fastgrad.layers.linear import STRAIGHT
 from fastgrad.layers.recurrent import Recurrent
 from fastgrad.losses import compute_dtype
+from fastgrad.memory import lacks_memory
 from fastgrad.ops.dispatch import full_precision
 
 Take = Callable[[int, Side], None]

@@ -1,8 +1,7 @@
-"""Models that move the batch, put samples into another order, or let them meet: exact on every call, or refused."""
+"""Models that move the batch, put samples into another order, or return it in another place: right wherever it is."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gradient_oracle import loss_norms
-from path_checks import Call, assert_close, check, features_of_squares, inputs, loop, norms_of, one_layer
-from small_nets import Net
+from small_nets import alone, assert_exact, check, features_of_squares, inputs, parts, recorded, routes
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
+from torch.nn.utils.rnn import pad_sequence
 
 import fastgrad
 
@@ -23,96 +21,8 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-def transposed(net: Any, x: Tensor, moved: bool) -> Tensor:
-    """One layer before or after its batch was moved."""
-    h = net.layer(x.transpose(0, 1)).transpose(0, 1) if moved else net.layer(x)
-    return net.head(torch.tanh(h).mean(1))
-
-
-def test_the_batch_in_another_place() -> None:
-    calls: list[Call] = [((inputs(4, 6, 3), moved), {}) for moved in (False, True, False, True)]
-    check(one_layer(transposed), [*calls, ((inputs(6, 6, 3), True), {}), ((inputs(6, 6, 3), False), {})])
-
-
-def told(net: Any, x: Tensor) -> Tensor:
-    """One layer before or after its batch was moved, which one equation says."""
-    h = torch.einsum("btd->tbd" if net.moved else "btd->btd", x)
-    return net.head(torch.einsum("tbd->bd" if net.moved else "btd->bd", torch.tanh(net.layer(h))))
-
-
-def test_an_equation_moves_the_batch() -> None:
-    calls: list[Call] = [((inputs(6, 6, 3),), {})] * 3
-    check(one_layer(told), calls, [{"moved": number == 1} for number in range(3)])
-
-
-def test_a_later_hook_where_gradients_alone_pass() -> None:
-    layer = nn.Linear(3, 3)
-    model = nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(3, 2)).double()
-    extractor = features_of_squares(model)
-    extractor(inputs(5, 3))
-
-    def triple(_: nn.Module, __: Any, output: Tensor) -> None:
-        # Without gradients of parameters the forward pass does not come to it; what is computed again does.
-        if output.requires_grad:
-            output.register_hook(lambda g: 3 * g)
-
-    layer.register_forward_hook(triple)
-    assert_close(extractor(inputs(5, 3))[1], loop(model, (inputs(5, 3),), {}))
-
-
-def hooked(net: Any, x: Tensor) -> Tensor:
-    """A layer whose gradients a hook may divide by the largest in the batch."""
-    h = net.layer(x)
-    if net.on:
-        h.register_hook(lambda g: g / g.abs().max())
-    return net.head(torch.tanh(h))
-
-
-def test_a_hook_under_a_branch_is_refused_where_samples_meet() -> None:
-    model = one_layer(hooked, on=False).double().eval()
-    extractor = fastgrad.GradientFeatures(model)
-    check(model, [((inputs(5, 3),), {})])
-    extractor(inputs(5, 3))
-    model.on = True
-    for call in (functools.partial(norms_of, model), extractor):
-        with pytest.raises(ValueError, match=r"gradients of .* change with the other samples"):
-            call(inputs(5, 3))
-
-
-@pytest.mark.parametrize(
-    "along",
-    [
-        lambda h, dim: F.normalize(h, dim=dim),
-        lambda h, dim: h - h.median(dim, keepdim=True)[0],
-        lambda h, dim: h / torch.linalg.vector_norm(h, dim=dim, keepdim=True),
-        lambda h, dim: h * h.topk(1, dim)[0],
-    ],
-)
-def test_another_dimension_is_refused_where_samples_meet(along: Callable[[Tensor, int], Tensor]) -> None:
-    model = one_layer(lambda net, x: net.head(along(net.layer(x), net.dim)), dim=1).double().eval()
-    extractor = fastgrad.GradientFeatures(model)
-    check(model, [((inputs(5, 3),), {})])
-    extractor(inputs(5, 3))
-    model.dim = 0
-    for call in (functools.partial(norms_of, model), extractor):
-        with pytest.raises(ValueError, match=r"change.* with the other samples"):
-            call(inputs(5, 3))
-
-
-def in_order(net: Any, x: Tensor) -> Tensor:
-    """Works through its samples in the order of their lengths."""
-    order = x[..., 0].flatten(1).sum(1).argsort()
-    h = net.body(x[order])
-    h = h[0] if isinstance(h, tuple) else h
-    return net.head(torch.tanh(h[order.argsort()]).mean(1))
-
-
-@pytest.mark.parametrize("body", [nn.Linear(3, 3), nn.LSTM(3, 3, batch_first=True)])
-def test_samples_in_another_order(body: nn.Module) -> None:
-    model = Net(in_order, body=body, head=nn.Linear(3, 2))
-    ordered = inputs(5, 2, 3)
-    ordered = ordered[ordered[..., 0].sum(1).argsort()]
-    check(model, [((ordered,), {}), ((ordered.flip(0),), {}), ((inputs(5, 2, 3),), {})])
+X, SEQUENCE = inputs(5, 3), inputs(5, 4, 3)
+SORTED = X[X[:, 0].argsort()]
 
 
 def written(x: Tensor, there: Tensor | list[int]) -> Tensor:
@@ -125,163 +35,187 @@ def written(x: Tensor, there: Tensor | list[int]) -> Tensor:
     return rows
 
 
-def sorted_by(way: str, net: Any, x: Tensor) -> Tensor:
-    """Works through its samples in the order of their first values."""
-    order = x[:, 0].argsort(stable=True)
-    there, index = order.argsort(), order.unsqueeze(1).expand_as(x)
-    products = F.one_hot(order, len(x)).to(x)
-    ways: dict[str, Callable[[], Tensor]] = {
-        "rows": lambda: torch.stack([x[i] for i in order.tolist()]),
-        "slices": lambda: torch.cat([x[i : i + 1] for i in map(int, order)]),
-        "items": lambda: x[sorted(range(len(x)), key=lambda i: x[i, 0].item())],
-        "array": lambda: x[order.numpy()],
-        "tensor": lambda: x.index_select(0, torch.tensor(order.tolist())),
-        "padded": lambda: pad_sequence([x[i].unsqueeze(1) for i in order.tolist()], batch_first=True).squeeze(2),
-        "one by one": lambda: written(x, there.tolist()),
-        "take": lambda: torch.take(x, index * x.shape[1] + torch.arange(x.shape[1])),
-        "embedding": lambda: F.embedding(order, x),
-        "index_copy": lambda: torch.zeros_like(x).index_copy(0, there, x),
-        "index_put": lambda: torch.zeros_like(x).index_put((there,), x),
-        "setitem": lambda: written(x, there),
-        "scatter": lambda: torch.zeros_like(x).scatter(0, index.argsort(0), x),
-        "einsum": lambda: torch.einsum("ij,jd->id", products, x),
-        "linear": lambda: F.linear(products, x.T),
-        "bmm": lambda: torch.bmm(products.unsqueeze(0), x.unsqueeze(0))[0],
-        "sum": lambda: (products.unsqueeze(2) * x).sum(1),
-    }
-    return net.head(torch.tanh(net.layer(ways[way]()))[there])
-
-
-@pytest.mark.parametrize(
-    "way", ["rows", "take", "embedding", "index_copy", "index_put", "scatter", "einsum", "linear", "bmm", "sum"]
-)
-def test_an_order_that_values_decide_is_seen_whatever_puts_samples_into_it(way: str) -> None:
-    """In the first call they have it already, so that no gradient shows it."""
-    x = inputs(5, 3)
-    ordered = x[x[:, 0].argsort()]
-    model = one_layer(functools.partial(sorted_by, way))
-    check(model, [((ordered,), {}), ((ordered.flip(0),), {}), ((x[:3],), {})])
-
-
-@pytest.mark.parametrize(
-    "way",
-    [
-        "setitem", "index_copy", "index_put", "scatter", "take", "embedding", "linear", "rows", "slices", "items",
-        "array", "tensor", "padded", "one by one",
-    ],
-)  # fmt: skip
-def test_an_order_that_does_not_show_in_the_first_call_is_seen_by_what_makes_it(way: str) -> None:
-    x = inputs(5, 3)
-    alike = torch.cat([torch.ones_like(x[:, :1]), x[:, 1:]], 1)
-    check(one_layer(functools.partial(sorted_by, way)), [((alike,), {}), ((x,), {})])
-
-
-def in_steps(x: Tensor) -> Tensor:
-    rows = torch.zeros_like(x.transpose(0, 1))
-    for t in range(len(rows)):
-        rows[t] = x[:, t]
-    return rows.transpose(0, 1)
-
-
-#: Of models that read a value, and put together or index what are no rows of samples.
-READ: dict[str, Callable[[Tensor], Tensor]] = {
-    "steps": lambda x: torch.stack([x[:, t] for t in range(x.shape[1])]).transpose(0, 1),
-    "written": in_steps,
-    "appended": lambda x: torch.cat([x.transpose(0, 1), x.transpose(0, 1)[:1]]).transpose(0, 1),
-    "axis": lambda x: torch.cat([x, x], axis=1),  # type: ignore[call-arg]
-    "list": lambda x: x.transpose(0, 1)[[1, 0, 2]].transpose(0, 1),
-    "take": lambda x: x.take(torch.arange(x.numel()).flip(0)).reshape(x.shape).flip(0),
+#: How samples come into the order of their first values: from x, the order, its inverse and a matrix of products.
+WAYS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "index": lambda x, order, there, p: x[order],
+    "index_select": lambda x, order, there, p: x.index_select(0, order),
+    "rows": lambda x, order, there, p: torch.stack([x[i] for i in order.tolist()]),
+    "slices": lambda x, order, there, p: torch.cat([x[i : i + 1] for i in map(int, order)]),
+    "items": lambda x, order, there, p: x[sorted(range(len(x)), key=lambda i: x[i, 0].item())],
+    "array": lambda x, order, there, p: x[order.numpy()],
+    "padded": lambda x, order, there, p: pad_sequence([x[i][:, None] for i in order.tolist()], True).squeeze(2),
+    "one by one": lambda x, order, there, p: written(x, there.tolist()),
+    "take": lambda x, order, there, p: torch.take(x, order[:, None] * 3 + torch.arange(3)),
+    "embedding": lambda x, order, there, p: F.embedding(order, x),
+    "index_copy": lambda x, order, there, p: torch.zeros_like(x).index_copy(0, there, x),
+    "index_put": lambda x, order, there, p: torch.zeros_like(x).index_put((there,), x),
+    "setitem": lambda x, order, there, p: written(x, there),
+    "scatter": lambda x, order, there, p: torch.zeros_like(x).scatter(0, there[:, None].expand_as(x), x),
+    "einsum": lambda x, order, there, p: torch.einsum("ij,jd->id", p, x),
+    "linear": lambda x, order, there, p: F.linear(p, x.T),
+    "bmm": lambda x, order, there, p: torch.bmm(p[None], x[None])[0],
+    "sum": lambda x, order, there, p: (p.unsqueeze(2) * x).sum(1),
 }
 
 
-@pytest.mark.parametrize("way", READ)
-def test_a_value_that_is_read_leaves_rules_to_what_is_not_chosen_by_it(way: str) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_samples_in_the_order_of_their_values(way: str) -> None:
     def function(net: Any, x: Tensor) -> Tensor:
-        assert x.max().item() < 100
-        return net.head(torch.tanh(READ[way](net.layer(x)))).mean(1)
+        order = x[:, 0].argsort(stable=True)
+        there = order.argsort()
+        ordered = WAYS[way](x, order, there, F.one_hot(order, len(x)).to(x))
+        return net.head(torch.tanh(net.layer(ordered)))[there]
 
-    model = Net(function, layer=nn.Linear(3, 3), head=nn.Linear(3, 2))
-    check(model, [((inputs(5, 3, 3),), {})])
-    extractor = features_of_squares(model)
-    extractor(inputs(5, 3, 3))
-    assert {route.route for route in extractor.report()} == {"linear"}
+    check(parts(function), (SORTED,), (SORTED.flip(0),), (X[:3],))
 
 
-def test_a_factor_may_be_given_by_name() -> None:
-    parts = {"layer": nn.Linear(3, 3), "factor": nn.Parameter(inputs(3, 2))}
-    model = Net(lambda net, x: torch.matmul(net.layer(x), other=net.factor), **parts)
-    check(model, [((inputs(5, 3),), {})])
-
-
-def packed(net: Any, x: Tensor, lengths: Tensor) -> Tensor:
-    sequences = pack_padded_sequence(x, lengths, batch_first=True)
-    return net.head(net.body(sequences)[1][0])
-
-
-@pytest.mark.parametrize("samples", [2, 3, 5])
-def test_sequences_that_must_come_longest_first(samples: int) -> None:
-    model = Net(packed, body=nn.GRU(3, 3, batch_first=True), head=nn.Linear(3, 2))
-    check(model, [((inputs(samples, 6, 3), torch.arange(6, 6 - samples, -1)), {})])
-
-
-def test_samples_in_reverse() -> None:
-    check(one_layer(lambda net, x: net.head(torch.tanh(net.layer(x.flip(0))).flip(0))), [((inputs(5, 3),), {})])
-
-
-def gated(net: Any, x: Tensor) -> Tensor:
-    """Two experts, of which every sample uses one, on samples in another order."""
-    order = x[:, 1].argsort()
-    x = net.there(x, order)
+def experts(net: Any, x: Tensor) -> Tensor:
+    """Two layers, of which each sample uses one."""
     gate = (x[:, :1] > 0).to(x.dtype)
-    return net.back(gate * net.experts[0](x) + (1 - gate) * net.experts[1](x), order)
+    return net.head(gate * net.layer(x) + (1 - gate) * net.other(x))
 
 
-@pytest.mark.parametrize(
-    ("there", "back"),
-    [
-        (lambda x, _: x.flip(0), lambda x, _: x.flip(0)),
-        (lambda x, _: torch.flipud(x), lambda x, _: torch.flipud(x)),
-        (lambda x, _: x.roll(1, 0), lambda x, _: x.roll(-1, dims=0)),
-        (lambda x, order: x.index_select(0, order), lambda x, order: x.index_select(0, order.argsort())),
-        (lambda x, order: x[order], lambda x, order: x[order.argsort()]),
-        (lambda x, _: torch.stack(x.unbind()[::-1]), lambda x, _: torch.stack(x.unbind()[::-1])),
-        (lambda x, _: torch.cat([x[1:], x[:1]]), lambda x, _: torch.cat([x[-1:], x[:-1]])),
-        (lambda x, _: x.T.flip(1).T, lambda x, _: x.T.flip(1).T),
-    ],
-    ids=["flip", "flipud", "roll", "index_select", "index", "stack", "cat", "transposed"],
-)
-def test_an_expert_that_the_first_call_does_not_use_serves_samples_in_another_order(there: Any, back: Any) -> None:
-    model = Net(gated, experts=nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]), there=there, back=back)
-    check(model, [((inputs(5, 3).abs(),), {}), ((inputs(5, 3, seed=1),), {})])
+#: By the way there and back.
+MOVED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "flip": (lambda x: x.flip(0), lambda x: x.flip(0)),
+    "flipud": (torch.flipud, torch.flipud),
+    "roll": (lambda x: x.roll(1, 0), lambda x: x.roll(-1, dims=0)),
+    "unbind": (lambda x: torch.stack(x.unbind()[::-1]), lambda x: torch.stack(x.unbind()[::-1])),
+    "cat": (lambda x: torch.cat([x[1:], x[:1]]), lambda x: torch.cat([x[-1:], x[:-1]])),
+    "transposed": (lambda x: x.T.flip(1).T, lambda x: x.T.flip(1).T),
+    "halves": (lambda x: torch.cat(x.chunk(2)[::-1]), lambda x: torch.cat([x[len(x) // 2 :], x[: len(x) // 2]])),
+}
 
 
-def beside(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What matters, and what is of all samples. No rule serves a layer that is used twice."""
-    h = torch.tanh(net.layer(x))
-    return net.layer(h), h - h.mean(0)
+@pytest.mark.parametrize("way", MOVED)
+def test_an_expert_of_samples_in_another_order(way: str) -> None:
+    there, back = MOVED[way]
+    even = inputs(4, 3)
+    check(parts(lambda net, x: back(experts(net, there(x)))), (even.abs(),), (even,), (even[:1],))
 
 
-def test_what_a_model_returns_of_all_samples_beside_its_logits_is_no_matter() -> None:
-    model, x = Net(beside, layer=nn.Linear(3, 3)).double().eval(), inputs(5, 3)
-    truth = loss_norms((row.square().sum() for row in model(x)[0]), model)
-    assert_close(features_of_squares(model)(x)[1], truth)
+def doubled(net: Any, x: Tensor) -> Tensor:
+    both = net.layer(torch.cat([x, -x])).tanh()
+    return net.head(both[: len(x)] * both[len(x) :])
 
 
-def test_a_part_that_gives_what_is_of_all_samples_beside_what_is_used_is_run_again_alone() -> None:
-    model = Net(lambda net, x: net.head(net.part(x)[0]), part=Net(beside, layer=nn.Linear(3, 3)), head=nn.Linear(3, 2))
-    check(model, [((inputs(5, 3),), {})])
-    extractor = features_of_squares(model)
-    extractor(inputs(5, 3))
-    assert {route.module for route in extractor.report() if route.route == "fallback"} == {"part"}
+def unrolled(net: Any, x: Tensor) -> Tensor:
+    rows = torch.zeros_like(x.transpose(0, 1))
+    for t in range(len(rows)):
+        rows[t] = net.layer(x[:, t])
+    return net.head(rows.mean(0))
 
 
-def test_a_layer_on_positions_behind_another_leaves_the_rest_of_the_plan_as_it_is() -> None:
-    chain = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
-    model = one_layer(lambda net, x: net.head((net.layer(x) * net.scale + net.at(net.places)).mean(1)), at=chain)
-    model.places, model.scale = inputs(1, 2, 3), nn.Parameter(inputs(1, 1, 3))
-    check(model, [((inputs(5, 2, 3),), {})])
-    extractor = features_of_squares(model)
-    extractor(inputs(5, 2, 3))
-    routes = {route.parameter: route.route for route in extractor.report()}
-    assert {name for name, route in routes.items() if route == "fallback"} == {"at.1.weight", "at.1.bias"}
-    assert routes["scale"] == "broadcast"
+def encoded(net: Any, x: Tensor) -> Tensor:
+    """A layer on tokens, one on windows folded into the batch, and positions that are the same for all."""
+    h = net.layer(x.transpose(0, 1)).transpose(0, 1) + net.table(torch.arange(x.shape[1])[None])
+    windows = net.conv(h.reshape(-1, 2, 3).mT).unflatten(0, (len(x), -1))
+    return net.head(windows.tanh().flatten(3).sum((1, 3)))
+
+
+#: Of sequences ``(B, T, 3)``: where the batch goes on its way, and the routes of the layer's weight and the head's.
+PLACES: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
+    "transposed": (lambda net, x: net.head(net.layer(x.transpose(0, 1)).tanh().mean(0)), "rule"),
+    "equation": (lambda net, x: net.head(torch.einsum("btd->tbd", net.layer(x)).tanh().sum(0)), "rule"),
+    "folded": (lambda net, x: net.head(net.layer(x.reshape(-1, 3)).tanh().view(x.shape).mean(1)), "rule"),
+    "repeated": (
+        lambda net, x: net.head(net.layer(x.repeat_interleave(2, 0)).tanh().unflatten(0, (-1, 2)).sum((1, 2))),
+        "rule",
+    ),
+    "doubled": (lambda net, x: doubled(net, x.sum(1)), "rule"),
+    "unrolled": (unrolled, "sum"),
+    "encoded": (encoded, "rule"),
+    "cat": (lambda net, x: net.head(net.layer(torch.cat([x, x[:, :1]], axis=1)).tanh()).mean(1), "rule"),  # type: ignore[call-arg]
+    "list": (lambda net, x: net.head(net.layer(x.transpose(0, 1)[[1, 0, 2]]).tanh().mean(0)), "rule"),
+    "by name": (lambda net, x: net.head(torch.matmul(x.mean(1), other=net.layer.weight)), "rule"),
+    "sample by sample": (lambda net, x: torch.cat([net.head(net.layer(row)[None].mean(1)) for row in x]), "rule"),
+    "vmap": (lambda net, x: torch.func.vmap(lambda row: net.head(row.mean(0)))(x), "alone"),
+}
+
+
+@pytest.mark.parametrize("way", PLACES)
+def test_the_batch_in_another_place(way: str) -> None:
+    function, route = PLACES[way]
+    model = parts(function, table=nn.Embedding(9, 3), conv=nn.Conv1d(3, 3, 2))
+    check(model, (SEQUENCE,), (inputs(3, 4, 3),), (inputs(4, 4, 3),), (SEQUENCE[:1],))
+    assert routes(model, SEQUENCE)["layer.weight"] == route
+    assert routes(model, SEQUENCE)["head.weight"] == ("alone" if way == "vmap" else "rule")
+
+
+#: What a model returns for hidden states h ``(B, T, 3)``, and losses ``(B,)`` of it.
+RETURNED: dict[str, tuple[Callable[[Any, Tensor], Any], Callable[[Any], Tensor]]] = {
+    "second": (lambda net, h: h.transpose(0, 1), lambda out: out.square().sum((0, 2))),
+    "last": (lambda net, h: h.movedim(0, 2), lambda out: out.square().sum((0, 1))),
+    "folded": (lambda net, h: h.flatten(0, 1), lambda out: out.unflatten(0, (-1, 4)).square().sum((1, 2))),
+    "dictionary": (lambda net, h: {"a": h, "b": [h.mean(1)]}, lambda out: (out["a"].mean(1) * out["b"][0]).sum(1)),
+    "number of each": (lambda net, h: h.sum((1, 2)).cos(), lambda out: out),
+    "squeezed": (lambda net, h: h[:, :1].squeeze(1), lambda out: out.square().sum(1)),
+    "complex": (lambda net, h: torch.fft.fft(h), lambda out: out.abs().square().sum((1, 2))),
+    "beside a constant": (lambda net, h: (h, torch.arange(3.0), "word", None), lambda out: out[0].sum((1, 2))),
+    "beside a parameter": (lambda net, h: (h, net.scale * 1), lambda out: out[0].cos().sum((1, 2))),
+    "beside a statistic": (lambda net, h: (h, h.std(0)), lambda out: out[0].square().sum((1, 2))),
+    "half": (lambda net, h: h.bfloat16(), lambda out: out.double().sum((1, 2))),
+    "indices": (lambda net, h: (h, h.argmax(1)), lambda out: out[0].cos().sum((1, 2))),
+}
+
+
+@pytest.mark.filterwarnings("ignore:std")
+@pytest.mark.parametrize("way", RETURNED)
+@pytest.mark.parametrize("samples", [1, 2, 5])
+def test_what_a_model_returns(way: str, samples: int) -> None:
+    returned, losses = RETURNED[way]
+    model, x = parts(lambda net, x: returned(net, net.layer(x * net.scale).tanh())), inputs(samples, 4, 3)
+    truth = loss_norms((losses(model(row)).sum() for row in x.split(1)), model)
+    for _ in range(2):
+        assert_exact(recorded(model, lambda: losses(model(x)).sum()), truth)
+    with fastgrad.clip_gradients(model, 1e9) as clipped:
+        norms = clipped.backward(losses(model(x)))
+    torch.testing.assert_close(norms, truth.sum(1).sqrt(), rtol=1e-9, atol=0)
+
+
+#: Of outputs that join the samples in a way that is a sum of theirs, or no such way; and the loss of an output.
+JOINED: dict[str, tuple[Callable[[Tensor], Tensor], float | None]] = {
+    "sum": (lambda h: h.square().sum(), 1.0),
+    "mean": (lambda h: h.square().mean(), 1 / 75),
+    "mean of rows": (lambda h: h.square().mean((0, 1)).sum(), 1 / 25),
+    "norm": (lambda h: h.norm(), None),
+    "deviation": (lambda h: h.std(0).sum(), None),
+    "largest": (lambda h: h.amax((0, 1)).sum(), None),
+}
+
+
+@pytest.mark.filterwarnings("ignore:std")
+@pytest.mark.parametrize("way", JOINED)
+def test_outputs_of_all_samples(way: str) -> None:
+    """A model that returns its loss: norms are those of the samples' terms, or no loss may depend on it."""
+    joined, factor = JOINED[way]
+    model, x = parts(lambda net, x: (net.layer(x).tanh(), joined(net.layer(x).tanh()))), inputs(5, 5, 3)
+    with fastgrad.record(model):
+        h, total = model(x)
+        parameters = list(model.parameters())
+        torch.testing.assert_close(total.detach(), joined(h).detach())
+        if factor is None:
+            with pytest.raises(ValueError, match=r"outputs must not depend on output \[1\] .* joins the samples"):
+                fastgrad.grad_sqnorm(total + h.sum(), parameters, retain_graph=True)
+            found = fastgrad.grad_sqnorm(h.square().sum(), parameters)
+        else:
+            found = fastgrad.grad_sqnorm(total, parameters)
+    wanted = parts(lambda net, x: net.layer(x).tanh())
+    wanted.load_state_dict(model.state_dict())
+    assert_exact(torch.stack(found, 1), alone(wanted, (x,)) * (factor or 1.0) ** 2)
+
+
+def test_what_joins_samples_beside_the_logits_is_no_matter() -> None:
+    def function(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(net.layer(x))
+        return net.layer(h), h.var(0, unbiased=False)
+
+    model = parts(function)
+    truth = loss_norms((model(row)[0].square().sum() for row in X.split(1)), model)
+    assert_exact(features_of_squares(model)(X)[1], truth)
+    expected = torch.tanh(model.layer(X)).var(0, unbiased=False)
+    with fastgrad.clip_gradients(model, 1.0) as clipped:
+        out, variance = model(X)
+        torch.testing.assert_close(variance, expected)
+        norms = clipped.backward(out.square().sum(1))
+    torch.testing.assert_close(norms, truth.sum(1).sqrt())

@@ -118,26 +118,27 @@ def test_a_first_call_within_a_checkpoint(part: Any) -> None:
     check_losses(net, lambda x: checkpoint(net, x, use_reentrant=False).square().sum(1), x)
 
 
-@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.jacrev, torch.func.grad])
-def test_a_term_through_a_transformed_call_is_refused(transform: Any) -> None:
-    """It has gradients per sample, and would be left out like a weight decay."""
+#: Terms through calls that ``torch.func`` transforms, which have gradients per sample.
+TRANSFORMED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "vmap": lambda model, x: torch.func.vmap(lambda x: model(x).square().sum())(x),
+    "jacrev": lambda model, x: torch.func.jacrev(lambda x: model(x).square().sum())(x),
+    "grad": lambda model, x: torch.func.grad(lambda x: model(x).square().sum())(x),
+    "functional_call": lambda model, x: torch.func.vmap(
+        lambda x: torch.func.functional_call(model, {n: 1 + 2 * p for n, p in model.named_parameters()}, (x,))
+    )(x),
+}
+
+
+@pytest.mark.parametrize("way", TRANSFORMED)
+def test_a_term_through_a_transformed_call_is_refused(way: str) -> None:
+    """It would be left out like a weight decay."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     x, parameters = torch.randn(5, 3), list(model.parameters())
     with fastgrad.record(model):
-        term = transform(lambda x: model(x).square().sum())(x).square().sum()
+        term = TRANSFORMED[way](model, x).square().sum()
         assert len(fastgrad.grad_sqnorm(model(x).sum() + term.detach(), parameters)) == 4
         with pytest.raises(ValueError, match=r"torch\.func transforms"):
             fastgrad.grad_sqnorm(model(x).sum() + term, parameters)
-
-
-def test_a_term_through_a_transformed_call_with_computed_parameters_is_refused() -> None:
-    model = nn.Linear(3, 2)
-    x = torch.randn(5, 3)
-    with fastgrad.record(model):
-        computed = {name: 1 + 2 * p for name, p in model.named_parameters()}
-        term = torch.func.vmap(lambda x: torch.func.functional_call(model, computed, (x,)))(x).square().sum()
-        with pytest.raises(ValueError, match=r"torch\.func transforms"):
-            fastgrad.grad_sqnorm(model(x).sum() + term, model.weight)
 
 
 def test_a_transformed_call_on_what_a_recorded_one_gives() -> None:
@@ -157,17 +158,6 @@ def test_one_tensor_given_several_times() -> None:
     model = nn.MultiheadAttention(4, 2, batch_first=True).double()
     x = torch.randn(5, 6, 4, dtype=torch.float64)
     check_losses(model, lambda x: model(x, x, x)[0].square().sum((1, 2)), x)
-
-
-def test_a_branch_on_what_is_trained() -> None:
-    def trained(net: Any, x: Tensor) -> Tensor:
-        return net.layer(x) + x @ net.scale if net.scale.requires_grad else net.layer(x)
-
-    torch.manual_seed(0)
-    model = Net(trained, layer=nn.Linear(4, 3), scale=nn.Parameter(torch.randn(4, 3))).double()
-    x = torch.randn(5, 4, dtype=torch.float64)
-    found = recorded(model, lambda: model(x).square().sum())
-    assert_exact(found, loss_norms((model(one).square().sum() for one in x.split(1)), model))
 
 
 def test_several_outputs_and_parts_called_alone(model: nn.Sequential) -> None:
@@ -292,21 +282,6 @@ def test_dropout_keeps_the_users_mode() -> None:
     assert torch.allclose(found[2], 2 * hidden.square().sum(1), rtol=1e-5)
 
 
-def test_a_list_of_the_users_grows_by_calls_alone() -> None:
-    model = Net(lambda net, x: (net.seen.append(len(x)), net.layer(x))[1], layer=nn.Linear(4, 3), seen=[])
-    with fastgrad.record(model):
-        model(torch.ones(5, 4))
-    assert model.seen == [5]
-
-
-def test_one_sample_of_a_model_that_takes_them_one_by_one_keeps_the_users_mode() -> None:
-    def each(net: Any, x: Tensor) -> Tensor:
-        return torch.stack([net.layer(row * (2 if net.training else 1)) for row in x])
-
-    model, x = Net(each, layer=nn.Linear(4, 3)).double(), torch.ones(1, 4).double()
-    assert_exact(recorded(model, lambda: model(x).sum()), torch.tensor([[3 * 16.0, 3.0]]).double())
-
-
 def test_what_is_refused(model: nn.Sequential) -> None:
     parameters = list(model.parameters())
     with pytest.raises(RuntimeError, match="inside record"):
@@ -317,25 +292,19 @@ def test_what_is_refused(model: nn.Sequential) -> None:
             fastgrad.grad_sqnorm(torch.zeros(()), parameters)
         z = model(X)
         for other in (before.sum(), before.sum() + parameters[0].square().sum(), parameters[0].square().sum()):
-            with pytest.raises(RuntimeError, match="calls of the recorded model; they reach none"):
+            with pytest.raises(
+                RuntimeError, match="calls of the recorded model, with gradients enabled; they reach none"
+            ):
                 fastgrad.grad_sqnorm(other, parameters, retain_graph=True)
         with pytest.raises(ValueError, match="number 0 is not one"):
             fastgrad.grad_sqnorm(z.sum(), [nn.Parameter(torch.zeros(2))])
         with pytest.raises(ValueError, match="grad_outputs must be given"):
             fastgrad.grad_sqnorm(z.sum(), parameters, is_grads_batched=True)
-        with pytest.raises(ValueError, match=r"'0.weight' took part in several"):
-            fastgrad.grad_sqnorm((z + model(X)).sum(), parameters)
+        with pytest.raises(ValueError, match=r"calls of one number of samples; '0.weight' .* of 2 and 4"):
+            fastgrad.grad_sqnorm(z.sum() + model(X[:2]).sum(), parameters)
         computed = {name: 2 * p for name, p in model.named_parameters()}
         with pytest.raises(ValueError, match=r"parameters of its own; '0.weight' was computed"):
             torch.func.functional_call(model, computed, (X,))
-
-
-def test_a_replayed_module_in_training_mode_is_refused() -> None:
-    root = Net(lambda net, x: F.dropout(x @ net.root, 0.5, net.training), root=nn.Parameter(torch.ones(3, 3)))
-    with fastgrad.record(root) as recording:
-        with pytest.raises(ValueError, match="evaluation mode"):
-            recording.model(torch.ones(2, 3))
-        assert recording.model.eval()(torch.ones(2, 3)).shape == (2, 3)
 
 
 def test_a_broadcast_parameter_in_training_mode() -> None:
@@ -356,6 +325,40 @@ def test_a_broadcast_parameter_in_training_mode() -> None:
     torch.testing.assert_close(found, gradient.square().sum(1))
 
 
+def test_uses_in_several_calls_add_up(model: nn.Sequential) -> None:
+    """As in a contrastive loss of two views, or a consistency of two draws."""
+    parameters, views = list(model.parameters()), (X, X.flip(3), X[:, :, 1:], X.roll(1, 2))
+    views = (*views[:2], nn.functional.pad(views[2], (0, 0, 1, 0)), views[3])
+
+    def loss(*views: Tensor) -> Tensor:
+        first, *others = (model(view) for view in views)
+        return sum((first * other).sum(1).cos().sum() for other in others)
+
+    for count in (2, 3, 4):
+        with fastgrad.record(model):
+            found = fastgrad.grad_sqnorm(loss(*views[:count]), parameters)
+        assert_close(
+            torch.stack(found, 1),
+            loss_norms((loss(*rows) for rows in zip(*(v.split(1) for v in views[:count]), strict=True)), model),
+        )
+    # Parts count as calls, too.
+    with fastgrad.record(model):
+        found = fastgrad.grad_sqnorm((model[:4](X) @ model[4].weight.detach().T + model(X)).sum(), parameters)
+    truth = loss_norms(((model[:4](x) @ model[4].weight.detach().T + model(x)).sum() for x in X.split(1)), model)
+    assert_close(torch.stack(found, 1), truth)
+
+
+def test_several_gradients_through_several_calls(model: nn.Sequential) -> None:
+    parameters, gradients = list(model.parameters()), torch.randn(2, 4, 3)
+    with fastgrad.record(model):
+        z = model(X) * model(X.flip(3))
+        batched = fastgrad.grad_sqnorm(z, parameters, grad_outputs=gradients, is_grads_batched=True)
+    for s, at in enumerate(gradients):
+        rows = zip(X.split(1), at, strict=True)
+        truth = loss_norms(((model(x) * model(x.flip(3)) * g).sum() for x, g in rows), model)
+        assert_close(torch.stack([b[s] for b in batched], 1), truth)
+
+
 def test_batched_gradients_of_a_parameter_without_use(model: nn.Sequential) -> None:
     with fastgrad.record(model):
         hidden = model[3](model[0](X))
@@ -365,12 +368,14 @@ def test_batched_gradients_of_a_parameter_without_use(model: nn.Sequential) -> N
     assert torch.equal(found, torch.zeros(2, 4))
 
 
-def test_plans_are_kept_between_recordings(model: nn.Sequential, monkeypatch: pytest.MonkeyPatch) -> None:
-    with fastgrad.record(model):
-        model(X)
-    monkeypatch.setattr("fastgrad.engine.network.Trial", None)
-    with fastgrad.record(model):
-        model(X)
+def test_a_structure_of_inputs_is_checked_once(model: nn.Sequential) -> None:
+    calls = []
+    model[4].register_forward_hook(lambda *_: calls.append(1))
+    for x, runs in ((X, 2), (X[:3], 1), (X[:1], 2), (X[1:2], 1), (X.clone().requires_grad_(), 2), (X, 1)):
+        calls.clear()
+        with fastgrad.record(model):
+            model(x)
+        assert len(calls) == runs
 
 
 HOOKS: dict[str, Any] = {
@@ -396,8 +401,8 @@ def test_hooks_of_modules_work_once(place: str, kind: str) -> None:
     with fastgrad.record(model):
         inside = model(x)
         found = fastgrad.grad_sqnorm(inside.square().sum(), list(model.parameters()))
-    assert torch.equal(inside, outside)
-    assert_close(torch.stack(found, 1), truth)
+    torch.testing.assert_close(inside, outside)
+    assert_exact(torch.stack(found, 1), truth)
 
 
 def leaking(net: Any, x: Tensor) -> Any:
@@ -415,30 +420,36 @@ def leaking(net: Any, x: Tensor) -> Any:
     return z
 
 
-@pytest.mark.parametrize("way", ["attribute", "complex", "object", "behind a rule", "decay"])
-def test_what_a_module_does_not_return(way: str) -> None:
+@pytest.mark.parametrize("way", ["attribute", "complex", "object", "behind a rule"])
+def test_what_a_module_gives_in_another_way_than_its_output(way: str) -> None:
     torch.manual_seed(0)
     model = Net(leaking, way=way, weight=nn.Parameter(torch.randn(4, 4)), last=nn.Linear(4, 3), kept=None).double()
     x = torch.randn(5, 4, dtype=torch.float64)
-    with fastgrad.record(model):
+
+    def loss(x: Tensor) -> Tensor:
         out = model(x)
         z, other = out if isinstance(out, tuple) else (out, model.kept)
-        if way == "decay":
-            other = model.weight
-        other = getattr(other, "value", other)
-        loss = z.sum() + other.abs().square().sum()
-        found = {model.last.bias: fastgrad.grad_sqnorm(loss, model.last.bias, retain_graph=True)[0]}
-        if way == "decay":
-            # It has no gradient per sample, and is left out.
-            other = torch.zeros(5)
-            (found[model.weight],) = fastgrad.grad_sqnorm(loss, model.weight)
-        else:
-            with pytest.raises(ValueError, match="outputs must depend on 'weight' through what"):
-                fastgrad.grad_sqnorm(loss, model.weight, retain_graph=True)
-    rows = [z[i].sum() + other[i].abs().square().sum() for i in range(5)]
-    for parameter, norms in found.items():
-        each = [torch.autograd.grad(row, parameter, retain_graph=True)[0].square().sum() for row in rows]
-        torch.testing.assert_close(norms, torch.stack(each))
+        return z.sum() + getattr(other, "value", other).abs().square().sum()
+
+    truth = loss_norms(map(loss, x.split(1)), model)
+    for _ in range(2):
+        assert_exact(recorded(model, lambda: loss(x)), truth)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_a_hook_keeps_outside_of_the_model(inside: bool) -> None:
+    """It is what the recorded call gave, with its gradients; of a first call it is the latest."""
+    torch.manual_seed(0)
+    model, kept = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double(), []
+    model[0].register_forward_hook(lambda _, __, output: kept.append(output if inside else output.detach()))
+    x = torch.randn(6, 4).double()
+    for _ in range(2):
+        with fastgrad.record(model):
+            out = model(x)
+            assert kept[-1].shape == (6, 5)
+            found = fastgrad.grad_sqnorm(out.sum() + kept[-1].square().sum(), list(model.parameters()))
+        rows = ((model(row), kept[-1]) for row in x.split(1))
+        assert_exact(torch.stack(found, 1), loss_norms((z.sum() + h.square().sum() for z, h in rows), model))
 
 
 class Prompted(nn.Module):

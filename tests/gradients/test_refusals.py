@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastgrad import GradientFeatures, clip_gradients, grad_sqnorm, record
-from fastgrad.layers import find_rule, register_rule
+from fastgrad.layers import register_rule
 
 NET, X = nn.Linear(3, 4), torch.rand(5, 3)
 TWO, BATCH_NORM = nn.Sequential(nn.Linear(3, 3), NET), nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
@@ -40,7 +40,6 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "chunk": (lambda: GradientFeatures(NET, chunk_size=0), ValueError, "chunk_size must be an integer of at least 1"),
     "impl": (lambda: GradientFeatures(NET, impl="cuda"), ValueError, "impl must be one of"),
     "memory": (lambda: GradientFeatures(NET, memory_budget=1.5), ValueError, "memory_budget .* 1.5"),
-    "trace": (lambda: GradientFeatures(NET).trace(X[:1]), ValueError, "at least two samples .* held 1"),
     "compiled": (lambda: record(torch.compile(NET)), TypeError, "not its compiled form"),
     "recorded": (lambda: record(torch.relu), TypeError, "model must be"),
     "training": (lambda: record(BATCH_NORM).__enter__(), ValueError, "batch norm '1' is in training .*model.eval"),
@@ -56,11 +55,10 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
        for name, value in (("outputs", None), ("outputs", ["x"]), ("params", NET), ("grad_outputs", 5))
        for given in [{"outputs": X, "params": NET.weight, name: value}]},
     "named": (lambda: grad_sqnorm(X, dict(NET.named_parameters())), TypeError, "params must .* it was dict of str$"),
-    "a class": (lambda: find_rule(nn.Linear), TypeError, "module must be a Module; it was type"),
     "by frequency": (lambda: GradientFeatures(nn.Embedding(4, 5, scale_grad_by_freq=True)), ValueError,
                      "'Embedding' divides gradients by counts over the batch"),
-    "compile": (lambda: GradientFeatures(NET, compile="yes"), TypeError, "compile must be"),
     "no module": (lambda: register_rule(int), TypeError, "module_types"),
+    "a name": (lambda: register_rule("MyLayer"), TypeError, "module_types must be .*; one was 'MyLayer'"),  # type: ignore[arg-type]
     "no modules": (lambda: register_rule(), TypeError, "at least one"),
     "rule": (lambda: register_rule(NET), TypeError, "module_types must be .*; one was Linear"),
 }  # fmt: skip

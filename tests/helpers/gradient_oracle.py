@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fastgrad
-
 from fastgrad.ops.conv import sqnorm
 from fastgrad.ops.conv.geometry import per_axis
 
@@ -123,13 +122,8 @@ def relative_error(value: Tensor, truth: Tensor, eps: float) -> Tensor:
     return (((value.double() - truth).abs() - floor).clamp_min(0) / truth.clamp_min(1e-300)).amax(0)
 
 
-def check_module(
-    module: nn.Module, x: Tensor, *, eps: float | None = None, seed: int = 0, ruled: bool = True
-) -> None:  # fmt: skip
-    """Compare ``grad_sqnorm`` on one module with the loop, for a random output gradient.
-
-    A trial would give what a wrong rule serves to the fallback, which is right: ``ruled`` modules must not take it.
-    """
+def check_module(module: nn.Module, x: Tensor, *, eps: float | None = None, seed: int = 0) -> None:
+    """Compare ``grad_sqnorm`` on one module with the loop, for a random output gradient."""
     module = module.eval()
     with torch.no_grad():
         out = module(x)

@@ -1,0 +1,285 @@
+"""Models and losses that have no gradient per sample, or no values: refused by name, or each sample alone is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from gradient_oracle import loss_norms
+from small_nets import Net, alone, assert_exact, check, features_of_squares, inputs, left, parts, recorded, squares
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+import fastgrad
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+X = inputs(5, 3)
+APART = "model must treat the samples of a batch independently, or there is no gradient per sample; "
+
+
+def crops(net: Any, x: Tensor) -> Tensor:
+    """Three crops of each image stand one behind the other."""
+    return net.head(x).unflatten(0, (-1, 3)).mean(1)
+
+
+def several(net: Any, x: Tensor) -> Tensor:
+    if len(x) < 2:
+        raise RuntimeError("two samples at least")
+    return net.head(x)
+
+
+#: Functions, and what the refusal says.
+REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
+    "mean": (
+        lambda net, x: net.head(x - x.mean(0)),
+        APART + "for one sample alone, its output is another than in the batch",
+    ),
+    "detached": (lambda net, x: net.head(x / x.abs().max().detach()), APART),
+    "size": (lambda net, x: net.head(x) / len(x), APART),
+    "neighbours": (lambda net, x: net.head(x.roll(1, 0)), APART),
+    "branch": (lambda net, x: net.head(net.layer(x) if x.abs().max() > 2 else x), APART),
+    "size of the batch": (lambda net, x: net.head(net.layer(x) if len(x) > 3 else x), APART),
+    "normalized": (lambda net, x: net.head(nn.functional.normalize(net.layer(x), dim=0)), APART),
+    "median": (lambda net, x: net.head(x - x.median(0, keepdim=True)[0]), APART),
+    "by name": (
+        lambda net, x: {"logits": net.head(x - x.mean(0)), "h": net.layer(x)},
+        f"({APART}|outputs must not depend on output .*joins the samples)",
+    ),
+    "in float32": (lambda net, x: net.head((x - x.float().mean(0)).double()), APART),
+    "in bfloat16": (lambda net, x: net.head(x.bfloat16().double() - x.bfloat16().mean(0)), APART),
+    "attention over samples": (lambda net, x: net.head((x @ x.T).softmax(1) @ x), APART),
+    "random": (
+        lambda net, x: net.head(x + torch.randn(2, len(x), 3).double().sum(0)),
+        "It also draws random numbers in evaluation mode",
+    ),
+    "own generator": (lambda net, x: net.head(x * torch.rand(3, generator=net.own)), APART),
+    "number of outputs": (lambda net, x: list(net.head(x).unbind(0)), APART),
+    "no row": (lambda net, x: net.head(x).norm(), APART),
+    "products": (lambda net, x: net.head(x) @ net.head(x).mT, APART),
+    "crops": (crops, "model must run on each sample alone, as a batch of one; .* RuntimeError: unflatten"),
+    "two at least": (several, "model must run on each sample alone, .* RuntimeError: two samples at least"),
+}
+
+
+@pytest.mark.parametrize("way", REFUSED)
+@pytest.mark.parametrize("samples", [2, 6])
+def test_samples_that_meet_are_refused(way: str, samples: int) -> None:
+    function, message = REFUSED[way]
+    model, x = parts(function, own=torch.Generator().manual_seed(0)), inputs(6, 3)[:samples]
+    x[0] *= 9
+    if samples == 2 and way in ("crops", "size of the batch"):
+        pytest.skip("runs on two samples as on one")
+    before = left(model)
+    for call in (features_of_squares(model), lambda x: recorded(model, lambda: squares(model(x)))):
+        with pytest.raises(ValueError, match=f"(?s){message}"):
+            call(x)
+        assert {k: v for k, v in left(model).items() if torch.is_tensor(v)}.keys() == {
+            k for k, v in before.items() if torch.is_tensor(v)
+        }
+
+
+@pytest.mark.parametrize("way", ["mean", "detached", "size", "branch"])
+def test_a_sample_alone_meets_nobody(way: str) -> None:
+    check(parts(REFUSED[way][0]), (X[:1],))
+
+
+def switched(net: Any, x: Tensor) -> Tensor:
+    return net.head(nn.functional.normalize(net.layer(x), dim=net.dim))
+
+
+def zeroed(net: Any, x: Tensor) -> Tensor:
+    h = net.layer(x).tanh()
+    return net.head((h - h.mean(0)) @ net.matrix)
+
+
+def test_samples_that_meet_unseen_or_later_have_the_norms_of_each_alone() -> None:
+    """One check a structure of inputs: whatever a model does in another call, no sample sees another."""
+    model = parts(switched, dim=1)
+    check(model, (X,))
+    model.dim = 0
+    check(model, (X,), apart=True, features=False)
+    assert_exact(features_of_squares(model)(X)[1], alone(model, (X,)))
+    model = parts(zeroed)
+    nn.init.zeros_(model.head.weight)
+    check(model, (X,))
+    nn.init.normal_(model.head.weight)
+    assert_exact(recorded(model, lambda: model(X).square().sum()), alone(model, (X,)))
+
+
+def test_what_all_samples_fail_with_is_the_models_own_error() -> None:
+    model = parts(crops)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        recorded(model, lambda: model(inputs(9, 5)).sum())
+
+
+def guarded(net: Any, x: Tensor) -> Tensor:
+    def guard(gradient: Tensor) -> None:
+        if gradient.abs().max() > 100:
+            raise RuntimeError("a large gradient")
+
+    out = net.layer(x)
+    if out.requires_grad:
+        out.register_hook(guard)
+    return net.head(out.tanh())
+
+
+def test_errors_of_a_later_backward_pass_stay() -> None:
+    model = parts(guarded)
+    check(model, (X,))
+    with pytest.raises(RuntimeError, match=r"^a large gradient$"):
+        recorded(model, lambda: 1e4 * model(X).square().sum())
+
+
+def test_two_batch_sizes_in_one_call() -> None:
+    """The batch is that of the first tensor; another is the same for all."""
+    model = parts(lambda net, x, y: (net.head(x), net.head(y)))
+    with fastgrad.record(model):
+        first, second = model(X, inputs(8, 3))
+        found = fastgrad.grad_sqnorm(first.square().sum(), list(model.parameters()))
+        assert second.shape == (8, 2)
+    wanted = parts(lambda net, x: net.head(x))
+    wanted.load_state_dict(model.state_dict())
+    assert_exact(torch.stack(found, 1), alone(wanted, (X,)))
+
+
+def test_a_parameter_that_is_edited_between_forward_and_norms() -> None:
+    """Autograd's own error, where the backward pass needs the value that is gone."""
+    for model, message in (
+        (nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)), "modified by an inplace operation"),
+        (nn.GRU(3, 2, batch_first=True), "modified in place"),
+    ):
+        x = X.float() if isinstance(model, nn.Sequential) else X.float()[:, None]
+        with fastgrad.record(model):
+            out = model(x)
+            loss = (out[0] if isinstance(out, tuple) else out).sum()
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(2)
+            with pytest.raises(RuntimeError, match=message):
+                fastgrad.grad_sqnorm(loss, list(model.parameters()))
+
+
+def test_values_that_are_not_finite_are_those_of_their_samples() -> None:
+    bad = X.clone()
+    bad[1] = torch.nan
+    for first in (X, bad):
+        model = parts(lambda net, x: net.head(net.layer(x).tanh()))
+        recorded(model, lambda first=first, model=model: model(first).sum())
+        found = recorded(model, lambda model=model: model(bad).square().sum())
+        assert found[:, :6].isnan().any(1).tolist() == [i == 1 for i in range(5)]
+        assert_exact(found[[0, 2, 3, 4]], alone(model, (bad[[0, 2, 3, 4]],)))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+@pytest.mark.parametrize("entry", [fastgrad.GradientFeatures, fastgrad.record])
+def test_parameters_that_are_not_seen_whole(entry: Any) -> None:
+    for part, error, message in (
+        (nn.Linear(4, 3, dtype=torch.complex64), TypeError, "real parameters; 'weight' was torch.complex64"),
+        (nn.Sequential(nn.Linear(4, 3, device="meta")), ValueError, "'0.weight' was on the meta device"),
+        (nn.Sequential(nn.LazyLinear(3)), ValueError, r"'0.weight' was not initialized \(call a lazy module once"),
+        (nn.Sequential(torch.jit.trace(nn.Linear(4, 3), torch.rand(2, 4))), TypeError, "ordinary modules; '0' was a"),
+        (torch.jit.trace(nn.Linear(4, 3), torch.rand(2, 4)), TypeError, "ordinary modules; 'model' was a"),
+    ):
+        with pytest.raises(error, match=message):
+            entry(part)
+
+
+@pytest.fixture
+def process() -> Iterator[None]:
+    """One process of a group of one."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("process")
+def test_parameters_that_are_parts() -> None:
+    whole = nn.Linear(4, 3).double()
+    fully_shard(whole, mesh=init_device_mesh("cpu", (1,)))
+    for sharded in (whole, FullyShardedDataParallel(nn.Linear(4, 3), device_id=torch.device("cpu"))):
+        for entry in (fastgrad.GradientFeatures, fastgrad.record):
+            with pytest.raises(TypeError, match=r"must hold whole parameters; .* was a (DTensor|FullySharded)"):
+                entry(sharded)
+
+
+PENALIZED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "rule": lambda net, x: net.layer(x),
+    "two rules": lambda net, x: net.head(net.layer(x).tanh()),
+    "copies": lambda net, x: torch.tanh(x @ torch.diag(net.scale)),
+}
+
+
+@pytest.mark.parametrize("way", PENALIZED)
+def test_a_penalty_of_gradients_is_refused_where_it_passes_a_rule(way: str) -> None:
+    model, x = parts(PENALIZED[way]), X.clone().requires_grad_()
+    parameters = list(model.parameters())
+
+    def penalty(x: Tensor) -> tuple[Tensor, Tensor]:
+        out = model(x)
+        (gradient,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        return out, gradient.square().sum()
+
+    truth = torch.autograd.grad(penalty(x)[1], parameters, allow_unused=True)
+    with fastgrad.record(model):
+        out, term = penalty(x)
+        if way == "copies":
+            found = fastgrad.grad_sqnorm(term + out.sum(), parameters, retain_graph=True)
+        else:
+            with pytest.raises(ValueError, match=r"outputs must .* gradient"):
+                fastgrad.grad_sqnorm(term + out.sum(), parameters, retain_graph=True)
+        # What depends on no gradient is found, and autograd's own passes are as always.
+        plain = fastgrad.grad_sqnorm(out.square().sum(), parameters, retain_graph=True)
+        for one, other in zip(torch.autograd.grad(term, parameters, allow_unused=True), truth, strict=True):
+            torch.testing.assert_close(one, other)
+    assert_exact(torch.stack(plain, 1), alone(model, (X,)))
+    if way == "copies":
+        rows = (penalty(row.clone().requires_grad_()) for row in X.split(1))
+        assert_exact(torch.stack(found, 1), loss_norms((term + out.sum() for out, term in rows), model))
+
+
+def test_transforms_of_functions_inside_a_recording() -> None:
+    model = nn.Linear(3, 2).double()
+    own = dict(model.named_parameters())
+
+    def total(values: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, values, (X,)).square().sum()
+
+    with fastgrad.record(model):
+        found = torch.func.grad(total)(own)
+        torch.testing.assert_close(torch.func.vmap(model)(X), model(X))
+    truth = torch.autograd.grad(model(X).square().sum(), list(own.values()))
+    torch.testing.assert_close(tuple(found.values()), truth)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_gradients_that_are_rounding_alone_are_no_samples_that_meet() -> None:
+    saturated = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+    model = Net(lambda net, x: net.head(net.body(x).mean(1)), body=saturated, head=nn.Linear(16, 3)).eval()
+    _, norms = fastgrad.GradientFeatures(model)(1e4 * torch.randn(6, 7, 16))
+    assert norms.isfinite().all()
+
+
+def test_gradients_that_are_not_in_proportion_to_the_loss_cannot_be_clipped() -> None:
+    def clamped(net: Any, x: Tensor) -> Tensor:
+        h = torch.tanh(net.layer(x))
+        h.register_hook(lambda gradient: gradient.clamp(-0.1, 0.1))
+        return net.head(h)
+
+    model = parts(clamped)
+    truth = loss_norms(((model(row) + 1).square().sum() for row in X.split(1)), model)
+    features = fastgrad.GradientFeatures(model, loss="mse", target=lambda z: torch.full_like(z, -1))
+    assert_exact(features(X)[1], truth)
+    with (
+        fastgrad.clip_gradients(model, 1.0) as clipped,
+        pytest.raises(ValueError, match="model must have gradients in proportion to its losses"),
+    ):
+        clipped.backward(model(X).square().sum(1))

@@ -1,0 +1,478 @@
+"""Models that write to buffers, attributes, lists or objects: what a call leaves is what an ordinary one leaves."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import dataclasses
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from gradient_oracle import loss_norms
+from small_nets import Net, alone, assert_exact, assert_same, check, features_of_squares, inputs, left, parts, recorded
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fastgrad
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+X = inputs(4, 3)
+
+
+def counted(net: Any, x: Tensor) -> Tensor:
+    """Scales its input by how often it was called, over three steps."""
+    for _ in range(3):
+        net.count += 1
+        x = torch.tanh(net.layer(x * (1 + net.count % 2)))
+    return net.head(x)
+
+
+def buffered(net: Any, x: Tensor) -> Tensor:
+    """Counts calls in one buffer in place, and the numbers of samples in another by assignment."""
+    net.calls += 1
+    net.seen = net.seen + len(x)
+    return net.head(net.layer(x) * net.calls.cos())
+
+
+def checkpointed(net: Any, x: Tensor) -> Tensor:
+    def part(x: Tensor) -> Tensor:
+        net.calls.add_(1)
+        return net.layer(x)
+
+    return net.head(checkpoint(part, x, use_reentrant=False))
+
+
+def averaged(net: Any, x: Tensor) -> Tensor:
+    """Follows a layer by another one that learns nothing."""
+    with torch.no_grad():
+        net.slow.lerp_(net.layer.weight, 0.1)
+    return net.head(net.layer(x) - x @ net.slow)
+
+
+def shared(net: Any, x: Tensor) -> Tensor:
+    """Leaves for later parts what earlier ones give."""
+    net.skips.append(net.layer(x).tanh())
+    net.context["scale"] = net.skips[0].square().mean(1, keepdim=True)
+    return net.head((x + net.skips.pop()) * net.context["scale"])
+
+
+def caching(net: Any, x: Tensor) -> Tensor:
+    """Makes a table for each new length, and keeps it."""
+    if x.shape[1] not in net.tables:
+        net.tables[x.shape[1]] = torch.linspace(0, 1, x.shape[1], dtype=x.dtype).cos()
+    return net.head((x * net.tables[x.shape[1]]).tanh() * net.scale)
+
+
+def kept(net: Any, x: Tensor) -> Tensor:
+    """Keeps what it computes from parameters, and uses it in later calls."""
+    if "twice" not in net.tables:
+        net.tables["twice"] = net.scale * 2
+    return net.head(x * net.tables["twice"])
+
+
+def collected(net: Any, x: Tensor) -> Tensor:
+    """Adds hooks in its first call, which collect what layers give, as transformers do for hidden states."""
+    if not net.hooked:
+        for part in (net.layer, net.other):
+            part.register_forward_hook(lambda _, __, output: net.skips.append(output))
+        net.hooked = True
+    net.skips.clear()
+    net.other(net.layer(x).tanh())
+    return net.head(torch.stack(list(net.skips), 1).prod(1))
+
+
+def noted(net: Any, x: Tensor) -> Tensor:
+    """A hook of a layer writes an attribute that is read later."""
+    net.layer(x)
+    return net.head(net.noted.tanh())
+
+
+def note(net: Any) -> None:
+    net.layer.register_forward_hook(lambda _, __, output: setattr(net, "noted", output))
+
+
+def stepped(net: Any, x: Tensor) -> Tensor:
+    """Goes another way from its second call on."""
+    first, net.first = net.first, False
+    return net.head(net.layer(x) if first else net.other(x))
+
+
+def clamped(net: Any, x: Tensor) -> Tensor:
+    """Masks a weight and keeps a scale within limits: what stays if it is done again."""
+    with torch.no_grad():
+        net.layer.weight *= torch.ones(3, 3).tril()
+        net.scale.clamp_(0.6, 1.2)
+    return net.head(net.layer(x).tanh() / net.scale)
+
+
+def replaced(net: Any, x: Tensor) -> Tensor:
+    net.layer.weight.data = net.layer.weight.data * torch.ones(3, 3).tril()
+    return net.head(net.layer(x))
+
+
+#: Functions, and what is done to the network first.
+WRITES: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any], Any]]] = {
+    "attribute": (counted, lambda net: None),
+    "moving average": (averaged, lambda net: None),
+    "list and dictionary": (shared, lambda net: None),
+    "cache by shape": (caching, lambda net: None),
+    "hook that writes": (noted, note),
+    "hooks that a call adds": (collected, lambda net: None),
+    "second path": (stepped, lambda net: None),
+}
+
+
+def keeping(function: Callable[[Any, Tensor], Tensor]) -> Net:
+    made: dict[str, Any] = {"count": 0, "skips": [], "context": {}, "tables": {}, "hooked": False, "first": True}
+    buffers = {"calls": torch.zeros(()), "seen": torch.zeros(()), "slow": torch.zeros(3, 3)}
+    return parts(function, noted=None, **made, **{name: nn.Buffer(value) for name, value in buffers.items()})
+
+
+@pytest.mark.parametrize("way", WRITES)
+def test_what_a_call_writes(way: str) -> None:
+    """Each call is held against an ordinary one of a copy, which goes on from what the one before it left."""
+    function, prepare = WRITES[way]
+    model, plain = keeping(function), keeping(function)
+    plain.load_state_dict(model.state_dict())
+    prepare(model)
+    prepare(plain)
+    for x in (X, inputs(4, 3, seed=1), X[:1]):
+        before = left(model)
+        features = features_of_squares(model)(x)[1]
+        assert_same(left(model), before)
+        out = plain(x)
+        truth = loss_norms((row.square().sum() for row in out), plain)
+        assert_exact(features, truth)
+        assert_exact(recorded(model, lambda x=x: model(x).square().sum()), truth)
+        assert_same(left(model), left(plain))
+
+
+def test_buffers_count_a_call_once() -> None:
+    model = keeping(buffered)
+    for call in range(1, 4):
+        truth = alone(model, (X,))
+        assert_exact(features_of_squares(model)(X)[1], truth)
+        assert model.calls == call - 1
+        assert_exact(recorded(model, lambda: model(X).square().sum()), truth)
+        assert model.calls == call
+        assert model.seen == 4 * call
+
+
+def test_features_leave_a_buffer_that_a_checkpoint_counts_in() -> None:
+    model = keeping(checkpointed)
+    assert_exact(features_of_squares(model)(X)[1], alone(model, (X,)))
+    assert model.calls == 0
+
+
+@pytest.mark.parametrize("function", [clamped, replaced])
+def test_parameters_that_a_call_writes_to(function: Callable[[Any, Tensor], Tensor]) -> None:
+    model, plain = keeping(function), keeping(function)
+    plain.load_state_dict(model.state_dict())
+    for _ in range(2):
+        plain(X)
+        found = recorded(model, lambda: model(X).square().sum())
+        assert_same(left(model), left(plain))
+        assert_exact(found, loss_norms((plain(row).square().sum() for row in X.split(1)), plain))
+
+
+def trained(net: Any, x: Tensor) -> Tensor:
+    """Moves a parameter by each call, as a teacher follows its student."""
+    with torch.no_grad():
+        net.other.weight.lerp_(net.layer.weight, 0.5)
+    return net.head(net.layer(x) - net.other(x))
+
+
+def test_a_parameter_moves_once_or_the_model_is_refused_before_it_moves() -> None:
+    model, plain = keeping(trained), keeping(trained)
+    plain.load_state_dict(model.state_dict())
+    before, _ = left(model), plain(X)
+    try:
+        recorded(model, lambda: model(X).square().sum())
+    except ValueError as refusal:
+        assert "parameters" in str(refusal)  # noqa: PT017 - either is right
+        assert_same(left(model), before)
+    else:
+        assert_same(left(model), left(plain))
+
+
+def making(net: Any, x: Tensor) -> Tensor:
+    """Makes its last layer in its first call."""
+    if net.noted is None:
+        net.noted = nn.Linear(3, 2, dtype=x.dtype)
+    return net.noted(net.layer(x))
+
+
+def test_a_layer_that_a_call_makes_counts_or_is_refused() -> None:
+    model = keeping(making)
+    try:
+        found = recorded(model, lambda: model(X).square().sum())
+    except ValueError as refusal:
+        assert "parameters" in str(refusal)  # noqa: PT017 - either is right
+        model(X)
+        found = recorded(model, lambda: model(X).square().sum())
+    assert_exact(found, alone(model, (X,)))
+
+
+#: By what they count in: how it begins, and what a call does to it.
+COUNTS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
+    "list": (list, lambda it: it.append(1)),
+    "dict of lists": (lambda: {"a": []}, lambda it: it["a"].append(1)),
+    "set": (set, lambda it: it.add(len(it))),
+    "object": (lambda: types.SimpleNamespace(count=0), lambda it: setattr(it, "count", it.count + 1)),
+    "object in a list": (lambda: [types.SimpleNamespace(count=0)], lambda it: setattr(it[0], "count", it[0].count + 1)),
+    "deque": (lambda: collections.deque(maxlen=9), lambda it: it.append(1)),
+    "counter": (collections.Counter, lambda it: it.update("a")),
+    "defaultdict": (lambda: collections.defaultdict(list, a=[1]), lambda it: it["a"].append(1)),
+    "tensor": (lambda: torch.zeros(()), lambda it: it.add_(1)),
+}
+
+
+@pytest.mark.parametrize("kind", COUNTS)
+def test_what_a_call_counts_is_counted_once(kind: str) -> None:
+    begin, note = COUNTS[kind]
+
+    def noting(net: Any, x: Tensor) -> Tensor:
+        note(net.held)
+        return net.head(net.layer(x).tanh())
+
+    held, once = begin(), begin()
+    model = parts(noting, held=held)
+    fastgrad.GradientFeatures(model)(X)
+    assert held == once
+    for _ in range(2):
+        recorded(model, lambda: model(X).sum())
+        note(once)
+        assert held == once
+    assert model.held is held
+
+
+def test_sizes_that_a_list_of_the_model_is_given_are_those_of_one_sample() -> None:
+    model = Net(lambda net, x: (net.seen.append(len(x)), net.layer(x))[1], layer=nn.Linear(3, 2), seen=[])
+    with fastgrad.record(model):
+        model(X.float())
+    assert model.seen == [1]
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_a_tensor_of_parameters_that_an_earlier_call_kept(detach: bool) -> None:
+    """Its gradient reaches the parameters through that call, sample by sample; detached, it is a constant."""
+    model, fresh = keeping(kept), keeping(kept)
+    fresh.load_state_dict(model.state_dict())
+    truth = loss_norms((row.square().sum() for row in fresh(X)), fresh)
+    assert_exact(features_of_squares(model)(X)[1], truth)
+    assert not model.tables
+    model(X)
+    if detach:
+        model.tables["twice"] = model.tables["twice"].detach()
+        truth = truth * torch.tensor([name != "scale" for name, _ in model.named_parameters()])
+    assert_exact(features_of_squares(model)(X)[1], truth)
+    found = recorded(model, lambda: model(X).square().sum())
+    assert_exact(found, truth)
+
+
+@dataclasses.dataclass(eq=False)
+class Held:
+    """What others may hold as well."""
+
+    scale: Any = 1.0
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def by(use: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    def scaling(net: Any, x: Tensor) -> Tensor:
+        net.held.scale = 1 + x.square().mean(1, keepdim=True)
+        return net.head(use(net, net.layer(x)))
+
+    return scaling
+
+
+NONE: Any = Held()
+#: Functions of an attribute that is an object, and other ways to it.
+OBJECTS: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Held], Any]]] = {
+    "method": (by(lambda net, x: net.use(x)), lambda held: held.apply),
+    "holder": (by(lambda net, x: net.use.held.apply(x)), lambda held: types.SimpleNamespace(held=held)),
+    "key": (by(lambda net, x: net.use[net.held](x) * net.held.scale), lambda held: {held: torch.tanh}),
+    "identity": (lambda net, x: net.head(net.layer(x).tanh() if net.held is not NONE else x), lambda _: None),
+}
+
+
+@pytest.mark.parametrize("way", OBJECTS)
+def test_an_object_that_is_held_elsewhere_as_well_stays_one(way: str) -> None:
+    function, made = OBJECTS[way]
+    held = Held()
+    model = parts(function, held=held, use=made(held))
+    truth = loss_norms((row.square().sum() for row in model(X)), model)
+    held.scale = 1.0
+    assert_exact(features_of_squares(model)(X)[1], truth)
+    assert_exact(recorded(model, lambda: model(X).square().sum()), truth)
+    assert vars(model)["held"] is held
+
+
+def shifting(net: Any, x: Tensor, scale: Tensor) -> Tensor:
+    """Writes to its input."""
+    return net.layer(x.sub_(0.5)).tanh() * scale
+
+
+def test_a_model_that_writes_to_its_input_does_so_once_a_call() -> None:
+    # With as many rows as columns, which inputs carry the batch is tried on the whole of it.
+    model, x, scale = parts(shifting), inputs(3, 3), inputs(3, 3, seed=1)
+    truth = alone(model, (x, scale))
+    for _ in range(2):
+        given = x.clone()
+        assert_exact(features_of_squares(model)(given, scale)[1], truth)
+        given = x.clone()
+        assert_exact(recorded(model, lambda given=given: model(given, scale).square().sum()), truth)
+        torch.testing.assert_close(given, x - 0.5)
+
+
+class Cache:
+    """Keys that modules add to, as in a model that can go on with its sequence; it holds a reference to itself."""
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+        self.steps, self.own = {"seen": 0}, self
+
+    def update(self, keys: Tensor) -> Tensor:
+        self.keys.append(keys)
+        self.steps["seen"] += 1
+        return torch.cat(self.keys, 1)
+
+
+def cached(net: Any, x: Tensor, cache: Cache | None = None) -> Tensor:
+    """Two steps that are given a cache; another path where the first value is positive."""
+    cache = Cache() if cache is None else cache
+    for _ in range(2):
+        keys = net.layer(x) if x[0, 0, 0] > 0 else net.layer(x) * 1.0
+        x = x + (keys.tanh() @ cache.update(keys).sum(1, keepdim=True).mT) * net.scale
+    return net.head(x[:, -1])
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_cache_among_the_inputs_is_filled_once(samples: int) -> None:
+    model, x = parts(cached), inputs(samples, 5, 3)
+    truth = alone(model, (x,))
+    for _ in range(2):
+        assert_exact(features_of_squares(model)(x)[1], truth)
+        cache = Cache()
+        with fastgrad.record(model):
+            out = model(x, cache=cache)
+            found = fastgrad.grad_sqnorm(out.square().sum(), list(model.parameters()))
+        assert_exact(torch.stack(found, 1), truth)
+        assert cache.steps == {"seen": 2}
+        assert [len(keys) for keys in cache.keys] == [samples, samples]
+        assert cache.own is cache
+
+
+@pytest.mark.parametrize("given", [{"b"}, ["b"], {"a": "b"}, type("List", (list,), {})(["b"])])
+def test_containers_among_the_inputs_are_given_as_they_are_to_each_run(given: Any) -> None:
+    def forked(net: Any, x: Tensor, names: Any) -> Tensor:
+        assert names == before
+        names.clear()
+        return net.head(net.layer(x) if x[0, 0] > 0 else net.layer(x) * 1.0)
+
+    before, filled = copy.deepcopy(given), copy.deepcopy(given)
+    model = parts(forked)
+    for _ in range(2):
+        filled = copy.deepcopy(before)
+        _, features = features_of_squares(model)(X, names=filled)
+        assert features.shape == (4, len(list(model.parameters())))
+        filled = copy.deepcopy(before)
+        recorded(model, lambda filled=filled: model(X, names=filled).sum())
+
+
+@pytest.mark.parametrize("way", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal])
+def test_weights_that_are_kept_for_a_while_are_those_of_each_pass(way: Any) -> None:
+    model = nn.Sequential(way(nn.Conv1d(2, 4, 2)), nn.Flatten(), nn.Tanh(), way(nn.Linear(8, 3))).double()
+    x = inputs(4, 2, 3)
+    truth = loss_norms((model(row).square().sum() for row in x.split(1)), model)
+    with nn.utils.parametrize.cached():
+        weight = model[3].weight
+        for _ in range(2):
+            assert_exact(recorded(model, lambda: model(x).square().sum()), truth)
+            assert_exact(features_of_squares(model)(x)[1], truth)
+        assert model[3].weight is weight
+        model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+class Renamed(Net):
+    """Names the parameters of its last layer alone, as wrappers do."""
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        return self.head.named_parameters(*args, **kwargs)
+
+
+def test_a_model_that_names_some_of_its_parameters() -> None:
+    model = Renamed(lambda net, x: net.head(net.layer(x)), layer=nn.Linear(3, 3), head=nn.Linear(3, 2)).double()
+    truth = loss_norms((row.square().sum() for row in model(X)), model)
+    assert truth.shape == (4, 2)
+    assert_exact(recorded(model, lambda: model(X).square().sum()), truth)
+    assert_exact(features_of_squares(model)(X)[1], truth)
+
+
+def test_a_table_whose_rows_have_a_largest_norm_is_written_to() -> None:
+    model, x = (
+        parts(lambda net, x: net.head(net.table(x) * net.table(x)), table=nn.Embedding(5, 3, max_norm=0.5)),
+        torch.arange(4),
+    )
+    for _ in range(2):
+        found = recorded(model, lambda: model(x).square().sum())
+        assert (model.table.weight[:4].norm(dim=1) <= 0.5 + 1e-6).all()
+        assert_exact(found, loss_norms((row.square().sum() for row in model(x)), model))
+
+
+def closing(way: str) -> Net:
+    """A function in an attribute, or in the place of ``forward``, that holds parts of the model."""
+    model = parts(lambda net, x: net.head(net.middle(x)))
+    inner, scale = model.layer, model.scale
+    own = inner.forward
+    functions: dict[str, Any] = {
+        "model": lambda x, *, power=2: torch.tanh(model.layer(x)) * model.scale**power,
+        "parts": lambda x: torch.tanh(inner(x)) * scale,
+        "compiled": torch.compile(lambda x: torch.tanh(inner(x)) * scale, backend="eager"),
+        "without gradients": torch.no_grad()(lambda x: inner(x)),
+    }
+    model.middle = functions.get(way, inner)
+    if way == "method":
+        inner.forward = lambda x: own(x.sin())  # type: ignore[method-assign]
+    return model
+
+
+@pytest.mark.parametrize("way", ["model", "parts", "method", "compiled", "without gradients"])
+def test_closures_over_parts_of_the_model(way: str) -> None:
+    model = closing(way)
+    truth = loss_norms((row.square().sum() for row in model(X)), model)
+    assert_exact(features_of_squares(model)(X)[1], truth)
+    assert_exact(recorded(model, lambda: model(X).square().sum()), truth)
+
+
+def test_parameters_can_be_swapped_once_they_were_used() -> None:
+    model, other = (nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 3)).double().eval() for _ in range(2))
+    features = fastgrad.GradientFeatures(model)
+    features(X)
+    expected = fastgrad.GradientFeatures(other)(X)[1]
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        torch.utils.swap_tensors(one, two)
+    torch.testing.assert_close(features(X)[1], expected)
+
+
+def test_an_attribute_that_has_a_row_for_each_sample_is_refused() -> None:
+    """One row is for all."""
+    for rows in (1, 4):
+        model = parts(lambda net, x: net.head((net.layer(x) + net.noted) @ net.matrix), noted=inputs(rows, 3))
+        if rows == 1:
+            check(model, (X,))
+            continue
+        for call in (features_of_squares(model), lambda x, model=model: recorded(model, lambda: model(x).sum())):
+            with pytest.raises(ValueError, match="for one sample alone, its output is another"):
+                call(X)
