@@ -13,10 +13,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastgrad.engine.backward import CHUNK_BYTES, Share
+from fastgrad.engine.backward import Share
 from fastgrad.layers.linear import STRAIGHT, Product, Table
 from fastgrad.layers.reduce import upcast
 from fastgrad.ops.conv.cost import ADD, CALL, PRODUCT
+
+#: Bytes of gradients, or of products of positions, held at once. The C library reuses blocks below 32 MiB.
+CHUNK_BYTES = 24 * 2**20
 
 Shares = Sequence[Share]
 
@@ -174,6 +177,13 @@ def _products(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     return x[:, y.flatten()] if y.dim() == 2 else x @ y.flatten(0, 1).mT.to(dtype)
 
 
+def _squared(gradients: Tensor) -> Tensor:
+    total = torch.zeros_like(gradients[0])
+    for gradient in gradients:  # without writing squares
+        total.addcmul_(gradient, gradient)
+    return total
+
+
 def square_sum(side: Side) -> Tensor:
     """Return the sum over samples of squared gradients, of the parameter's shape."""
     shape = side.shape
@@ -185,6 +195,6 @@ def square_sum(side: Side) -> Tensor:
         found = found.index_add_(0, left, square) if left.dim() == 1 else left.square().mT @ square
         found = found.view(side.shape)
     else:
-        parts = [side.part(at).square().sum(0) for at in side.parts(side.samples)]
+        parts = [_squared(side.part(at)) for at in side.parts(side.samples)]
         found = parts[0] if len(parts) == 1 else torch.cat(parts, 0 if len(shape) < 3 else 1)
     return found if side.kept is None else found.new_zeros(shape).index_copy_(0, side.kept, found)

@@ -12,8 +12,8 @@ from fastgrad.ops.conv import cost, routes
 from fastgrad.ops.conv.geometry import Ints, Problem, padding_of
 from fastgrad.ops.conv.sqnorm import shape_of
 
-#: Bytes of one chunk's patches on a GPU, which is fast only with many samples at once.
-_GPU_BYTES = 256 * 2**20
+#: Bytes of one chunk's patches and gradients. The C library reuses blocks below 32 MiB.
+CHUNK_BYTES = 24 * 2**20
 
 
 class Kernel(NamedTuple):
@@ -45,9 +45,7 @@ def conv_gradient(a: Tensor, g: Tensor, options: Kernel, inputs: slice = slice(N
     if inputs != slice(None):
         p = p._replace(a=p.a.unflatten(1, (p.groups, -1))[:, :, inputs].flatten(1, 2))
     samples = p.a.shape[0]
-    shape = shape_of(p, itemsize=p.a.element_size())
-    if p.a.is_cuda:
-        shape = replace(shape, budget=_GPU_BYTES)
+    shape = replace(shape_of(p, itemsize=p.a.element_size()), budget=CHUNK_BYTES)
     route = min((r for r in cost.candidates(shape) if r != "gram"), key=lambda r: cost.seconds(r, shape))
     step = cost.chunk_size(route, shape)
     out = p.a.new_empty(samples, p.g.shape[2], p.a.shape[1] // p.groups, *p.kernel)
