@@ -25,6 +25,8 @@ def test_there_are_pages_to_run() -> None:
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec")
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 @pytest.mark.filterwarnings("ignore:The number of training batches")
+# Of PyTorch: the first forward-mode derivative scripts functions.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
 @pytest.mark.parametrize("page", parameters(PAGES))
 def test_the_page_runs_as_printed(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exports: Path) -> None:
     if "<!-- needs: model.pt2 -->" in page.read_text():

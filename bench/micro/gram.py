@@ -1,0 +1,237 @@
+"""Inner products of per-sample gradients: the matrix of a batch, and products with one vector.
+
+Every implementation computes the ``(B, B)`` matrix of the same loss; the training step is the yardstick. Errors are
+those of the entries of the first and the last row against float64 gradients of samples alone, relative to the product
+of the two norms. TorchJD's autogram refuses batch norm and recurrent layers unless it goes back once per sample.
+
+The networks are those of TorchJD's own benchmark, from torchvision, at 32 or 64 pixels, and ours.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad
+
+import fastgrad
+from bench.micro import network_peers as peers
+from bench.micro.models import NETWORKS, Network, images
+from bench.micro.network_peers import CE, UNIT, Task
+from bench.registry import Implementation, case
+
+#: Errors allowed, relative to the product of two norms.
+ALLOWED = 1e-4
+#: Bytes of gradients that a peer may hold.
+MEMORY = 3 << 30
+one = partial(Implementation, graph=False)
+
+
+def _torchvision(name: str, **options: Any) -> nn.Module:
+    import torchvision
+
+    model: nn.Module = getattr(torchvision.models, name)(num_classes=10, **options)
+    for module in model.modules():
+        if isinstance(module, (nn.ReLU, nn.Hardswish, nn.Hardsigmoid)):
+            module.inplace = False
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+class Encoder(nn.Module):
+    """A transformer's encoder over vectors, ``(B, T, 64)`` to ``(B, 10)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, batch_first=True)
+        self.body, self.head = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).mean(1))
+
+
+def _vectors(batch: int, made: torch.Generator) -> Tensor:
+    return torch.randn(batch, 32, 64, generator=made)
+
+
+MODELS: dict[str, Network] = {
+    **{name: NETWORKS[name] for name in NETWORKS},
+    "ResNet-18 instance norm 64x64": (
+        partial(_torchvision, "resnet18", norm_layer=partial(nn.InstanceNorm2d, affine=True)), images(64)),
+    "MobileNetV3 group norm 64x64": (
+        partial(_torchvision, "mobilenet_v3_small", norm_layer=partial(nn.GroupNorm, 1)), images(64)),
+    "AlexNet 64x64": (partial(_torchvision, "alexnet"), images(64)),
+    "SqueezeNet 64x64": (partial(_torchvision, "squeezenet1_1"), images(64)),
+    "transformer T=32": (Encoder, _vectors),
+}  # fmt: skip
+
+
+class GramTask(Task):
+    """The same network with a label for every sample."""
+
+    def losses(self, logits: Tensor) -> Tensor:
+        return F.cross_entropy(
+            logits, torch.arange(len(logits), device=logits.device) % logits.shape[1], reduction="none"
+        )
+
+    def loss(self, logits: Tensor) -> Tensor:
+        """Return the sum over samples."""
+        return self.losses(logits).sum()
+
+    @cached_property
+    def exact(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return float64 products of each sample's gradient with the first's, the last's and the sum, and norms.
+
+        ``(3, B)``, the norms of these three and the norms ``(B,)``.
+        """
+        double = self.double()
+        parameters = list(double.model.parameters())
+
+        def gradient(i: int) -> list[Tensor]:
+            logits = double.model(double.x[i : i + 1])
+            loss = F.cross_entropy(logits, torch.tensor([i % logits.shape[1]], device=logits.device))
+            return list(torch.autograd.grad(loss, parameters, materialize_grads=True))
+
+        def dot(g: list[Tensor], h: list[Tensor]) -> Tensor:
+            return torch.stack([(a * b).sum() for a, b in zip(g, h, strict=True)]).sum()
+
+        total = list(torch.autograd.grad(double.loss(double.model(double.x)), parameters, materialize_grads=True))
+        sides = [gradient(0), gradient(len(self.x) - 1), total]
+        found = []
+        for i in range(len(self.x)):
+            g = gradient(i)
+            found.append(torch.stack([*(dot(side, g) for side in sides), dot(g, g)]))
+        *products, squares = torch.stack(found, 1)
+        return torch.stack(products), torch.stack([dot(side, side) for side in sides]).sqrt(), squares.sqrt()
+
+    def _far(self, found: Tensor, sides: slice) -> float:
+        products, scale, norms = self.exact
+        error = (found.double() - products[sides]).abs() / (scale[sides, None] * norms)
+        return float(error.max()) if bool(torch.isfinite(error).all()) else float("inf")
+
+    def gram_error(self, gram: Tensor) -> float:
+        return self._far(gram[[0, -1]], slice(0, 2))
+
+    def vector_error(self, products: Tensor) -> float:
+        return self._far(products[None], slice(2, 3))
+
+
+def ours(task: GramTask) -> Callable[[], Tensor]:
+    parameters = list(task.model.parameters())
+
+    def call() -> Tensor:
+        with fastgrad.record(task.model):
+            return fastgrad.grad_gram(task.loss(task.model(task.x)), parameters)
+
+    return call
+
+
+def squares(task: GramTask) -> Callable[[], Tensor]:
+    parameters = list(task.model.parameters())
+
+    def call() -> Tensor:
+        with fastgrad.record(task.model):
+            return fastgrad.grad_square_sum(task.loss(task.model(task.x)), parameters)[-1]
+
+    return call
+
+
+def autogram(task: GramTask) -> Callable[[], Tensor]:
+    from torchjd.autogram import Engine
+
+    model = copy.deepcopy(task.model)  # its hooks stay
+    engine = Engine(model, batch_dim=0)
+    return lambda: engine.compute_gramian(task.losses(model(task.x)))
+
+
+def vmapped(task: GramTask) -> Callable[[], Tensor]:
+    """Compute all gradients by vmap(grad), and their products."""
+    parameters, buffers = peers._state(task.model)
+    labels = torch.arange(len(task.x), device=task.x.device)
+
+    def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        logits = functional_call(task.model, (parameters, buffers), (x.unsqueeze(0),))
+        return F.cross_entropy(logits, (y % logits.shape[1])[None])
+
+    each = torch.func.vmap(grad(loss), in_dims=(None, 0, 0), randomness="different")
+
+    def call() -> Tensor:
+        found = each(parameters, task.x, labels)
+        total: Any = 0
+        for g in found.values():
+            total = total + g.flatten(1) @ g.flatten(1).mT
+        return total
+
+    return peers._batching(call)
+
+
+def loop(task: GramTask) -> Callable[[], Tensor]:
+    parameters = list(task.model.parameters())
+
+    def call() -> Tensor:
+        losses = task.losses(task.model(task.x))
+        rows = []
+        for loss in losses:
+            grads = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+            rows.append(torch.cat([g.flatten() for g in grads]))
+        found = torch.stack(rows)
+        return found @ found.mT
+
+    return call
+
+
+def tangent(task: GramTask) -> Callable[[], Tensor]:
+    """Compute products with the summed gradient, by one forward pass with a tangent."""
+    parameters, buffers = peers._state(task.model)
+
+    def losses(values: dict[str, Tensor]) -> Tensor:
+        return task.losses(functional_call(task.model, (values, buffers), (task.x,)))
+
+    def call() -> Tensor:
+        total = torch.func.grad(lambda values: losses(values).sum())(parameters)
+        return torch.func.jvp(losses, (parameters,), (total,))[1]
+
+    return peers._batching(call)
+
+
+@case(
+    "gram", "{0} B={1}", against="training step",
+    names=("fastgrad", "training step", "TorchJD autogram", "vmap(grad)", "per-sample loop",
+           "products with one sum, jvp", "sums of squares, fastgrad"),
+    tiny=[("plain CNN 8x8", 3)],
+    quick=[(name, 16) for name in MODELS if name.split()[0] in ("AlexNet", "MobileNetV3", "SqueezeNet", "transformer")
+           or name in ("ResNet-18 32x32", "ResNet-18 instance norm 64x64", "GPT T=128")],
+    full=[(name, batch) for batch in (16, 64) for name in (
+        "ResNet-18 instance norm 64x64", "MobileNetV3 group norm 64x64", "AlexNet 64x64", "SqueezeNet 64x64",
+        "transformer T=32", "ResNet-18 32x32", "GPT T=128")],
+)  # fmt: skip
+def gram(name: str, batch: int, device: str) -> Iterator[Implementation]:
+    """The matrix of a batch; products with one summed gradient and sums of squares are for comparison."""
+    task = GramTask(MODELS[name], batch, device, CE)
+    yield one("fastgrad", partial(ours, task), task.gram_error, ALLOWED)
+    yield one("training step", partial(peers.step, task), lambda found: 0.0, UNIT)
+    yield one("TorchJD autogram", partial(autogram, task), task.gram_error, ALLOWED)
+    if batch * sum(p.nbytes for p in task.model.parameters()) <= MEMORY:
+        yield one("vmap(grad)", partial(vmapped, task), task.gram_error, ALLOWED)
+        yield one("per-sample loop", partial(loop, task), task.gram_error, ALLOWED)
+    yield one("products with one sum, jvp", partial(tangent, task), task.vector_error, ALLOWED)
+    yield one("sums of squares, fastgrad", partial(squares, task), lambda found: 0.0, UNIT)
+
+
+@case(
+    "gram-growth", "{0} B={1}", against="training step", names=("fastgrad", "training step"),
+    tiny=[("plain CNN 8x8", 3)],
+    quick=[("plain CNN 32x32", batch) for batch in (16, 64, 256)] + [("transformer T=32", batch) for batch in (16, 64)],
+    full=[(name, batch) for name in ("plain CNN 32x32", "transformer T=32") for batch in (16, 64, 128, 256, 512)],
+)  # fmt: skip
+def growth(name: str, batch: int, device: str) -> Iterator[Implementation]:
+    """How the cost grows with the batch."""
+    task = GramTask(MODELS[name], batch, device, CE)
+    yield one("fastgrad", partial(ours, task), task.gram_error, ALLOWED)
+    yield one("training step", partial(peers.step, task), lambda found: 0.0, UNIT)
