@@ -13,8 +13,6 @@ from fastgrad.layers.formula import Formula
 from fastgrad.layers.probe import Visit, visiting
 from fastgrad.losses import compute_dtype
 
-#: Bytes of per-sample gradients held at once.
-CHUNK_BYTES = 64 * 2**20
 #: What a formula needs: saved tensors and output gradients, of all samples of a part.
 Given = tuple[Sequence[Tensor], Sequence[Tensor]]
 
@@ -29,16 +27,6 @@ class Share:
     def device(self) -> torch.device:
         """Where the gradients are."""
         return self._given[1][0].device
-
-    def given(self, places: slice) -> Given:
-        """Return what the formula needs, for some of the samples."""
-        saved, gradients = self._given
-        count = len(self.rows)
-        return [_of(t, places, count) for t in saved], [_of(t, places, count) for t in gradients]
-
-    def gradient(self, places: slice) -> Tensor:
-        """Return gradients ``(b, *shape)`` of some of the samples."""
-        return self.formula.gradient(*self.given(places), self.slot)
 
     def sqnorms(self) -> Tensor:
         """Return squared norms ``(B,)`` of this share alone."""
@@ -55,12 +43,6 @@ class Share:
     def part(self, at: slice) -> Tensor:
         """Return a part of all gradients, as `fastgrad.layers.formula.Formula.part` does."""
         return self.formula.part(*self._given, self.slot, at)
-
-
-def _of(t: Tensor, places: slice, count: int) -> Tensor:
-    """Return the rows of some samples; a sample may have several, side by side."""
-    times = t.shape[0] // count
-    return t[slice(places.start * times, places.stop * times)]
 
 
 class Backward:

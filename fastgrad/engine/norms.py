@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fastgrad._torch import vmap
-from fastgrad.engine.backward import CHUNK_BYTES, Backward, Given, Share
+from fastgrad.engine.backward import Backward, Given, Share
 from fastgrad.engine.layout import agree
+from fastgrad.engine.products import Side
 from fastgrad.engine.structure import Recorded
 from fastgrad.layers.call import Use
 from fastgrad.layers.linear import STRAIGHT, Table, sum_sqnorm
@@ -156,25 +157,13 @@ class _Norms(Backward):
 
     def _of_sum(self, key: int, shares: list[Share]) -> tuple[list[int], Tensor]:
         """Return samples, and the squared norms of the sums of their gradients."""
-        if len(shares) == 1:
-            return shares[0].rows, shares[0].sqnorms()
         rows = shares[0].rows
-        if all(share.rows == rows for share in shares):
-            whole = slice(0, len(rows))
-            products = [s for s in shares if s.formula is STRAIGHT and not s.slot]
-            tables = [s.formula.rows(*s.given(whole)) for s in shares if isinstance(s.formula, Table)]
-            if len(products) + len(tables) == len(shares):
-                return rows, sum_sqnorm([s.factors()[::-1] for s in products], tables)
-            size = max(1, CHUNK_BYTES // max(1, self.wanted[key].numel() * 8))
-            parts = [
-                sqnorm(sum((share.gradient(slice(i, min(i + size, len(rows)))) for share in shares[1:]),
-                           shares[0].gradient(slice(i, min(i + size, len(rows))))))
-                for i in range(0, len(rows), size)
-            ]  # fmt: skip
-            return rows, torch.cat(parts)
-        every = sorted({row for share in shares for row in share.rows})
-        norms = []
-        for row in every:
-            own = [(share, share.rows.index(row)) for share in shares if row in share.rows]
-            norms.append(sqnorm(sum(share.gradient(slice(i, i + 1)) for share, i in own)))  # type: ignore[arg-type]
-        return every, torch.cat(norms)
+        if len(shares) == 1:
+            return rows, shares[0].sqnorms()
+        products = [s.factors()[::-1] for s in shares if s.formula is STRAIGHT and not s.slot]
+        tables = [s.factors() for s in shares if isinstance(s.formula, Table)]
+        if len(products) + len(tables) == len(shares) and all(share.rows == rows for share in shares):
+            return rows, sum_sqnorm(products, tables)
+        side = Side(self.wanted[key].shape, self.samples, shares)
+        norms = [sqnorm(side.part(at)) for at in side.parts(self.samples)]
+        return list(range(self.samples)), torch.stack(norms).sum(0)

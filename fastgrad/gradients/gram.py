@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,24 @@ from fastgrad.memory import lacks_memory
 from fastgrad.ops.dispatch import full_precision
 
 Take = Callable[[int, Side], None]
+_Outputs = Tensor | Sequence[Tensor]
+_Parameters = nn.Parameter | Sequence[nn.Parameter]
 
 
+@overload
+def grad_gram(
+    outputs: _Outputs,
+    params: _Parameters,
+    *,
+    each: Literal[False] = ...,
+    other: _Outputs | None = ...,
+    retain_graph: bool | None = ...,
+) -> Tensor: ...
+@overload
+def grad_gram(
+    outputs: _Outputs, params: _Parameters, *, each: Literal[True], other: _Outputs | None = ...,
+    retain_graph: bool | None = ...,
+) -> tuple[Tensor, ...]: ...  # fmt: skip
 def grad_gram(
     outputs: Tensor | Sequence[Tensor],
     params: nn.Parameter | Sequence[nn.Parameter],
