@@ -43,7 +43,12 @@ def copied(value: Any) -> Any:
         return [copied(item) for item in value]
     if kind is dict:
         return {key: copied(item) for key, item in value.items()}
-    return copy.copy(value) if isinstance(value, _MUTABLE) else value
+    if not isinstance(value, _MUTABLE):
+        return value
+    made = copy.copy(value)
+    if isinstance(value, dict):
+        made.update({key: copied(item) for key, item in value.items()})
+    return made
 
 
 def same(value: Any, other: Any) -> bool:
