@@ -46,8 +46,8 @@ def copied(value: Any) -> Any:
     if not isinstance(value, _MUTABLE):
         return value
     made = copy.copy(value)
-    if isinstance(value, dict):
-        made.update({key: copied(item) for key, item in value.items()})
+    if isinstance(made, dict):
+        made.update({key: copied(item) for key, item in made.items()})
     return made
 
 
