@@ -45,9 +45,10 @@ def copied(value: Any) -> Any:
         return {key: copied(item) for key, item in value.items()}
     if not isinstance(value, _MUTABLE):
         return value
-    made = copy.copy(value)
-    if isinstance(made, dict):
-        made.update({key: copied(item) for key, item in made.items()})
+    made: Any = copy.copy(value)
+    if isinstance(value, dict):
+        for key, item in value.items():
+            made[key] = copied(item)
     return made
 
 
