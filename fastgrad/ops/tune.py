@@ -31,7 +31,7 @@ KNOWN_ARCHITECTURES = {
     "sm_100": Architecture("cuda", 100, 148, 227 << 10),
     "sm_120": Architecture("cuda", 120, 170, 99 << 10),
     "gfx942": Architecture("hip", 942, 304, 64 << 10),
-    "gfx950": Architecture("hip", 950, 256, 64 << 10),
+    "gfx950": Architecture("hip", 950, 256, 160 << 10),
 }
 INTERPRETER = Architecture("cpu", 0, 1, 1 << 20)
 
