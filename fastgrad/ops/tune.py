@@ -141,7 +141,7 @@ def linear_stats(
             # Moments of wider tiles do not fit the registers: before sm_90 the product's operands take many, and since
             # sm_100 a thread holds whole rows. Triton before 3.9 lacks some for bce.
             block_n = 64 if before or after or loss in ("mse", "bce") else 128
-        elif block_m == 64 and wide and not before:
+        elif block_m == 64 and wide:
             # The three products of float32 hold three pairs of operands.
             block_n = 32
         elif block_m == 16 and before and loss == "bce":
