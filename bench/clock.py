@@ -32,7 +32,7 @@ def in_turns(measures: Sequence[Callable[[int], float]], rounds: int, least: flo
     A measure takes a number of calls, which last at least ``least`` seconds together, and returns the seconds of one.
     Every other round runs the measures in reverse order.
     """
-    # The first calls plan and warm up.
+    # The first calls check the network and warm up.
     once = min(measure(1) for measure in (*measures, *measures))
     calls = max(1, min(1000, int(least / max(once, 1e-7))))
     taken: list[list[float]] = [[] for _ in measures]

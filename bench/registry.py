@@ -92,7 +92,7 @@ def case(
 
 
 def cases(size: str) -> list[Case]:
-    from bench.micro import last_layer, network  # noqa: F401  (they register themselves)
+    from bench.micro import contrasts, network  # noqa: F401  (they register themselves)
 
     return _CASES[size]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import os
 import re
 import shutil
@@ -14,10 +15,13 @@ from typing import Any
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))
 
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
 import fastgrad  # noqa: E402
 from fastgrad.challenges import CHALLENGES  # noqa: E402
 from fastgrad.commands.cli import COMMANDS  # noqa: E402
-from fastgrad.layers import RULES, ReplayRule  # noqa: E402
+from fastgrad.layers import RULES  # noqa: E402
 
 project = "fastgrad"
 author = "the fastgrad maintainers"
@@ -46,7 +50,6 @@ _ALIASES = (
     "InputGradient",
     "Inputs",
     "Pairs",
-    "ReplayFunction",
     "RuleFunction",
 )
 autodoc_type_aliases = {name: name for name in (*_ALIASES, "NDArray", "Target", "Unsupported")}
@@ -92,23 +95,28 @@ def _read(app: Any, name: str, source: list[str]) -> None:
     text = re.sub(r"\]\((?:\.\./)+bench/results/", f"]({here}/", source[0])
     # A block that is a file is shown under its name.
     text = re.sub(r'^```(\w+) title="([^"]*)"$', r"`\2`\n\n```\1", text, flags=re.MULTILINE)
-    text = text.replace("<!-- layers -->", _layers()).replace("<!-- challenges -->", _challenges())
+    text = text.replace("<!-- functions -->", _functions()).replace("<!-- challenges -->", _challenges())
     source[0] = re.sub(r"<!-- command: (\w+) -->", lambda match: f"```text\n{_help(match[1])}```", text)
 
 
-def _layers() -> str:
-    """Return the registry of rules as a table."""
-    rows = {}
-    for layer, rule in RULES.items():
-        name = layer if isinstance(layer, str) else f"{layer.__module__}.{layer.__qualname__}"
-        package, _, short = name.replace("torch.nn.modules", "torch.nn").rpartition(".")
-        mode = "recomputed" if isinstance(rule, ReplayRule) else ""
-        if "evaluation" in rule.name:
-            mode = "evaluation mode only"
-        rows[name] = (
-            f"| `{short.lstrip('_')}` | `{package.partition('.')[0]}` | {rule.name.partition(' (')[0]} | {mode} |"
-        )
-    return "\n".join(["| Layer | Package | Rule | |", "| --- | --- | --- | --- |", *rows.values()])
+def _functions() -> str:
+    """Return the functions that have a rule as a table, a row for each module of rules."""
+    rows: dict[str, list[str]] = {}
+    for function, rule in RULES.items():
+        module = inspect.getmodule(getattr(rule, "func", rule))
+        about = (inspect.getdoc(module) or "").partition("\n")[0].replace("``", "`")
+        rows.setdefault(about, []).append(f"`{_name(function)}`")
+    lines = [f"| {', '.join(names)} | {about} |" for about, names in rows.items()]
+    return "\n".join(["| Functions | |", "| --- | --- |", *lines])
+
+
+def _name(function: Any) -> str:
+    """Return the name by which a function is reached, in the first of these places."""
+    for place, members in (("F", vars(F)), ("torch", vars(torch)), ("Tensor", vars(torch._C.TensorBase))):
+        for name, value in members.items():
+            if value is function:
+                return f"{place}.{name}"
+    raise ValueError(f"a rule must be of a function of PyTorch; one was of {function!r}")
 
 
 def _challenges() -> str:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fastgrad.gradients.noise_scale import NoiseScale
     from fastgrad.gradients.recorder import grad_sqnorm, record
     from fastgrad.introspection import IntrospectiveClassifier
-    from fastgrad.metrics import threshold_for
+    from fastgrad.metrics import certified_threshold, threshold_for
 
 __version__ = "1.0.0"
 
@@ -39,6 +39,7 @@ _LAZY = {
     "NoiseScale": "fastgrad.gradients.noise_scale",
     "TwoStageModel": "fastgrad.detector.model",
     "UncertaintyDetector": "fastgrad.detector",
+    "certified_threshold": "fastgrad.metrics",
     "clip_gradients": "fastgrad.gradients.clipping",
     "export": "fastgrad.deploy.file.export",
     "grad_sqnorm": "fastgrad.gradients.recorder",
@@ -53,6 +54,7 @@ __all__ = [
     "NoiseScale",
     "TwoStageModel",
     "UncertaintyDetector",
+    "certified_threshold",
     "clip_gradients",
     "contrast_rows",
     "contrast_rows_linear",

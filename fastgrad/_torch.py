@@ -6,11 +6,16 @@ Each entry says what would happen without it. All were tried on PyTorch 2.8.0, 2
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import logging
+import os
 import platform
+import shutil
+import stat
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -22,7 +27,6 @@ from torch import Tensor, nn
 from torch._C import _functorch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules import batchnorm, conv, instancenorm, module
-from torch.nn.utils import parametrize
 from torch.utils import _python_dispatch, _pytree, checkpoint
 
 _Arguments = ParamSpec("_Arguments")
@@ -38,10 +42,8 @@ pytree = _pytree
 #: Raises an error on the device. Without it, checking target values would wait for the device and break a graph.
 check_later = torch._assert_async
 
-#: Base classes for one to three dimensions. Without them, every rule would list each layer and miss other subclasses.
+#: Base classes for one to three dimensions. Without them, each layer would be listed, and other subclasses missed.
 ConvNd = conv._ConvNd
-ConvTransposeNd = conv._ConvTransposeNd
-NormBase = batchnorm._NormBase
 BatchNorm = batchnorm._BatchNorm
 InstanceNorm = instancenorm._InstanceNorm
 
@@ -59,47 +61,6 @@ is_batched: Callable[[Tensor], bool] = _functorch.is_batchedtensor
 
 #: Whether a ``torch.func`` transform wraps a tensor. Without it, asking for the tensor's memory would raise.
 is_wrapped: Callable[[Tensor], bool] = _functorch.is_functorch_wrapped_tensor
-
-
-class _Kept(dict[Any, Any]):
-    """The cache of ``parametrize.cached``, in which a thread that runs a pass uses a dictionary of its own."""
-
-    def get(self, key: Any, default: Any = None, /) -> Any:
-        return super().get(key, default) if _pass.kept is None else _pass.kept.get(key, default)
-
-    def __setitem__(self, key: Any, value: Any, /) -> None:
-        if _pass.kept is None:
-            super().__setitem__(key, value)
-        else:
-            _pass.kept[key] = value
-
-
-class _Pass(threading.local):
-    kept: dict[Any, Any] | None = None
-
-
-_pass = _Pass()
-
-
-@contextlib.contextmanager
-def own_parametrizations() -> Iterator[None]:
-    """Keep the weights that this thread caches inside, by ``parametrize.cached``, apart from those cached before.
-
-    Its keys are the ids of the original modules. Without this, one copy of a model would use another copy's weights.
-    """
-    # It stays for other threads that cache. The last one that leaves ``cached`` puts a plain dictionary in its place.
-    if type(parametrize._cache) is not _Kept:
-        parametrize._cache = _Kept(parametrize._cache)
-    before, _pass.kept = _pass.kept, {}
-    try:
-        yield
-    finally:
-        _pass.kept = before
-
-
-def padding_pairs(module: ConvNd) -> list[int]:
-    """Return the padding of a convolution that does not pad with zeros: both ends of each axis, last axis first."""
-    return list(module._reversed_padding_repeated_twice)
 
 
 def original(module: nn.Module) -> nn.Module:
@@ -125,11 +86,6 @@ def number_of(node: Any) -> int:
     return int(node._sequence_nr())
 
 
-def saves_elsewhere() -> bool:
-    """Whether saved tensors go through hooks. If unknown, batched gradients could meet a checkpoint's recomputation."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
 @contextlib.contextmanager
 def saving_plainly() -> Iterator[None]:
     """Keep the caller's hooks from saved tensors. Otherwise a checkpoint would count those that a trial saves."""
@@ -143,11 +99,6 @@ def saving_plainly() -> Iterator[None]:
     finally:
         for pack, unpack in reversed(hooks):
             autograd._push_saved_tensors_default_hooks(pack, unpack)
-
-
-def storage_key(tensor: Tensor) -> int:
-    """Return a key of a tensor's storage, also for fake tensors. Without it, views would count as separate memory."""
-    return int(tensor.untyped_storage()._cdata)
 
 
 def is_fake(tensor: Tensor) -> bool:
@@ -255,24 +206,6 @@ def outside_of_compilation(function: Callable[_Arguments, _Result]) -> Callable[
     return left
 
 
-def disable_mha_fastpath(module: nn.Module) -> None:
-    """Make a private copy of PyTorch's attention, with copied parameters, compute as it does with gradients.
-
-    Without this, it takes a fast path (``torch._transformer_encoder_layer_fwd``) that rounds differently and that
-    tracers cannot follow. No switch turns that path off for a single model.
-    """
-    if type(module).forward in (nn.MultiheadAttention.forward, nn.TransformerEncoderLayer.forward):
-        # In the code of these two modules, this flag controls only the path and the dropout of attention weights.
-        module.training = True
-        if isinstance(module, nn.MultiheadAttention):
-            module.dropout = 0.0
-            # It multiplies transposed inputs. If the weight needs no gradient, PyTorch computes one product for each
-            # position, each with a copy of the weight: many times slower, with or without a graph.
-            for name, value in module._parameters.items():
-                if name.endswith("proj_weight") and value is not None and not is_transformed():
-                    value.requires_grad_()
-
-
 def flat_graph(
     function: Callable[..., Any], inputs: Any, batch: int | None, *, functional: bool = False
 ) -> torch.fx.GraphModule:
@@ -323,18 +256,6 @@ def flat_graph(
     return graph
 
 
-def while_loop(
-    condition: Callable[..., Tensor], body: Callable[..., tuple[Tensor, ...]], state: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    """Run a loop that exported programs keep: ``while condition(*state): state = body(*state)``.
-
-    Without it, a file would process the whole batch at once, which takes twice as long for large gradients.
-    """
-    from torch._higher_order_ops.while_loop import while_loop as loop
-
-    return tuple(loop(condition, body, state))
-
-
 def require_cpp_compiler(what: str) -> None:
     """Raise RuntimeError unless a C++ compiler is installed; PyTorch's own error names neither cause nor remedy."""
     if sys.platform == "win32" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
@@ -369,14 +290,43 @@ def compile_package(program: torch.export.ExportedProgram, file: Path, *, keep_l
     # Otherwise the code would use every instruction of this machine. Older PyTorch has no such option.
     if platform.machine() in ("x86_64", "AMD64") and getattr(torch._inductor.config.cpp, "march", "") is None:
         options["cpp.march"] = X86.get(torch.backends.cpu.get_cpu_capability())
+    _own_cache()
     torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=options)
 
 
-def load_package(file: Path) -> Callable[..., Any]:
-    """Load the function in a ``.pt2`` that `compile_package` wrote."""
-    import torch._inductor
+def _own_cache() -> None:
+    """Keep the compiler from loading what another user has put under the well-known name of its cache.
 
-    return torch._inductor.aoti_load_package(str(file))
+    Unless the environment names a cache: the one under that name if nobody else can write there, or a temporary one.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    folder = default_cache_dir()
+    # PyTorch itself may have put its own choice into the environment.
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", folder) != folder or not hasattr(os, "getuid"):  # Windows
+        return
+    with contextlib.suppress(OSError):
+        os.mkdir(folder, 0o700)
+    found = os.lstat(folder)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        folder = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+
+
+def load_package(file: Path) -> Callable[[Tensor], list[Tensor]]:
+    """Load the function in a ``.pt2`` that `compile_package` wrote; it takes one tensor.
+
+    ``torch._inductor.aoti_load_package`` would first compile three small programs to warn of another kind of processor,
+    or load them from its cache, where another user may have put his own.
+    """
+    loader = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", False, 1, -1)
+
+    def run(x: Tensor) -> list[Tensor]:
+        outputs: list[Tensor] = loader.boxed_run([x])
+        return outputs
+
+    return run
 
 
 @contextlib.contextmanager

@@ -176,6 +176,14 @@ def to_array(name: str, value: Any, *, single: bool = False, finite: bool = True
     return array
 
 
+def vector(name: str, value: Any, *, finite: bool = True) -> Array:
+    """Convert ``value`` as `to_array` does; ValueError unless it is a vector that is not empty."""
+    array = to_array(name, value, finite=finite)
+    if array.ndim != 1 or not len(array):
+        raise ValueError(f"{name} must be a non-empty vector; its shape was {array.shape}")
+    return array
+
+
 def validated(estimator: Any, name: str, values: Any, *, reset: bool) -> Array:
     """Return a scikit-learn estimator's features as float64, ``(B, P)`` or with three dimensions.
 

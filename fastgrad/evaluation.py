@@ -7,7 +7,7 @@ import copy
 import math
 import random
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,7 @@ class Evaluated:
         compiled = [m for m in modules if "_orig_mod" in m._modules or m._compiled_call_impl is not None]
         ready = not compiled and not any(module.training for module in modules)
         #: What runs.
-        self.model = model if ready else _evaluation_copy(model, modules, compiled)
+        self.model = model if ready else evaluation_copy(model, compiled)
 
     def run(self, args: Any, kwargs: Any, hooks: Iterable[tuple[nn.Module, Hook]] = ()) -> Any:
         """Return the output for a copy of the inputs, without gradients.
@@ -84,9 +84,13 @@ def _modules(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _evaluation_copy(model: nn.Module, modules: list[nn.Module], compiled: list[nn.Module]) -> nn.Module:
-    tensors = (value for m in modules for value in (*m._parameters.values(), *vars(m).values()))
-    shared: dict[int, Any] = {id(value): value for value in tensors if isinstance(value, Tensor)}
+def evaluation_copy(model: nn.Module, compiled: Sequence[nn.Module] = ()) -> nn.Module:
+    """Return a copy in evaluation mode that shares parameters and tensors in attributes, with these modules compiled.
+
+    Tensors that were made in inference mode, which no graph can use, are copied. ValueError if it cannot be copied.
+    """
+    tensors = (value for m in _modules(model) for value in (*m._parameters.values(), *vars(m).values()))
+    shared: dict[int, Any] = {id(t): t for t in tensors if isinstance(t, Tensor) and not t.is_inference()}
     shared |= {id(buffer): buffer.detach().clone() for buffer in model.buffers()}
     try:
         # Inner ones first.

@@ -1,4 +1,4 @@
-"""Scratch memory that one call leaves for the next.
+"""Scratch memory that one call leaves for the next, and errors that say that memory ran out.
 
 PyTorch takes CPU memory from the C library. glibc returns freed memory above a limit to the system, and gets it back
 page by page, each cleared. This takes a tenth to a quarter of the time of a network with large activations. glibc
@@ -22,3 +22,10 @@ def keep_freed_memory() -> None:
     This holds for the whole process, so the plain network and its training profit as well.
     """
     torch.empty(_BLOCK, dtype=torch.uint8, device="cpu")
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether memory ran out, which says nothing about the model and may not happen again."""
+    words = ("out of memory", "allocate memory", "not enough memory")
+    told = isinstance(error, RuntimeError) and any(each in str(error).lower() for each in words)
+    return told or isinstance(error, (MemoryError, torch.OutOfMemoryError))

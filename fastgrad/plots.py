@@ -86,17 +86,20 @@ def score_histograms(
     arrays = _arrays("scores", scores, "(n,)", (1,))
     reference = next(iter(scores)) if reference is None else reference
     one_of("reference", reference, list(scores))
-    axes = _axes(axes)
+    from sklearn.metrics import roc_auc_score
+
+    axes, clean = _axes(axes), arrays[reference]
     together = np.concatenate(list(arrays.values()))
     # The outermost half per cent at each end would squeeze everything else into a few bins.
     low, high = np.quantile(together, [0.005, 0.995])
     # Scores that differ only by rounding leave no room for bins.
     edges = np.linspace(low, high if high - low > 1e-12 * abs(low) else low + max(1, abs(low)), 41).tolist()
     for colour, (name, array) in zip(cycle(COLOURS), arrays.items(), strict=False):
-        label = name if name == reference else f"{name} ({metrics.auroc(arrays[reference], array):.2f})"
+        labels = np.repeat([0, 1], [len(clean), len(array)])
+        found = "" if name == reference else f" ({roc_auc_score(labels, np.concatenate([clean, array])):.2f})"
         clipped = np.clip(array, edges[0], edges[-1])
         style = {"histtype": "stepfilled", "alpha": 0.35} if name == reference else {"histtype": "step"}
-        axes.hist(clipped, edges, density=True, color=colour, label=label, lw=1.5, **style)
+        axes.hist(clipped, edges, density=True, color=colour, label=name + found, lw=1.5, **style)
     axes.set(xlabel="uncertainty score", ylabel="density")
     columns = 1 + (len(scores) > 3)
     # Above the axes, where it covers no bar.

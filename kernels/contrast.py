@@ -78,7 +78,7 @@ def contrast_stream_kernel(
     z_rows = z_ptr + rows * stride_zb * ALIGN_Z
     moments = sweep_moments(z_rows, stride_zn, 0, N, valid, LOSS, LOG, 1, BLOCK_N)
     write_values(
-        z_rows, stride_zn, out_ptr + rows * N_units * ALIGN_N, 0, N, valid, factor, moments, LOSS, LOG, BLOCK_N, False
+        z_rows, stride_zn, out_ptr + rows * N_units * ALIGN_N, 0, N, valid, factor, moments, LOSS, LOG, BLOCK_N
     )  # fmt: skip
 
 
@@ -108,27 +108,22 @@ def contrast_moments_kernel(
     store_part(work_ptr + rows * splits + split, tl.num_programs(0).to(tl.int64), valid, moments, features)
 
 
-@triton.jit(do_not_specialize=["N_units", "parts", "stride_row", "stride_part", "plane", "splits"])
+@triton.jit(do_not_specialize=["N_units", "splits"])
 def contrast_finish_kernel(
-    z_ptr, work_ptr, out_ptr, N_units, stride_zb, stride_zn, parts, stride_row, stride_part, plane, splits, chunk_n,
+    z_ptr, work_ptr, out_ptr, N_units, stride_zb, stride_zn, splits, chunk_n,
     LOSS: tl.constexpr, BIAS: tl.constexpr, LOG: tl.constexpr, MEAN: tl.constexpr,
     BLOCK_N: tl.constexpr, PARTS: tl.constexpr, ALIGN_Z: tl.constexpr, ALIGN_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(B * splits,)``: merge a row's partial moments and write ``chunk_n`` of its values.
-
-    ``work`` holds ``parts`` parts per row in planes of ``plane`` elements.
-    """
+    """Grid ``(B * splits,)``: merge a row's partial moments and write ``chunk_n`` of its values."""
     N = N_units * ALIGN_N
     split = tl.program_id(0) % splits
-    rows = (tl.program_id(0) // splits).to(tl.int64) + tl.arange(0, 1)
-    valid = tl.full([1], True, tl.int1)
-    moments, features = merge_parts(
-        work_ptr + rows * stride_row, parts, stride_part, tl.full([], plane, tl.int64), valid, LOSS, LOG, False, 1,
-        PARTS,
-    )  # fmt: skip
+    row = (tl.program_id(0) // splits).to(tl.int64)
+    plane = tl.num_programs(0).to(tl.int64)
+    moments, features = merge_parts(work_ptr + row * splits, splits, plane, LOSS, LOG, False, PARTS)
     factor = features_factor(features, N, BIAS, LOG, MEAN)
     start = split * chunk_n
+    rows = row + tl.arange(0, 1)
     write_values(
         z_ptr + rows * stride_zb * ALIGN_Z, stride_zn, out_ptr + rows * N_units * ALIGN_N, start,
-        tl.minimum(N, start + chunk_n), valid, factor, moments, LOSS, LOG, BLOCK_N, False,
+        tl.minimum(N, start + chunk_n), tl.full([1], True, tl.int1), factor, moments, LOSS, LOG, BLOCK_N,
     )  # fmt: skip

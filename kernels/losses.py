@@ -3,7 +3,7 @@
 
 A new loss is a branch in each of them: its sums over a row (``empty_moments``, ``reduce_moments``), the squared norm of
 a contrast from these (``contrast_coefficients``, ``rest_value``), statistics over all contrasts
-(``contrast_statistics``) and an entry of delta for a fixed target (``delta_entry``; softmax losses have sweeps in
+(``contrast_statistics``) and an entry of delta for a fixed target (``delta_entry``; cross-entropy has a sweep in
 ``target``).
 
 For confident rows ``p_k - 1`` and ``|p|^2 - 2 p_k + 1`` cancel to nothing, so sums leave a row's maximum out. A row's
@@ -15,12 +15,13 @@ moments are a tuple: ``top`` and ``second``, the two largest logits (equal on a 
     =============  ===================================  ======================================
     cross_entropy  sum f^2, sum f                       min z
     bce, mse       sum u^2                              sum f, sum f u, sum u, min z
-    brier          sum f^2, sum f, sum f^3, sum f^4,
+    brier          sum f^2, sum f, sum f^3, sum f^4,     (none)
                    sum f g, sum f^2 g, sum f^2 g^2
     =============  ===================================  ======================================
 
 with ``u = sigmoid(z)`` for bce and ``u = z`` for mse. Scaled by the second maximum, no sum underflows; for the
-logarithm of bce (``LOG``) the sum of squares is scaled by ``sigmoid(second)^2``.
+logarithm of bce (``LOG``) the sum of squares is scaled by ``sigmoid(second)^2``. Where neither a logarithm nor
+``STATS`` nor brier needs it, ``second`` is ``top``: a square that underflows then does not show in the result.
 
 A single logit is a row with ``top = z``, ``second = -inf`` and empty sums, so one associative reduction serves tiles
 of logits and partial moments alike. Its identity is the empty row: ``top = second = -inf``, zero sums, ``min z = inf``.
@@ -58,21 +59,28 @@ def reduce_moments(
 ):  # fmt: skip
     """Return the moments of each row of a tile ``[R, C]`` over its axis 1; entries outside ``valid`` do not exist.
 
-    With ``NESTED``, ``parts`` are moments of parts of a row (the empty row's outside ``valid``), else ``(logits,)``.
+    There, logits are minus infinity. With ``NESTED``, ``parts`` are moments of parts of a row (the empty row's outside
+    ``valid``), else ``(logits,)``.
     """
     lowest = float("-inf")
-    z = tl.where(valid, parts[0], lowest)
+    z = parts[0]
     top = tl.max(z, 1)
-    is_top = valid & (z == top[:, None])
+    is_top = z == top[:, None]
+    if LOSS == "mse":
+        is_top = is_top & valid
+    rest = is_top == 0
     copies = tl.sum(is_top.to(tl.float32), 1) - 1.0
     if NESTED:
-        below = tl.where(is_top, parts[1], z)
         # An empty row adds nothing; a real maximum of minus infinity adds nothing that is not in its sums.
-        rest = valid & (is_top == 0) & (z > lowest)
+        rest = rest & (z > lowest)
+    elif LOSS == "mse":
+        # The other losses' terms are 0, or as good as that.
+        rest = rest & valid
+    if (LOG or STATS) or (LOSS == "brier"):
+        below = tl.where(is_top, parts[1] if NESTED else lowest, z)
+        second = tl.where(copies > 0.0, top, tl.max(below, 1))
     else:
-        below = tl.where(is_top, lowest, z)
-        rest = valid & (is_top == 0)
-    second = tl.where(copies > 0.0, top, tl.max(below, 1))
+        second = top
     base = finite(second)[:, None]
     tie = tl.where(second > lowest, copies, 0.0)
 
@@ -234,40 +242,25 @@ def rest_value(z, coefficients, LOSS: tl.constexpr, LOG: tl.constexpr):
 def contrast_statistics(moments, N, LOSS: tl.constexpr):
     """Return minimum, maximum, mean, softmax expectation and the predicted class' value over each row's contrasts.
 
-    Brier is a cubic of the probability, so its extremes are not at those of the logits: the first two results are then
-    the predicted class' value, and the other contrasts need a sweep.
+    Not for brier, a cubic of the probability: its extremes are not at those of the logits.
     """
     coefficients = contrast_coefficients(moments, LOSS, False)
     top, second, square, mass = moments[0], moments[1], moments[2], moments[3]
     peak = coefficients[1]
     others = tl.zeros_like(top) + (N - 1)
     rho, _, _ = margin(top, second)
-    low = peak
-    high = peak
-    if LOSS == "brier":
-        _, _, _, square_top, shift, constant, inv, scale, p_rest = coefficients
-        q1 = inv * mass
-        q2 = inv * inv * square
-        q3 = inv * inv * moments[4]
-        total = square_top * (others * shift * shift + 2.0 * shift * q1 + q2) + others * constant
-        total += (1.0 + 2.0 * square_top) * q2
-        total = (total - 4.0 * p_rest * q3) * (scale * scale)
-        weighted = square_top * (shift * shift * mass + 2.0 * shift * inv * square + q3) + constant * mass
-        weighted += (1.0 + 2.0 * square_top) * q3
-        weighted = (weighted - 4.0 * p_rest * (inv * inv * moments[5])) * (scale * scale)
+    if LOSS == "cross_entropy":
+        _, _, _, constant, slope = coefficients
+        total = others * constant - slope * mass
+        weighted = constant * mass - slope * square
     else:
-        if LOSS == "cross_entropy":
-            _, _, _, constant, slope = coefficients
-            total = others * constant - slope * mass
-            weighted = constant * mass - slope * square
-        else:
-            slope = 2.0 if LOSS == "bce" else 8.0
-            total = others * coefficients[2] - slope * moments[5]
-            weighted = coefficients[2] * mass - slope * moments[4]
-        v = rest_value(second, coefficients, LOSS, False)
-        low = tl.where((others > 0.0) & (v < low), v, low)
-        v = rest_value(moments[-1], coefficients, LOSS, False)
-        high = tl.where((others > 0.0) & (v > high), v, high)
+        slope = 2.0 if LOSS == "bce" else 8.0
+        total = others * coefficients[2] - slope * moments[5]
+        weighted = coefficients[2] * mass - slope * moments[4]
+    v = rest_value(second, coefficients, LOSS, False)
+    low = tl.where((others > 0.0) & (v < peak), v, peak)
+    v = rest_value(moments[-1], coefficients, LOSS, False)
+    high = tl.where((others > 0.0) & (v > peak), v, peak)
     mean = tl.where(others > 0.0, peak + total, peak) / (others + 1.0)
     expected = (peak + tl.where(others > 0.0, rho * weighted, 0.0)) * (1.0 / (1.0 + rho * mass))
     return low, high, mean, expected, peak

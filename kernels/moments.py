@@ -60,35 +60,19 @@ def store_part(at, plane, mask, moments, features):
 
 
 @triton.jit
-def load_plane(at, mask, other):
-    """Read past the first-level cache, which may hold what was there before another program wrote."""
-    return tl.load(at, mask=mask, other=other, cache_modifier=".cg")
-
-
-@triton.jit
 def merge_parts(
-    at, parts, stride_part, plane, valid,
-    LOSS: tl.constexpr, LOG: tl.constexpr, STATS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    at, parts, plane, LOSS: tl.constexpr, LOG: tl.constexpr, STATS: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
-    """Merge what ``store_part`` wrote for rows, ``PARTS`` parts at a time in their order: ``(moments, features)``.
-
-    ``at`` ``(ROWS,)`` points to each row's first part.
-    """
-    empty = columns(empty_moments(ROWS, LOSS, STATS))
+    """Merge what ``store_part`` wrote for a row, up to ``PARTS`` parts next to each other: ``(moments, features)``."""
+    empty = columns(empty_moments(1, LOSS, STATS))
     COUNT: tl.constexpr = len(empty)
-    moments = empty_moments(ROWS, LOSS, STATS)
-    features = tl.zeros([ROWS], tl.float32)
-    for start in range(0, parts, PARTS):
-        part = start + tl.arange(0, PARTS)
-        exists = valid[:, None] & (part < parts)[None, :]
-        ptrs = at[:, None] + part.to(tl.int64)[None, :] * stride_part
-        more = (load_plane(ptrs, exists, empty[0]),)
-        for i in tl.static_range(1, COUNT):
-            more += (load_plane(ptrs + i * plane, exists, empty[i]),)
-        features += tl.sum(load_plane(ptrs + COUNT * plane, exists, 0.0), 1)
-        more = reduce_moments(more, exists, LOSS, LOG, STATS, True)
-        moments = merge_moments(moments, more, LOSS, LOG, STATS)
-    return moments, features
+    part = tl.arange(0, PARTS)[None, :]
+    exists = part < parts
+    found = (tl.load(at + part, mask=exists, other=empty[0]),)
+    for i in tl.static_range(1, COUNT):
+        found += (tl.load(at + i * plane + part, mask=exists, other=empty[i]),)
+    features = tl.sum(tl.load(at + COUNT * plane + part, mask=exists, other=0.0), 1)
+    return reduce_moments(found, exists, LOSS, LOG, STATS, True), features
 
 
 @triton.jit
@@ -112,20 +96,14 @@ def contrast_values(z, factor, coefficients, LOSS: tl.constexpr, LOG: tl.constex
 @triton.jit
 def write_values(
     z_rows, stride_n, out_rows, start, stop, valid, factor, moments,
-    LOSS: tl.constexpr, LOG: tl.constexpr, BLOCK_N: tl.constexpr, SHARED: tl.constexpr,
+    LOSS: tl.constexpr, LOG: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Turn the columns ``[start, stop)`` of rows of logits into squared norms.
-
-    With ``SHARED`` other programs of the launch wrote the logits, which are read past the first-level cache.
-    """
+    """Turn the columns ``[start, stop)`` of rows of logits into squared norms."""
     coefficients = contrast_coefficients(moments, LOSS, LOG)
     for n in range(start, stop, BLOCK_N):
         cols = n + tl.arange(0, BLOCK_N)
         inside = valid[:, None] & (cols < stop)[None, :]
         offs = cols.to(tl.int64)[None, :]
-        if SHARED:
-            z = load_plane(z_rows[:, None] + offs * stride_n, inside, 0.0)
-        else:
-            z = tl.load(z_rows[:, None] + offs * stride_n, mask=inside, other=0.0, eviction_policy="evict_first")
+        z = tl.load(z_rows[:, None] + offs * stride_n, mask=inside, other=0.0, eviction_policy="evict_first")
         v = contrast_values(z.to(tl.float32), factor, coefficients, LOSS, LOG)
         tl.store(out_rows[:, None] + offs, v, mask=inside)

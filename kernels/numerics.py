@@ -12,14 +12,17 @@ def finite(x):
 
 @triton.jit
 def exp(x):
-    """Return e^x for x up to 88, to about two units in the last place; NaN stays NaN.
+    """Return e^x for x up to 88, to about two units in the last place, at least the least normal number; NaN stays NaN.
 
-    Hardware rounds ``x * log2(e)`` to float32, an error of 2e-6 at x = -40: the argument is reduced first.
+    Hardware rounds ``x * log2(e)`` to float32, an error of 2e-6 at x = -40, so the integer part n is taken out first: a
+    large number added rounds to n and leaves it in the lowest bits, from where it becomes the exponent of ``2^n``.
     """
-    x = tl.where(x < -200.0, -200.0, x)
-    n = tl.floor(x * 1.4426950408889634 + 0.5)
+    x = tl.maximum(x, -87.33, propagate_nan=tl.PropagateNan.ALL)
+    shifted = x * 1.4426950408889634 + 12582912.0
+    n = shifted - 12582912.0
     r = (x - n * 0.693145751953125) - n * 1.42860682030941723212e-6
-    return tl.exp2(n) * tl.exp2(r * 1.4426950408889634)
+    power = ((shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)
+    return tl.exp2(r * 1.4426950408889634) * power
 
 
 @triton.jit

@@ -45,11 +45,6 @@ def clipped() -> list[Tensor]:
         return [clip.backward(F.cross_entropy(model(IMAGES[:5]), LABELS[:5], reduction="none"))]
 
 
-def ranked() -> list[Tensor]:
-    table = fastgrad.rank_samples(NETWORK, [(IMAGES, LABELS.tolist())], verbose=False)
-    return [torch.from_numpy(table.grand)]
-
-
 def contrasts() -> list[Tensor]:
     h, z = IMAGES[:, 0, 0], IMAGES.flatten(1)[:, :300]
     return [fastgrad.contrast_sqnorm(h, z, log=log) for log in (False, True)]
@@ -62,7 +57,6 @@ WORK: dict[str, Callable[[], list[Tensor]]] = {
     "features": lambda: list(fastgrad.GradientFeatures(NETWORK, target=lambda z: z.argmax(1))(IMAGES[:5])),
     "record": recorded,
     "clipping": clipped,
-    "ranking": ranked,
     "contrasts": contrasts,
 }
 

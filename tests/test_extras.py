@@ -41,7 +41,6 @@ CASES = {
     "score": {"pyarrow": "main(['score', 'model.pt2', 'images', '--out', 'scores.parquet'])"},
     "onnx": {"onnx": EXPORT, "onnxruntime": EXPORT, "onnxscript": EXPORT},
     "interop": {"pytorch_ood": "import fastgrad.interop; fastgrad.interop.as_pytorch_ood(None)"},
-    "traces": {"opentelemetry": "main(['serve', 'model.pt2', '--traces'])"},
     "cluster": {"ray": "main(['score', 'model.pt2', 'images', '--out', 'scores', '--ray'])"},
 }
 

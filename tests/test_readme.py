@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from doc_pages import run
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +24,16 @@ def test_its_python_runs_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert names["answer"].risk.shape == names["flagged"].shape == (4,)
     assert names["second_opinion"].shape == names["norms"].shape == (256, 10)
     assert all(value.shape == (8,) for value in names["sqnorms"])
+
+
+def test_its_contrasts_run_under_autocast() -> None:
+    """The features are then of half precision and the layer is not."""
+    names: dict[str, Any] = {}
+    with torch.autocast("cpu", torch.bfloat16):
+        exec(TEXT.split("```python\n")[1].split("\nH = ")[0], names)
+    assert names["h"].dtype == names["z"].dtype == torch.bfloat16
+    assert names["norms"].shape == (256, 10)
+    assert names["norms"].isfinite().all()
 
 
 def test_its_map_is_that_of_the_tree() -> None:

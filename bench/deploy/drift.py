@@ -90,7 +90,7 @@ def delays(tuned: float) -> Iterator[dict[str, Any]]:
                 if monitor.update(good):
                     if method == "fastgrad, ever":
                         continue  # a false alarm has no delay
-                    monitor.reset("the alarm was counted")
+                    monitor.reset()
                 begin = monitor.count
                 any(monitor.update(bad[start : start + 50]) for start in range(0, LONGEST, 50))
                 found[method].append(np.inf if monitor.alarm_at is None else monitor.alarm_at - begin)

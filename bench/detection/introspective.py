@@ -31,7 +31,7 @@ from bench.detection.train import HELD_OUT, fit_layer
 from fastgrad import IntrospectiveClassifier, TwoStageModel, contrast_sqnorm
 from fastgrad.batches import take
 from fastgrad.detector.price import DEFAULT_BLOCKS
-from fastgrad.metrics import calibration_report
+from fastgrad.metrics import ece
 
 #: Splits of images that the network was not trained on, clean images of each, clean test images, images of each kind.
 SIZES, QUICK = (3, 4000, 1000, 200), (1, 1000, 500, 60)
@@ -153,12 +153,12 @@ def measure(options: Options, network: str, sizes: tuple[int, int, int, int]) ->
             row: dict[str, Any] = {"network": network, "method": name, "case": group}
             row |= {"fitted": count, "tested": len(clean[1])}
             answers = [torch.cat([own[case] for case in cases]).double().numpy() for own in splits]
-            reports = [calibration_report(probabilities, known) for probabilities in answers]
-            for metric in ("accuracy", "ece"):
-                values = [float(report[metric]) for report in reports]
+            found_right = [one.argmax(1) == known for one in answers]
+            figures = {"accuracy": np.mean(found_right, 1), "ece": [ece(one, known) for one in answers]}
+            for metric, values in figures.items():
                 row[metric] = round(float(np.mean(values)), 4)
                 row[f"{metric} spread"] = round(float(np.std(values, ddof=1)), 4) if len(values) > 1 else None
-            right[name, group] = np.mean([one.argmax(1) == known for one in answers], 0)
+            right[name, group] = np.mean(found_right, 0)
             gain = right[name, group] - right[NETWORK, group]
             # All copies of an image are drawn together.
             change = resampled.mean(gain.reshape(len(cases), -1).mean(0))

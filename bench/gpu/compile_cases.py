@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import gcd
@@ -14,7 +15,7 @@ from torch import Tensor
 from fastgrad.checks import KERNEL_DTYPES
 from fastgrad.losses import LOSSES
 from fastgrad.ops import tune
-from fastgrad.ops.triton import devices, last_layer, layer_sqnorm
+from fastgrad.ops.triton import contrasts, devices, layer_sqnorm
 from fastgrad.ops.tune import Architecture
 
 HALF, SINGLE = torch.bfloat16, torch.float32
@@ -64,13 +65,11 @@ def prepared(
 ) -> partial[Any]:  # fmt: skip
     """Return the call of a launcher of the last layer; ``kind`` is the target's."""
     h = make(B, D)
-    if launcher in (last_layer.contrast_sqnorm, last_layer.target_sqnorm):
-        z = make(B, N, seed=1)
-        y = {"indices": (torch.arange(B) % N).to(z.device), "soft": make(B, N, seed=2)}.get(kind)
-        return partial(launcher, h, z, *((y, kind) if kind else ()), loss, bias, log, mean)
-    layer = (h, make(N, D, seed=1), make(N, seed=2) if bias else None)
-    statistics = launcher is last_layer.linear_contrast_stats
-    return partial(launcher, *layer, loss, *(() if statistics else (log,)), mean)
+    if launcher is contrasts.linear_contrast_stats:
+        return partial(launcher, h, make(N, D, seed=1), make(N, seed=2) if bias else None, loss, mean)
+    z = make(B, N, seed=1)
+    y = (torch.arange(B) % N).to(z.device) if kind == "indices" else None
+    return partial(launcher, h, z, *((y, kind) if kind else ()), loss, bias, log, mean)
 
 
 def tensors(call: partial[Any]) -> list[Tensor]:
@@ -91,7 +90,7 @@ def _case(
 
 def cases(make: Make = meta) -> Iterator[Case]:
     """Yield the shapes that `tune` treats differently, for every kernel."""
-    norms = partial(_case, last_layer.contrast_sqnorm, make)
+    norms = partial(_case, contrasts.contrast_sqnorm, make)
     for loss in LOSSES:
         yield norms(4096, 1000, 512, HALF, loss, quick=loss == "cross_entropy")
         yield norms(4096, 1000, 512, HALF, loss, log=True)
@@ -101,33 +100,30 @@ def cases(make: Make = meta) -> Iterator[Case]:
         # Rows that are no multiple of 16 bytes.
         yield norms(16, 50257, 768, HALF, loss)
         yield norms(4096, 50257, 768, HALF, loss, log=True)
-    for N, dtype in ((16, SINGLE), (128, HALF), (1000, SINGLE), (4096, HALF), (8192, SINGLE), (10, SINGLE)):
+        # Few rows, which have more threads.
+        yield norms(256, 1000, 512, SINGLE, loss)
+    yield norms(4096, 1000, 512, SINGLE, "cross_entropy")
+    for N, dtype in itertools.product((10, 16, 128, 4096, 8192), (SINGLE, HALF)):
         yield norms(4096, N, 512, dtype, "cross_entropy")
-    head = partial(_case, last_layer.linear_contrast_sqnorm, make)
-    statistics = partial(_case, last_layer.linear_contrast_stats, make)
-    for loss in LOSSES:
-        for B, N, D in ((1, 1000, 2048), (32, 1000, 2048), (64, 32000, 4096), (1024, 32000, 4096)):
-            yield head(B, N, D, HALF, loss, quick=loss == "brier" and B == 1024)
-        yield head(32, 1000, 2048, SINGLE, loss)
-        yield head(1024, 1000, 2048, SINGLE, loss)
-        yield head(32, 1000, 2048, HALF, loss, log=True)
-        yield head(1024, 50257, 768, HALF, loss)
-        yield head(32, 1001, 768, HALF, loss, log=True)
+    for B in (1, 265, 4096):
+        yield norms(B, 128256, 4096, HALF, "cross_entropy")
+    statistics = partial(_case, contrasts.linear_contrast_stats, make)
+    for loss in LOSSES[:3]:
         yield statistics(8, 128256, 4096, HALF, loss)
+        yield statistics(128, 1000, 2048, HALF, loss)
         yield statistics(1024, 128256, 4096, HALF, loss, quick=loss == "bce")
         yield statistics(256, 32000, 4096, SINGLE, loss)
-    one = partial(_case, last_layer.target_sqnorm, make)
+    one = partial(_case, contrasts.target_sqnorm, make)
     for loss in LOSSES:
-        for kind in ("ones", "predicted", "soft"):
-            yield one(4096, 1000, 512, HALF, loss, kind=kind, quick=(kind, loss) == ("soft", "brier"))
+        for kind in ("ones", "predicted"):
+            yield one(4096, 1000, 512, HALF, loss, kind=kind, quick=(kind, loss) == ("ones", "cross_entropy"))
     yield one(256, 128256, 4096, HALF, "brier", log=True, kind="indices")
     yield from _layers(make)
     # Sizes of 1 are constants to the compiler, and take other branches of the language.
     ones = (1, 1, 1, SINGLE, "mse")
     yield norms(*ones, log=True, mean=True)
-    yield head(*ones, log=True, mean=True)
     yield statistics(*ones, mean=True)
-    yield one(*ones, kind="soft", log=True, mean=True)
+    yield one(*ones, kind="uniform", log=True, mean=True)
 
 
 def _layers(make: Make) -> Iterator[Case]:

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -34,14 +34,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from bench.gpu.compile_cases import as_if_on, cases
+from bench.gpu.model import costs
 from bench.report import pages
 from bench.report.text import table
 from fastgrad.ops import tune
 
 #: Kernels whose products must run on the matrix units.
-PRODUCTS = {"linear_contrast_kernel", "linear_stats_kernel", "direct_kernel", "gram_kernel"}
-#: Kernels that write whole rows; the others write one number per row or tile, or, on AMD, a tile of a product straight
-#: from the layout of the matrix units.
+PRODUCTS = {"linear_stats_kernel", "direct_kernel", "gram_kernel"}
+#: Kernels that write whole rows; the others write one number per row or tile.
 WIDE_STORES = {"contrast_rows_kernel", "contrast_stream_kernel", "contrast_finish_kernel"}
 #: What is read from machine code: the largest number behind a word, and how often a word occurs.
 LARGEST = {
@@ -59,13 +59,19 @@ COUNTED = {
         "wide_loads": r"\b(?:LDG\.E\S*\.128|LDGSTS\S*\.128|UTMALDG|LDG\.E\S*\.ENL2\.256)",
         "wide_stores": r"\b(?:STG\.E\S*\.128|UTMASTG|STG\.E\S*\.ENL2\.256)",
         "matrix": r"\b(?:HMMA|HGMMA|QGMMA|UTC\w*MMA)\b",
-        "instructions": r"/\*[0-9a-f]{4,}\*/\s+\S",
+        "instructions": r"/\*[0-9a-f]{4,}\*/\s+(?!NOP)\S",
+        "exponentials": r"\bMUFU\.EX2\b",
+        "roundings": r"\bFRND\b",
+        "barriers": r"\bBAR\.(?:SYNC|RED)",
     },
     "amdgcn": {
         "wide_loads": r"\b(?:global|buffer|flat)_load_(?:dwordx4|b128)",
         "wide_stores": r"\b(?:global|buffer|flat)_store_(?:dwordx4|b128)",
         "matrix": r"\bv_mfma",
         "instructions": r"(?m)^\t[a-z]\w+",
+        "exponentials": r"\bv_exp_f32",
+        "roundings": r"\bv_(?:rndne|floor)_f32",
+        "barriers": r"\bs_barrier",
     },
 }
 TARGETS = {
@@ -74,20 +80,29 @@ TARGETS = {
 }
 
 
-def compiled(call: Callable[[], object], arch: str) -> list[Any]:
-    """Return the kernels that a call launches on an architecture, compiled by Triton's own launcher."""
-    JITFunction, kernels = triton.runtime.jit.JITFunction, []
+class Launch(NamedTuple):
+    """A compiled kernel, the number of its programs, and its arguments by name."""
+
+    kernel: Any
+    programs: int
+    given: dict[str, Any]
+
+
+def compiled(call: Callable[[], object], arch: str) -> list[Launch]:
+    """Return the launches that a call makes on an architecture, compiled by Triton's own launcher."""
+    JITFunction, launches = triton.runtime.jit.JITFunction, []
     run = JITFunction.run
 
-    def compile_alone(*args: Any, warmup: bool, **kwargs: Any) -> None:
-        kernels.append(run(*args, warmup=True, **kwargs))
+    def compile_alone(function: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
+        kernel = run(function, *args, grid=grid, warmup=True, **options)
+        launches.append(Launch(kernel, grid[0], dict(zip(function.arg_names, args, strict=False)) | options))
 
     device = {"current_device": arch, "current_stream": None, "current_target": TARGETS[arch]}
     driver = mock.Mock(**{f"get_{name}.return_value": value for name, value in device.items()})
     triton.runtime.driver.set_active(driver)
     with as_if_on(tune.KNOWN_ARCHITECTURES[arch]), mock.patch.object(JITFunction, "run", compile_alone):
         call()
-    return kernels
+    return launches
 
 
 def read(asm: Mapping[str, Any]) -> dict[str, int]:
@@ -117,26 +132,33 @@ def faults(row: dict[str, Any], wide: bool) -> list[str]:
         found.append(f"{row['shared']} bytes of shared memory, {limit} there")
     if row["kernel"] in PRODUCTS and not row["matrix"]:
         found.append("no matrix instruction")
-    if wide and not row["wide_loads"]:
+    if wide and not row["wide_loads"] and row["kernel"] != "stats_finish_kernel":
         found.append("no 16-byte load")
-    tile = row["kernel"] == "linear_contrast_kernel" and not row["arch"].startswith("gfx")
-    if wide and not row["wide_stores"] and (tile or row["kernel"] in WIDE_STORES):
+    if wide and not row["wide_stores"] and row["kernel"] in WIDE_STORES:
         found.append("no 16-byte store")
     return found
 
 
 def report(only: str, archs: list[str], quick: bool) -> list[dict[str, Any]]:
-    """Compile the cases whose name contains ``only``; equal launches are compiled once."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    """Compile the cases whose name contains ``only``; return a row for each launch."""
+    rows: list[dict[str, Any]] = []
+    # Equal kernels are read once.
+    found: dict[str, dict[str, int]] = {}
     wanted = [case for case in cases() if only in case.name and (case.quick or not quick)]
     for arch, case in itertools.product(archs, wanted):
         print(f"{arch} {case.name}", file=sys.stderr)
-        for kernel in compiled(case.call, arch):
-            if (arch, kernel.hash) not in rows:
-                row = {"case": case.name, "kernel": kernel.name, "arch": arch, "warps": kernel.metadata.num_warps}
-                row |= {"shared": kernel.metadata.shared, **read(kernel.asm)}
-                rows[arch, kernel.hash] = row | {"faults": faults(row, case.wide)}
-    return list(rows.values())
+        for kernel, programs, given in compiled(case.call, arch):
+            if kernel.hash not in found:
+                found[kernel.hash] = read(kernel.asm)
+            row: dict[str, Any] = {"case": case.name, "kernel": kernel.name, "arch": arch}
+            row |= {"warps": kernel.metadata.num_warps, "shared": kernel.metadata.shared, **found[kernel.hash]}
+            row |= costs(row, programs, given, case.products if kernel.name in PRODUCTS else 0)
+            row["per_row"] = row["instructions"] * row["warps"] / given["ROWS"] if "ROWS" in given else None
+            row["faults"] = faults(row, case.wide)
+            rows.append(row)
+            for fault in row["faults"]:
+                print(f"FAULT {arch} {case.name} {kernel.name}: {fault}", file=sys.stderr)
+    return rows
 
 
 def main() -> None:

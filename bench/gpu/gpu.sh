@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything worth knowing about a GPU, in one command and some fifteen minutes:
+# Everything worth knowing about a GPU, in one command and some twenty minutes:
 #
 #     bash bench/gpu/gpu.sh --out DIR
 #     bash bench/gpu/gpu.sh --out DIR --dry-run      # every step on a CPU, in Triton's interpreter, at tiny sizes
@@ -86,6 +86,10 @@ if imports pytest_benchmark; then
 else
     skip "micro benchmarks" "pytest-benchmark is not installed"
 fi
+times=10000
+[ -z "$dry" ] || times=2
+step "repeats" 300 "$out/sanitizer.txt" "$python" -m bench.gpu.kernels --repeat "$times" --tiny
+[ -n "$dry" ] || step "time in Python" 60 "$out/environment.txt" "$python" -m bench.gpu.host
 step "share of the measured rates" 150 /dev/null "$python" -m bench.gpu.kernels --out "$out" $tiny
 
 once=("$python" -m bench.gpu.kernels --once)
@@ -102,9 +106,11 @@ else
         skip "profiler counters" "ncu is not installed"
     fi
     if have compute-sanitizer; then
-        # What PyTorch's allocator holds beyond a tensor hides accesses beyond it.
-        step "compute-sanitizer" 180 "$out/sanitizer.txt" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-            compute-sanitizer --tool memcheck --error-exitcode 9 "${once[@]}" --tiny
+        # What PyTorch's allocator holds beyond a tensor hides accesses beyond it, and memory that nobody wrote.
+        for tool in memcheck racecheck initcheck synccheck; do
+            step "compute-sanitizer $tool" 180 "$out/sanitizer.txt" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+                compute-sanitizer --tool "$tool" --error-exitcode 9 "${once[@]}" --tiny
+        done
     else
         skip "compute-sanitizer" "it is not installed"
     fi

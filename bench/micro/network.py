@@ -46,10 +46,10 @@ SIGNALS = [("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predic
 one = partial(Implementation, graph=False)
 
 
-def features(task: Task, signal: str = "", compiled: bool = False) -> Callable[[], Tensor]:
+def features(task: Task, signal: str = "") -> Callable[[], Tensor]:
     """Return fastgrad's norms of a task, or of another signal."""
     loss, target = (signal or task.signal).split()
-    extractor = fastgrad.GradientFeatures(task.model, loss=loss, target=target, compile=compiled)
+    extractor = fastgrad.GradientFeatures(task.model, loss=loss, target=target)
     return lambda: extractor(task.x)[1]
 
 
@@ -79,19 +79,6 @@ def network(name: str, batch: int, signal: str, device: str) -> Iterator[Impleme
     if device == "cpu" or batch <= 64:
         yield one("vmap(grad)", partial(peers.vmap, task), task.error, PEERS)
         yield one("per-sample loop", partial(peers.loop, task), task.error, PEERS)
-
-
-@case(
-    "compiled", "{0} compiled B={1} {2}", against="training step",
-    names=("fastgrad, compiled", "fastgrad", "training step", "training step, compiled"),
-    tiny=[("plain CNN 8x8", 3, BCE)], full=FULL,
-)  # fmt: skip
-def compiled(name: str, batch: int, signal: str, device: str) -> Iterator[Implementation]:
-    """Passes that ``torch.compile`` compiled; a compilation takes up to minutes."""
-    task = Task(NETWORKS[name], batch, device, signal)
-    yield one("fastgrad, compiled", partial(features, task, compiled=True), task.error, OURS)
-    yield from same_for_all(task)
-    yield one("training step, compiled", partial(peers.step, task, compiled=True), task.against(peers.step), UNIT)
 
 
 @case(

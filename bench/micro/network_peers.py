@@ -107,10 +107,9 @@ def middle_error(found: Tensor, wanted: Tensor) -> float:
     return statistics.median(map(scaled_error, found, wanted))
 
 
-def step(task: Task, compiled: bool = False) -> Norms:
+def step(task: Task) -> Norms:
     parameters = list(task.model.parameters())
-    model = torch.compile(task.model, dynamic=False) if compiled else task.model
-    return lambda: torch.autograd.grad(task.loss(model(task.x)), parameters)[-1]
+    return lambda: torch.autograd.grad(task.loss(task.model(task.x)), parameters)[-1]
 
 
 def forward(task: Task) -> Norms:

@@ -80,21 +80,6 @@ def colours(names: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def over_epochs(document: Row) -> Any:
-    """Return the mean AUROC of each score over epochs, of samples that were trained on; every draw is a dot."""
-    made, (panel,) = figure(4.2)
-    epochs, seen = document["epochs"], [row for row in document["rows"] if row["samples"] == "seen"]
-    for name, colour in colours(list(dict.fromkeys(row["score"] for row in seen))).items():
-        drawn = [[r["auroc"] for r in seen if (r["score"], r["epoch"]) == (name, epoch)] for epoch in epochs]
-        panel.plot([statistics.fmean(values) for values in drawn], color=colour, label=name)
-        panel.plot(drawn, ".", color=colour, markersize=4)
-    panel.set_xticks(range(len(epochs)), [f"epoch {epoch}" for epoch in epochs])
-    panel.set_ylabel("AUROC of flipped labels", fontsize=TEXT)
-    panel.tick_params(labelsize=TEXT - 1)
-    made.legend(fontsize=TEXT - 1, loc="outside lower center", ncols=2)
-    return made
-
-
 def _scaling(rows: list[Row]) -> Any:
     """Plot the time of the contrasts against N at the B with the most cases, and against B at the N with the most."""
     rows = [r for r in rows if r["median_s"] and r["case"].split()[-1] == rows[0]["case"].split()[-1]]

@@ -28,9 +28,11 @@ TEMPLATES = Path(__file__).parent / "pages"
 RESULTS = Path(__file__).parents[1] / "results"
 #: Functions that draw the figure of a document, by a key of the document.
 FIGURES: Mapping[str, Callable[[Row], Any]] = {
-    "cases": figures.draw, "merit": detection.bars, "epochs": figures.over_epochs,
-    "splits": detection.second_answers, "steps": detection.found_attacks,
-}  # fmt: skip
+    "cases": figures.draw,
+    "merit": detection.bars,
+    "splits": detection.second_answers,
+    "steps": detection.found_attacks,
+}
 
 
 def parser(doc: str | None, networks: Iterable[str] = ()) -> argparse.ArgumentParser:

@@ -9,8 +9,8 @@ from bench.report.text import Row, digits, duration, size, sizes, table
 
 #: Implementations that do less than the task: no claim is made about them.
 YARDSTICKS = {
-    "torch.softmax", "linear alone", "training step", "training step, compiled", "training step, memory kept",
-    "forward", "forward and data gradients", "network alone", "stored rows",
+    "torch.softmax", "linear alone", "training step", "forward", "forward and data gradients", "network alone",
+    "stored rows", "loss alone, Liger", "loss alone, Cut Cross-Entropy",
 }  # fmt: skip
 #: Peers that are right on the timed inputs but have no correct digit once a sample is confident (margin 20).
 TEXTBOOK = {

@@ -34,7 +34,7 @@ BOXES = {
     ),
     "training": (
         356, 380, 236, 108, True, "training",
-        ["private training,", "rank samples"],
+        ["private training,", "gradient noise"],
     ),
 }  # fmt: skip
 #: From and to, side by side.

@@ -19,7 +19,6 @@ from fastgrad import checks
 from fastgrad.batches import bar
 from fastgrad.challenges import PixelRange, fgsm
 from fastgrad.detector.report import Report
-from fastgrad.metrics import auroc
 from fastgrad.plots import COLOURS, score_histograms
 
 #: Height and width of the images.
@@ -196,11 +195,19 @@ def run(arguments: argparse.Namespace) -> int:
     with torch.no_grad():
         accuracy = (network(test).argmax(-1) == answers).double().mean().item()
 
+    from sklearn.metrics import roc_auc_score
+
     scorers, report = methods(network, *clean, arguments.seed)
     challenges = challenging(network, test, generator)
     shown = {"clean digits": test, **challenges}
     scores = {name: {which: score(images) for which, images in shown.items()} for name, score in scorers.items()}
-    table = {name: {c: auroc(found["clean digits"], found[c]) for c in challenges} for name, found in scores.items()}
+    table = {
+        name: {
+            c: roc_auc_score(np.repeat([0, 1], [len(test), len(found[c])]), np.append(found["clean digits"], found[c]))
+            for c in challenges
+        }
+        for name, found in scores.items()
+    }
     threshold = -np.log(0.05)
     draw(out / "demo.png", scores[DEFAULT], shown, threshold)
 

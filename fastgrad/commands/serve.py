@@ -12,8 +12,6 @@ from fastgrad.deploy.file.images import MAX_PIXELS
 
 #: Options that take a value: name, type, default, help.
 _OPTIONS = (
-    ("--pins", str, None, "file with the SHA-256 of each model file that may be loaded, as sha256sum writes them; with "
-     "it, and only then, a file that changes takes over"),
     ("--api-key-file", Path, None,
      "file with the key that requests must carry; without it the variable FASTGRAD_API_KEY, else none"),
     ("--host", str, "127.0.0.1", "address to listen on (default: this machine only)"),
@@ -25,16 +23,17 @@ _OPTIONS = (
 )  # fmt: skip
 #: The same for options whose value must be positive.
 _POSITIVE = (
-    ("--reload-seconds", float, 1.0, "with --pins: how often to look whether a file has changed (1)"),
     ("--workers", int, 1, "processes that run the model (default: 1)"),
     ("--threads", int, None, "compute threads of each process (default: PyTorch's)"),
     ("--decoders", int, None, "processes that read bodies (default: cores, at most 4)"),
     ("--max-batch", int, 32, "largest batch (default: 32)"),
     ("--max-queue", int, 256, "requests in progress, then 503 (256)"),
     ("--timeout", float, 30.0, "seconds a request may take, then 504 (30)"),
+    ("--drain-seconds", float, 25.0, "seconds from SIGTERM to the end, even if answers are missing (25)"),
     ("--max-body-mb", float, 16.0, "largest body in MiB, then 413 (16)"),
+    ("--max-model-mb", float, 1024.0, "largest model file in MiB (1024)"),
     ("--max-pixels", int, MAX_PIXELS, "largest image in pixels, then 413 (10 million)"),
-    ("--max-connections", int, 512, "then the one that waits longest is closed (512)"),
+    ("--max-connections", int, 512, "then the one that waits longest is closed (512, or what open files allow)"),
 )
 
 
@@ -49,22 +48,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allowed-host", action="append", default=[], metavar="NAME",
         help="name in the Host of requests, beside localhost and addresses; may be given several times",
     )  # fmt: skip
+    parser.add_argument(
+        "--sha256", action="append", default=[], metavar="NAME=HEX",
+        help="refuse any file for the model NAME (MODEL's is its file's name without suffix) but the one with this "
+        "SHA-256; may be given several times, also for one model",
+    )  # fmt: skip
     for name, kind, default, text in (*_OPTIONS, *_POSITIVE):
         parser.add_argument(name, type=kind, default=default, help=text)
-    parser.add_argument(
-        "--traces", action="store_true",
-        help="send OpenTelemetry traces over OTLP/HTTP, as its variables OTEL_* say; needs the extra traces",
-    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until SIGINT or SIGTERM, then finish what was accepted; return the exit status."""
+    """Serve until SIGINT or SIGTERM, then finish what was accepted; return the exit status. SIGHUP loads the files."""
     from fastgrad.deploy.serve.app import create_app
     from fastgrad.deploy.serve.bodies import Limits
     from fastgrad.deploy.serve.child import ignore_signals
     from fastgrad.deploy.serve.guard import address_of
     from fastgrad.deploy.serve.server import Server
-    from fastgrad.deploy.serve.traces import otlp_provider
 
     for name, *_ in _POSITIVE:
         value = getattr(args, name[2:].replace("-", "_"))
@@ -76,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
     body = math.ceil(args.max_body_mb * 2**20)
     limits = Limits(
         body=body, pixels=args.max_pixels, queue=args.max_queue, seconds=args.timeout,
-        memory=max(Limits.memory, 3 * body), connections=args.max_connections,
+        memory=max(Limits.memory, 3 * body), connections=args.max_connections, drain_seconds=args.drain_seconds,
+        file=math.ceil(args.max_model_mb * 2**20),
     )  # fmt: skip
     file = args.api_key_file
     key = os.environ.get("FASTGRAD_API_KEY") if file is None else file.read_text("utf-8-sig", "replace").strip()
@@ -84,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
         _paths(args.model, args.models), workers=args.workers, threads=args.threads, decoders=args.decoders,
         max_batch=args.max_batch, batch_wait=args.batch_wait_ms / 1000, limits=limits, api_key=key,
         allowed_hosts=[*args.allowed_host, args.host], false_alarm_rate=args.false_alarm_rate,
-        drift_false_alarm_rate=args.drift_false_alarm_rate, pins=args.pins, reload_every=args.reload_seconds,
-        tracer_provider=otlp_provider() if args.traces else None,
+        drift_false_alarm_rate=args.drift_false_alarm_rate,
+        sha256=[(name, digits) for name, _, digits in (pair.rpartition("=") for pair in args.sha256)],
     )  # fmt: skip
     address = address_of(args.host)
     if key is None and not (args.host == "localhost" if address is None else address.is_loopback):
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"fastgrad serve: {warning}", file=sys.stderr)
     server = Server(app, host=args.host, port=args.port, limits=limits)
     # When uvicorn has finished, it raises the signal again, for the handler that it found here.
-    ignore_signals("SIGTERM", "SIGBREAK")
+    ignore_signals("SIGTERM", "SIGHUP", "SIGBREAK")
     try:
         server.run()
     except KeyboardInterrupt:

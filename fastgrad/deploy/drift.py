@@ -22,17 +22,17 @@ Memory and time per score do not grow with the stream.
 
 from __future__ import annotations
 
+import collections
 import math
-from collections import deque
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from fastgrad import checks
-
-FloatArray = NDArray[np.float64]
+from fastgrad.checks import Array
+from fastgrad.deploy.error_rate import FEWEST, ErrorRate, check_excess, error_rate
 
 # Beta(a, b) shapes. a < 1 grows on small p-values (scores too high), b < 1 on large ones (too low), both on both tails,
 # both above 1 on a pile-up in the middle. Small exponents find extreme shifts in a few images, those near 1 slight ones
@@ -57,8 +57,8 @@ class ScoreReference:
         counts: ``(K,)`` how many calibration scores fell into each bin.
     """
 
-    edges: FloatArray
-    counts: FloatArray
+    edges: Array
+    counts: Array
 
     def __post_init__(self) -> None:
         edges, counts = checks.to_array("edges", self.edges), checks.to_array("counts", self.counts)
@@ -87,7 +87,7 @@ class ScoreReference:
         Raises:
             ValueError: fewer than 20 scores, or scores that are not finite.
         """
-        values = _finite(scores)
+        values = _finite("scores", scores)
         if len(values) < 20:
             raise ValueError(f"scores must hold at least 20 in-distribution scores; there were {len(values)}")
         checks.at_least(2, bins=bins)
@@ -108,6 +108,7 @@ class DriftMonitor:
         false_alarm_rate: In (0, 1). For ``form="ever"`` the bound on the probability of ever raising a false alarm.
             For ``form="average"`` one over the least average number of images before one.
         form: ``"ever"`` or ``"average"``, see the module's description.
+        excess: what the risk of clean inputs owes to challenges, see `error_rate`; None for no error rate.
         seed: seeds the tie-breaking random numbers; two monitors with one seed agree on the same stream.
 
     Attributes:
@@ -115,9 +116,6 @@ class DriftMonitor:
         evidence: the capital ``e`` now: how much a bet of 1 against "nothing has changed" has become; for
             ``form="average"`` a bet of 1 on each image.
         alarm_at: number of the score (from 1) at which the alarm was raised, or None. An alarm stays until `reset`.
-        acknowledged: the reason given when the alarm was acknowledged, or None.
-        history: the last 100 acknowledgements and resets, a dictionary each: ``action``, ``reason``, and ``count``,
-            ``alarm_at`` and ``evidence`` at that time.
 
     Raises:
         ValueError: a rate outside (0, 1), an unknown form, or an unusable reference.
@@ -129,58 +127,44 @@ class DriftMonitor:
         *,
         false_alarm_rate: float = 0.01,
         form: Literal["ever", "average"] = "ever",
+        excess: float | None = None,
         seed: int = 0,
     ) -> None:
         checks.lies_in("(0, 1)", false_alarm_rate=false_alarm_rate)
         checks.one_of("form", form, ("ever", "average"))
         checks.is_seed(seed)
+        if excess is not None:
+            check_excess(excess)
+        self.excess = excess
         self.reference = reference if isinstance(reference, ScoreReference) else ScoreReference.from_scores(reference)
         self.false_alarm_rate = float(false_alarm_rate)
         self.form = form
         self._seed = seed
-        self.acknowledged: str | None = None
-        self.history: deque[dict[str, Any]] = deque(maxlen=100)
-        self._start()
+        self.reset()
 
-    def acknowledge(self, reason: str) -> None:
-        """Acknowledge the alarm, which stays, and keep the reason.
-
-        Raises:
-            ValueError: there is no alarm, or no reason.
-        """
-        if not self.alarm:
-            raise ValueError("there is no alarm to acknowledge")
-        self._note("acknowledge", reason)
-        self.acknowledged = reason
-
-    def reset(self, reason: str) -> None:
-        """Forget the stream and its alarm; keep the reference and the reason.
+    def reset(self) -> None:
+        """Forget the stream and its alarm; keep the reference.
 
         Each start has an error rate of its own: after k resets the probability that any of them raised a false alarm
         is at most k + 1 times `false_alarm_rate`.
-
-        Raises:
-            ValueError: there is no reason.
         """
-        self._note("reset", reason)
-        self._start()
-
-    def _note(self, action: str, reason: str) -> None:
-        if not isinstance(reason, str) or not reason.strip():
-            raise ValueError(f"reason must be some words; it was {reason!r}")
-        at = {"count": self.count, "alarm_at": self.alarm_at, "evidence": self.evidence}
-        self.history.append({"action": action, "reason": reason, **at})
-
-    def _start(self) -> None:
         self._random = np.random.default_rng(self._seed)
         self._counts = self.reference.counts.copy()
         self._total = float(self._counts.sum())
         self._capital = np.zeros(len(_BETS))
         self._peak = 0.0
+        self._recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=1000)
         self.count = 0
         self.evidence = 0.0 if self.form == "average" else 1.0
         self.alarm_at: int | None = None
-        self.acknowledged = None
+
+    @property
+    def error_rate(self) -> ErrorRate | None:
+        """The estimated share of wrong answers to the last 1,000 inputs with a risk; None if it cannot be computed."""
+        if self.excess is None or len(self._recent) < FEWEST:
+            return None
+        risk, uncertainty = np.array(self._recent).T
+        return error_rate(risk, uncertainty, self.excess)
 
     @property
     def alarm(self) -> bool:
@@ -196,13 +180,19 @@ class DriftMonitor:
         expected = float(max(self.count, 1)) if self.form == "average" else 1.0
         return expected / max(self._peak, expected)
 
-    def update(self, scores: ArrayLike) -> bool:
+    def update(self, scores: ArrayLike, risk: ArrayLike | None = None) -> bool:
         """Read one score or a one-dimensional array of scores, in their order of arrival; return `alarm`.
 
+        ``risk`` are the risks of the same inputs, for the error rate; the scores must then be uncertainties.
+
         Raises:
-            ValueError: a score is not finite; then no score of the array has been read.
+            ValueError: a score or a risk is not finite, or their shapes differ; then none of them has been read.
         """
-        values = _finite(scores)
+        values = _finite("scores", scores)
+        if risk is not None:
+            risks = _finite("risk", risk)
+            checks.shape_is("risk", risks, values.shape, "one per score")
+            self._recent.extend(zip(risks.tolist(), values.tolist(), strict=True))
         bins = np.searchsorted(self.reference.edges, values, side="right")
         for bin_, tie in zip(bins.tolist(), self._random.random(len(bins)).tolist(), strict=True):
             # The new score is ranked among all scores including itself, which makes p exactly uniform.
@@ -226,8 +216,8 @@ class DriftMonitor:
         return self.alarm
 
     def state(self) -> dict[str, Any]:
-        """Return what a dashboard shows: the attributes except `history`, the rate, the form, and `summary`."""
-        shown = ("count", "evidence", "p_value", "alarm", "alarm_at", "acknowledged", "false_alarm_rate", "form")
+        """Return what a dashboard shows: the attributes, the rate, the form, and `summary`."""
+        shown = ("count", "evidence", "p_value", "alarm", "alarm_at", "false_alarm_rate", "form")
         return {name: getattr(self, name) for name in shown} | {"summary": self.summary()}
 
     def summary(self) -> str:
@@ -241,8 +231,8 @@ class DriftMonitor:
         return f"{verdict} {self.count} inputs, {compared}; {rate}."
 
 
-def _finite(scores: ArrayLike) -> FloatArray:
-    values = np.atleast_1d(checks.to_array("scores", scores))
+def _finite(name: str, given: ArrayLike) -> Array:
+    values = np.atleast_1d(checks.to_array(name, given))
     if values.ndim != 1:
-        raise ValueError(f"scores must be one number or one-dimensional; the shape was {values.shape}")
+        raise ValueError(f"{name} must be one number or one-dimensional; the shape was {values.shape}")
     return values

@@ -17,13 +17,13 @@ from torch.overrides import TorchFunctionMode
 from fastgrad._torch import StopRecomputation, has_global_hooks, hooks_of, pytree, vmap
 from fastgrad.batches import batch_size, same_class
 from fastgrad.engine.layout import Rows, Tree, flatten, is_object
-from fastgrad.engine.memory import lacks_memory
 from fastgrad.engine.mode import PerSample, Split
 from fastgrad.engine.modules import replaced
 from fastgrad.engine.state import Place, State
 from fastgrad.engine.structure import Alone, Structure
 from fastgrad.layers import MODULES
 from fastgrad.layers.call import Call, NotPerSampleError, Refused
+from fastgrad.memory import lacks_memory
 
 
 @dataclass

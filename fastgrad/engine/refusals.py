@@ -4,33 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
-from fastgrad import checks
 from fastgrad._torch import BatchNorm
+from fastgrad.evaluation import refuse_devices, refuse_scripted
 
 #: Names of the classes that hold a part of a parameter, or of several.
 _PARTS = frozenset({"DTensor", "FullyShardedDataParallel", "ShardedTensor"})
-
-
-def refuse_scripted(model: nn.Module) -> None:
-    """Raise TypeError for a scripted or traced module, which has no copy in Python."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise TypeError(
-                f"model must be made of ordinary modules; {name or 'model'!r} was a {type(module).__name__} (torch.jit)"
-                ". Use the module that it was made of"
-            )
-
-
-def refuse_devices(model: nn.Module) -> None:
-    """Raise ValueError for a model whose parameters hold no values, or lie where nothing can be float64."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta or nn.parameter.is_lazy(parameter):
-            was = "on the meta device" if parameter.is_meta else "not initialized (call a lazy module once before)"
-            raise ValueError(f"model must hold values; its parameter {name!r} was {was}")
-        checks.has_float64(f"parameter {name!r} of model", parameter)
 
 
 def refuse_parts(model: nn.Module) -> None:

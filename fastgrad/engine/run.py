@@ -19,11 +19,11 @@ from fastgrad._torch import next_number, saved_tensor_hooks, saving_plainly
 from fastgrad.batches import choices, input_tensors
 from fastgrad.engine import graph
 from fastgrad.engine.layout import MIXED, SAME, Layout, Rows, Tree, find, flatten, usual
-from fastgrad.engine.memory import keep_freed_memory
 from fastgrad.engine.passes import Outcome, Pass
 from fastgrad.engine.state import ABSENT, Place, State, copied, evaluated
 from fastgrad.engine.structure import Alone, Recorded, Structure, known
 from fastgrad.layers.call import Call, NotPerSampleError
+from fastgrad.memory import keep_freed_memory
 
 _UNSEEN = "a parameter reaches the outputs by a function that Python does not see, or by a tensor of an earlier call"
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastgrad._torch import pytree
 from fastgrad.engine.layout import is_object
+from fastgrad.evaluation import RandomState, evaluation_copy
 
 _MUTABLE = (list, dict, set, deque)
 #: Entries of a module's ``__dict__`` that no forward pass writes, but for a first one that adds hooks or layers.
@@ -105,8 +103,7 @@ class State:
         }
         #: Copies that take the place of buffers for a while.
         self._own: dict[int, Tensor] = {}
-        parameters = (p for _, module in modules for p in module._parameters.values())
-        self._random = Random({p.device for p in parameters if p is not None and p.is_cuda})
+        self._random = RandomState(module for _, module in modules)
 
     def written(self) -> frozenset[Buffer]:
         """Return the buffers that were written to since."""
@@ -114,7 +111,7 @@ class State:
 
     def drew(self) -> bool:
         """Whether random numbers were drawn since."""
-        return self._random.drew()
+        return not self._random.same()
 
     @contextlib.contextmanager
     def own_buffers(self) -> Iterator[None]:
@@ -211,32 +208,6 @@ def _graphed(value: Any) -> bool:
     return type(value) is list and any(map(_graphed, value))
 
 
-class Random:
-    """The state of the random numbers of PyTorch, on the CPU and some ``devices``, of Python and of NumPy."""
-
-    def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._states = {device: torch.cuda.get_rng_state(device) for device in devices}
-        self._cpu = torch.get_rng_state()
-        self._python, self._numpy = random.getstate(), np.random.get_state(legacy=False)
-
-    def drew(self) -> bool:
-        """Whether random numbers were drawn since."""
-        if not torch.equal(self._cpu, torch.get_rng_state()) or self._python != random.getstate():
-            return True
-        before, now = (s["state"] for s in (self._numpy, np.random.get_state(legacy=False)))
-        if before["pos"] != now["pos"] or not np.array_equal(before["key"], now["key"]):
-            return True
-        return any(not torch.equal(state, torch.cuda.get_rng_state(d)) for d, state in self._states.items())
-
-    def restore(self) -> None:
-        """Have the same numbers drawn again."""
-        torch.set_rng_state(self._cpu)
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
-        for device, state in self._states.items():
-            torch.cuda.set_rng_state(state, device)
-
-
 ABSENT: Any = type("Absent", (), {"__repr__": lambda self: "absent"})()
 
 
@@ -246,24 +217,9 @@ def detach_plain(x: Tensor) -> Tensor:
 
 
 def evaluated(model: nn.Module) -> nn.Module:
-    """Return ``model`` if it is in evaluation mode, or else a copy that is, and that shares all tensors.
-
-    Tensors that were made in inference mode, which no graph can use, are copied as well.
-
-    ValueError if it must be copied and cannot be.
-    """
-    if not any(
-        module.training
-        or any(t is not None and t.is_inference() for t in (*module._parameters.values(), *module._buffers.values()))
-        for module in model.modules()
-    ):
-        return model
-    shared = [t for module in model.modules() for value in vars(module).values() for t in pytree.tree_leaves(value)]
-    tensors = [*model.parameters(), *model.buffers(), *(t for t in shared if isinstance(t, Tensor))]
-    try:
-        return copy.deepcopy(model, {id(t): t for t in tensors if not t.is_inference()}).eval()
-    except Exception as error:
-        raise ValueError(
-            f"model must be in evaluation mode, or be one that copy.deepcopy copies; it is in training mode, and "
-            f"copying it failed: {error}"
-        ) from error
+    """Return ``model`` if it is in evaluation mode and a graph can use its tensors, or else such a copy."""
+    for module in model.modules():
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        if module.training or any(t is not None and t.is_inference() for t in tensors):
+            return evaluation_copy(model)
+    return model

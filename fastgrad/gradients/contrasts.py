@@ -6,6 +6,7 @@ One sample's gradient of that layer is rank one, ``delta h^T`` with ``delta = dL
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ def contrast_sqnorm(
     """
     leading = _head_pair(features, logits, loss, reduction, bias=bias, log=log)
     norms = last_layer.contrast_sqnorm(_matrix(features), _matrix(logits), loss, bias, log, reduction == "mean", impl)
-    return norms.reshape(*leading, logits.shape[-1])
+    return norms if logits.dim() == 2 else norms.reshape(*leading, logits.shape[-1])
 
 
 def target_sqnorm(
@@ -82,9 +83,10 @@ def target_sqnorm(
     """Return the squared L2 norm of the last layer's gradient for one label per sample.
 
     ``target`` is ``"ones"``, ``"uniform"`` (1/N), ``"predicted"``, class indices ``(...)`` or soft targets
-    ``(..., N)``. ``"ones"`` is the confounding label, 1 for every class. The other arguments are those of
-    :func:`contrast_sqnorm`. The norm of a soft target may underflow before ``log`` takes its logarithm. Where the
-    probabilities are close to a soft target with unequal entries, digits are lost in proportion to their difference.
+    ``(..., N)``, which have the eager form alone. ``"ones"`` is the confounding label, 1 for every class. The other
+    arguments are those of :func:`contrast_sqnorm`. The norm of a soft target may underflow before ``log`` takes its
+    logarithm. Where the probabilities are close to a soft target with unequal entries, digits are lost in proportion to
+    their difference.
 
     Returns:
         ``(...)``, float32 (float64 for float64 logits).
@@ -118,9 +120,9 @@ def linear_contrast_sqnorm(
 ) -> tuple[Tensor, Tensor]:
     """Compute the last layer and all its contrasts: ``(logits, contrast_sqnorm(features, logits))``.
 
-    On a GPU that is one kernel launch, or two for large N. Features are ``(..., D)``, the weight ``(N, D)`` and
-    the bias ``(N,)`` or None, all of one dtype and device. With a bias, its gradient belongs to the norm. The other
-    arguments are those of :func:`contrast_sqnorm`.
+    Features are ``(..., D)``, the weight ``(N, D)`` and the bias ``(N,)`` or None, all of one device and dtype. Under
+    autocast they may be of several dtypes and are then cast to autocast's, as by ``torch.nn.functional.linear``. With a
+    bias, its gradient belongs to the norm. The other arguments are those of :func:`contrast_sqnorm`.
 
     Returns:
         Logits ``(..., N)`` in the dtype of the features, and the squared norms ``(..., N)`` of exactly these logits,
@@ -129,7 +131,7 @@ def linear_contrast_sqnorm(
     Raises:
         TypeError, ValueError: As in :func:`contrast_sqnorm`, or a tensor has another dtype than the features.
     """
-    _linear(features, weight, bias, loss, reduction, log=log)
+    features, weight, bias = _linear(features, weight, bias, loss, reduction, log=log)
     logits, norms = last_layer.linear_contrast_sqnorm(
         _matrix(features), weight, bias, loss, log, reduction == "mean", impl
     )
@@ -149,12 +151,13 @@ def linear_contrast_stats(
     """Compute statistics over all contrasts without storing ``(..., N)``: for vocabularies of 128k and more.
 
     The Triton kernel needs memory in proportion to B. The eager form holds 4 million logits at a time, or one row;
-    compiled, all of them. Arguments and errors are those of :func:`linear_contrast_sqnorm`.
+    compiled, all of them. ``"brier"`` has the eager form alone. Arguments and errors are those of
+    :func:`linear_contrast_sqnorm`.
 
     Returns:
         :class:`ContrastStats` of tensors ``(...)``, float32 (float64 for float64).
     """
-    _linear(features, weight, bias, loss, reduction)
+    features, weight, bias = _linear(features, weight, bias, loss, reduction)
     stats = last_layer.linear_contrast_stats(_matrix(features), weight, bias, loss, reduction == "mean", impl)
     return ContrastStats(*stats.reshape(*features.shape[:-1], 5).unbind(-1))
 
@@ -239,12 +242,15 @@ def check_target(target: str | Tensor, logits: Tensor, *, wait: bool = False) ->
             raise NoClassError(f"{wanted}; it held {low if low < 0 else high}")
 
 
-def _features_and_options(features: Tensor, loss: str, reduction: str, flags: dict[str, object]) -> None:
+def _check_features(features: Tensor, loss: str, reduction: str, flags: dict[str, object]) -> None:
     checks.one_of("loss", loss, losses.LOSSES)
     checks.one_of("reduction", reduction, losses.REDUCTIONS)
     checks.is_bool(**flags)
     checks.is_float("features", features)
     checks.holds_values("features", features)
+
+
+def _has_features(features: Tensor) -> None:
     if features.dim() < 1:
         raise ValueError("features must have shape (..., D); it was a scalar")
 
@@ -254,37 +260,65 @@ def _matrix(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
-def _head_pair(features: Tensor, logits: Tensor, loss: str, reduction: str = "sum", **flags: object) -> tuple[int, ...]:
+#: Options and kinds of tensors that passed the checks. Checking a call like an earlier one takes as long as a softmax.
+_passed: set[tuple[object, ...]] = set()
+
+
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.dtype, tensor.device, tensor.layout, tensor.is_nested
+
+
+def _head_pair(
+    features: Tensor, logits: Tensor, loss: str, reduction: str = "sum", *, bias: bool = True, log: bool = False
+) -> tuple[int, ...]:
     """Check options, and features against logits; return their leading shape."""
-    _features_and_options(features, loss, reduction, flags)
-    checks.is_float("logits", logits)
-    if logits.dim() < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"logits must have shape (..., N) with N >= 1; it was {tuple(logits.shape)}")
-    leading = tuple(logits.shape[:-1])
+    call = None
+    if not torch.compiler.is_compiling():
+        with contextlib.suppress(AttributeError, TypeError):
+            call = (loss, reduction, type(bias), type(log), *_kind(features), *_kind(logits))
+    if call is None or call not in _passed:
+        _check_features(features, loss, reduction, {"bias": bias, "log": log})
+        checks.is_float("logits", logits)
+        checks.same_device("features", features, "logits", logits)
+        checks.holds_values("logits", logits)
+        if (features.dtype == torch.float64) != (logits.dtype == torch.float64):
+            raise TypeError(
+                f"features and logits must both be float64 or neither; they were {features.dtype} and {logits.dtype}"
+            )
+        if call is not None:
+            _passed.add(call)
+    _has_features(features)
+    shape = logits.shape
+    if not shape or shape[-1] < 1:
+        raise ValueError(f"logits must have shape (..., N) with N >= 1; it was {tuple(shape)}")
+    leading = shape[:-1]
     if features.shape[:-1] != leading:
         raise ValueError(
-            f"features must have the leading shape of logits, {leading}; it was {tuple(features.shape[:-1])}"
-        )
-    checks.same_device("features", features, "logits", logits)
-    checks.holds_values("logits", logits)
-    if (features.dtype == torch.float64) != (logits.dtype == torch.float64):
-        raise TypeError(
-            f"features and logits must both be float64 or neither; they were {features.dtype} and {logits.dtype}"
+            f"features must have the leading shape of logits, {tuple(leading)}; it was {tuple(features.shape[:-1])}"
         )
     return leading
 
 
-def _linear(features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, reduction: str, **flags: object) -> None:
-    _features_and_options(features, loss, reduction, flags)
+def _linear(
+    features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, reduction: str, **flags: object
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Check a linear layer and return it, cast to autocast's dtype if autocast is on and the dtypes differ."""
+    _check_features(features, loss, reduction, flags)
+    _has_features(features)
     checks.is_float("weight", weight)
     size = features.shape[-1]
     if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != size:
         raise ValueError(f"weight must have shape (N, D) with N >= 1 and D = {size}; it was {tuple(weight.shape)}")
     checks.same_device("weight", weight, "features", features)
     _bias(bias, weight)
+    dtypes = {t.dtype for t in (features, weight, bias) if t is not None}
+    if len(dtypes) > 1 and torch.float64 not in dtypes and torch.is_autocast_enabled(features.device.type):
+        dtype = torch.get_autocast_dtype(features.device.type)
+        return features.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != features.dtype:
             raise TypeError(f"{name} must have the dtype of features, {features.dtype}; it was {tensor.dtype}")
+    return features, weight, bias
 
 
 def _bias(bias: Tensor | None, weight: Tensor) -> None:

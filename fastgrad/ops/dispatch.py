@@ -16,12 +16,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastgrad._torch import is_traced, is_transformed
+from fastgrad._torch import is_readable, is_traced, is_transformed
 from fastgrad.checks import KERNEL_DTYPES, one_of
 
 _T = TypeVar("_T")
 
 IMPLEMENTATIONS = ("auto", "triton", "eager")
+#: AMD's GPUs for which the kernels are compiled in every report.
+AMD = ("gfx942", "gfx950")
 
 
 def _found(name: str) -> bool:
@@ -40,6 +42,22 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+#: What `_gpu_refusal` said of each device: asking takes longer than a launch.
+_gpus: dict[int | None, str | None] = {}
+
+
+def _gpu_refusal(index: int | None) -> str | None:
+    """Return why the kernels are not for a GPU, or None if they are, or if there is none to ask."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
+    if torch.version.hip:
+        name = str(properties.gcnArchName).split(":")[0]
+        return None if name in AMD else f"on AMD the kernels are for {', '.join(AMD)}, and the device was {name}"
+    # Triton does not use the matrix units of earlier GPUs.
+    return None if properties.major >= 8 else "the kernels need compute capability 8.0"
+
+
 def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why Triton cannot serve a tensor of this device and dtype, or None if it can."""
     if dtype not in KERNEL_DTYPES:
@@ -49,24 +67,29 @@ def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     if not KERNELS_FOUND:
         return "fastgrad/kernels is no folder, as in a checkout without symbolic links"
     if device.type == "cuda":
-        # Triton does not use the matrix units of earlier GPUs. AMD's major versions are 9 or more.
-        old = torch.cuda.is_available() and torch.cuda.get_device_properties(device).major < 8
-        return "the kernels need compute capability 8.0" if old else None
+        if torch.compiler.is_compiling() or not torch.cuda.is_available():
+            return _gpu_refusal(device.index)
+        if device.index not in _gpus:
+            _gpus[device.index] = _gpu_refusal(device.index)
+        return _gpus[device.index]
     if device.type == "cpu":
         return None if interpreting() else "the device was cpu, where kernels only run with TRITON_INTERPRET=1"
-    return f"the device was {device.type}, and kernels run on cuda (NVIDIA and AMD)"
+    return f"the device was {device.type}, and kernels run on cuda (NVIDIA, and AMD's {' and '.join(AMD)})"
 
 
-def choose(impl: str, tensor: torch.Tensor) -> str:
-    """Resolve ``impl`` to ``"triton"`` or ``"eager"`` for ``tensor``; ValueError if it is unknown or cannot run."""
-    one_of("impl", impl, IMPLEMENTATIONS)
+def choose(impl: str, tensor: torch.Tensor, missing: str | None = None) -> str:
+    """Resolve ``impl`` to ``"triton"`` or ``"eager"`` for ``tensor``; ValueError if it is unknown or cannot run.
+
+    ``missing`` says why there is no kernel for the other arguments, if there is none.
+    """
     if impl == "eager" or (impl == "auto" and (tensor.device.type != "cuda" or torch.compiler.is_exporting())):
         return "eager"
+    one_of("impl", impl, IMPLEMENTATIONS)
     # Recorded graphs become files, which run without this package; torch.func cannot differentiate our operators.
     alone = not torch.compiler.is_compiling() and (is_transformed() or (is_traced() and not opaque_ops.get()))
     if impl == "auto" and alone:
         return "eager"
-    refusal = triton_refusal(tensor.device, tensor.dtype)
+    refusal = missing or triton_refusal(tensor.device, tensor.dtype)
     if refusal and impl == "triton":
         raise ValueError(f"impl must be 'auto' or 'eager' here: it was 'triton', but {refusal}")
     return "eager" if refusal else "triton"
@@ -96,26 +119,43 @@ def full_precision(device: torch.device) -> contextlib.AbstractContextManager[No
 
 def launcher(module: str, name: str) -> Callable[..., Any]:
     """Return a function of ``fastgrad.ops.triton``, imported when called, on the device of its first argument."""
+    found: list[Callable[..., Any]] = []
 
     def launch(first: Tensor, *rest: Any) -> Any:
-        function = getattr(importlib.import_module(f"fastgrad.ops.triton.{module}"), name)
-        with torch.cuda.device(first.device) if first.device.type == "cuda" else contextlib.nullcontext():
-            return function(first, *rest)
+        if not found:
+            found.append(getattr(importlib.import_module(f"fastgrad.ops.triton.{module}"), name))
+        if first.device.type != "cuda":
+            return found[0](first, *rest)
+        here = first.device.index == torch.cuda.current_device()
+        try:
+            with contextlib.nullcontext() if here else torch.cuda.device(first.device):
+                return found[0](first, *rest)
+        except RuntimeError as error:
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"{name} must be called once on tensors of these shapes before a CUDA graph is captured: its "
+                    "kernels were not compiled"
+                ) from error
+            raise
 
     return launch
 
 
-def operator(name: str, eager: Callable[..., _T], fake: Callable[..., _T]) -> Callable[..., _T]:
+def operator(
+    name: str, eager: Callable[..., _T], fake: Callable[..., _T],
+    missing: Callable[..., str | None] = lambda *arguments: None,
+) -> Callable[..., _T]:  # fmt: skip
     """Define an operator with the signature and the derivative of ``eager``, which the backward pass runs again.
 
-    ``name`` is also the name of its launcher in `fastgrad.ops.triton.last_layer`; ``fake`` returns results without
-    values. Return ``function(*arguments, impl)``, which calls ``eager`` itself or the operator, as `choose` says for
-    the first argument.
+    ``name`` is also the name of its launcher in `fastgrad.ops.triton.contrasts`; ``fake`` returns results without
+    values, and ``missing`` why there is no kernel for arguments of theirs. Return ``function(*arguments, impl)``, which
+    calls ``eager`` itself or the operator, as `choose` says.
     """
-    kernel, qualified = launcher("last_layer", name), f"fastgrad::{name}"
+    kernel, qualified = launcher("contrasts", name), f"fastgrad::{name}"
 
     def chosen(first: Tensor, *arguments: Any) -> Any:
-        return (eager if triton_refusal(first.device, first.dtype) else kernel)(first, *arguments)
+        plain = missing(first, *arguments) or triton_refusal(first.device, first.dtype)
+        return (eager if plain else kernel)(first, *arguments)
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
@@ -140,8 +180,15 @@ def operator(name: str, eager: Callable[..., _T], fake: Callable[..., _T]) -> Ca
 
     def function(*arguments: Any) -> _T:
         *inputs, impl = arguments
+        run: Callable[..., _T] = eager
+        if choose(impl, inputs[0], missing(*inputs)) == "triton":
+            tensors = [x for x in inputs if isinstance(x, Tensor)]
+            recorded = not is_readable(*tensors) or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+            # Nobody has to see the operator: the way through PyTorch's dispatcher takes as long as the launch.
+            run = overload if recorded else kernel
+        if not torch.is_autocast_enabled(inputs[0].device.type):
+            return run(*inputs)
         with full_precision(inputs[0].device):
-            result: _T = (overload if choose(impl, inputs[0]) == "triton" else eager)(*inputs)
-        return result
+            return run(*inputs)
 
     return function

@@ -6,24 +6,25 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from fastgrad import losses
-from fastgrad._torch import is_transformed
+from fastgrad._torch import is_readable, is_transformed
 from fastgrad.losses import compute_dtype
-from fastgrad.ops.dispatch import operator
+from fastgrad.ops.dispatch import full_precision, operator
 
 # Logits, elements of rows (B, N, D) or of products (B, U, N) held at a time, or one row if it is longer.
 _CHUNK = 1 << 22
-# Rows are worked on in pieces of at most this many elements (8 MiB), which stay in the outer cache of a CPU.
-_CACHED = 1 << 21
-# Fewer numbers than this are searched for a row's largest at once.
-_FEW = 1 << 16
-# Longer rows have their normalisation corrected, which costs a few operations on one number per row.
-_LONG = 1 << 12
+# Rows are worked on in pieces of at most this many elements (1 MiB), which stay in the cache of one core.
+_CACHED = 1 << 18
+# A single row up to this length takes less time in NumPy, in one thread.
+_FEW = 1 << 14
+# The least arguments of exponentials: what is smaller counts for nothing beside 1, and denormal numbers take longer.
+_LEAST = {torch.float32: -87.33, torch.float64: -708.0}
 
 
 def _contrasts(features: Tensor, logits: Tensor, loss: str, bias: bool, log: bool, mean: bool) -> Tensor:
@@ -35,86 +36,83 @@ def _contrasts(features: Tensor, logits: Tensor, loss: str, bias: bool, log: boo
     # vmap may map only the features, and the softmax then has no room for the mapped norms.
     plain = torch.compiler.is_compiling() or not is_transformed()
     if inference and plain and loss == "cross_entropy" and not log and logits.numel():
-        h = features.to(compute_dtype(features.dtype))
-        scale = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square()
-        scale = scale + 1 if bias else scale
-        scale = scale / logits.shape[-1] ** 2 if mean else scale
-        return _cross_entropy(scale.to(compute_dtype(logits.dtype)), logits)
+        return _cross_entropy(features, logits, bias, mean)
     norms = losses.contrast_norms(logits, loss=loss, reduction=losses.REDUCTIONS[mean], log=log)
     scale = features.to(norms.dtype).square().sum(-1, keepdim=True) + (1 if bias else 0)
     return norms + scale.log() if log else norms * scale
 
 
-def _cross_entropy(scale: Tensor, logits: Tensor) -> Tensor:
-    dtype = compute_dtype(logits.dtype)
-    rows = max(1, _CACHED // logits.shape[-1])
-    if logits.device.type != "cpu" or torch.compiler.is_compiling() or logits.shape[0] <= rows:
-        return _in_place(torch.softmax(logits, -1, dtype=dtype), scale)
+def _cross_entropy(features: Tensor, logits: Tensor, bias: bool, mean: bool) -> Tensor:
+    """Return the norms for cross-entropy by few passes over the logits; on a CPU, over rows that fit the cache."""
+    dtype, classes = compute_dtype(logits.dtype), logits.shape[-1]
+    extra, divisor = int(bias), classes**2 if mean else 1
+    readable = logits.device.type == "cpu" and is_readable(logits, features)
+    if readable and logits.shape[0] == 1 and classes <= _FEW:
+        return _one_row(features.detach(), logits.detach(), dtype, extra, divisor)
+    factor = torch.linalg.vector_norm(features, dim=-1, keepdim=True, dtype=dtype).square_()
+    factor = factor + 1 if bias else factor
+    factor = factor / divisor if mean else factor
+    rows = max(1, _CACHED // classes)
+    if not readable or logits.shape[0] <= rows:
+        return _rows(factor, logits)
     out = torch.empty(logits.shape, dtype=dtype, device="cpu")
-    for p, s, z in zip(out.split(rows), scale.split(rows), logits.split(rows), strict=True):
-        _in_place(torch.softmax(z, -1, dtype=dtype, out=p), s)
+    for f, z, o in zip(factor.split(rows), logits.split(rows), out.split(rows), strict=True):
+        _rows(f, z, o)
     return out
 
 
-def _in_place(p: Tensor, scale: Tensor) -> Tensor:
-    """Turn the softmax into the squared norms where it lies."""
-    top = _argmax(p)
-    peak = p.gather(-1, top)
-    p.scatter_(-1, top, 0)
-    s1 = p.sum(-1, keepdim=True)
-    length = torch.linalg.vector_norm(p, dim=-1, keepdim=True)
-    slope = scale
-    if p.shape[-1] > _LONG:
-        # Softmax adds its N terms up one after another; the pairwise sum of its result corrects the norm to 1.
-        norm = s1 + peak
-        s1, length, slope = s1 / norm, length / norm, scale / norm
-    s2 = length.square_()
-    at_top = torch.addcmul(s2, s1, s1)
-    # T + 1 with T = (1 - s1)^2 + s2.
-    total = torch.add(at_top, s1, alpha=-2).add_(2)
-    p.mul_(slope * -2).add_(total.mul_(scale))
-    return p.scatter_(-1, top, at_top.mul_(scale))
+def _rows(factor: Tensor, logits: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return ``factor (P + 2 (1 - e_k) / a)`` of rows, with ``e = exp(z - max z)``, ``a = sum e``, P of the largest.
 
-
-def _argmax(p: Tensor) -> Tensor:
-    """Return ``p.argmax(-1, keepdim=True)`` of a matrix.
-
-    On a CPU the maximum is vectorised and its index is not, so the index is looked for in one block of about
-    ``sqrt(N)`` columns, the one with the largest maximum.
+    No term is negative, so nothing cancels, and P stands alone where ``e_k`` is 1. It follows from the sums of e and
+    e^2 without one maximum. All is done in the memory of the result.
     """
-    classes = p.shape[-1]
-    if p.device.type != "cpu" or torch.compiler.is_compiling() or classes < 256 or p.numel() < _FEW:
-        plain: Tensor = p.argmax(-1, keepdim=True)
-        return plain
-    width = 1 << (classes.bit_length() // 2)
-    whole = classes // width * width
-    best = p[:, :whole].unflatten(-1, (-1, width)).amax(-1)
-    if whole < classes:
-        best = torch.cat([best, p[:, whole:].amax(-1, keepdim=True)], -1)
-    columns: Tensor = best.argmax(-1, keepdim=True) * width + torch.arange(width, device="cpu")
-    # The last block may be short; repeating the last column does not move the first maximum.
-    columns.clamp_(max=classes - 1)
-    inside: Tensor = p.gather(-1, columns).argmax(-1, keepdim=True)
-    return columns.gather(-1, inside)
+    least = _LEAST[factor.dtype]
+    e = torch.sub(logits, logits.amax(-1, keepdim=True).to(factor.dtype), out=out).clamp_(min=least).exp_()
+    total = e.sum(-1, keepdim=True)
+    e.frac_()  # only maxima are 1: now only they are 0
+    s1, s2 = e.sum(-1, keepdim=True), torch.linalg.vector_norm(e, dim=-1, keepdim=True).square_()
+    e = torch.threshold_(e, 0, 1)
+    ties = total.sub_(s1).round_().sub_(1)
+    s1.add_(ties)
+    s2.add_(ties).addcmul_(s1, s1)
+    a = s1.add_(1)
+    unit = factor / a
+    return e.sub_(1).mul_(unit * -2).add_(s2.mul_(unit).div_(a))
+
+
+def _one_row(h: Tensor, z: Tensor, dtype: torch.dtype, extra: int, divisor: int) -> Tensor:
+    """Return the norms of one row: NumPy's calls and Python's numbers cost a fifth of PyTorch's, or less."""
+    out = torch.softmax(z, -1, dtype=dtype)
+    p = out.numpy()[0]
+    top = p.argmax()
+    peak, p[top] = float(p[top]), 0
+    wide, h = p.astype(np.float64), h.to(dtype).numpy()[0].astype(np.float64)
+    s1, s2 = float(wide.sum()), float(wide.dot(wide))
+    # Sums of the softmax in float32 may be off for long rows.
+    norm = s1 + peak
+    s1, s2, peak = s1 / norm, s2 / norm / norm, peak / norm
+    factor = (float(h.dot(h)) + extra) / divisor
+    with np.errstate(all="ignore"):
+        p *= -2 * factor / norm
+        p += factor * (s2 + peak * peak + 1)
+        p[top] = factor * (s1 * s1 + s2)
+    return out
 
 
 def _target(
     features: Tensor, logits: Tensor, target: Tensor | None, kind: str, loss: str, bias: bool, log: bool, mean: bool
 ) -> Tensor:
     """Return the norms of one label per sample, ``(B,)``, by definition. ``kind`` names a label without tensor."""
+    rows = max(1, _CACHED // 4 // max(logits.shape[-1], 1))
+    if logits.device.type == "cpu" and is_readable(logits, features) and not is_transformed() and len(logits) > rows:
+        labels = [None] * -(-len(logits) // rows) if target is None else target.split(rows)
+        pieces = zip(features.split(rows), logits.split(rows), labels, strict=True)
+        return torch.cat([_target(*piece, kind, loss, bias, log, mean) for piece in pieces])
     label = kind if target is None else target
     norms = losses.target_norms(logits, label, loss=loss, reduction=losses.REDUCTIONS[mean], log=log)
     scale = features.to(norms.dtype).square().sum(-1) + (1 if bias else 0)
     return norms + scale.log() if log else norms * scale
-
-
-def _linear(
-    features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, log: bool, mean: bool
-) -> tuple[Tensor, Tensor]:
-    """Return logits in the dtype of the features, and the squared norms of exactly these (rounded) logits."""
-    logits = linear(features, weight, bias)
-    norms = _contrasts(features, logits, loss, bias is not None, log, mean)
-    return logits, norms
 
 
 def _statistics(features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, mean: bool) -> Tensor:
@@ -173,9 +171,24 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
 
 
 contrast_sqnorm = operator("contrast_sqnorm", _contrasts, lambda h, z, *_: _empty(z, *z.shape))
-target_sqnorm = operator("target_sqnorm", _target, lambda h, z, *_: _empty(z, z.shape[0]))
-linear_contrast_sqnorm = operator(
-    "linear_contrast_sqnorm", _linear,
-    lambda h, w, *_: (h.new_empty((h.shape[0], w.shape[0])), _empty(h, h.shape[0], w.shape[0])),
+target_sqnorm = operator(
+    "target_sqnorm", _target, lambda h, z, *_: _empty(z, z.shape[0]),
+    lambda h, z, y, kind, *_: "soft targets have no kernel" if kind == "soft" else None,
 )  # fmt: skip
-linear_contrast_stats = operator("linear_contrast_stats", _linear_stats, lambda h, w, *_: _empty(h, h.shape[0], 5))
+linear_contrast_stats = operator(
+    "linear_contrast_stats", _linear_stats, lambda h, w, *_: _empty(h, h.shape[0], 5),
+    lambda h, w, b, loss, *_: "the statistics of brier have no kernel" if loss == "brier" else None,
+)  # fmt: skip
+
+
+def linear_contrast_sqnorm(
+    features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, log: bool, mean: bool, impl: str
+) -> tuple[Tensor, Tensor]:
+    """Return logits ``(B, N)`` of a linear layer and the norms of these logits' contrasts ``(B, N)``.
+
+    The product is PyTorch's: a kernel that fused it with the norms would save a read of the logits, which takes less
+    time than such a kernel's product loses against the vendor's.
+    """
+    with full_precision(features.device):
+        logits = linear(features, weight, bias)
+    return logits, contrast_sqnorm(features, logits, loss, bias is not None, log, mean, impl)

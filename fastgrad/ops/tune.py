@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -16,22 +17,32 @@ class Architecture:
     """The properties of a device that a choice depends on."""
 
     backend: Literal["cuda", "hip", "cpu"]  # cpu: the interpreter
-    version: int  # compute capability times ten (80, 90, 100), the number in gfx942, or 0
+    version: int  # compute capability times ten (80, 90, 120), the number in gfx942, or 0
     processors: int  # streaming multiprocessors or compute units
     shared_memory: int  # bytes one program may use
 
 
+#: What the kernels are compiled for in every report. Other processors of these families differ in number alone.
 KNOWN_ARCHITECTURES = {
     "sm_80": Architecture("cuda", 80, 108, 163 << 10),
+    "sm_86": Architecture("cuda", 86, 84, 99 << 10),
+    "sm_89": Architecture("cuda", 89, 128, 99 << 10),
     "sm_90": Architecture("cuda", 90, 132, 227 << 10),
     "sm_100": Architecture("cuda", 100, 148, 227 << 10),
+    "sm_120": Architecture("cuda", 120, 170, 99 << 10),
     "gfx942": Architecture("hip", 942, 304, 64 << 10),
+    "gfx950": Architecture("hip", 950, 256, 64 << 10),
 }
 INTERPRETER = Architecture("cpu", 0, 1, 1 << 20)
 
 
 # The longest row that stays in the registers of one program: 32 logits in each of 512 threads.
 LONGEST_ROW = 16384
+# Estimates for an H100, in microseconds: what a program spends beside its logits, what another launch costs, and how
+# many logits a program reads and writes if its processor has another one. `bench.gpu.compile_report` shows them.
+PROGRAM, LAUNCH, LOGITS = 1.0, 2.0, 1750
+# The most programs that share a row: the next launch merges their parts at once.
+MOST_SPLITS = 64
 
 
 def power_of_two(n: int) -> int:
@@ -44,7 +55,7 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def share(n: int, parts: int, step: int) -> int:
+def chunk(n: int, parts: int, step: int) -> int:
     """Return how much of ``n`` each of ``parts`` programs takes: whole steps, so that vector loads stay aligned."""
     return cdiv(cdiv(n, max(parts, 1)), step) * step
 
@@ -54,12 +65,12 @@ def _block(size: int, largest: int) -> int:
     return min(max(power_of_two(size), 16), largest)
 
 
+@lru_cache(1024)
 def contrast(B: int, N: int, D: int, loss: str, arch: Architecture) -> tuple[Options, int]:
     """Choose for features ``(B, D)`` and logits ``(B, N)``; return also how many programs share a row.
 
-    A row up to ``LONGEST_ROW`` stays on chip, with 8 to 32 logits per thread (one or more 16-byte accesses). Several
-    short rows (``ROWS``, set only here) share a program as long as the programs still fill the device.
-    Longer rows are swept twice, by one program if the batch fills the device, else by several.
+    A row up to ``LONGEST_ROW`` stays on chip. Several short rows (``ROWS``, set only here) share a program as long as
+    the programs still fill the device. Longer rows are swept twice, by one program or by several.
     """
     # Brier keeps twice as many numbers per logit.
     longest = LONGEST_ROW // 2 if loss == "brier" else LONGEST_ROW
@@ -71,47 +82,35 @@ def contrast(B: int, N: int, D: int, loss: str, arch: Architecture) -> tuple[Opt
         while rows * block > least and rows > 1 and cdiv(B, rows) < 2 * arch.processors:
             rows //= 2
         width = rows * block
-        warps = 1 if width <= 256 else 2 if width <= 512 else 4 if width <= 2048 else 8 if width <= 4096 else 16
+        if cdiv(B, rows) >= 8 * arch.processors:
+            # 32 logits a thread, so that short rows belong to one warp and no thread waits for another warp's sums.
+            warps = width // (512 if loss == "brier" else 1024)
+        else:
+            # Fewer rows take more threads each, 8 to 32 logits a thread.
+            warps = min(width // 256, max(4, width // 512))
+        warps = min(max(1, warps), 16)
         if arch.backend == "hip":
             warps = max(1, warps // 2)  # 64 threads each
         block_d = _block(D, max(16, 2048 // rows))
         return {"ROWS": rows, "BLOCK_N": block, "BLOCK_D": block_d, "num_warps": warps}, 1
-    # Rows that are no multiple of 16 bytes take registers for addresses. Sigmoids and squares of unbounded logits need
-    # a few more than eight warps have: both before sm_90, squares also since sm_100.
+    # Rows that are no multiple of 16 bytes take registers for addresses, which squares of unbounded logits and brier
+    # have not left in eight warps. Sigmoids and squares need a few more before sm_90, squares also since sm_100.
     parted = N % 8 != 0
-    if loss == "cross_entropy":
-        block, crowded = 4096 if parted else 8192, False
-    else:
-        block = 4096 if loss == "brier" or (loss == "bce" and arch.version < 90) else 8192
-        crowded = parted or (loss != "brier" and arch.version < 90) or (loss == "mse" and arch.version >= 100)
-    warps = 16 if crowded and arch.backend == "cuda" else 8
-    block_d = _block(D, 2048)
-    wanted = cdiv(2 * arch.processors, max(B, 1))
-    return {"BLOCK_N": block, "BLOCK_D": block_d, "num_warps": warps}, min(wanted, cdiv(N, block), 64)
+    plain = loss == "cross_entropy"
+    block = 8192 if plain and not parted else 2048 if loss == "brier" and arch.version >= 100 else 4096
+    crowded = (parted and loss != "bce") or (arch.version < 90 and loss != "brier")
+    crowded = crowded or (arch.version >= 100 and loss == "mse")
+    warps = 16 if crowded and not plain and arch.backend == "cuda" else 8
+    # A processor has room for two programs. The last of them to run should not run alone.
+    places = 2 * arch.processors
 
+    def cost(splits: int) -> float:
+        return cdiv(B * splits, places) * (N / splits / LOGITS + PROGRAM) + LAUNCH * (splits > 1)
 
-def _product(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> Options:
-    """Choose the tile of a product of ``(B, D)`` and ``(N, D)``: BLOCK_M samples, BLOCK_N classes, BLOCK_K features."""
-    wide = dtype == torch.float32
-    block_m = 16 if B <= 16 else 32 if B <= 32 else 64 if B <= 64 or wide else 128
-    if block_m == 128:
-        block_n, block_k, warps = 128, 64, 8
-    else:
-        # Few rows: the weight is read once at memory speed, which takes many programs with deep queues of loads.
-        block_n, block_k, warps = 64, 128, 4
-        if wide:
-            block_k = 32 if block_m == 64 else 64
-        while block_n > 16 and cdiv(N, block_n) * cdiv(B, block_m) < arch.processors:
-            block_n //= 2
-    while block_k > 16 and block_k // 2 >= D:
-        block_k //= 2
-    stage = (block_m + block_n) * block_k * dtype.itemsize
-    # AMD's pipeline keeps the stage after next in registers, so two stages take the shared memory of one.
-    stages = 2 if arch.backend == "hip" else max(1, min(4, (arch.shared_memory - 4096) // stage))
-    return {
-        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "PRECISION": _precision(dtype, arch),
-        "num_warps": warps, "num_stages": stages,
-    }  # fmt: skip
+    splits = min(range(1, min(MOST_SPLITS, cdiv(N, 2048)) + 1), key=cost)
+    splits = 1 if cost(1) <= 1.1 * cost(splits) else splits
+    block = min(block, max(2048, power_of_two(cdiv(N, splits))))
+    return {"BLOCK_N": block, "BLOCK_D": _block(D, 2048), "num_warps": warps}, splits
 
 
 def _precision(dtype: torch.dtype, arch: Architecture) -> str:
@@ -119,72 +118,60 @@ def _precision(dtype: torch.dtype, arch: Architecture) -> str:
     return "tf32x3" if dtype == torch.float32 and arch.backend == "cuda" else "ieee"
 
 
-def _parts(parts: int, block_m: int, warps: int) -> int:
-    """Return how many partial moments to merge at once: four per thread, as more of nine numbers fill its registers."""
-    return max(2, min(power_of_two(parts), 128 * warps // block_m))
-
-
-def linear_contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> tuple[Options, int]:
-    """Choose for features ``(B, D)`` and weight ``(N, D)``; return also how many programs share a row in a 2nd launch.
-
-    That launch turns logits into norms; with 0 the last tile of a row block to arrive does it. The tiles of ``GROUP_M``
-    row blocks follow each other, so that they share the weight's tiles in the cache.
-    """
-    tile = _product(B, N, D, dtype, arch)
-    block_m, warps = tile["BLOCK_M"], tile["num_warps"]
-    # Logits of rows that are no multiple of 16 bytes are stored in parts, each with an address of its own.
-    parted = N * dtype.itemsize % 16 != 0
-    if parted:
-        tile["BLOCK_N"] = max(16, tile["BLOCK_N"] // 2)
-    tiles_m, tiles_n = cdiv(B, block_m), cdiv(N, tile["BLOCK_N"])
-    # One program converts some 64 thousand logits in a few microseconds; more are shared between programs.
-    shared = block_m * N > 1 << 16
-    # Rows that are finished together, and columns per step, so few that the product's operands and the step's values
-    # stay in the registers.
-    rows = 1 if shared else block_m
-    block_f = (512 if rows == 1 or (90 <= arch.version < 100 and not parted) else 256) * warps // rows
-    block_f = max(16, min(power_of_two(N), block_f))
-    chunks = min(cdiv(N, block_f), cdiv(2 * arch.processors, max(B, 1))) if shared else 0
-    parts = _parts(tiles_n, rows, warps)
-    if arch.backend == "cuda" and arch.version >= 100:
-        # Two per thread, beside the product's addresses; one beside float32's three pairs of operands.
-        parts = max(2, parts // (4 if dtype == torch.float32 else 2))
-    # Whether the product's loads give the features' norms.
-    in_loop = block_m <= 32 or tiles_n <= 4
-    tile |= {"PARTS": parts, "GROUP_M": min(8, tiles_m), "BLOCK_F": block_f, "NORM_IN_LOOP": in_loop}
-    return tile, chunks
-
-
+@lru_cache(1024)
 def linear_stats(
     B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture, loss: str = "cross_entropy"
 ) -> tuple[Options, int]:
-    """Choose for features ``(B, D)`` and weight ``(N, D)`` if only statistics over the contrasts are wanted.
+    """Choose the tile of a product of ``(B, D)`` and ``(N, D)``: BLOCK_M samples, BLOCK_N classes, BLOCK_K features.
 
     Return also how many tiles a program walks through.
     """
-    tile = _product(B, N, D, dtype, arch)
-    block_m = tile["BLOCK_M"]
+    wide = dtype == torch.float32
+    block_m = _block(B, 64 if wide else 128)
+    if block_m == 128:
+        block_n, block_k, warps = 128, 64, 8
+    else:
+        # Few rows: the weight is read once at memory speed, which takes many programs with deep queues of loads.
+        block_n, block_k, warps = 64, 128, 4
+        if wide:
+            block_k = 32 if block_m == 64 else 64
     if arch.backend == "cuda":
         before, after = arch.version < 90, arch.version >= 100
         if block_m == 128:
             # Moments of wider tiles do not fit the registers: before sm_90 the product's operands take many, and since
-            # sm_100 a thread holds whole rows, where brier has twice the moments. Triton before 3.9 lacks some for bce.
-            if before or after or loss in ("mse", "bce"):
-                tile["BLOCK_N"] = 32 if loss == "brier" and after else 64
-        elif block_m == 64 and dtype == torch.float32:
-            # The three products of float32 hold three pairs of operands, and brier twice the moments beside them.
-            if not before:
-                tile["BLOCK_N"] = min(tile["BLOCK_N"], 32)
-            if loss == "brier" and (before or after):
-                tile["num_warps"] = 8
+            # sm_100 a thread holds whole rows. Triton before 3.9 lacks some for bce.
+            block_n = 64 if before or after or loss in ("mse", "bce") else 128
+        elif block_m == 64 and wide and not before:
+            # The three products of float32 hold three pairs of operands.
+            block_n = 32
         elif block_m == 16 and before and loss == "bce":
-            tile["BLOCK_K"] = min(tile["BLOCK_K"], 64)
-    tiles_m, tiles_n = cdiv(B, block_m), cdiv(N, tile["BLOCK_N"])
-    per_split = max(1, tiles_n * tiles_m // (4 * arch.processors))
-    tile["PARTS"] = _parts(cdiv(tiles_n, per_split), block_m, tile["num_warps"])
-    return tile, per_split
+            block_k = 64
+    # Tiles shrink, the longer side first, until there is one for every processor.
+    while max(block_m, block_n) > 16 and cdiv(B, block_m) * cdiv(N, block_n) < arch.processors:
+        if block_n >= block_m:
+            block_n //= 2
+        else:
+            block_m //= 2
+    while block_k > 16 and block_k // 2 >= D:
+        block_k //= 2
+    stage = (block_m + block_n) * block_k * dtype.itemsize
+    # AMD's pipeline keeps the stage after next in registers, so two stages take the shared memory of one.
+    stages = 2 if arch.backend == "hip" else max(1, min(4, (arch.shared_memory - 4096) // stage))
+    tiles_m, tiles_n = cdiv(B, block_m), cdiv(N, block_n)
+
+    def cost(tiles: int) -> float:
+        # A quarter of a tile's time goes into starting a program.
+        return cdiv(tiles_m * cdiv(tiles_n, tiles), arch.processors) * (tiles + 0.25)
+
+    waves = range(2, 9)
+    tiles = min((max(1, cdiv(tiles_m * tiles_n, wave * arch.processors)) for wave in waves), key=cost)
+    return {
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "PRECISION": _precision(dtype, arch),
+        "num_warps": warps, "num_stages": stages,
+    }, tiles  # fmt: skip
 
 
+@lru_cache(1024)
 def target(B: int, N: int, D: int, arch: Architecture) -> Options:
     """Choose for features ``(B, D)`` and logits ``(B, N)``; rows up to 2048 logits are one block."""
     block = _block(N, 2048)

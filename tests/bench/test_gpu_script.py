@@ -36,7 +36,7 @@ def test_dry_run(tmp_path: pathlib.Path) -> None:
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
     summary = (tmp_path / "out" / "summary.md").read_text()
     assert "FAILED" not in summary
-    for step in ("test suite", "micro benchmarks", "share of the measured rates"):
+    for step in ("test suite", "micro benchmarks", "repeats", "share of the measured rates"):
         assert f"| {step} | passed" in summary
 
 

@@ -101,36 +101,22 @@ def test_one_by_one_equals_in_one_piece_and_reset_starts_over() -> None:
         single.update(float(score))
     assert single.state() == whole.state()
     first = whole.state()
-    whole.reset("again")
+    whole.reset()
     assert whole.count == 0
     assert not whole.alarm
     whole.update(stream)
     assert whole.state() == first
 
 
-def test_an_alarm_is_acknowledged_and_reset_with_a_reason_that_is_kept() -> None:
+def test_an_alarm_says_where_and_at_which_rate_until_it_is_reset() -> None:
     monitor = DriftMonitor(np.arange(100.0))
-    with pytest.raises(ValueError, match="no alarm to acknowledge"):
-        monitor.acknowledge("too early")
     assert monitor.summary().startswith("No drift was shown in 0 inputs, compared with 50 clean ones;")
     monitor.update(np.full(40, 1e6))
-    at = monitor.alarm_at
-    for action in (monitor.acknowledge, monitor.reset):
-        with pytest.raises(ValueError, match="reason must be some words; it was ' '"):
-            action(" ")
-    monitor.acknowledge("the camera moved")
-    assert (monitor.alarm, monitor.acknowledged, monitor.count) == (True, "the camera moved", 40)
-    assert f"shown at input {at} of 40 inputs" in monitor.summary()
+    assert (monitor.alarm, monitor.count) == (True, 40)
+    assert f"shown at input {monitor.alarm_at} of 40 inputs" in monitor.summary()
     assert "ever raising this alarm without drift is at most 0.01" in monitor.summary()
-    monitor.reset("it is back")
-    assert (monitor.alarm, monitor.acknowledged, monitor.count, monitor.evidence) == (False, None, 0, 1.0)
-    assert [(note["action"], note["reason"], note["count"], note["alarm_at"]) for note in monitor.history] == [
-        ("acknowledge", "the camera moved", 40, at),
-        ("reset", "it is back", 40, at),
-    ]
-    for number in range(200):
-        monitor.reset(f"reason {number}")
-    assert len(monitor.history) == 100
+    monitor.reset()
+    assert (monitor.alarm, monitor.count, monitor.evidence) == (False, 0, 1.0)
     slow = DriftMonitor(ScoreReference([0, 1], [9, 9, 9]), false_alarm_rate=0.02, form="average")
     assert (slow.evidence, slow.p_value, slow.update([0.5])) == (0, 1, False)
     assert "once in 50 inputs or later on average" in slow.summary()
@@ -173,7 +159,6 @@ def test_reference_counts_all_of_the_second_half() -> None:
         (lambda: ScoreReference(np.array([1.0]), np.zeros(3)), "counts must be 2"),
         (lambda: ScoreReference(np.array([1.0]), [0, 0]), "counts must be .* not all zero"),
         (lambda: ScoreReference(np.array([1.0]), [1, -1]), "counts must be 2 non-negative numbers"),
-        (lambda: DriftMonitor(np.zeros(30)).reset(3), "reason must be some words; it was 3"),
         (lambda: DriftMonitor(np.zeros(30)).update([0.0, np.inf]), "in 1 rows, as in row 1"),
         (lambda: ScoreReference([0.0, 1j], np.zeros(3)), "edges must be numeric"),
         (lambda: ScoreReference([0.0, 1.0], ["a", "b", "c"]), "counts must be numeric"),

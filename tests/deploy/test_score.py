@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 from python_process import run_python
-from serve_client import image, warned_of
+from serve_client import image, many_scans, warned_of
 
 from fastgrad.commands import cli
 from fastgrad.commands import score as score_command
-from fastgrad.deploy.file import package
+from fastgrad.deploy.file import images, package
 from fastgrad.deploy.file.images import decode_image
 from fastgrad.deploy.file.package import ModelPackage, PackageError, read_description
 from fastgrad.deploy.score import job, sources
@@ -26,9 +26,24 @@ from fastgrad.deploy.score import local as score_module
 from fastgrad.deploy.score.local import score
 from fastgrad.deploy.score.sources import read_parquet
 
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+pytest.importorskip("PIL")
+pytest.importorskip("tqdm")
+
 #: Of a job.
 OPTIONS: dict[str, Any] = {"batch": 4, "false_alarm_rate": None, "max_pixels": 100, "max_bytes": 10**6}
 COLUMNS = (None, None)
+
+
+def begin(model: Path, images: Path, folder: Path, part: int = 4, **changes: Any) -> job.Job:
+    """A job whose parts lie in this folder; the description may be changed."""
+    description = dataclasses.replace(read_description(model), **changes)
+    return job.Job(model, description, images, folder, folder.with_suffix(""), part=part, columns=COLUMNS, **OPTIONS)
+
+
+def table(path: Any) -> list[dict[str, Any]]:
+    return list(pq.read_table(path).to_pylist())
 
 
 @pytest.fixture
@@ -44,12 +59,6 @@ def folder(tmp_path: Path) -> Path:
     (base / "short.PNG").write_bytes(image(0, (40, 40))[:100])
     (base / "notes.txt").write_text("no image")
     return base
-
-
-pa = pytest.importorskip("pyarrow")
-pq = pytest.importorskip("pyarrow.parquet")
-pytest.importorskip("PIL")
-pytest.importorskip("tqdm")
 
 
 def check(rows: list[dict], folder: Path, package: Path) -> None:
@@ -76,7 +85,7 @@ def check(rows: list[dict], folder: Path, package: Path) -> None:
 def test_one_row_an_image_whatever_the_image(folder: Path, model_file: Path, tmp_path: Path, part: int) -> None:
     out = tmp_path / "scores.parquet"
     counts = score(model_file, folder, out, batch=4, part=part)
-    rows = pq.read_table(out).to_pylist()
+    rows = table(out)
     check(rows, folder, model_file)
     assert counts["images"] == 23
     assert counts["unreadable"] == 3
@@ -96,7 +105,7 @@ def test_a_row_says_what_the_server_answers(folder: Path, tiny_explained: Path, 
         Image.fromarray(pixels).save(folder / f"harsh-{i:02d}.png")
     out = tmp_path / "scores.parquet"
     score(tiny_explained, folder, out, part=7)
-    rows = pq.read_table(out).to_pylist()
+    rows = table(out)
     model = ModelPackage(tiny_explained)
     for row in rows:
         if row["error"]:
@@ -137,7 +146,7 @@ def test_parquet_input(tiny_package: Path, tmp_path: Path) -> None:
         pq.write_table(pa.table({"id": ids, "image": cell, "other": list(range(32))}), source, row_group_size=5)
         counts = score(tiny_package, source, out, part=8)
         assert counts == {**counts, "images": 32, "unreadable": 2}
-        results.append(pq.read_table(out).to_pylist())
+        results.append(table(out))
     assert all(result == results[0] for result in results)
     assert [row["name"] for row in results[0]] == ids
 
@@ -209,7 +218,7 @@ def test_an_interrupted_run_goes_on_and_repeats_nothing(
     counts = score(tiny_package, folder, out, batch=2, part=4)
     assert counts["continued"] == 4
     assert written == [f"part-{i:08d}.parquet" for i in (0, 1, 0, 2, 3, 4, 5)]
-    check(pq.read_table(out).to_pylist(), folder, tiny_package)
+    check(table(out), folder, tiny_package)
     assert not parts.exists()
 
 
@@ -268,22 +277,19 @@ def test_of_two_runs_at_once_the_later_says_so(
 def test_of_two_jobs_with_one_folder_the_later_does_not_begin(
     folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def begin(part: int, images: Path = folder) -> job.Job:
-        description = read_description(tiny_package)
-        return job.Job(tiny_package, description, images, tmp_path / "o.parts", part=part, columns=COLUMNS, **OPTIONS)
-
-    first = begin(4)
+    parts = tmp_path / "o.parts"
+    first = begin(tiny_package, folder, parts)
     monkeypatch.chdir(tmp_path)
-    assert begin(4, Path("images")).id == first.id
+    assert begin(tiny_package, Path("images"), parts).id == first.id
     # The first has no part yet.
     with pytest.raises(ValueError, match=r"o\.parts holds the parts of another job"):
-        begin(5)
+        begin(tiny_package, folder, parts, 5)
     # Nor a claim, where parts were copied by their names.
     (claim,) = first.folder.iterdir()
     claim.unlink()
     job.write_part([], first.paths[0], first.schema, first.id)
     with pytest.raises(ValueError, match=r"o\.parts holds the parts of another job"):
-        begin(5)
+        begin(tiny_package, folder, parts, 5)
     first.paths[0].unlink()
     assert score(tiny_package, folder, tmp_path / "o", part=4, **OPTIONS)["images"] == 23
     assert not list(tmp_path.glob("o.parts*"))
@@ -292,16 +298,11 @@ def test_of_two_jobs_with_one_folder_the_later_does_not_begin(
 def test_a_part_that_comes_while_the_folder_is_looked_at_is_no_other_jobs(
     folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looks, plain = itertools.count(), job._schema
-
-    def begin() -> job.Job:
-        description = read_description(tiny_package)
-        return job.Job(tiny_package, description, folder, tmp_path / "o.parts", part=9, columns=COLUMNS, **OPTIONS)
-
-    first = begin()
+    looks, plain, parts = itertools.count(), job._schema, tmp_path / "o.parts"
+    first = begin(tiny_package, folder, parts, 9)
     job.write_part([], first.paths[0], first.schema, first.id)
     monkeypatch.setattr(job, "_schema", lambda path: plain(path) if next(looks) >= len(first.paths) else pa.schema([]))
-    assert begin().missing == [0, 1, 2]
+    assert begin(tiny_package, folder, parts, 9).missing == [0, 1, 2]
 
 
 def test_parts_of_another_job_are_not_joined(
@@ -321,7 +322,7 @@ def test_parts_of_another_job_are_not_joined(
     assert not out.exists()
     monkeypatch.setattr(score_module, "join_parts", plain)
     assert score(tiny_package, folder, out, part=4)["continued"] == 19
-    check(pq.read_table(out).to_pylist(), folder, tiny_package)
+    check(table(out), folder, tiny_package)
 
 
 def test_a_folder_that_no_job_made_is_left_as_it_is(
@@ -356,34 +357,84 @@ def test_a_folder_that_no_job_made_is_left_as_it_is(
     assert [path.name for path in (tmp_path / "p.parts").iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="makes pipes")
+@pytest.mark.parametrize(
+    ("become", "error"),
+    [
+        (lambda path: os.mkfifo(path), "the file cannot be read: it is no regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "the file cannot be read: it is no regular file"),
+        (lambda path: None, "the file cannot be read: No such file or directory"),
+        (lambda path: path.write_bytes(many_scans(101)), "the image has more than 100 scans"),
+    ],
+    ids=["a pipe", "a device", "gone", "many scans"],
+)
+def test_a_file_that_became_something_else_gets_one_row(
+    become: Any, error: str, folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether that happens before the files are listed, while they are, or after."""
+    victim, plain = folder / "04.png", job.list_folder
+
+    def late(*args: Any) -> Any:
+        listed = plain(*args)
+        victim.unlink()
+        become(victim)
+        return listed
+
+    monkeypatch.setattr(job, "list_folder", late)
+    score(tiny_package, folder, tmp_path / "o")
+    rows = {row["name"]: row["error"] for row in table(tmp_path / "o")}
+    assert len(rows) == 23
+    assert rows["04.png"] == error
+
+
+def test_a_file_that_vanishes_while_the_folder_is_listed_gets_a_row(
+    folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = os.walk
+
+    def walk(*args: Any, **options: Any) -> Any:
+        yield from [*plain(*args, **options)]
+        (folder / "04.png").unlink()
+
+    monkeypatch.setattr(os, "walk", walk)
+    assert score(tiny_package, folder, tmp_path / "o")["unreadable"] == 4
+
+
+def test_an_image_may_take_only_so_long(
+    folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "_SCANS", 10**6)
+    monkeypatch.setattr(job, "MAX_SECONDS", 0.1)
+    (folder / "slow.jpg").write_bytes(many_scans(50_000))
+    assert score(tiny_package, folder, tmp_path / "o")["images"] == 24
+    rows = {row["name"]: row["error"] for row in table(tmp_path / "o")}
+    assert rows["slow.jpg"] == "decoding the image takes more than 0.1 s"
+
+
+def test_the_table_is_no_image_of_the_next_run(
+    folder: Path, tiny_package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    for out in (folder / "table.png", Path("table.png"), Path("more") / ".." / "table.png"):
+        assert score(tiny_package, folder, out)["images"] == 23
+
+
 def test_odd_names_large_files_and_unreadable_ones(tiny_package: Path, tmp_path: Path) -> None:
     base = tmp_path / "images"
     base.mkdir()
     odd = os.fsencode(base) + b"/caf\xe9.png"
     Path(os.fsdecode(odd)).write_bytes(image(1))
     (base / "large.png").write_bytes(image(2, (60, 60)))
-    (base / "gone.png").write_bytes(image(3))
     (base / "old.tif").write_bytes(image(4, (8, 8), "TIFF"))
     rows = {}
     for limit in (2000, 10**6):
         out = tmp_path / f"{limit}.parquet"
-        plain = Path.open
-
-        def failing(path: Path, *args: Any, plain: Any = plain, **more: Any) -> Any:
-            if path.name == "gone.png":
-                raise FileNotFoundError(2, "No such file or directory", str(path))
-            return plain(path, *args, **more)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Path, "open", failing)
-            score(tiny_package, base, out, max_bytes=limit)
-        rows[limit] = {row["name"]: row for row in pq.read_table(out).to_pylist()}
-    assert set(rows[2000]) == {r"caf\xe9.png", "large.png", "gone.png", "old.tif"}
+        score(tiny_package, base, out, max_bytes=limit)
+        rows[limit] = {row["name"]: row for row in table(out)}
+    assert set(rows[2000]) == {r"caf\xe9.png", "large.png", "old.tif"}
     assert rows[2000][r"caf\xe9.png"]["error"] is None
     assert rows[2000]["large.png"]["error"] == "the image is too large; at most 2000 bytes are read"
     assert rows[10**6]["large.png"]["error"] is None
-    # Where the images lie is nobody's business who reads the table.
-    assert rows[2000]["gone.png"]["error"] == "the file cannot be read: No such file or directory"
     assert "none of JPEG, PNG, WEBP" in rows[2000]["old.tif"]["error"]
 
 
@@ -399,13 +450,13 @@ def test_no_image_is_left_out_without_a_word(
     if hasattr(os, "mkfifo"):
         os.mkfifo(base / "4.png")
     score(tiny_package, base, tmp_path / "out")
-    rows = pq.read_table(tmp_path / "out").to_pylist()
+    rows = table(tmp_path / "out")
     missing = "the file cannot be read: No such file or directory"
     assert [(row["name"], row["error"]) for row in rows] == [("0.png", None), ("1.png", missing), ("2.png", None)]
     with monkeypatch.context() as patch:
         patch.setattr(ModelPackage, "rows", lambda _, x: np.full((len(x), 5), np.nan))
         score(tiny_package, base, tmp_path / "nan")
-    assert "is not a finite number" in pq.read_table(tmp_path / "nan").to_pylist()[0]["error"]
+    assert "is not a finite number" in table(tmp_path / "nan")[0]["error"]
     plain = os.scandir
 
     def closed(path: Any) -> Any:
@@ -422,7 +473,7 @@ def test_images_come_in_the_order_of_their_paths(tmp_path: Path) -> None:
     for name in ("a/1.png", "a-b/1.png", "a.png", "b/c/2.png", "b/c.png", "b/c-d/1.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    found, _ = sources.list_folder(tmp_path)
+    found, _ = sources.list_folder(tmp_path, tmp_path / "out")
     assert [tmp_path / name for name in found] == sorted(tmp_path.rglob("*.png"))
 
 
@@ -436,7 +487,7 @@ def test_names_have_slashes_on_every_system(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(sources, "Path", Windows)
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "0.png").write_bytes(image(0))
-    found, _ = sources.list_folder(tmp_path)
+    found, _ = sources.list_folder(tmp_path, tmp_path / "out")
     assert found == ["a/b/0.png"]
 
 
@@ -446,13 +497,13 @@ def test_large_cells_are_not_read(tiny_package: Path, tmp_path: Path) -> None:
     for column in (pa.array(cells, pa.large_binary()), pa.array([{"bytes": cell} for cell in cells])):
         pq.write_table(pa.table({"image": column}), source)
         score(tiny_package, source, out, max_bytes=1000)
-        errors = [row["error"] for row in pq.read_table(out).to_pylist()]
+        errors = [row["error"] for row in table(out)]
         assert errors == [None, "the image is too large; at most 1000 bytes are read", "the image is empty"]
     # More than the system can count is no limit.
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "1.png").write_bytes(image(1))
-    for images in (source, tmp_path / "images"):
-        assert score(tiny_package, images, out, max_bytes=2**63)["images"] == len(pq.read_table(out))
+    for place in (source, tmp_path / "images"):
+        assert score(tiny_package, place, out, max_bytes=2**63)["images"] == len(pq.read_table(out))
 
 
 def test_limits_of_the_file_and_of_the_caller_hold(
@@ -568,37 +619,47 @@ def test_an_output_that_pyarrow_cannot_open_is_refused_before_the_work(
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
+BYTES = pa.array([b""])
+BOTH = pa.Table.from_arrays([BYTES] * 2, ["image", "image"])
+NO_BYTES = "must hold bytes, or structs with bytes; it has "
+#: What a Parquet file holds, options, and what is said.
+UNFIT: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "no column of images": ({"a": BYTES, "b": BYTES}, {}, r"--image-column.*a, b"),
+    "no such column": ({"a": BYTES}, {"image_column": "c"}, "'c'"),
+    "two columns": (BOTH, {}, "the file has image, image"),
+    "lists": ({"image": pa.array([[1, 2]])}, {}, NO_BYTES + "list<"),
+    "structs without bytes": ({"image": pa.array([{"path": "a.png"}])}, {}, NO_BYTES + "struct<path"),
+    "texts": ({"image": pa.array(["a.png"])}, {}, NO_BYTES + "string"),
+    "large texts": ({"image": pa.array(["a.png"], pa.large_string())}, {}, NO_BYTES + "large_string"),
+    "a dictionary": ({"image": pa.array(["a.png"]).dictionary_encode()}, {}, NO_BYTES + "dictionary<values=string"),
+    "no decoders": ({"image": BYTES}, {"decoders": 0}, "decoders must be an integer of at least 1; it was 0"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_parquet_file_or_option_that_does_not_fit(name: str, tiny_package: Path, tmp_path: Path) -> None:
+    columns, options, message = UNFIT[name]
+    pq.write_table(columns if isinstance(columns, pa.Table) else pa.table(columns), tmp_path / "in.parquet")
+    with pytest.raises(ValueError, match=message):
+        score(tiny_package, tmp_path / "in.parquet", tmp_path / "out", **options)
+
+
 def test_what_cannot_be_scored(tiny_package: Path, tmp_path: Path) -> None:
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(ValueError, match="no images"):
-        score(tiny_package, tmp_path / "nothing", tmp_path / "out")
-    source = tmp_path / "in.parquet"
-    pq.write_table(pa.table({"a": [b""], "b": [b""]}), source)
-    with pytest.raises(ValueError, match=r"--image-column.*a, b"):
-        score(tiny_package, source, tmp_path / "out")
-    with pytest.raises(ValueError, match="'c'"):
-        score(tiny_package, source, tmp_path / "out", image_column="c")
-    with pytest.raises(PackageError):
-        score(source, source, tmp_path / "out")
-    description = dataclasses.replace(read_description(tiny_package), input_shape=(12,), mean=None, std=None)
+    for given, message in (
+        ({}, "no images"),
+        ({"image_column": "image"}, "image_column and key_column must be None for a folder; they were"),
+        ({"key_column": "id"}, "image_column and key_column must be None for a folder; they were"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            score(tiny_package, tmp_path / "nothing", tmp_path / "out", **given)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"this model takes no images: its inputs have shape \(12,\)"):
-        job.Job(tiny_package, description, source, tmp_path / "parts", part=1, columns=COLUMNS, **OPTIONS)
-    texts = [(pa.array(["a.png"], kind), str(kind)) for kind in (pa.string(), pa.large_string())]
-    texts.append((pa.array(["a.png"]).dictionary_encode(), "dictionary<values=string"))
-    for column, kind in ((pa.array([[1, 2]]), "list<"), (pa.array([{"path": "a.png"}]), "struct<path"), *texts):
-        pq.write_table(pa.table({"image": column}), source)
-        with pytest.raises(ValueError, match=f"must hold bytes, or structs with bytes; it has {kind}"):
-            score(tiny_package, source, tmp_path / "out")
-    pq.write_table(pa.Table.from_arrays([pa.array([b""])] * 2, ["image", "image"]), source)
-    with pytest.raises(ValueError, match="the file has image, image"):
-        score(tiny_package, source, tmp_path / "out")
-    for columns in ({"image_column": "image"}, {"key_column": "id"}):
-        with pytest.raises(ValueError, match="image_column and key_column must be None for a folder; they were"):
-            score(tiny_package, tmp_path, tmp_path / "out", **columns)
+        begin(tiny_package, tmp_path, tmp_path / "o.parts", input_shape=(12,), mean=None, std=None)
     with pytest.raises(TypeError, match="images must be a path; it was None"):
         score(tiny_package, None, tmp_path / "out.parquet")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="decoders must be an integer of at least 1; it was 0"):
-        score(tiny_package, source, tmp_path / "out", decoders=0)
+    (tmp_path / "other.pt2").write_bytes(b"no model")
+    with pytest.raises(PackageError):
+        score(tmp_path / "other.pt2", tmp_path / "nothing", tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["in.parquet", "model.pt2", "folder", "photo.png"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 
 import surface
 from doc_pages import DOCS
@@ -33,3 +34,12 @@ def test_every_command_has_its_help() -> None:
 
     page = (DOCS / "reference" / "command-line.md").read_text()
     assert set(re.findall(r"<!-- command: (\w+) -->", page)) == set(COMMANDS)
+
+
+def test_every_function_with_a_rule_is_named() -> None:
+    from fastgrad.layers import RULES
+
+    table = runpy.run_path(str(DOCS / "conf.py"))["_functions"]()
+    names = re.findall(r"`((?:F|torch|Tensor)\.\w+)`", table)
+    assert len(set(names)) == len(RULES)
+    assert {"F.linear", "F.conv2d", "torch.lstm", "F.max_pool2d"} <= set(names)

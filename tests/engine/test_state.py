@@ -271,9 +271,6 @@ def test_a_tensor_of_parameters_that_an_earlier_call_kept(detach: bool) -> None:
     assert_exact(found, truth)
 
 
-#: Functions of an attribute that is an object, and other ways to it.
-
-
 def shifting(net: Any, x: Tensor, scale: Tensor) -> Tensor:
     """Writes to its input."""
     return net.layer(x.sub_(0.5)).tanh() * scale

@@ -154,13 +154,22 @@ def test_one_bad_row_stays_one_bad_row() -> None:
     assert not got[2].isfinite().any()
 
 
-def test_many_rows_are_worked_on_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(last_layer, "_CACHED", 1 << 15)
-    monkeypatch.setattr(last_layer, "_FEW", 1 << 14)
-    h, z = torch.randn(40, 3), torch.randn(40, 2000)
-    z[::2, -3] = 15  # the largest, in the last columns, which fill no block
+def test_rows_alone_in_a_batch_and_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    h, z = torch.randn(6, 3), torch.randn(6, 2000)
+    z[0] = 0
+    z[1, [3, 1999]] = 20
+    z[2, 5:] = -torch.inf
+    z[3, 7] = 95  # the others' exponentials are denormal numbers
+    z[4, -1] = 15
     exact = fastgrad.contrast_sqnorm(h.double(), z.double())
-    torch.testing.assert_close(fastgrad.contrast_sqnorm(h, z).double(), exact, rtol=32 * EPS, atol=0)
+    alone = torch.cat([fastgrad.contrast_sqnorm(h[i : i + 1], z[i : i + 1]) for i in range(6)])
+    found = [alone, fastgrad.contrast_sqnorm(h, z)]
+    monkeypatch.setattr(last_layer, "_CACHED", 4096)
+    found += [fastgrad.contrast_sqnorm(h, z), fastgrad.target_sqnorm(h, z, z.argmax(-1))[:, None]]
+    for norms in found:
+        wanted = exact if norms.shape == z.shape else exact.gather(-1, z.argmax(-1, keepdim=True))
+        # A square of a number below 1e-38 is lost.
+        torch.testing.assert_close(norms.double(), wanted, rtol=32 * EPS, atol=1e-37)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -203,6 +212,20 @@ def test_autocast_reduces_no_precision() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = everything()
     torch.testing.assert_close(found, expected)
+
+
+def test_mixed_dtypes_under_autocast_are_cast_as_by_linear() -> None:
+    h, weight, b = torch.randn(6, 3).bfloat16(), torch.randn(5, 3), torch.randn(5)
+    for other in (b, None):
+        with torch.autocast("cpu", torch.bfloat16):
+            z, norms = fastgrad.linear_contrast_sqnorm(h, weight, other)
+            stats = fastgrad.linear_contrast_stats(h, weight, other)
+            assert torch.equal(z, linear(h, weight, other))
+        assert z.dtype == torch.bfloat16
+        assert torch.equal(norms, fastgrad.contrast_sqnorm(h, z, bias=other is not None))
+        torch.testing.assert_close(stats.max, norms.amax(-1))
+    with pytest.raises(TypeError, match=r"weight.*bfloat16.*float32"):
+        fastgrad.linear_contrast_sqnorm(h, weight, b)
 
 
 def test_labels_of_samples_under_vmap() -> None:

@@ -196,6 +196,23 @@ def png(width: int, height: int, bits: int, colour: int, rows: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
+def many_scans(count: int, side: int = 1024) -> bytes:
+    """A progressive JPEG of so many scans, each of a few bytes that say that all blocks are zero."""
+
+    def scan(place: int, bits: str) -> bytes:
+        bits += "1" * (-len(bits) % 8)
+        packed = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
+        return b"\xff\xda\0\x08\1\1\0" + bytes([place, 63 * (place > 0), 0]) + packed
+
+    def table(kind: int, symbol: int) -> bytes:
+        return b"\xff\xc4\0\x14" + bytes([kind, 1, *bytes(15), symbol])
+
+    blocks = (side // 8) ** 2
+    frame = b"\xff\xc2" + struct.pack(">HBHHB", 11, 8, side, side, 1) + b"\1\x11\0"
+    start = b"\xff\xd8\xff\xdb\0\x43\0" + b"\1" * 64 + frame + table(0, 0) + table(16, 0xE0) + scan(0, "0" * blocks)
+    return start + scan(1, "011111111111111") * (count - 1) + b"\xff\xd9"
+
+
 def form(field: str, content: bytes, boundary: str = "frontier") -> tuple[bytes, str]:
     body = (
         f'--{boundary}\r\nContent-Disposition: form-data; name="{field}"; filename="a.png"\r\n'

@@ -38,7 +38,7 @@ def stub(
     app.state.readers.read = read
     for name, model in app.state.models.items():
 
-        async def submit(parts: Sequence[bytes], on_run: Any, name: str = name) -> bytes:
+        async def submit(*parts: bytes, name: str = name) -> bytes:
             await asyncio.sleep(delay)
             if error is not None:
                 raise error

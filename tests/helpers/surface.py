@@ -27,6 +27,7 @@ MODULES: dict[str, tuple[str, ...] | None] = {
     "fastgrad.challenges": None,
     "fastgrad.checks": ("MissingExtraError",),
     "fastgrad.deploy.drift": None,
+    "fastgrad.deploy.error_rate": ("ErrorRate", "error_rate"),
     "fastgrad.deploy.file.images": ("ImageError", "ImageTooLargeError", "decode_image"),
     "fastgrad.deploy.file.package": ("Description", "ModelPackage", "PackageError", "read_description"),
     "fastgrad.deploy.score.local": None,
@@ -36,7 +37,7 @@ MODULES: dict[str, tuple[str, ...] | None] = {
     "fastgrad.deploy.serve.ray": None,
     "fastgrad.gradients.features": ("Route", "logits_of"),
     "fastgrad.interop": ("as_pytorch_ood",),
-    "fastgrad.layers": None,
+    "fastgrad.layers": ("register_rule",),
     "fastgrad.losses": (
         "LOSSES", "REDUCTIONS", "TARGETS", "contrast_delta", "contrast_diagonal", "contrast_norms", "delta",
         "target_norms",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pathlib
 
 import oracles
 import pytest
@@ -16,7 +17,7 @@ triton = pytest.importorskip("triton")
 from bench.gpu.compile_cases import configured  # noqa: E402
 from bench.gpu.sanitize.cases import CONTRAST as PATHS  # noqa: E402
 from fastgrad.losses import contrast_norms  # noqa: E402
-from fastgrad.ops.triton.last_layer import contrast_sqnorm  # noqa: E402
+from fastgrad.ops.triton.contrasts import contrast_sqnorm  # noqa: E402
 
 LOSSES = ("cross_entropy", "bce", "mse", "brier")
 pytestmark = pytest.mark.usefixtures("poison")
@@ -211,3 +212,9 @@ def test_the_oracle_agrees_with_autograd() -> None:
         exact = oracles.contrast_matrix(logits, loss) * (features.square().sum(1) + 1)[:, None]
         # Autograd forms p_k - 1: a few units in the last place of 1, over the smallest value.
         torch.testing.assert_close(by_autograd, exact, rtol=1e-9, atol=0)
+
+
+def test_the_page_shows_the_kernel() -> None:
+    root = pathlib.Path(__file__).parents[2]
+    shown = (root / "docs/explanation/kernels.md").read_text().split("from the load to the store:")[1].split("```")[1]
+    assert shown.removeprefix("text\n") in (root / "kernels/contrast.py").read_text()

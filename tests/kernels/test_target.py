@@ -12,7 +12,7 @@ import torch.nn.functional as F
 triton = pytest.importorskip("triton")
 
 from bench.gpu.compile_cases import configured  # noqa: E402
-from fastgrad.ops.triton.last_layer import KINDS, target_sqnorm  # noqa: E402
+from fastgrad.ops.triton.contrasts import KINDS, target_sqnorm  # noqa: E402
 
 LOSSES = ("cross_entropy", "bce", "mse", "brier")
 PATHS = {
@@ -33,17 +33,9 @@ def targets(kind: str, logits: torch.Tensor, generator: torch.Generator) -> tupl
         return None, torch.full((B, N), 1 / N, dtype=torch.float64)
     if kind == "predicted":
         return None, F.one_hot(top, N).double()
-    if kind == "indices":
-        k = torch.randint(N, (B,), generator=generator)
-        k[::2] = top[::2]
-        return k, F.one_hot(k, N).double()
-    # One-hot at the maximum, smoothed there, one-hot elsewhere, nearly one-hot, and distributions.
-    y = torch.rand(B, N, generator=generator).softmax(-1)
-    y[0] = F.one_hot(top[0], N)
-    y[1] = 0.9 * F.one_hot(top[1], N) + 0.1 / N
-    y[2] = F.one_hot(logits[2].argmin(), N)
-    y[-2] = F.one_hot(top[-2], N) * (1 - 1e-6) + F.one_hot(logits[-2].argmin(), N) * 1e-6
-    return y, y.double()
+    k = torch.randint(N, (B,), generator=generator)
+    k[::2] = top[::2]
+    return k, F.one_hot(k, N).double()
 
 
 def run(
@@ -73,8 +65,7 @@ def test_accuracy(loss: str, kind: str, log: bool, path: str, device: torch.devi
     for b, got in enumerate(out.cpu().tolist()):
         exact = oracles.target_norms(logits[b].tolist(), dense[b].tolist(), loss)
         exact = exact * oracles.square_norm(features[b].tolist())
-        if not log or kind != "soft" or exact > oracles.SMALLEST_NORMAL:  # a soft target has no form in log space
-            oracles.check(got, exact, log, b)
+        oracles.check(got, exact, log, b)
 
 
 @pytest.mark.parametrize("kind", ["ones", "uniform", "predicted"])
@@ -88,15 +79,15 @@ def test_one_class(loss: str, kind: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("scale", [0.0, 1e-5])
-def test_logits_and_labels_that_are_nearly_equal(scale: float, path: str, device: torch.device) -> None:
+@pytest.mark.parametrize("kind", ["ones", "uniform"])
+def test_logits_that_are_nearly_equal(kind: str, path: str, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(4)
     logits = 1e-3 * torch.randn(3, 21, generator=generator)
-    target = 1 / 21 + scale * torch.randn(3, 21, generator=generator)
+    _, dense = targets(kind, logits, generator)
     with configured(target=PATHS[path]):
-        out = run(torch.zeros(3, 2), logits, target, "soft", "cross_entropy", device)
+        out = run(torch.zeros(3, 2), logits, None, kind, "cross_entropy", device)
     for b, got in enumerate(out.cpu().tolist()):
-        oracles.check(got, oracles.target_norms(logits[b].tolist(), target[b].tolist(), "cross_entropy"), False, b)
+        oracles.check(got, oracles.target_norms(logits[b].tolist(), dense[b].tolist(), "cross_entropy"), False, b)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -105,9 +96,8 @@ def test_strides_bias_mean_and_dtype(kind: str, device: torch.device) -> None:
     logits = torch.randn(20, 3, generator=generator).bfloat16().T
     features = torch.randn(3, 16, generator=generator).bfloat16()[:, ::2]
     target, dense = targets(kind, logits, generator)
-    if kind == "soft":
-        assert target is not None
-        target = target.double().T.contiguous().T
+    if target is not None:
+        target = target.repeat_interleave(2)[::2]
     out = run(features, logits, target, kind, "bce", device, bias=False, mean=True)
     for b, got in enumerate(out.cpu().tolist()):
         exact = oracles.target_norms(logits[b].double().tolist(), dense[b].tolist(), "bce")

@@ -14,7 +14,7 @@ from torch.library import opcheck
 
 import fastgrad
 from fastgrad.losses import LOSSES
-from fastgrad.ops import last_layer
+from fastgrad.ops import dispatch, last_layer
 from fastgrad.ops.conv.sqnorm import conv_sqnorm, linear_sqnorm
 from fastgrad.ops.dispatch import bind_contextvar, choose, opaque_ops, triton_refusal
 
@@ -34,7 +34,7 @@ def arguments(name: str, device: torch.device, requires_grad: bool, loss: str) -
     }[name]
 
 
-NAMES = ("contrast_sqnorm", "target_sqnorm", "linear_contrast_sqnorm", "linear_contrast_stats")
+NAMES = ("contrast_sqnorm", "target_sqnorm", "linear_contrast_stats")
 
 
 @pytest.fixture
@@ -61,7 +61,24 @@ def test_opcheck_eager(name: str) -> None:
     check(name, torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("name", "loss"), list(itertools.product(NAMES, LOSSES)))
+def test_what_has_no_kernel_is_refused_and_left_to_torch(device: torch.device) -> None:
+    h, z = torch.randn(3, 5, device=device), torch.randn(3, 6, device=device)
+    soft = (h, z, z.softmax(-1), "soft", "bce", True, False, False)
+    statistics = arguments("linear_contrast_stats", device, False, "brier")
+    for name, inputs, reason in (
+        ("target_sqnorm", soft, "soft targets"),
+        ("linear_contrast_stats", statistics, "brier"),
+    ):
+        with pytest.raises(ValueError, match=f"impl.*{reason}"):
+            getattr(last_layer, name)(*inputs, "triton")
+        torch.testing.assert_close(getattr(OPS, name)(*inputs), getattr(last_layer, name)(*inputs, "eager"))
+
+
+PAIRS = [*itertools.product((*NAMES, "linear_contrast_sqnorm"), LOSSES)]
+PAIRS.remove(("linear_contrast_stats", "brier"))
+
+
+@pytest.mark.parametrize(("name", "loss"), PAIRS)
 def test_triton_equals_eager_and_so_do_its_derivatives(name: str, loss: str, device: torch.device) -> None:
     inputs = arguments(name, device, True, loss)
     leaves = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
@@ -92,24 +109,42 @@ def test_derivatives_where_one_argument_depends_on_another(same: bool, device: t
 
 
 def test_a_backward_pass_under_autocast_keeps_its_digits(device: torch.device) -> None:
-    inputs = arguments("linear_contrast_sqnorm", device, True, "cross_entropy")
+    inputs = arguments("linear_contrast_stats", device, True, "cross_entropy")
     results = []
     for enabled in (False, True):
         with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
-            logits, norms = last_layer.linear_contrast_sqnorm(*inputs, "triton")
-            results.append(torch.autograd.grad(logits.sum() + norms.sum(), inputs[:3]))
+            results.append(torch.autograd.grad(last_layer.linear_contrast_stats(*inputs, "triton").sum(), inputs[:2]))
     torch.testing.assert_close(*results, rtol=2e-5, atol=2e-5)
 
 
-def test_a_gpu_before_ampere_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_without_compiled_kernels_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     refusals = []
-    for major in (7, 8):
-        properties = SimpleNamespace(major=major)
+    for hip, name, major in ((None, "", 7), (None, "", 8), ("7", "gfx942:sramecc+", 9), ("7", "gfx1100", 11)):
+        properties = SimpleNamespace(major=major, gcnArchName=name)
+        monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
-        refusals.append(triton_refusal(torch.device("cuda"), torch.float32))
-    assert refusals == ["the kernels need compute capability 8.0", None]
+        monkeypatch.setattr(dispatch, "_gpus", {})
+        refusals += [triton_refusal(torch.device("cuda", 0), torch.float32) for _ in range(2)]
+    old, other = "the kernels need compute capability 8.0", "on AMD the kernels are for gfx942, gfx950, and the device"
+    assert refusals == [old, old, None, None, None, None, *[f"{other} was gfx1100"] * 2]
+
+
+def test_a_kernel_compiled_within_a_capture_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(first: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(dispatch.importlib, "import_module", lambda name: SimpleNamespace(contrast_sqnorm=launch))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    launched = dispatch.launcher("contrasts", "contrast_sqnorm")
+    for capturing, message in (
+        (True, "contrast_sqnorm must be called once .* before a CUDA graph"),
+        (False, "^operation"),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda found=capturing: found)
+        with pytest.raises(RuntimeError, match=message):
+            launched(SimpleNamespace(device=torch.device("cuda", 0)))
 
 
 def test_what_torch_func_transforms_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +173,7 @@ def test_a_graph_that_leaves_the_process_holds_no_operator_of_ours(monkeypatch: 
             compiled = make_fx(Norms())(*inputs)
         exported = torch.export.export(Norms(), tuple(inputs)).graph_module
     found = [{str(node.target) for node in graph.graph.nodes} for graph in (recorded, compiled, exported)]
-    assert [sum(target.startswith("fastgrad") for target in targets) for targets in found] == [0, 6, 0]
+    assert [sum(target.startswith("fastgrad") for target in targets) for targets in found] == [0, 5, 0]
 
 
 def test_meta_tensors_of_more_than_two_billion_elements() -> None:

@@ -27,31 +27,59 @@ shapes = {
 def test_configurations_cover_their_shape(B: int, N: int, D: int, dtype: torch.dtype, arch: tune.Architecture) -> None:
     contrast, splits = tune.contrast(B, N, D, "brier", arch)
     assert "ROWS" not in contrast or contrast["BLOCK_N"] >= N
-    assert splits == 1 or (splits > 1 and "ROWS" not in contrast)
+    assert 1 <= splits <= (1 if "ROWS" in contrast else tune.MOST_SPLITS)
     for value in contrast.values():
         assert value & (value - 1) == 0
     assert contrast.get("ROWS", 1) * contrast["BLOCK_N"] <= 1 << 14
-    (head, _), (statistics, per_split) = (
-        tune.linear_contrast(B, N, D, dtype, arch), tune.linear_stats(B, N, D, dtype, arch, "brier"),
-    )  # fmt: skip
-    assert per_split >= 1
-    for config in (head, statistics):
-        element = 4 if dtype == torch.float32 else 2
-        buffers = config["num_stages"] - 1 if arch.backend == "hip" else config["num_stages"]
-        assert buffers * (config["BLOCK_M"] + config["BLOCK_N"]) * config["BLOCK_K"] * element <= arch.shared_memory
-        assert config["PARTS"] & (config["PARTS"] - 1) == 0
+    statistics, tiles = tune.linear_stats(B, N, D, dtype, arch, "bce")
+    assert tiles >= 1
+    buffers = statistics["num_stages"] - 1 if arch.backend == "hip" else statistics["num_stages"]
+    stage = (statistics["BLOCK_M"] + statistics["BLOCK_N"]) * statistics["BLOCK_K"] * dtype.itemsize
+    assert buffers * stage <= arch.shared_memory
+
+
+@settings(deadline=None, max_examples=300)
+@given(B=st.integers(1, 2_000), N=st.integers(16_385, 262_144), arch=st.sampled_from(ARCHITECTURES[:-1]))
+def test_programs_fill_whole_waves(B: int, N: int, arch: tune.Architecture) -> None:
+    places = 2 * arch.processors
+
+    def waves(rows: int) -> tuple[float, float]:
+        """Return the share of places taken in all waves, and their time by the estimate."""
+        _, splits = tune.contrast(rows, N, 512, "cross_entropy", arch)
+        count = tune.cdiv(rows * splits, places)
+        time = count * (N / splits / tune.LOGITS + tune.PROGRAM) + tune.LAUNCH * (splits > 1)
+        return rows * splits / (count * places), time
+
+    taken, time = waves(B)
+    # Shorter rows are not worth a second launch.
+    if N >= 1 << 16:
+        assert taken >= 0.7 or places > B
+        # One row more never takes twice as long, as it would in a wave of its own.
+        assert waves(B + 1)[1] <= 1.7 * time
+
+
+@settings(deadline=None, max_examples=300)
+@given(**shapes | {"B": st.integers(1, 2_000)})
+def test_the_product_fills_the_device(B: int, N: int, D: int, dtype: torch.dtype, arch: tune.Architecture) -> None:
+    for rows in (B, B + 1):
+        config, tiles = tune.linear_stats(rows, N, D, dtype, arch)
+        tiles_m, tiles_n = tune.cdiv(rows, config["BLOCK_M"]), tune.cdiv(N, config["BLOCK_N"])
+        programs = tiles_m * tune.cdiv(tiles_n, tiles)
+        assert programs >= min(arch.processors, tune.cdiv(rows, 16) * tune.cdiv(N, 16))
+        # Parts of a row are merged at once.
+        assert tune.cdiv(tiles_n, tiles) <= 1024
 
 
 def test_every_path_is_chosen_somewhere() -> None:
     arch, half = tune.KNOWN_ARCHITECTURES["sm_90"], torch.bfloat16
-    assert tune.contrast(4096, 1000, 512, "bce", arch)[0]["ROWS"] == 1
     assert tune.contrast(4096, 10, 512, "bce", arch)[0]["ROWS"] > 1
-    for B, several in ((4096, False), (4, True)):
+    for B, warps in ((4096, 1), (64, 4)):
+        config, splits = tune.contrast(B, 1000, 512, "bce", arch)
+        assert (config["ROWS"], config["num_warps"], splits) == (1, warps, 1)
+    for B, several in ((264, False), (265, True), (4, True)):
         config, splits = tune.contrast(B, 128_256, 512, "bce", arch)
         assert "ROWS" not in config
         assert (splits > 1) is several
-    assert tune.linear_contrast(32, 1000, 2048, half, arch)[1] == 0
-    assert tune.linear_contrast(1024, 32_000, 4096, half, arch)[1] > 0
     assert tune.linear_stats(1024, 128_256, 4096, half, arch)[1] > 1
 
 
@@ -64,20 +92,12 @@ def test_a_gpu_with_the_registers_of_sm_80_has_its_blocks(loss: str) -> None:
     assert first == second
 
 
-def test_a_serving_batch_fills_the_device() -> None:
-    for arch in tune.KNOWN_ARCHITECTURES.values():
-        for B in (1, 32):
-            config, _ = tune.linear_contrast(B, 32_000, 4096, torch.bfloat16, arch)
-            assert tune.cdiv(32_000, config["BLOCK_N"]) >= arch.processors
-
-
-def test_rows_of_logits_that_are_no_whole_16_bytes_have_smaller_tiles() -> None:
-    """With the others', the compiled kernels spill: see `bench.gpu.compile_cases`."""
+def test_rows_of_logits_that_are_no_whole_16_bytes_have_more_threads() -> None:
+    """Otherwise the compiled kernels spill: see `bench.gpu.compile_cases`."""
     for name, arch in tune.KNOWN_ARCHITECTURES.items():
-        whole, parted = (tune.linear_contrast(1024, N, 768, torch.bfloat16, arch)[0] for N in (50_256, 50_257))
-        assert parted["BLOCK_N"] == whole["BLOCK_N"] // 2
         # As many logits by twice the threads, or half of them.
-        for loss in ("bce", "mse", "brier"):
-            assert tune.contrast(16, 50_257, 768, loss, arch)[0]["num_warps"] == (16 if name.startswith("sm") else 8)
-        whole, parted = (tune.contrast(16, N, 768, "cross_entropy", arch)[0] for N in (50_256, 50_257))
-        assert parted["BLOCK_N"] == whole["BLOCK_N"] // 2
+        for loss in ("mse", "brier"):
+            warps = tune.contrast(4096, 50_257, 768, loss, arch)[0]["num_warps"]
+            assert warps == (16 if name.startswith("sm") else 8)
+        whole, parted = (tune.contrast(4096, N, 768, "cross_entropy", arch)[0] for N in (50_256, 50_257))
+        assert parted["BLOCK_N"] <= whole["BLOCK_N"] // 2

@@ -15,19 +15,12 @@ from torch import Tensor
 
 from bench.gpu.compile_cases import Call, Case, Make, configured, meta, prepared, tensors
 from fastgrad.losses import LOSSES
-from fastgrad.ops.triton import last_layer, layer_sqnorm
+from fastgrad.ops.triton import contrasts, layer_sqnorm
 
-# Blocks shorter than a row, so that every loop and every merge runs. HEADS: what finishes a row (the last tile of its
-# block or a second launch), and where the features' norm comes from.
-TILE = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "PARTS": 2, "PRECISION": "ieee", "num_warps": 4, "num_stages": 2}
-HEAD = {**TILE, "GROUP_M": 2, "BLOCK_F": 16, "NORM_IN_LOOP": False}
+# Blocks shorter than a row, so that every loop and every merge runs.
+TILE = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "PRECISION": "ieee", "num_warps": 4, "num_stages": 2}
 STREAM = {"BLOCK_N": 32, "BLOCK_D": 16, "num_warps": 1}
 CONTRAST = {"rows": ({**STREAM, "ROWS": 4, "BLOCK_N": 64}, 1), "stream": (STREAM, 1), "split": (STREAM, 2)}
-HEADS = {
-    "last": (HEAD, 0),
-    "last, norm in loop": ({**HEAD, "NORM_IN_LOOP": True, "GROUP_M": 1}, 0),
-    "launch": (HEAD, 2),
-}
 OF_LAYERS = {"BLOCK_T": 16, "PRECISION": "ieee", "num_warps": 4, "num_stages": 2}
 LAYERS = {
     "layer_direct": {"BLOCK_O": 16, "BLOCK_C": 16, **OF_LAYERS},
@@ -64,23 +57,20 @@ def cases(make: Make = made) -> Iterator[Case]:
         CONTRAST.items(), LOSSES, (some, ((3, 64, 16), 0), alone, ((2, 33, 1), 1))
     ):
         log = loss in ("bce", "brier")
-        call = prepared(last_layer.contrast_sqnorm, partial(make, pad=pad), *sizes, loss, log=log)
+        call = prepared(contrasts.contrast_sqnorm, partial(make, pad=pad), *sizes, loss, log=log)
         yield _case(f"contrast {path}", loss, sizes, call, loss == "brier" and sizes == some[0], contrast=config)
 
-    quick = (("indices", "bce"), ("soft", "brier"), ("ones", "cross_entropy"))
+    quick = (("indices", "bce"), ("ones", "cross_entropy"))
     options = {"ROWS": 2, "BLOCK_N": 16, "BLOCK_D": 16, "num_warps": 1}
-    for kind, loss, (sizes, pad) in itertools.product(last_layer.KINDS, LOSSES, (some, ((2, 16, 16), 0), alone)):
-        call = prepared(last_layer.target_sqnorm, partial(make, pad=pad), *sizes, loss, kind=kind)
+    for kind, loss, (sizes, pad) in itertools.product(contrasts.KINDS, LOSSES, (some, ((2, 16, 16), 0), alone)):
+        call = prepared(contrasts.target_sqnorm, partial(make, pad=pad), *sizes, loss, kind=kind)
         yield _case(f"target {kind}", loss, sizes, call, (kind, loss) in quick and sizes == some[0], target=options)
 
     shapes = (((35, 37, 21), 3), ((16, 16, 16), 0), alone, ((17, 33, 5), 1))
-    for loss, (sizes, pad) in itertools.product(LOSSES, shapes):
-        of, last = partial(make, pad=pad), sizes == shapes[-1][0]
-        for path, config in HEADS.items():
-            call = prepared(last_layer.linear_contrast_sqnorm, of, *sizes, loss, bias=path != "launch", mean=True)
-            yield _case(f"head {path}", loss, sizes, call, last and loss == "cross_entropy", linear_contrast=config)
-        call = prepared(last_layer.linear_contrast_stats, of, *sizes, loss)
-        yield _case("statistics", loss, sizes, call, last and loss == "brier", linear_stats=(TILE, 1))
+    for loss, (sizes, pad), bias in itertools.product(LOSSES[:3], shapes, (False, True)):
+        call = prepared(contrasts.linear_contrast_stats, partial(make, pad=pad), *sizes, loss, bias=bias)
+        quick_one = sizes == shapes[-1][0] and loss == "bce" and bias
+        yield _case("statistics", loss, sizes, call, quick_one, linear_stats=(TILE, 1))
 
     for name, (shape, outputs, *each) in CONVOLUTIONS.items():
         along = zip(shape[2:], *each[:4], strict=True)
@@ -109,24 +99,20 @@ def huge() -> Iterator[tuple[str, Call, int]]:
     of = partial(meta, dtype=torch.bfloat16)
     split = {"BLOCK_N": 1 << 17, "BLOCK_D": 2048, "num_warps": 16}, 8
     # Few tiles per program, so that the partial moments alone have more than 2^31 elements.
-    tiles = {**TILE, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "PARTS": 16}
+    tiles = {**TILE, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}
     narrow = {**tiles, "BLOCK_M": 16, "BLOCK_N": 1 << 13}
-    norms, head, statistics = (
-        last_layer.contrast_sqnorm, last_layer.linear_contrast_sqnorm, last_layer.linear_contrast_stats,
-    )  # fmt: skip
-    for title, launcher, sizes, configs in (
-        ("contrast rows", norms, (4_300_000, 1000, 512), {}),
-        ("contrast stream", norms, (120_000, 40_000, 64), {}),
-        ("contrast split", norms, (3_000, 1_500_001, 64), {"contrast": split}),
-        ("head", head, (200_000, 32_000, 64), {}),
-        ("head", head, (9_000_000, 1000, 320), {}),
-        ("statistics", statistics, (1_500_000, 65_536, 64), {"linear_stats": (tiles, 4)}),
-        ("statistics", statistics, (3, 9_000_000, 320), {"linear_stats": (narrow, 1)}),
+    norms, statistics = contrasts.contrast_sqnorm, contrasts.linear_contrast_stats
+    for title, launcher, sizes, loss, configs in (
+        ("contrast rows", norms, (4_300_000, 1000, 512), "brier", {}),
+        ("contrast stream", norms, (120_000, 40_000, 64), "brier", {"contrast": (split[0], 1)}),
+        ("contrast split", norms, (3_000, 1_500_001, 64), "brier", {"contrast": split}),
+        ("statistics", statistics, (1_500_000, 65_536, 64), "bce", {"linear_stats": (tiles, 4)}),
+        ("statistics", statistics, (3, 9_000_000, 320), "bce", {"linear_stats": (narrow, 1)}),
     ):
-        case = _case(title, "brier", sizes, prepared(launcher, of, *sizes, "brier"), False, **configs)
+        case = _case(title, loss, sizes, prepared(launcher, of, *sizes, loss), False, **configs)
         yield case.name, case.call, 1
-    for kind, B, N in (("soft", 4_300_000, 1000), ("indices", 120_000, 40_000), ("ones", 120_000, 40_000)):
-        yield f"target {kind} B={B} N={N}", prepared(last_layer.target_sqnorm, of, B, N, 16, "brier", kind=kind), N - 1
+    for kind, B, N in (("indices", 120_000, 40_000), ("ones", 120_000, 40_000), ("uniform", 4_300_000, 1000)):
+        yield f"target {kind} B={B} N={N}", prepared(contrasts.target_sqnorm, of, B, N, 16, "bce", kind=kind), N - 1
     image, each = of(70_000, 64, 32, 32), ((3, 3), (1, 1), (1, 1), (1, 1), 1)
     yield "convolution of 4e9 elements", partial(layer_sqnorm.conv_sqnorm, image, image[None], *each), 1
     for kind in ("direct", "gram"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -14,23 +13,16 @@ from unittest import mock
 import torch
 from triton.runtime.interpreter import interpreter_builder
 
-from bench.gpu.compile_cases import Case, as_if_on, configured, prepared, tensors
-from bench.gpu.sanitize.cases import HEAD, TILE, cases, huge, made
+from bench.gpu.compile_cases import Case, as_if_on
+from bench.gpu.sanitize.cases import cases, huge
 from bench.gpu.sanitize.watchers import Addresses, Memory, SanitizerError, watching
 from fastgrad.ops import tune
-from fastgrad.ops.triton import last_layer
 
 Order = Callable[[int], Sequence[int]]
 
 
 def shuffled(count: int) -> list[Order]:
     return [lambda n, seed=seed: Random(seed).sample(range(n), n) for seed in range(count)]  # type: ignore[misc]
-
-
-def every_order(programs: int) -> list[Order]:
-    """Return every order of ``programs`` programs; a launch of another number runs in the usual order."""
-    orders = itertools.permutations(range(programs))
-    return [lambda n, order=order: order if n == programs else range(n) for order in orders]  # type: ignore[misc]
 
 
 def check_memory(case: Case, orders: Iterable[Order] = (range, lambda n: range(n)[::-1])) -> int:
@@ -67,27 +59,11 @@ def check_addresses(call: Callable[[], object], architecture: tune.Architecture,
     return watcher.count
 
 
-def arriving(programs: int, quick: bool = False) -> Iterator[Case]:
-    """Yield the reductions that the last program to arrive finishes, with ``programs`` programs per row block."""
-    for loss in ("cross_entropy",) if quick else ("cross_entropy", "bce", "brier"):
-        for name, launcher, config in (
-            ("head", last_layer.linear_contrast_sqnorm, {"linear_contrast": ({**HEAD, "GROUP_M": 1}, 0)}),
-            ("statistics", last_layer.linear_contrast_stats, {"linear_stats": (TILE, 1)}),
-        ):
-            call = prepared(launcher, made, 2, 16 * programs, 3, loss)
-            yield Case(f"{name}, {programs} programs, {loss}", tensors(call), configured(**config)(call))
-
-
 def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], int]]]:
     for case in cases():
         if case.quick or not quick:
             orders = [range, lambda n: range(n)[::-1], *shuffled(1 if quick else 2)]
             yield f"memory: {case.name}", partial(check_memory, case, orders)
-    for programs in (2,) if quick else (2, 3, 4):
-        for case in arriving(programs, quick):
-            yield f"all orders: {case.name}", partial(check_memory, case, every_order(programs))
-    for case in arriving(6 if quick else 24, quick):
-        yield f"random orders: {case.name}", partial(check_memory, case, shuffled(3 if quick else 30))
     for arch in ("sm_90",) if quick else tune.KNOWN_ARCHITECTURES:
         for name, call, integer in huge():
             if not quick or "beyond" in name:

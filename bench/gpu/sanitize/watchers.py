@@ -19,10 +19,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from triton.runtime import interpreter
 
-from fastgrad.ops import tune
 from fastgrad.ops.triton import devices
 
-NOWHERE, RELAXED = -1, 0
 #: Bytes between the addresses of two operands without memory; no operand reaches so far.
 APART = 1 << 50
 
@@ -54,12 +52,13 @@ def patching_once() -> Iterator[None]:
 def watching(watcher: Any) -> Iterator[None]:
     """Let a watcher see and steer every launch in the context; it may replace operands, which are on the CPU.
 
-    Its ``launch`` may replace arguments, and returns the programs to run, in order. Its ``load`` and ``atomic`` return
-    a number to use instead of the value in memory, or None; its ``store`` returns whether to skip the write.
+    Its ``launch`` may replace arguments, and returns the programs to run, in order. Its ``load`` returns a number to
+    use instead of the value in memory, or None; its ``store`` returns whether to skip the write. Atomic operations are
+    refused: no kernel needs one.
     """
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     call, load, store = executor.__call__, builder.create_masked_load, builder.create_masked_store
-    atomic, dim, index = builder.create_atomic_rmw, builder.set_grid_dim, builder.set_grid_idx
+    dim, index = builder.set_grid_dim, builder.set_grid_idx
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> None:
         (size,) = self.grid
@@ -84,13 +83,8 @@ def watching(watcher: Any) -> Iterator[None]:
         skip = watcher.store(ptrs.data[mask.data], ptrs.get_element_ty().primitive_bitwidth // 8)
         return None if skip else store(self, ptrs, value, mask, *rest)
 
-    def atomic_rmw(self: Any, operation: Any, ptr: Any, value: Any, mask: Any, sem: Any, scope: Any) -> Any:
-        ordered = "ACQUIRE_RELEASE" in str(sem) and "GPU" in str(scope)
-        width = ptr.get_element_ty().primitive_bitwidth // 8
-        number = watcher.atomic(ptr.data[mask.data], width, ordered)
-        if number is None:
-            return atomic(self, operation, ptr, value, mask, sem, scope)
-        return interpreter.TensorHandle(np.full_like(value.data, number), value.dtype.scalar)
+    def atomic_rmw(self: Any, *rest: Any) -> Any:
+        raise SanitizerError(f"{watcher.kernel}: an atomic operation, of which not every order is run")
 
     with (
         mock.patch.multiple(
@@ -124,7 +118,7 @@ class _Region:
     Attributes:
         width: Bytes of the element that starts here, 0 if none does: between rows, or within an element.
         written: Whether the byte has been written.
-        writer, reader: Number of the last write and read in this launch, see `Memory`; -1 before.
+        writer, reader: The program that last wrote and read it in this launch; -1 before.
     """
 
     def __init__(self, tensor: Tensor, fresh: bool, constant: bool) -> None:
@@ -137,13 +131,9 @@ class _Region:
 class Memory:
     """Checks every memory operation of the launches that it watches.
 
-    Two programs that touch one address, at least one of them writing, must be ordered: the first did so before it
-    arrived at a counter, by an atomic operation with acquire and release semantics, and the second has arrived there
-    since. A program makes at most one atomic operation per launch. So only the arrivals order its other operations, and
-    running whole programs in every order covers every schedule.
-
-    Operations of a program before and after its arrival are numbered ``2 * program`` and ``2 * program + 1``. No kernel
-    may write ``inputs``; ``order`` returns the order in which a number of programs run.
+    Nothing orders two programs of a launch, so none may touch an address that another one writes. Then the result does
+    not depend on how programs interleave. No kernel may write ``inputs``; ``order`` returns the order in which a number
+    of programs run.
     """
 
     def __init__(self, inputs: Sequence[Tensor], order: Callable[[int], Sequence[int]] = range) -> None:
@@ -173,8 +163,6 @@ class Memory:
         for region in self.regions.values():
             region.writer[:] = region.reader[:] = -1
         self.bases = np.array(sorted(self.regions))
-        #: The address at which each program has arrived; `RELAXED` if the arrival orders nothing.
-        self.counter = np.full(programs, NOWHERE)
         return self.order(programs)
 
     def load(self, addresses: np.ndarray, width: int) -> None:
@@ -182,7 +170,7 @@ class Memory:
             if not region.written[at].all():
                 self._fault("reads what nobody wrote")
             self._ordered(region.writer[at], "reads what program {} writes")
-            region.reader[at] = self._number()
+            region.reader[at] = self.program
 
     def store(self, addresses: np.ndarray, width: int) -> bool:
         for region, at in self._located(addresses, width, "writes"):
@@ -191,23 +179,12 @@ class Memory:
             self._ordered(region.writer[at], "writes what program {} writes")
             self._ordered(region.reader[at], "writes what program {} reads")
             region.written[at] = True
-            region.writer[at] = self._number()
+            region.writer[at] = self.program
         return False
-
-    def atomic(self, addresses: np.ndarray, width: int, ordered: bool) -> None:
-        """Check an atomic operation, at which its program arrives."""
-        self._located(addresses, width, "changes")
-        if self.counter[self.program] != NOWHERE:
-            self._fault("makes a second atomic operation, of which not every order is run")
-        if addresses.size:
-            self.counter[self.program] = addresses[0] if ordered else RELAXED
 
     @property
     def program(self) -> int:
         return int(interpreter.interpreter_builder.grid_idx[0])
-
-    def _number(self) -> int:
-        return 2 * self.program + int(self.counter[self.program] != NOWHERE)
 
     def _fault(self, does: str) -> None:
         raise SanitizerError(f"{self.kernel}: program {self.program} {does}")
@@ -226,12 +203,10 @@ class Memory:
         return located
 
     def _ordered(self, earlier: np.ndarray, does: str) -> None:
-        """Raise if nothing orders another program's earlier operation and this program's next."""
-        earlier = earlier[(earlier >= 0) & (earlier // 2 != self.program)]
-        here = self.counter[self.program]
-        met = (here > RELAXED) & (self.counter[earlier // 2] == here) & (earlier % 2 == 0)
-        if not met.all():
-            self._fault(f"{does.format(earlier[~met][0] // 2)}, and nothing orders them")
+        """Raise if another program touched the bytes."""
+        others = earlier[(earlier >= 0) & (earlier != self.program)]
+        if others.size:
+            self._fault(f"{does.format(others[0])}, and nothing orders them")
 
 
 class Addresses:
@@ -244,7 +219,7 @@ class Addresses:
         self.integer, self.count = integer, 0
 
     def launch(self, kernel: str, arguments: dict[str, Any], programs: int) -> Sequence[int]:
-        self.kernel, self.arrivals = kernel, _arrivals(arguments)
+        self.kernel = kernel
         self.spans: list[tuple[int, int]] = []
         for name, tensor in arguments.items():
             if isinstance(tensor, Tensor):
@@ -267,17 +242,3 @@ class Addresses:
     def store(self, addresses: np.ndarray, width: int) -> bool:
         self._note(addresses)
         return True
-
-    def atomic(self, addresses: np.ndarray, width: int, ordered: bool) -> int:
-        """Check an atomic operation; its program is the last to arrive."""
-        self._note(addresses)
-        return self.arrivals
-
-
-def _arrivals(arguments: dict[str, Any]) -> int:
-    """Return how many programs came before the one that finishes a row block."""
-    if "splits" in arguments:
-        return int(arguments["splits"]) - 1
-    if "GROUP_M" in arguments:
-        return tune.cdiv(arguments["N_units"] * arguments["ALIGN_N"], arguments["BLOCK_N"]) - 1
-    return 0

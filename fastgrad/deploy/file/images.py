@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import io
+import math
+import re
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +21,12 @@ if TYPE_CHECKING:
 #: What browsers and cameras write. Pillow knows some fifty more, several with rarely exercised parsers.
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 10_000_000
+#: Scans of a JPEG: encoders write about ten, and each takes as long as a pass over the whole image.
+_SCANS = 100
+#: Bytes that are decoded at once, so that a limit of time is noticed.
+_BLOCK = 2**13
+#: A marker in a JPEG that has a length and content, or ends the image (``d9``).
+_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)
 Array = np.ndarray[Any, np.dtype[np.uint8]]
 
 
@@ -71,8 +80,35 @@ def require_images(shape: tuple[int, ...]) -> None:
         raise ImageError(f"this model takes no images: its inputs have shape {tuple(shape)}")
 
 
-def decode_pixels(content: bytes, shape: tuple[int, ...], *, max_pixels: int = MAX_PIXELS) -> Array:
-    """Decode, crop and scale to ``shape``, uint8, as `decode_image` does, without normalizing."""
+class _Timed(io.BytesIO):
+    """Bytes that raise ImageError if they are read when this thread has computed for so many ``seconds`` more."""
+
+    def __init__(self, content: bytes, seconds: float) -> None:
+        super().__init__(content)
+        self._seconds, self._end = seconds, time.thread_time() + seconds
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if time.thread_time() > self._end:
+            raise ImageError(f"decoding the image takes more than {self._seconds:g} s")
+        return super().read(size)
+
+
+def _scans(content: bytes) -> int:
+    """Count the scans of a JPEG, up to one more than `_SCANS`."""
+    scans = place = 0
+    while scans <= _SCANS and (found := _MARKER.search(content, place)) and found[1] != b"\xd9":
+        scans += found[1] == b"\xda"
+        place = found.end() + int.from_bytes(content[found.end() : found.end() + 2], "big")
+    return scans
+
+
+def decode_pixels(
+    content: bytes, shape: tuple[int, ...], *, max_pixels: int = MAX_PIXELS, seconds: float = math.inf
+) -> Array:
+    """Decode, crop and scale to ``shape``, uint8, as `decode_image` does, without normalizing.
+
+    ImageError also for a JPEG or PNG that takes more than ``seconds`` of this thread's computing time.
+    """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     require_images(shape)
@@ -80,10 +116,13 @@ def decode_pixels(content: bytes, shape: tuple[int, ...], *, max_pixels: int = M
     if not content:
         raise ImageError("the image is empty")
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with Image.open(_Timed(content, seconds), formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 size = f"{image.width} x {image.height}"
                 raise ImageTooLargeError(f"the image has {size} pixels; at most {max_pixels} are allowed")
+            if image.format == "JPEG" and _scans(content) > _SCANS:
+                raise ImageTooLargeError(f"the image has more than {_SCANS} scans")
+            image.decodermaxblock = _BLOCK
             # JPEG files are decoded at a half, a quarter or an eighth if that is large enough, in either orientation.
             least = 2 * max(width, height)
             image.draft("RGB" if channels == 3 else "L", (least, least))

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastgrad.checks import extra, without_warnings
 from fastgrad.deploy.file.description import Description, description_text, outputs_of
 from fastgrad.deploy.file.graph import trace
-from fastgrad.deploy.file.onnx_file import INPUT, KEY, sum_entry
+from fastgrad.deploy.file.onnx_file import INPUT, KEY, runtime, sum_entry
 from fastgrad.deploy.file.onnx_operators import decompositions
 from fastgrad.deploy.file.onnx_optimizer import sample_apart
 
@@ -96,8 +96,7 @@ def write(
     answers: Callable[[Tensor], tuple[Tensor, ...]], example_input: Tensor, path: Path, description: Description
 ) -> None:
     """Write an ONNX file that computes ``answers``, with ``description`` inside."""
-    with extra("onnx"):
-        import onnxruntime  # noqa: F401 - the file is run before it appears
+    runtime()  # the file is run before it appears
     model = convert(answers, example_input, outputs=outputs_of(description), max_batch=description.max_batch)
     model.metadata_props.add(key=KEY, value=description_text(description))
     content = model.SerializeToString()

@@ -11,17 +11,32 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgrad.checks import extra
+from fastgrad.deploy.file.reading import open_regular
 
 INPUT = "input"
 KEY = "fastgrad"
 #: Key of the entry with the SHA-256, in hexadecimal digits.
 SUM = "fastgrad.sha256"
+#: Bytes that no protocol buffer reaches.
+_LARGEST = 2**31
+
+
+def runtime() -> Any:
+    """Return ``onnxruntime``, imported without its telemetry, unless the environment says otherwise.
+
+    Telemetry would keep a database in the home folder and write ``$TMPDIR/.ses``, a name that other users can foresee.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    with extra("onnx"):
+        import onnxruntime
+    return onnxruntime
 
 
 def load(path: str | os.PathLike[str]) -> Callable[[Tensor], list[Tensor]]:
@@ -29,9 +44,7 @@ def load(path: str | os.PathLike[str]) -> Callable[[Tensor], list[Tensor]]:
 
     RuntimeError if the file is damaged, or ONNX Runtime cannot read or run it; the message says why.
     """
-    with extra("onnx"):
-        import onnxruntime
-
+    onnxruntime = runtime()
     _check_sum(path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -46,7 +59,10 @@ def load(path: str | os.PathLike[str]) -> Callable[[Tensor], list[Tensor]]:
         raise RuntimeError(f"ONNX Runtime cannot run it: {str(error).splitlines()[0]}") from error
 
     def run(x: Tensor) -> list[Tensor]:
-        return [torch.from_numpy(value) for value in session.run(None, {INPUT: x.numpy(force=True)})]
+        try:
+            return [torch.from_numpy(value) for value in session.run(None, {INPUT: x.numpy(force=True)})]
+        except Exception as error:
+            raise RuntimeError(f"ONNX Runtime cannot run it: {str(error).splitlines()[0]}") from error
 
     return run
 
@@ -61,7 +77,7 @@ def _check_sum(path: str | os.PathLike[str]) -> None:
     """Raise RuntimeError if the bytes do not match the checksum; without its entry nothing is checked."""
     total = hashlib.sha256()
     left = os.path.getsize(path) - len(sum_entry(total.hexdigest()))
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while left > 0 and (block := file.read(min(left, 1 << 20))):
             total.update(block)
             left -= len(block)
@@ -72,16 +88,33 @@ def _check_sum(path: str | os.PathLike[str]) -> None:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> str | None:
-    """Return the description's text in an ONNX file, or None; RuntimeError if the file is damaged."""
+    """Return the description's text in an ONNX file, or None.
+
+    RuntimeError if the file is damaged, or names others that hold its data: no checksum would cover them.
+    """
     with extra("onnx"):
         import onnx
     try:
-        model = onnx.load(os.fspath(path), "protobuf", load_external_data=False)
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size >= _LARGEST:
+                raise ValueError(f"protocol buffers have less than {_LARGEST} bytes")
+            model = onnx.load(file, "protobuf", load_external_data=False)
     except Exception as error:
         raise RuntimeError(f"it is not a whole ONNX file: {error}") from error
     if not model.HasField("graph"):
         raise RuntimeError("it holds no graph")
+    if any(isinstance(part, onnx.TensorProto) and (part.external_data or part.data_location) for part in _parts(model)):
+        raise RuntimeError("it keeps data in another file; export it in one")
     texts = [entry.value for entry in model.metadata_props if entry.key == KEY]
     if len(texts) > 1:
         raise RuntimeError(f"it holds {KEY!r} twice")
     return texts[0] if texts else None
+
+
+def _parts(message: Any) -> Iterator[Any]:
+    """Yield all messages inside of one, wherever they are."""
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in value if isinstance(value, Sequence) else [value]:
+                yield part
+                yield from _parts(part)

@@ -10,7 +10,6 @@ check its input; `ModelPackage` checks dtype and shape. Load only files that you
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -32,6 +31,7 @@ from fastgrad._torch import X86, load_package
 from fastgrad.deploy.file import onnx_file
 from fastgrad.deploy.file.description import DTYPES, FORMAT, description_text, outputs_of
 from fastgrad.deploy.file.description import Description as Description
+from fastgrad.deploy.file.reading import without_waiting
 from fastgrad.memory import keep_freed_memory
 from fastgrad.prediction import Prediction
 
@@ -86,15 +86,6 @@ def read_description(path: str | os.PathLike[str]) -> Description:
         raise PackageError(f"{path}: the description inside is damaged: {str(error)[:300]}") from None
 
 
-def digest_of(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 class _Bounded(io.FileIO):
     """A file that reads at most 4 MiB at once, else raises: an archive's table of contents can claim any size."""
 
@@ -109,7 +100,7 @@ class _Bounded(io.FileIO):
 @contextlib.contextmanager
 def _archive(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
     """Open a ``.pt2``; raise if an entry is compressed, doubled, a link or outside the archive: PyTorch writes none."""
-    with _Bounded(os.fspath(path)) as file, zipfile.ZipFile(file) as archive:
+    with _Bounded(os.fspath(path), opener=without_waiting) as file, zipfile.ZipFile(file) as archive:
         names = set()
         for entry in archive.infolist():
             name = entry.filename
@@ -201,7 +192,7 @@ class ModelPackage:
         Raises:
             ValueError: a wrong shape or batch size.
             TypeError: a wrong dtype.
-            PackageError: the graph's outputs are not those of the description.
+            PackageError: the graph cannot run, or its outputs are not those of the description.
         """
         return self.explain(x)[0]
 
@@ -227,7 +218,10 @@ class ModelPackage:
             )
         if x.dtype != DTYPES[self.description.input_dtype]:
             raise TypeError(f"x must have dtype {self.description.input_dtype}; it was {x.dtype}")
-        outputs = self._run(x.to(self.description.device).contiguous())
+        try:
+            outputs = self._run(x.to(self.description.device).contiguous())
+        except RuntimeError as error:
+            raise PackageError(f"{self.path} cannot be run: {str(error).partition(chr(10))[0]}") from error
         rows = outputs_of(self.description)
         shapes = [tuple(value.shape) for value in outputs]
         if shapes != [(len(x), *row) for row in rows.values()]:

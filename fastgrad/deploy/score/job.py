@@ -24,8 +24,9 @@ from fastgrad.checks import extra, fits_utf8
 from fastgrad.deploy.file.answer import ResultError, answer
 from fastgrad.deploy.file.description import Description, normalize_pixels
 from fastgrad.deploy.file.images import Array, ImageError, ImageTooLargeError, decode_pixels, require_images
-from fastgrad.deploy.file.package import ModelPackage, digest_of
-from fastgrad.deploy.score.sources import Source, list_folder, read_parquet
+from fastgrad.deploy.file.package import ModelPackage
+from fastgrad.deploy.file.reading import digest_of, open_regular
+from fastgrad.deploy.score.sources import MAX_SECONDS, Source, list_folder, read_parquet
 
 with extra("score"):
     import pyarrow as pa
@@ -83,15 +84,17 @@ def arrow_schema(description: Description) -> Any:
 class Job:
     """Images to score, divided into parts, and the folder of finished parts; the options are those of `score`.
 
-    The folder is made, or continued if it holds parts with this job's ``id``. ``missing`` lists the numbers of the
-    parts that were not there, and ``done`` counts the images in the others. ValueError if the model takes no images,
-    there are none, a file cannot be read, or the folder belongs to another job or program.
+    ``out`` is no image, even if it lies among them. The folder is made, or continued if it holds parts with this job's
+    ``id``. ``missing`` lists the numbers of parts that were not there, and ``done`` counts the images in the others.
+    ValueError if the model takes no images, there are none, a file cannot be read, or the folder belongs to another job
+    or program.
     """
 
     model: Path
     description: Description
     images: Path
     folder: Path
+    out: Path
     _: KW_ONLY
     batch: int
     part: int
@@ -121,7 +124,7 @@ class Job:
         if images.is_dir():
             if any(self.columns):
                 raise ValueError(f"image_column and key_column must be None for a folder; they were {self.columns}")
-            self.listed, identity = list_folder(images)
+            self.listed, identity = list_folder(images, self.out.parent.resolve() / self.out.name)
             self.total = len(self.listed)
         elif images.is_file():
             try:
@@ -195,7 +198,7 @@ class Job:
         content = source.content
         if isinstance(content, Path):
             try:
-                with content.open("rb") as file:
+                with open_regular(content) as file:
                     # Python allocates as many bytes as it is asked to read.
                     content = file.read(min(self.max_bytes, os.fstat(file.fileno()).st_size) + 1)
             except OSError as error:
@@ -203,7 +206,8 @@ class Job:
                 raise ImageError(f"the file cannot be read: {error.strerror or type(error).__name__}") from None
         if len(content) > self.max_bytes:
             raise ImageTooLargeError(f"the image is too large; at most {self.max_bytes} bytes are read")
-        return decode_pixels(content, self.description.input_shape, max_pixels=self.max_pixels)
+        shape = self.description.input_shape
+        return decode_pixels(content, shape, max_pixels=self.max_pixels, seconds=MAX_SECONDS)
 
     def _score(self, model: ModelPackage, items: list[tuple[str, Future[Array]]]) -> list[dict[str, Any]]:
         """Return a row per image; for one that cannot be read, its name and an ``error`` that says why."""

@@ -64,9 +64,9 @@ def score(
     target, model = Path(out), ModelPackage(model_path)
     check_out(target, arrow_schema(model.description))
     job = Job(
-        Path(model_path), model.description, Path(images), target.with_name(target.name + ".parts"), batch=batch,
-        part=part, false_alarm_rate=false_alarm_rate, columns=(image_column, key_column), max_pixels=max_pixels,
-        max_bytes=max_bytes,
+        Path(model_path), model.description, Path(images), target.with_name(target.name + ".parts"), target,
+        batch=batch, part=part, false_alarm_rate=false_alarm_rate, columns=(image_column, key_column),
+        max_pixels=max_pixels, max_bytes=max_bytes,
     )  # fmt: skip
     try:
         with job.progress_bar(progress) as bar, ThreadPoolExecutor(decoders) as pool:

@@ -80,8 +80,9 @@ def score_dataset(
     at_least(1, workers=workers, batch=batch, part=part, max_pixels=max_pixels, max_bytes=max_bytes)
     path, folder = Path(model).resolve(), Path(out).resolve()
     job = Job(
-        path, read_description(path), Path(images), folder, batch=batch, part=part, false_alarm_rate=false_alarm_rate,
-        columns=(image_column, key_column), max_pixels=max_pixels, max_bytes=max_bytes,
+        path, read_description(path), Path(images), folder, folder, batch=batch, part=part,
+        false_alarm_rate=false_alarm_rate, columns=(image_column, key_column), max_pixels=max_pixels,
+        max_bytes=max_bytes,
     )  # fmt: skip
     if job.missing:
         if not ray.is_initialized():

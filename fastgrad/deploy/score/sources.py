@@ -19,6 +19,8 @@ with extra("score"):
 
 #: Bytes of a file, or of a cell of a Parquet file; larger ones are not read.
 MAX_BYTES = 64 * 2**20
+#: Seconds of computing that decoding an image may take.
+MAX_SECONDS = 10.0
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -29,11 +31,11 @@ class Source(NamedTuple):
     content: bytes | Path
 
 
-def list_folder(folder: Path) -> tuple[list[str], str]:
+def list_folder(folder: Path, left_out: Path) -> tuple[list[str], str]:
     """Return the sorted names of all image files below a folder, with slashes, and a digest of names, sizes and times.
 
-    Links to files count, even broken ones; links to folders are not followed. OSError if a folder cannot be read,
-    because its images would be missing.
+    Links to files count, even broken ones, and so do files that vanish meanwhile; links to folders are not followed,
+    and ``left_out`` does not count. OSError if a folder cannot be read, because its images would be missing.
     """
 
     def refuse(error: OSError) -> NoReturn:
@@ -48,10 +50,16 @@ def list_folder(folder: Path) -> tuple[list[str], str]:
     # In the order of paths, folder by folder.
     for name in sorted(names, key=lambda name: name.replace("/", "\0")):
         path = folder / name
-        status = path.stat() if path.exists() else path.lstat()
-        if stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode):
-            digest.update(b"%s\0%d %d\0" % (os.fsencode(name), status.st_size, status.st_mtime_ns))
-            listed.append(name)
+        try:
+            status = path.stat()
+        except OSError:
+            size = time = -1
+        else:
+            if path == left_out or not stat.S_ISREG(status.st_mode):
+                continue
+            size, time = status.st_size, status.st_mtime_ns
+        digest.update(b"%s\0%d %d\0" % (os.fsencode(name), size, time))
+        listed.append(name)
     return listed, digest.hexdigest()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import gc
 import os
 import re
@@ -11,23 +10,16 @@ import time
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from fastgrad import __version__
 from fastgrad.checks import at_least, extra, is_a, is_path, lies_in
-from fastgrad.deploy.file.package import PackageError
 from fastgrad.deploy.serve.bodies import Limits, Readers
-from fastgrad.deploy.serve.child import ChildError, RequestError
+from fastgrad.deploy.serve.child import LOG, RequestError
 from fastgrad.deploy.serve.guard import Guard, refusal
 from fastgrad.deploy.serve.schema import Answer, refusals, request_body
-from fastgrad.deploy.serve.served import Model, Served
+from fastgrad.deploy.serve.served import Model
 from fastgrad.deploy.serve.status import add_status_routes
-from fastgrad.deploy.serve.traces import Trace
-
-if TYPE_CHECKING:
-    from opentelemetry.trace import TracerProvider
 
 with extra("serve"):
     import python_multipart  # noqa: F401 - the processes that read bodies need it
@@ -36,7 +28,7 @@ with extra("serve"):
     from fastapi.responses import HTMLResponse, JSONResponse
     from starlette.routing import Match
 
-# The page is one file; nothing it shows can load or run anything else.
+# Nothing that the page shows can load or run anything else.
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; img-src blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -57,15 +49,13 @@ def create_app(
     allowed_hosts: Collection[str] = (),
     false_alarm_rate: float | None = None,
     drift_false_alarm_rate: float = 0.01,
-    pins: str | os.PathLike[str] | None = None,
-    reload_every: float = 1.0,
-    tracer_provider: TracerProvider | None = None,
+    sha256: Collection[tuple[str, str]] = (),
 ) -> FastAPI:
     """Make the application that serves exported models.
 
-    Exported files hold native code, so none is loaded again unless ``pins`` names its digest. Then a changed file takes
-    over once its processes are ready, and no request is lost. If it cannot be loaded, the previous one stays and the
-    log says why. Files are copied to the temporary folder.
+    Files are copied to the temporary folder. ``app.state.reload.set()`` loads them again, as ``fastgrad serve`` does on
+    SIGHUP: a changed file takes over once its processes are ready, and no request is lost. If it cannot be loaded, the
+    previous one stays and the log says why.
 
     Args:
         path: the ``.pt2`` or ``.onnx``; or several by name, of which the first answers requests without a name.
@@ -77,18 +67,16 @@ def create_app(
         limits: see `Limits`; those of connections and headers are enforced by ``fastgrad serve``.
         api_key: if given, all routes but the page, /health and /ready need it, as ``Authorization: Bearer KEY``.
         allowed_hosts: names that requests may have in ``Host``, beside ``localhost`` and addresses.
-        false_alarm_rate: share of in-distribution inputs to flag, one of the rates in the file; None: the
-            file's own.
+        false_alarm_rate: share of in-distribution inputs to flag, one of the rates in the file; None: the file's own.
         drift_false_alarm_rate: bound on the probability of ever raising the drift alarm without drift.
-        pins: a file with the SHA-256 of each model file that may be loaded, one per line, as ``sha256sum`` writes them.
-            Keep it where writers of model files cannot write. None: no file is loaded after the start.
-        reload_every: seconds between two looks at the files, with ``pins``.
-        tracer_provider: OpenTelemetry's, for the spans of requests to /predict; None makes no spans.
+        sha256: pairs of a model's name and the SHA-256, in hexadecimal digits, of a file that it may be. Without a pair
+            for its name, a model may be any file.
 
     Raises:
-        PackageError: not an exported model, or one that ``pins`` does not name.
+        PackageError: not an exported model, or another than ``sha256`` allows.
         TypeError, ValueError: the file has no threshold for that rate, no request can carry the key, there is no model,
-            a name fits no address, ``allowed_hosts`` is no list, or an argument has a wrong type or is out of range.
+            a name fits no address, ``allowed_hosts`` is no list, ``sha256`` names no model or no digest, or an argument
+            has a wrong type or is out of range.
     """
     for name, file in path.items() if isinstance(path, Mapping) else (("model", path),):
         is_path(path=file)
@@ -97,22 +85,23 @@ def create_app(
     paths = dict(path) if isinstance(path, Mapping) else {Path(path).stem: path}
     if not paths:
         raise ValueError("path must name at least one model; it was empty")
-    given = {name: value for name, value in (("decoders", decoders), ("threads", threads)) if value is not None}
-    at_least(1, workers=workers, max_batch=max_batch, **given)
+    given = {"workers": workers, "max_batch": max_batch, "threads": threads, "decoders": decoders}
+    at_least(1, **{name: value for name, value in given.items() if value is not None})
     lies_in("[0, inf)", batch_wait=batch_wait)
-    lies_in("(0, inf]", reload_every=reload_every)
     lies_in("(0, 1)", drift_false_alarm_rate=drift_false_alarm_rate)
-    guard = Guard(api_key, allowed_hosts)
-    if pins is not None:
-        is_path(pins=pins)
     is_a(Limits, limits=limits)
-    load = functools.partial(
-        Served, workers=workers, threads=threads, max_batch=max_batch, batch_wait=batch_wait, limits=limits,
-        false_alarm_rate=false_alarm_rate, drift_false_alarm_rate=drift_false_alarm_rate, pins=pins,
-    )  # fmt: skip
-    models = {name: Model(name, Path(file), load) for name, file in paths.items()}
+    for name, digest in sha256:
+        if name not in paths or not re.fullmatch("[0-9a-fA-F]{64}", digest):
+            names = " or ".join(paths)
+            raise ValueError(f"sha256 must pair {names} with 64 hexadecimal digits; one pair was {name!r}, {digest!r}")
+    guard, models = Guard(api_key, allowed_hosts), {}
+    for name, file in paths.items():
+        models[name] = Model(
+            name, Path(file), workers=workers, threads=threads, max_batch=max_batch, batch_wait=batch_wait,
+            limits=limits, false_alarm_rate=false_alarm_rate, drift_false_alarm_rate=drift_false_alarm_rate,
+            digests={digest.lower() for own, digest in sha256 if own == name},
+        )  # fmt: skip
     first = next(iter(models.values()))
-    tracer = None if tracer_provider is None else tracer_provider.get_tracer("fastgrad.serve")
     readers = Readers(decoders or min(4, os.cpu_count() or 1), limits)
 
     def named(name: str | None) -> Model:
@@ -122,33 +111,35 @@ def create_app(
             raise RequestError(404, f"the model must be one of {', '.join(models)}; it was {name[:80]!r}")
         return models[name]
 
+    async def reload() -> None:
+        while await app.state.reload.wait():
+            app.state.reload.clear()
+            await asyncio.gather(*(model.reload() for model in models.values()))
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         try:
-            await asyncio.gather(readers.start(), *(model.served.start() for model in models.values()))
-        except (ChildError, PackageError) as error:
-            app.state.failure = f"the server cannot start: {error}"
+            await asyncio.gather(readers.pool.start(), *(model.served.start() for model in models.values()))
+        except Exception as error:
+            LOG.error("the server cannot start: %s", str(error) or type(error).__name__)
             raise
-        watching = [asyncio.create_task(model.watch(reload_every)) for model in models.values() if pins is not None]
         app.openapi()
         # Objects made so far stay; each garbage collection of them would stop the event loop for a tenth of a second.
         gc.collect()
         gc.freeze()
-        app.state.ready = True
+        app.state.ready, reloading = True, asyncio.create_task(reload())
         yield
-        app.state.ready = False
-        for task in watching:
-            task.cancel()
-        await asyncio.gather(*watching, return_exceptions=True)
+        app.state.ready = not reloading.cancel()
+        await asyncio.gather(reloading, return_exceptions=True)
         await asyncio.gather(*(model.close() for model in models.values()))
-        await readers.close()
+        await readers.pool.close()
 
     app = FastAPI(
         title="fastgrad", description="Class, uncertainty and whether to rely on it.", version=__version__,
-        docs_url=None, redoc_url=None, lifespan=lifespan, responses=refusals(400, 401, 403, 500),
+        docs_url=None, redoc_url=None, lifespan=lifespan, responses=refusals(400, 401, 403, 411, 500),
     )  # fmt: skip
-    app.state.ready, app.state.draining, app.state.failure = False, False, None
-    app.state.models, app.state.readers = models, readers
+    app.state.ready = app.state.draining = False
+    app.state.models, app.state.readers, app.state.reload = models, readers, asyncio.Event()
     app.add_middleware(guard.middleware, refused=lambda status: first.served.metrics.requests.labels(str(status)).inc())
 
     @app.exception_handler(RequestError)
@@ -158,8 +149,8 @@ def create_app(
     @app.exception_handler(405)
     async def other_methods(request: Request, error: HTTPException) -> JSONResponse:
         # The first route of a path knows only its own method.
-        partial = [route for route in app.routes if route.matches(request.scope)[0] is Match.PARTIAL]
-        allowed = sorted({method for route in partial for method in getattr(route, "methods", ())})
+        routes = [route for route in app.routes if route.matches(request.scope)[0] is Match.PARTIAL]
+        allowed = sorted({method for route in routes for method in getattr(route, "methods", ())})
         return JSONResponse({"detail": error.detail}, 405, {"Allow": ", ".join(allowed)})
 
     @app.exception_handler(RequestValidationError)
@@ -181,24 +172,20 @@ def create_app(
     @app.post("/predict", **described)
     @app.post("/predict/{name}", **described)
     async def predict_route(request: Request, name: str | None = None) -> JSONResponse:
-        start = time.perf_counter()
+        start, status = time.perf_counter(), 500
         # One version of the file from here to the answer, even if another takes over meanwhile.
-        with named(name).served.in_use() as served, Trace(tracer, request) as trace:
-
-            async def run(value: bytes) -> np.ndarray[Any, Any]:
-                return np.frombuffer(await served.pool.submit((value,), lambda n: trace.stage("run", batch_size=n)))
-
+        with named(name).served.in_use() as served:
             try:
                 if not app.state.ready:
                     raise RequestError(503, "the server is starting or shutting down")
-                content = await readers.answer(request, served.description, served.threshold, run, trace.stage)
+                content = await readers.answer(request, served.description, served.threshold, served.run)
                 served.metrics.observe(content)
-                response, trace.status = JSONResponse(content), 200
+                response, status = JSONResponse(content), 200
             except RequestError as error:
-                response, trace.status = refusal(error), error.status
+                response, status = refusal(error), error.status
             finally:
                 served.metrics.latency.observe(time.perf_counter() - start)
-                served.metrics.requests.labels(str(trace.status)).inc()
+                served.metrics.requests.labels(str(status)).inc()
             if app.state.draining:
                 response.headers["Connection"] = "close"
             return response

@@ -19,12 +19,8 @@ with extra("serve"):
     from anyio import current_time, fail_after, move_on_after
     from starlette.requests import ClientDisconnect, Request
 
-#: Bytes up to which a body that is too large is read and discarded, so that the client gets to read the refusal.
-_DISCARD = 256 * 2**20
-#: Seconds that a body may take however small it is.
-_GRACE = 5.0
-#: Bytes of the largest input.
-_INPUT = 2**28
+#: Seconds that a body may take however small it is, and bytes of the largest input.
+_GRACE, _INPUT = 5.0, 2**28
 
 
 @dataclass(frozen=True)
@@ -41,9 +37,10 @@ class Limits:
         rate: bytes of a body that must arrive per second, after the first five seconds; else 408.
         decode_seconds: to read one body; then 422, and the process that does it is ended.
         load_seconds: to load a model.
-        connections: open at once, or fewer if the process may open few files; at one more, the one that has waited
-            longest for its client is closed.
-        header_seconds: until a request's headers must have arrived; then the connection is closed.
+        connections: open at once, or as open files allow; then the one that has waited longest is closed.
+        header_seconds: for a request's headers, or the rest of a refused body; then the connection is closed.
+        drain_seconds: from SIGTERM to the end of the server, even if answers are missing.
+        file: bytes of a model file; a larger one is not loaded.
 
     Raises:
         TypeError, ValueError: one is no number, or not positive.
@@ -59,6 +56,8 @@ class Limits:
     load_seconds: float = 300.0
     connections: int = 512
     header_seconds: float = 10.0
+    drain_seconds: float = 25.0
+    file: int = 2**30
 
     def __post_init__(self) -> None:
         lies_in("(0, inf]", **vars(self))
@@ -69,35 +68,30 @@ async def read_body(request: Request, limits: Limits, hold: Callable[[int], None
 
     RequestError 400 if the body is empty or broken off, 408 if too slow, 413 if too large; and what ``hold`` raises.
     """
+    too_large = RequestError(413, f"the body is too large; at most {limits.body} bytes are allowed")
     declared = request.headers.get("content-length", "")
-    too_large = declared.isdecimal() and int(declared[:20]) > limits.body
-    body, size, start = bytearray(), 0, current_time()
+    if declared.isdecimal() and int(declared[:20]) > limits.body:
+        raise too_large
+    body, start = bytearray(), current_time()
     try:
         with move_on_after(min(limits.seconds, _GRACE)) as scope:
             async for part in request.stream():
-                size += len(part)
-                scope.deadline = start + min(limits.seconds, _GRACE + size / limits.rate)
-                too_large = too_large or size > limits.body
-                if too_large:
-                    body.clear()
-                    if size > _DISCARD:
-                        break
-                else:
-                    hold(size)
-                    body += part
+                body += part
+                scope.deadline = start + min(limits.seconds, _GRACE + len(body) / limits.rate)
+                if len(body) > limits.body:
+                    raise too_large
+                hold(len(body))
     except ClientDisconnect:
         raise RequestError(400, "the connection closed before the whole body came") from None
     if scope.cancelled_caught:
-        least = f"or came slower than {limits.rate} bytes a second"
-        raise RequestError(408, f"the body did not arrive within {limits.seconds:g} s, {least}")
-    if too_large:
-        raise RequestError(413, f"the body is too large; at most {limits.body} bytes are allowed")
-    if not size:
+        least = f"{limits.seconds:g} s, or came slower than {limits.rate} bytes a second"
+        raise RequestError(408, f"the body did not arrive within {least}")
+    if not body:
         raise RequestError(400, "the body is empty")
     return body
 
 
-class Readers(Pool):
+class Readers:
     """Answers requests within the limits. Processes turn bodies into inputs, and are killed if that takes too long.
 
     ``active`` counts the requests in progress whose body has arrived.
@@ -107,7 +101,7 @@ class Readers(Pool):
         self.limits, self.active = limits, 0
         self._held: dict[Request, int] = {}
         children = [Child("fastgrad.deploy.serve.decoder", (limits.pixels,), most=_INPUT) for _ in range(count)]
-        super().__init__(children, hang_timeout=limits.decode_seconds, load_timeout=60.0)
+        self.pool = Pool(children, hang_timeout=limits.decode_seconds, load_timeout=60.0)
 
     def _hold(self, request: Request, size: int) -> None:
         """Note how many bytes a request holds now; RequestError 503 if all requests would hold too many."""
@@ -122,30 +116,23 @@ class Readers(Pool):
         description: Description,
         threshold: float | None,
         run: Callable[[bytes], Awaitable[Any]],
-        stage: Callable[[str], None] = lambda name: None,
     ) -> dict[str, Any]:
-        """Return the answer to a request: ``run`` turns its input into a row; ``stage`` is told each stage's name.
+        """Return the answer to a request; ``run`` turns its input into a row.
 
         RequestError if there is none: for its body, a result that is not finite, too many requests or too much time.
         """
         limits, end = self.limits, current_time() + self.limits.seconds
-        hold = functools.partial(self._hold, request)
         try:
-            stage("read")
-            body = await read_body(request, limits, hold)
+            body = await read_body(request, limits, functools.partial(self._hold, request))
             if self.active >= limits.queue:
                 raise RequestError(503, "too many requests are waiting; try again in a moment")
             self.active += 1
             try:
                 with fail_after(end - current_time()):
-                    stage("decode")
                     value = await self.read(request.headers.get("content-type", ""), body, description)
                     del body
-                    hold(len(value))
-                    stage("queue")
-                    row = await run(value)
-                stage("answer")
-                return answer(description, threshold, row)
+                    self._hold(request, len(value))
+                    return answer(description, threshold, await run(value))
             finally:
                 self.active -= 1
         except TimeoutError:
@@ -159,8 +146,8 @@ class Readers(Pool):
 
     async def read(self, content_type: str, body: Bytes, description: Description) -> bytes:
         """Read one body, as `decoder.read_input` does; RequestError 422 also if it takes too long or ends processes."""
-        arguments = (content_type, description.input_shape, description.input_dtype)
+        arguments = json.dumps((content_type, description.input_shape, description.input_dtype))
         try:
-            return await self.submit((json.dumps(arguments).encode() + b"\n", body))
+            return await self.pool.submit(arguments.encode() + b"\n", body)
         except ChildDiedError as error:
             raise RequestError(422, f"the body cannot be read: {error}") from None

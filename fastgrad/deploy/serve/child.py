@@ -11,9 +11,11 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import struct
 import sys
+import tempfile
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -22,7 +24,8 @@ from pathlib import Path
 from anyio import fail_after, move_on_after
 
 Bytes = bytes | bytearray | memoryview
-_log = logging.getLogger("uvicorn.error")
+#: The server's logger, which ``fastgrad serve`` sets up.
+LOG = logging.getLogger("uvicorn.error")
 #: Head of a reply: a status, 0 for success, and the number of bytes that follow.
 REPLY = struct.Struct("<HQ")
 #: Status of a failure whose reason goes to the server's log, not to the client.
@@ -56,7 +59,7 @@ class RequestError(Exception):
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
-        self.status, self.message = status, message
+        self.status = status
 
 
 class ChildError(RuntimeError):
@@ -75,13 +78,14 @@ class Child:
     """One process that answers with the function that a module's ``start(*arguments)`` returns, in ``most`` bytes.
 
     The arguments must fit JSON. ``alive`` says whether the process has started and can be asked; ``on_end`` is called
-    when it has ended, for whatever reason.
+    when it has ended, for whatever reason. Its temporary files lie in ``folder``, and are removed when it has ended;
+    None: where the system keeps such files.
     """
 
-    def __init__(self, module: str, arguments: Sequence[object], *, most: int) -> None:
-        # `default` converts NumPy's integers, which a limit may be.
-        self._start = json.dumps([sys.path, _PACKAGE, module, arguments], default=int)
-        self._most = most
+    def __init__(self, module: str, arguments: Sequence[object], *, most: int, folder: Path | None = None) -> None:
+        self._start = json.dumps([sys.path, _PACKAGE, module, arguments], default=int)  # a limit may be NumPy's
+        self._most, self._folder = most, folder
+        self._own: str | None = None
         self.process: Process | None = None
         self.alive = False
         self.on_end: Callable[[], None] = lambda: None
@@ -89,6 +93,9 @@ class Child:
     async def start(self, seconds: float) -> None:
         """Start the process; ChildError if it cannot do its work, ends, or does not reply in time."""
         environment = {k: v for k, v in os.environ.items() if k in _PLACES or k.startswith(_SETTINGS)}
+        if self._folder is not None:
+            self._own = tempfile.mkdtemp(dir=self._folder)
+            environment |= dict.fromkeys(("TMPDIR", "TEMP", "TMP"), self._own)
         try:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-I", "-c", _START, self._start, stdin=PIPE, stdout=PIPE, stderr=None,
@@ -114,9 +121,8 @@ class Child:
             try:
                 return await self.start(seconds)
             except (ChildError, OSError) as error:
-                _log.warning("a process cannot be started: %s; it is tried again", error)
-            # Memory may be short for a moment.
-            await asyncio.sleep(1)
+                LOG.warning("a process cannot be started: %s; it is tried again", error)
+            await asyncio.sleep(1)  # memory may be short for a moment
 
     async def ask(self, parts: Sequence[Bytes], seconds: float) -> bytes:
         """Send the parts as one request, if there are any; return the reply.
@@ -133,10 +139,9 @@ class Child:
                 if sum(map(len, whole)) <= _CHUNK:
                     # Sent at once, so that the other side wakes once.
                     whole = [b"".join(whole)]
-                for each in whole:
-                    part = memoryview(each)
+                for part in whole:
                     for start in range(0, len(part), _CHUNK):
-                        process.stdin.write(part[start : start + _CHUNK])
+                        process.stdin.write(memoryview(part)[start : start + _CHUNK])
                         await process.stdin.drain()
                 status, length = REPLY.unpack(await process.stdout.readexactly(REPLY.size))
                 if length > self._most:
@@ -157,23 +162,23 @@ class Child:
     def kill(self) -> None:
         """Kill the process, whatever it works on."""
         self.alive = False
-        # Not by `Process.kill`, which may take the exit status before asyncio's own thread does.
+        # Not by `Process.kill`, which may take the exit status before asyncio's own thread does. Windows ends a process
+        # by any signal, and denies access to one that has just ended.
         if self.process is not None and self.process.returncode is None:
-            # Windows ends a process by any signal, and denies access to one that has just ended.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(self.process.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
 
     async def stop(self, patience: float = 1.0) -> None:
         """Let the process end, kill it after ``patience`` seconds, and wait until it is gone."""
         self.alive = False
-        if self.process is None:
-            return
-        if self.process.stdin is not None:
+        if self.process is not None and self.process.stdin is not None:
             self.process.stdin.close()
-        with move_on_after(patience):
+            with move_on_after(patience):
+                await self.process.wait()
+            self.kill()
             await self.process.wait()
-        self.kill()
-        await self.process.wait()
+        if self._own is not None:
+            await asyncio.to_thread(shutil.rmtree, self._own, ignore_errors=True)
 
 
 def ignore_signals(*names: str) -> None:
@@ -186,10 +191,9 @@ def ignore_signals(*names: str) -> None:
 def answer_requests(module: str, arguments: Sequence[object]) -> None:
     """Run in a child: reply once the module's ``start`` has returned a function, then answer requests with it."""
     # A service manager may signal all processes at a stop; the server alone decides when these end.
-    ignore_signals("SIGINT", "SIGTERM", "SIGBREAK")
+    ignore_signals("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    # What anything prints goes to standard error.
-    os.dup2(2, 1)
+    os.dup2(2, 1)  # what anything prints goes to standard error
     answer: Callable[[bytearray], Bytes] | None = None
     request = bytearray()
     while True:
@@ -201,7 +205,7 @@ def answer_requests(module: str, arguments: Sequence[object]) -> None:
             else:
                 content = answer(request)
         except RequestError as error:
-            status, content = error.status, error.message.encode("utf-8", "replace")
+            status, content = error.status, str(error).encode("utf-8", "replace")
         except Exception as error:
             status, content = _FAILED, str(error).encode("utf-8", "replace")
         replies.write(REPLY.pack(status, len(content)))

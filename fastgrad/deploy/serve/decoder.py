@@ -72,11 +72,8 @@ def read_input(content_type: str, body: bytes, shape: Sequence[int], dtype: str,
     if kind == "multipart/form-data":
         body = _file_of_form(content_type, body)
     elif not kind.startswith("image/"):
-        raise RequestError(
-            415,
-            "send an image (Content-Type image/*), a form with a field 'file' (multipart/form-data), or JSON "
-            f"(application/json); the content type was {kind[:80] or 'missing'!r}",
-        )
+        kinds = "an image (Content-Type image/*), a form with a field 'file' (multipart/form-data), or JSON"
+        raise RequestError(415, f"send {kinds} (application/json); the content type was {kind[:80] or 'missing'!r}")
     try:
         return PIXELS + decode_pixels(body, shape, max_pixels=max_pixels).tobytes()
     except ImageTooLargeError as error:
@@ -96,9 +93,8 @@ def _file_of_form(content_type: str, body: bytes) -> bytes:
             files.append(file.file_object.read())
 
     try:
-        # Kept in memory, without a file on disk.
-        config = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}
-        headers = {"Content-Type": content_type.encode("latin-1")}
+        # Without a file on disk.
+        config, headers = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}, {"Content-Type": content_type.encode("latin-1")}
         parser = create_form_parser(headers, lambda field: None, keep, config=config)
         parser.write(body)
         parser.finalize()
@@ -107,8 +103,7 @@ def _file_of_form(content_type: str, body: bytes) -> bytes:
     except Exception as error:
         raise RequestError(400, f"the form cannot be read: {(str(error) or type(error).__name__)[:200]}") from None
     if len(files) != 1:
-        message = f"the form must have one field 'file' that holds an image file; there were {len(files)}"
-        raise RequestError(422, message)
+        raise RequestError(422, f"the form must have one field 'file' with an image file; there were {len(files)}")
     return files[0]
 
 

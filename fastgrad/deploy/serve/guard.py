@@ -1,40 +1,35 @@
-"""Decide who may send requests by their headers alone: host, origin and key."""
+"""Decide by the headers alone which requests are read: by their host, origin, key and encoding."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import hmac
 import ipaddress
-import logging
 import re
 import time
 from collections.abc import Callable, Collection
-from typing import Any
 
 from fastgrad.checks import extra
-from fastgrad.deploy.serve.child import RequestError
+from fastgrad.deploy.serve.child import LOG, RequestError
 
 with extra("serve"):
     from starlette.datastructures import Headers
     from starlette.responses import JSONResponse
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 #: Paths that need no key: the page, which holds no data, and those that load balancers ask.
 OPEN = ("/", "/health", "/ready")
-#: Seconds between two lines of the log about refused keys.
-_QUIET = 10.0
+_QUIET = 10.0  #: seconds between two lines of the log about refused keys
 _PORT = re.compile(r":\d*$")
 #: A name or an address, with or without a port.
 _HOST = re.compile(r"[\w.%:\[\]-]+", re.ASCII)
-_log = logging.getLogger("uvicorn.error")
 
 
 def refusal(error: RequestError) -> JSONResponse:
     """Return the response that says why a request is refused."""
     headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(error.status)
-    return JSONResponse({"detail": error.message}, error.status, headers)
+    return JSONResponse({"detail": str(error)}, error.status, headers)
 
 
 class Guard:
@@ -50,12 +45,9 @@ class Guard:
     def __init__(self, key: str | None, hosts: Collection[str]) -> None:
         if key is not None and not (isinstance(key, str) and re.fullmatch("[!-~]([ -~]*[!-~])?", key)):
             raise ValueError("api_key must not be empty, and of printable ASCII without spaces at its ends")
-        if not isinstance(hosts, Collection) or isinstance(hosts, str) or not all(isinstance(h, str) for h in hosts):
-            raise ValueError(f"allowed_hosts must be a list of names; it was {hosts!r}")
-        for host in hosts:
-            # A URL or a pattern would fit no request.
-            if not _HOST.fullmatch(host):
-                raise ValueError(f"allowed_hosts must hold names as example.com, in ASCII; one was {host!r}")
+        # A URL or a pattern would fit no request.
+        if isinstance(hosts, str) or not all(isinstance(host, str) and _HOST.fullmatch(host) for host in hosts):
+            raise ValueError(f"allowed_hosts must be a list of names such as example.com, in ASCII; it was {hosts!r}")
         self._digest = None if key is None else hashlib.sha256(key.encode()).digest()
         self._hosts = {"localhost", *(_PORT.sub("", host.lower()) for host in hosts)}
         self._wrong, self._quiet_until = 0, 0.0
@@ -71,14 +63,15 @@ class Guard:
                     refused(error.status)
                     await refusal(error)(scope, receive, send)
                     return
-            starting = scope["type"] == "lifespan"
-            await app(scope, receive, functools.partial(_tell, send, scope["app"]) if starting else send)
+            await app(scope, receive, send)
 
         return guarded
 
     def check(self, scope: Scope, without_key: Collection[str] = ()) -> None:
-        """Check the headers of one request, which needs no key on some paths; RequestError 400, 401 or 403."""
+        """Check the headers of one request, which needs no key on some paths; RequestError 400, 401, 403 or 411."""
         headers = Headers(scope=scope)
+        if "transfer-encoding" in headers:
+            raise RequestError(411, "send the body with its Content-Length alone; there was a Transfer-Encoding")
         host = headers.get("host", "localhost").lower()
         name = _PORT.sub("", host)
         if name not in self._hosts and address_of(name) is None:
@@ -100,15 +93,8 @@ class Guard:
         if time.monotonic() >= self._quiet_until:
             client = (scope.get("client") or ("unknown",))[0]
             requests = "1 request" if self._wrong == 1 else f"{self._wrong} requests"
-            _log.warning("%s without the right API key, the last from %s", requests, client)
+            LOG.warning("%s without the right API key, the last from %s", requests, client)
             self._wrong, self._quiet_until = 0, time.monotonic() + _QUIET
-
-
-async def _tell(send: Send, app: Any, message: Message) -> None:
-    """Send the reason why the server does not start, if known, instead of a traceback."""
-    if message["type"] == "lifespan.startup.failed" and app.state.failure is not None:
-        message = {**message, "message": app.state.failure}
-    await send(message)
 
 
 def address_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

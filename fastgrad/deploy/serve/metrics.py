@@ -40,8 +40,8 @@ class Metrics:
         self.latency = Histogram("request_seconds", text, buckets=_TIMES, **own)
         self.batch_size = Histogram("batch_size", "Inputs in a batch", buckets=_SIZES, **own)
         reference, gauge = description.score_reference(), self.gauge
-        scores = _buckets(reference)
-        self.uncertainty = Histogram("uncertainty", "Uncertainty of predictions", buckets=scores, **own)
+        text, scores = "Uncertainty of predictions", _buckets(reference)
+        self.uncertainty = Histogram("uncertainty", text, buckets=scores, **own)
         text = f"Share called unreliable among the last {RECENT} predictions"
         gauge("share_flagged", text, lambda: sum(recent) / max(1, len(recent)))
         if false_alarm_rate is not None:
@@ -53,7 +53,6 @@ class Metrics:
             gauge("drift_scores", "Scores that the drift monitor has read", lambda: monitor.count)
             shown = f"1 once drift is shown; probability of ever being wrong <= {drift_false_alarm_rate:g}"
             gauge("drift_alarm", shown, lambda: monitor.alarm)
-            gauge("drift_acknowledged", "1 once somebody took note of it", lambda: bool(monitor.acknowledged))
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         """Add a gauge whose value is computed when Prometheus asks for it."""

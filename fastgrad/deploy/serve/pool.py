@@ -6,24 +6,21 @@ Inputs of a dead process or a failed batch are run again, each alone: no input f
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 
 from anyio import move_on_after
 
-from fastgrad.deploy.serve.child import Bytes, Child, ChildDiedError, ChildTimeoutError, RequestError
+from fastgrad.deploy.serve.child import LOG, Bytes, Child, ChildDiedError, ChildTimeoutError, RequestError
 
 MAX_ATTEMPTS = 3
-_log = logging.getLogger("uvicorn.error")
 
 
 @dataclass(eq=False)
 class _Item:
     parts: Sequence[Bytes]
     future: asyncio.Future[bytes]
-    on_run: Callable[[int], None]
     attempts: int = 0
 
 
@@ -44,8 +41,7 @@ class Pool:
     on_batch: Callable[[int], None] = lambda size: None
 
     def __post_init__(self) -> None:
-        #: How often a process was replaced.
-        self.restarts = 0
+        self.restarts = 0  # how often a process was replaced
         self.queue: deque[_Item] = deque()
         self._arrived = asyncio.Event()
         for worker in self.workers:
@@ -66,14 +62,13 @@ class Pool:
             raise
         self._tasks = [asyncio.create_task(self._serve(worker)) for worker in self.workers]
 
-    async def submit(self, parts: Sequence[Bytes], on_run: Callable[[int], None] = lambda size: None) -> bytes:
+    async def submit(self, *parts: Bytes) -> bytes:
         """Return the reply to one input, given in parts. Cancelling this takes the input out of the queue.
 
-        ``on_run`` is called with the size of its batch each time that goes to a process. RequestError if the input is
-        refused, or fails for a reason that the log has. ChildDiedError if its process ended repeatedly, or did not
-        answer in time.
+        RequestError if it is refused, or the log says why it failed. ChildDiedError if its process ended repeatedly, or
+        did not answer in time.
         """
-        item = _Item(parts, asyncio.get_running_loop().create_future(), on_run)
+        item = _Item(parts, asyncio.get_running_loop().create_future())
         self.queue.append(item)
         self._arrived.set()
         return await item.future
@@ -109,7 +104,7 @@ class Pool:
                     self._arrived.clear()
                     await self._arrived.wait()
         if not worker.alive:
-            _log.warning("a process is replaced: it ended while it waited")
+            LOG.warning("a process is replaced: it ended while it waited")
             return []
         most = 1 if self.queue and self.queue[0].attempts else self.max_batch
         batch: list[_Item] = []
@@ -123,14 +118,12 @@ class Pool:
     async def _run(self, worker: Child, batch: list[_Item]) -> None:
         try:
             self.on_batch(len(batch))
-            for item in batch:
-                item.on_run(len(batch))
             reply = await worker.ask([part for item in batch for part in item.parts], self.hang_timeout)
         except Exception as error:
             if isinstance(error, ChildDiedError):
-                _log.warning("a process is replaced: %s", error)
+                LOG.warning("a process is replaced: %s", error)
             elif not isinstance(error, RequestError):
-                _log.exception("a batch of %d failed", len(batch), exc_info=error)
+                LOG.exception("a batch of %d failed", len(batch), exc_info=error)
                 error = RequestError(500, "the server failed on this input; its log says why")
             self._give_back(batch, error)
         else:
@@ -146,6 +139,5 @@ class Pool:
             if not told and item.attempts < MAX_ATTEMPTS:
                 self.queue.appendleft(item)
             elif not item.future.done():
-                often = ChildDiedError(f"its process ended {item.attempts} times")
-                item.future.set_exception(error if told else often)
+                item.future.set_exception(error if told else ChildDiedError(f"its process ended {item.attempts} times"))
         self._arrived.set()

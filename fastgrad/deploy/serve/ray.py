@@ -30,9 +30,8 @@ def deployment(
 ) -> Any:
     """Return a Ray Serve application that answers ``POST /`` as the server's ``/predict`` does.
 
-    Ray brings batching, replicas, draining and back-pressure (503). Host, origin, key, bodies and time are checked as
-    by the server, and separate processes read bodies. Ray's proxy reads a body before it is checked. The page, metrics
-    and drift of `fastgrad serve` are missing.
+    Ray brings batching, replicas, draining and back-pressure (503). Requests are checked and bodies are read as by the
+    server, but Ray's proxy reads a body before that. The page, metrics and drift of `fastgrad serve` are missing.
 
     Args:
         model: file written by `fastgrad.export`, readable on every node.
@@ -45,52 +44,41 @@ def deployment(
         false_alarm_rate: share of in-distribution inputs to flag; None: the model file's own.
         gpus_per_replica: GPUs that each replica claims.
 
-    Returns:
-        The application, for `ray.serve.run`.
-
     Raises:
-        PackageError: not an exported model.
-        ValueError: the file has no threshold for that rate.
+        PackageError, ValueError: not an exported model, or it has no threshold for that rate.
     """
     with extra("cluster"):
         from ray import serve
         from starlette.requests import Request
         from starlette.responses import JSONResponse
 
-    path = str(Path(model).resolve())
+    path, guard = str(Path(model).resolve()), Guard(api_key, allowed_hosts)
     description = read_description(path)
     threshold = description.threshold_at(false_alarm_rate)
 
-    guard = Guard(api_key, allowed_hosts)
-
     @serve.deployment(
-        num_replicas=replicas,
-        max_ongoing_requests=2 * max_batch,
-        max_queued_requests=limits.queue,
+        num_replicas=replicas, max_ongoing_requests=2 * max_batch, max_queued_requests=limits.queue,
         ray_actor_options={"num_gpus": gpus_per_replica} if gpus_per_replica else {},
-    )
+    )  # fmt: skip
     class Model:
         def __init__(self) -> None:
-            self.model = ModelPackage(path)
-            self.readers = Readers(2, limits)
+            self.model, self.readers = ModelPackage(path), Readers(2, limits)
             self.starting: asyncio.Task[None] | None = None
 
         @serve.batch(max_batch_size=min(max_batch, description.max_batch), batch_wait_timeout_s=batch_wait)
         async def run(self, inputs: list[bytes]) -> list[Any]:
-            batch = batch_of(bytearray().join(inputs), description)
-            return list(await asyncio.to_thread(self.model.rows, batch))
+            return list(await asyncio.to_thread(self.model.rows, batch_of(bytearray().join(inputs), description)))
 
         async def __call__(self, request: Request) -> JSONResponse:
             try:
                 guard.check(request.scope)
-                self.starting = self.starting or asyncio.ensure_future(self.readers.start())
+                self.starting = self.starting or asyncio.ensure_future(self.readers.pool.start())
                 await asyncio.shield(self.starting)
                 return JSONResponse(await self.readers.answer(request, description, threshold, self.run))
             except RequestError as error:
                 return refusal(error)
 
-    application: Any = Model
-    return application.bind()
+    return Model.bind()  # type: ignore[attr-defined]
 
 
 def serve_model(model: str | os.PathLike[str], *, host: str = "127.0.0.1", port: int = 8000, **options: Any) -> Any:
@@ -98,7 +86,7 @@ def serve_model(model: str | os.PathLike[str], *, host: str = "127.0.0.1", port:
 
     Args:
         model: file written by `fastgrad.export`.
-        host: address each node's proxy listens on; loopback unless told otherwise.
+        host: address each node's proxy listens on.
         port: its port.
         **options: arguments of `deployment`.
     """

@@ -53,13 +53,7 @@ def request_body(shape: tuple[int, ...]) -> dict[str, Any]:
     """Return the request bodies that /predict takes, for inputs of this ``shape``."""
     image = {"type": "string", "format": "binary"}
     numbers = {"type": "array", "items": {}, "description": f"nested lists of numbers, shape {list(shape)}"}
-
-    def with_key(name: str, schema: dict[str, Any]) -> dict[str, Any]:
-        return {"schema": {"type": "object", "required": [name], "properties": {name: schema}}}
-
-    content = {
-        "image/*": {"schema": image},
-        "multipart/form-data": with_key("file", image),
-        "application/json": with_key("inputs", numbers),
-    }
+    content: dict[str, Any] = {"image/*": {"schema": image}}
+    for kind, name, schema in (("multipart/form-data", "file", image), ("application/json", "inputs", numbers)):
+        content[kind] = {"schema": {"type": "object", "required": [name], "properties": {name: schema}}}
     return {"requestBody": {"required": True, "content": content}}

@@ -1,97 +1,79 @@
-"""A name and the file that answers under it: loaded, watched, and replaced when the file changes.
+"""A name and the file that answers under it, and how another version of the file takes over.
 
-A file is copied before anything is read from it: workers load what was checked, also when one starts again. A changed
-file is loaded beside the old one. When its workers are ready, new requests go there; the old one ends when the
-last of its requests is answered. A file that cannot be loaded changes nothing.
+A file is copied before anything is read from it: workers load what was checked, also when one starts again. When those
+of a new version are ready, new requests go there; the old one ends when the last of its requests is answered.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
-import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
-from fastgrad.deploy.file.package import PackageError, digest_of, read_description
+import numpy as np
+
+from fastgrad.checks import Array
+from fastgrad.deploy.file.package import PackageError, read_description
+from fastgrad.deploy.file.reading import digest_of, without_waiting
 from fastgrad.deploy.serve.bodies import Limits
-from fastgrad.deploy.serve.child import Child, ChildError
+from fastgrad.deploy.serve.child import LOG, Child, ChildError
 from fastgrad.deploy.serve.metrics import Metrics
 from fastgrad.deploy.serve.pool import Pool
 
-# The server's logger, which ``fastgrad serve`` sets up.
-_log = logging.getLogger("uvicorn.error")
 #: Prefix of the names of folders with copies.
-_PREFIX = "fastgrad-served-"
+_PREFIX = "fastgrad-serve-"
 
 
-def _own_folder() -> tuple[Path, int | None]:
-    """Remove the folders of killed processes; return a new temporary folder and the lock on it."""
-    for left in Path(tempfile.gettempdir()).glob(_PREFIX + "*"):
-        if (lock := _lock(left)) is not None:
-            _remove(left, lock)
-    new = Path(tempfile.mkdtemp(prefix="fastgrad-new-"))
-    lock = _lock(new)
-    # It is locked before it gets the name by which other servers find it.
-    return new.rename(new.with_name(_PREFIX + new.name.rpartition("-")[2])), lock
-
-
-def _lock(folder: Path) -> int | None:
-    """Lock a folder until this process ends in any way; None if another process holds it, or without such locks."""
-    with contextlib.suppress(ImportError, OSError):
+def _own_folder() -> tuple[Path, Any]:
+    """Remove the folders of killed processes; return a new one, and the file whose lock ends with this process."""
+    new, lock = Path(tempfile.mkdtemp(prefix=_PREFIX)), None
+    with contextlib.suppress(ImportError, OSError):  # Windows, and file systems without locks
         import fcntl
 
-        place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(place)
-            raise
-        return place
-    return None
+        for left in Path(tempfile.gettempdir()).glob(_PREFIX + "*/lock"):
+            with contextlib.suppress(OSError), open(left, "rb", opener=without_waiting) as found:
+                fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left.parent)
+        lock = open(new / "new", "wb")  # noqa: SIM115 - as long as the process
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # It is locked before it gets the name by which other servers find it.
+        os.rename(new / "new", new / "lock")
+    return new, lock
 
 
-def _remove(folder: Path, lock: int | None) -> None:
+def _remove(folder: Path, lock: Any) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     if lock is not None:
-        os.close(lock)
+        lock.close()
 
 
 class Served:
-    """One version of a file, with the processes that run it and its metrics; the arguments are `create_app`'s."""
+    """One version of a file, with the processes that run it and its metrics; the arguments are `create_app`'s.
+
+    PackageError if it is no exported model, too large, or its SHA-256 none of ``digests``, if there are any.
+    """
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        workers: int = 1,
-        threads: int | None = None,
-        max_batch: int = 32,
-        batch_wait: float = 0.002,
-        limits: Limits = Limits(),  # noqa: B008 - it is frozen
-        false_alarm_rate: float | None = None,
-        drift_false_alarm_rate: float = 0.01,
-        pins: str | os.PathLike[str] | None = None,
-    ) -> None:
-        if not Path(path).is_file():
-            raise PackageError(f"{path}: there is no such file")
+        self, path: str | os.PathLike[str], *, workers: int = 1, threads: int | None = None, max_batch: int = 32,
+        batch_wait: float = 0.002, limits: Limits = Limits(), false_alarm_rate: float | None = None,  # noqa: B008 - frozen
+        drift_false_alarm_rate: float = 0.01, digests: Collection[str] = (),
+    ) -> None:  # fmt: skip
         folder, lock = _own_folder()
         self._remove = weakref.finalize(self, _remove, folder, lock)
-        self.path, self.copy = path, (copy := folder / Path(path).name)
-        shutil.copyfile(path, copy)
-        # The copy's, before anything else reads it: the file itself may change at any time.
-        self.digest = digest_of(copy)
-        pinned = "" if pins is None else re.sub(r"(?m)^\s*#.*", "", Path(pins).read_text("utf-8-sig", "replace"))
-        if pins is not None and self.digest not in pinned.lower().split():
-            raise PackageError(f"{path} is not a file that {pins} names: its SHA-256 is {self.digest}")
+        self.path, self.copy = str(path), (copy := folder / Path(path).name)
         try:
+            # The copy's, before anything else reads it: the file itself may change at any time.
+            self.digest = digest_of(path, copy, limits.file)
+            if digests and self.digest not in digests:
+                raise PackageError(f"{path} must have the SHA-256 {' or '.join(digests)}; it was {self.digest}")
             self.description = description = read_description(copy)
-        except PackageError as error:
+        except (PackageError, OSError) as error:
             raise self._failure(error) from None
         self.threshold = description.threshold_at(false_alarm_rate)
         self.false_alarm_rate = false_alarm_rate or description.false_alarm_rate
@@ -103,9 +85,9 @@ class Served:
         max_batch = min(max_batch, description.max_batch)
         module, most = "fastgrad.deploy.serve.worker", 8 * description.columns * max_batch + 2**16
         self.pool = pool = Pool(
-            [Child(module, (str(copy), threads), most=most) for _ in range(workers)], max_batch=max_batch,
-            batch_wait=batch_wait, hang_timeout=limits.seconds, load_timeout=limits.load_seconds,
-            on_batch=metrics.batch_size.observe,
+            [Child(module, (str(copy), threads), most=most, folder=folder) for _ in range(workers)],
+            max_batch=max_batch, batch_wait=batch_wait, on_batch=metrics.batch_size.observe,
+            hang_timeout=limits.seconds, load_timeout=limits.load_seconds,
         )  # fmt: skip
         metrics.gauge("queue_length", "Inputs that wait for a worker", lambda: len(pool.queue))
         metrics.gauge("worker_restarts", "Worker processes replaced since the start", lambda: pool.restarts)
@@ -120,6 +102,10 @@ class Served:
         finally:
             self._users -= 1
 
+    async def run(self, value: bytes) -> Array:
+        """Return the row of one input, as `decoder` gives it."""
+        return np.frombuffer(await self.pool.submit(value))
+
     async def start(self) -> None:
         """Start the processes; PackageError if they cannot load the file."""
         try:
@@ -129,9 +115,9 @@ class Served:
             raise self._failure(error) from None
 
     def _failure(self, error: Exception) -> PackageError:
-        """Return the error with the path of the file itself, because nobody knows the copy's."""
-        said = str(error).replace(str(self.copy), str(self.path))
-        return PackageError(said if str(self.path) in said else f"{self.path} cannot be loaded: {said}")
+        """Return the error with the file's own path: nobody knows the copy's."""
+        said = getattr(error, "strerror", None) or str(error).replace(str(self.copy), self.path)
+        return PackageError(said if self.path in said else f"{self.path} cannot be loaded: {said}")
 
     async def retire(self) -> None:
         """End when the last request is answered."""
@@ -144,59 +130,38 @@ class Served:
 class Model:
     """The file that answers under one name; new requests go to ``served``, its latest version."""
 
-    def __init__(self, name: str, path: Path, load: Callable[[Path], Served]) -> None:
-        self.name, self.path, self._load = name, path, load
+    def __init__(self, name: str, path: Path, **options: Any) -> None:
+        self.name, self.path, self._options = name, path, options
         self.reloads = self.failures = 0
-        self._stamp = _stamp(path)
         self.served = self._version()
-        self._retiring: set[asyncio.Task[None]] = set()
+        self._retiring: list[asyncio.Task[None]] = []
 
     def _version(self) -> Served:
-        version = self._load(self.path)
+        version = Served(self.path, **self._options)
         gauge = version.metrics.gauge
-        gauge("model_reloads", "Changed files that took over since the start", lambda: self.reloads)
-        gauge("model_reload_failures", "Changed files that could not be loaded", lambda: self.failures)
+        gauge("model_reloads", "Files that took over since the start", lambda: self.reloads)
+        gauge("model_reload_failures", "Files that could not be loaded since the start", lambda: self.failures)
         return version
-
-    async def watch(self, seconds: float) -> None:
-        """Look at the file every so many seconds, forever, and load it if it has changed."""
-        tried = now = self._stamp
-        while True:
-            await asyncio.sleep(seconds)
-            before, now = now, _stamp(self.path)
-            # A file that is still being written differs at the next look.
-            if now is not None and now == before and now != tried:
-                tried = now
-                await self.reload()
 
     async def reload(self) -> None:
         """Load the file anew and let it take over; if that fails, log why and go on."""
         try:
-            # Loading the same content again, copied or touched, would end the drift monitor and its alarm.
-            if await asyncio.to_thread(digest_of, self.path) == self.served.digest:
-                return
             fresh = await asyncio.to_thread(self._version)
+            # Loading the same content again would end the drift monitor and its alarm.
+            if fresh.digest == self.served.digest:
+                LOG.info("model %s: %s is what it was", self.name, self.path)
+                return
             await fresh.start()
         except Exception as error:
             self.failures += 1
-            message = "model %s: %s has changed and cannot be loaded: %s; the one before goes on"
-            _log.error(message, self.name, self.path, error)
+            LOG.error("model %s stays as it was: %s", self.name, error)
             return
-        old, self.served = self.served, fresh
+        self._retiring = [task for task in self._retiring if not task.done()]
+        self._retiring.append(asyncio.create_task(self.served.retire()))
+        self.served = fresh
         self.reloads += 1
-        _log.info("model %s: %s has changed and was loaded", self.name, self.path)
-        task = asyncio.create_task(old.retire())
-        self._retiring.add(task)
-        task.add_done_callback(self._retiring.discard)
+        LOG.info("model %s: %s was loaded", self.name, self.path)
 
     async def close(self) -> None:
         """Finish what was accepted, by this version and those before."""
         await asyncio.gather(self.served.retire(), *self._retiring)
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """Return time, size and inode, which change with a file; None if there is none at the moment."""
-    with contextlib.suppress(OSError):
-        status = os.stat(path)
-        return status.st_mtime_ns, status.st_size, status.st_ino
-    return None

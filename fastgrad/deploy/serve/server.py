@@ -1,10 +1,12 @@
-"""The web server: uvicorn, with limits on connections and headers, and an end that cuts no connection."""
+"""The web server: uvicorn, with limits on connections, headers and refused bodies, and an end that cuts nothing off."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import ctypes
+import re
+import signal
 import socket
 import struct
 import time
@@ -12,20 +14,24 @@ from typing import Any, cast
 
 from fastgrad.checks import extra
 from fastgrad.deploy.serve.bodies import Limits
+from fastgrad.deploy.serve.child import LOG
 
 with extra("serve"):
     import h11
     import uvicorn
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-#: Bytes of a request's headers.
-_HEADERS = 16 * 2**10
+#: Bytes of a request's headers, and how many there may be: each takes a twentieth of the time of a plain request.
+_HEADERS, _COUNT = 16 * 2**10, 100
+_END = re.compile(rb"\n\r?\n")
+#: Bytes that are read of a body after its refusal, as a multiple of the largest body; who sends more may not learn why.
+_REST = 4
 #: Bytes that are read at once, and so held for a connection whose request waits.
 _READ = 2**14
-#: Seconds for which connections that are new, or were in use, may still send a request during shutdown.
-_LEAST, _MOST = 1.0, 5.0
-#: Options of the GNU C library's ``mallopt``: blocks above the first size come from the system and go back when they
-#: are freed; what is free at the heap's end goes back above the second.
+#: Seconds of a shutdown for connections that are new, or were in use, to send a request, and for processes to end.
+_LEAST, _MOST, _LAST = 1.0, 5.0, 2.0
+#: Options of the GNU C library's ``mallopt``: blocks above the first size go back to the system when they are freed, as
+#: does what is free at the heap's end above the second.
 _HEAP = {-3: 2**20, -1: 2**24}
 #: Connections accepted at once, and files that a process has open beside all connections.
 _AT_ONCE, _FILES = 2048, 128
@@ -38,28 +44,56 @@ _NO_NEW = b"".join(
 )
 
 
+class _Connection(h11.Connection):
+    """Does not read what costs far more than it should: many headers, and bodies in chunks, which `Guard` refuses."""
+
+    refused = False
+
+    def next_event(self) -> Any:
+        if self.their_state is h11.IDLE:
+            waiting, _ = self.trailing_data
+            end = _END.search(waiting)
+            self.refused = waiting.count(b"\n", 0, end.start() if end else len(waiting)) > _COUNT
+            if self.refused:
+                raise h11.RemoteProtocolError("too many headers")
+        event = h11.NEED_DATA if self.refused else super().next_event()
+        if isinstance(event, h11.Request):
+            self.refused = any(name == b"transfer-encoding" for name, _ in event.headers)
+        return event
+
+    def send(self, event: Any) -> Any:
+        """Send; an answer that comes before the whole body is the last."""
+        if isinstance(event, h11.Response) and self.their_state is h11.SEND_BODY:
+            headers = [*event.headers, (b"connection", b"close")]
+            event = h11.Response(status_code=event.status_code, headers=headers, reason=event.reason)
+        return super().send(event)
+
+
 class Protocol(H11Protocol):
-    """One of at most ``most`` connections."""
+    """One of at most ``most`` connections; ``rest`` bytes are read after a refusal."""
 
     most: int
+    rest: int
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """If there are too many, close the one that has waited longest; if none waits, refuse this one."""
+        """If there are too many, close the one that waits longest for its client; if none does, refuse this one."""
         super().connection_made(transport)
+        self.conn = _Connection(h11.SERVER, _HEADERS)
         transport.max_size = _READ  # type: ignore[attr-defined]
-        # On Windows `time.monotonic` gives the same time to all that come within 16 ms.
-        self._since = time.perf_counter()
-        #: Since when headers, or the rest of them, are awaited; None once they are complete.
-        self.headless: float | None = self._since
-        if len(self.connections) <= self.most:
-            return
-        others: Any = self.connections - {self}
-        oldest = min((other for other in others if other.waits), key=lambda other: other._since, default=None)
-        if oldest is None:
-            transport.write(_FULL)
-            transport.close()
-        else:
-            oldest.transport.abort()
+        self._close, transport.close = transport.close, self._close_when_read  # type: ignore[method-assign]
+        self._since = time.perf_counter()  # on Windows `time.monotonic` has steps of 16 ms
+        #: Since when headers, or the rest of a refused body, are awaited; None while neither is.
+        self.overdue: float | None = self._since
+        #: Bytes that may still come, and are not read, before it closes.
+        self._left: int | None = None
+        if len(self.connections) > self.most:
+            others: Any = self.connections - {self}
+            waiting = sorted((other for other in others if other.waits), key=lambda other: other._since)
+            for oldest in waiting[:1]:
+                oldest.transport.abort()
+            if not waiting:
+                transport.write(_FULL)
+                transport.close()
 
     @property
     def waits(self) -> bool:
@@ -69,18 +103,32 @@ class Protocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Read data; complete headers stop the clock."""
-        if self.transport.is_closing():
-            return
-        super().data_received(data)
-        now = time.perf_counter()
-        if self.conn.their_state is h11.IDLE:
-            self.headless = self.headless or now
+        if self._left is not None:
+            self._left -= len(data)
+            if self._left < 0:
+                self.transport.abort()
+        elif not self.transport.is_closing():
+            super().data_received(data)
+            now = time.perf_counter()
+            if self.conn.their_state is h11.IDLE:
+                self.overdue = self.overdue or now
+            elif self._left is None:  # else it was refused
+                self._since, self.overdue = now, None
+
+    def _close_when_read(self) -> None:
+        """Close; if the client has more to send, when it has had time to read why that is refused.
+
+        Closed at once, the system would also drop the answer.
+        """
+        refused: bool = self.conn.refused or self.conn.their_state in (h11.SEND_BODY, h11.ERROR)  # type: ignore[attr-defined]
+        if self._left is None and refused:
+            self._left, self.overdue = self.rest, time.perf_counter()
+            self.transport.write_eof()
         else:
-            self._since, self.headless = now, None
+            self._close()
 
     def _should_upgrade(self) -> bool:
-        """Return False, without uvicorn's two lines in the log."""
-        return False
+        return False  # without uvicorn's two lines in the log
 
 
 class Server(uvicorn.Server):
@@ -90,23 +138,31 @@ class Server(uvicorn.Server):
         most, at_once = _room(int(limits.connections))
         self._limits = limits
         # The limits of `Protocol` need asyncio's own transports: uvloop's read as much at once as they like.
+        own = {"most": most, "rest": _REST * int(limits.body)}
         config = uvicorn.Config(
-            app, host=host, port=port, http=type("Protocol", (Protocol,), {"most": most}), ws="none",
+            app, host=host, port=port, http=type("Protocol", (Protocol,), own), ws="none",
             backlog=at_once, loop="asyncio", access_log=False, server_header=False, log_level="info",
-            timeout_keep_alive=30, timeout_graceful_shutdown=int(limits.seconds) + 5,
-            h11_max_incomplete_event_size=_HEADERS,
+            timeout_keep_alive=30,
         )  # fmt: skip
         super().__init__(config)
+        # Any client could fill the log with the first; why the server does not start is said without the second.
+        LOG.addFilter(lambda record: not str(record.msg).startswith(("Invalid HTTP", "Traceback")))
         # Freed bodies go back to the system; gaps in the heap would hold as much once more.
         with contextlib.suppress(TypeError, AttributeError):  # Windows; another C library
             for option, size in _HEAP.items():
                 ctypes.CDLL(None).mallopt(option, size)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and load the model files again on SIGHUP."""
+        await super().startup(sockets)
+        with contextlib.suppress(AttributeError, NotImplementedError):  # Windows
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.config.app.state.reload.set)  # type: ignore[union-attr]
+
     async def on_tick(self, counter: int) -> bool:
-        """Every tenth of a second: close connections whose headers take too long."""
+        """Every tenth of a second: close connections whose headers, or refused bodies, take too long."""
         latest, connections = time.perf_counter() - self._limits.header_seconds, self.server_state.connections
         for connection in cast("list[Protocol]", list(connections)):
-            if connection.headless is not None and connection.headless < latest:
+            if connection.overdue is not None and connection.overdue < latest:
                 connection.transport.abort()
         return await super().on_tick(counter)
 
@@ -116,16 +172,17 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take no new connection, answer those that wait in the listening queue, then end."""
+        """Take no new connection, answer those that wait in the listening queue, then end, within the limit."""
         for server in self.servers:
             for listener in server.sockets:
                 _refuse_new(listener)
-        start = time.monotonic()
-        while (passed := time.monotonic() - start) < _MOST and not self.force_exit:
+        start, limit = time.monotonic(), self._limits.drain_seconds - _LAST
+        while (passed := time.monotonic() - start) < min(_MOST, limit) and not self.force_exit:
             connections: Any = self.server_state.connections
             if passed >= _LEAST and all(connection.cycle is not None for connection in connections):
                 break
             await asyncio.sleep(0.05)
+        self.config.timeout_graceful_shutdown = max(0.1, limit - passed)  # type: ignore[assignment]
         await super().shutdown(sockets)
 
 
@@ -134,18 +191,16 @@ def _room(connections: int) -> tuple[int, int]:
 
     If files run out, asyncio fills the log with megabytes a second and answers nobody.
     """
-    files = needed = connections + _AT_ONCE + _FILES
-    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit
+    files = -1
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit; macOS may refuse its own
         import resource
 
-        soft, hard = (needed if most < 0 else most for most in resource.getrlimit(resource.RLIMIT_NOFILE))
-        files = min(needed, soft)
-        if files < (most := min(needed, hard)):
-            # macOS may refuse what it names as the limit.
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-            files = most
-    connections = max(1, min(connections, (files - _FILES) // 2))
-    return connections, max(1, min(_AT_ONCE, files - _FILES - connections))
+        files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        files = most
+    # Four times as many as are accepted at once may wait until those that make room for them are closed.
+    share = _AT_ONCE if files < 0 else max(1, (files - _FILES) // 5)
+    return min(connections, share), min(_AT_ONCE, share)
 
 
 def _refuse_new(listener: Any) -> None:

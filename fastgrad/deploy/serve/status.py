@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from fastgrad.checks import extra
-from fastgrad.deploy.serve.child import RequestError
+from fastgrad.deploy.drift import DriftMonitor
+from fastgrad.deploy.serve.child import LOG, RequestError
 from fastgrad.deploy.serve.schema import Status, refusals
 from fastgrad.deploy.serve.served import Model
 
 with extra("serve"):
     from fastapi import FastAPI, Query
     from fastapi.responses import JSONResponse, Response
-
-_log = logging.getLogger("uvicorn.error")
 
 
 def add_status_routes(app: FastAPI, named: Callable[[str | None], Model]) -> None:
@@ -26,23 +24,18 @@ def add_status_routes(app: FastAPI, named: Callable[[str | None], Model]) -> Non
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get(
-        "/ready", summary="Whether to send requests here", responses={200: {"model": Status}, 503: {"model": Status}}
-    )
+    @app.get("/ready", summary="Whether to send requests here", responses={n: {"model": Status} for n in (200, 503)})
     async def ready() -> JSONResponse:
         loaded = all(model.served.pool.ready for model in models.values())
         fine = state.ready and not state.draining and loaded and readers.active < readers.limits.queue
         return JSONResponse({"ready": fine}, 200 if fine else 503)
 
-    prometheus: dict[str, Any] = {
-        "response_class": Response, "responses": {200: {"content": {"text/plain": {}}}, **refusals(404)},
-    }  # fmt: skip
+    text: dict[int | str, Any] = {200: {"content": {"text/plain": {}}}, **refusals(404)}
 
-    @app.get("/metrics", summary="For Prometheus", **prometheus)
-    @app.get("/metrics/{name}", summary="For Prometheus, of one of several models", **prometheus)
+    @app.get("/metrics", summary="For Prometheus", response_class=Response, responses=text)
+    @app.get("/metrics/{name}", summary="The same of one of several models", response_class=Response, responses=text)
     async def metrics_route(name: str | None = None) -> Response:
-        text = named(name).served.metrics.render()
-        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(named(name).served.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     told: dict[str, Any] = {"responses": refusals(404)}
 
@@ -50,42 +43,29 @@ def add_status_routes(app: FastAPI, named: Callable[[str | None], Model]) -> Non
     @app.get("/model/{name}", summary="The same of one of several models", **told)
     async def model_route(name: str | None = None) -> dict[str, Any]:
         served = named(name).served
-        return {
-            "models": list(models),
-            "input_shape": served.description.input_shape,
-            "labels": served.description.labels,
-            "classes": served.description.classes,
-            "threshold": served.threshold,
-            "false_alarm_rate": served.false_alarm_rate,
-            "histogram": served.description.histogram,
-            "evidence": served.description.evidence,
-            "risk": served.description.risk,
-        }
+        shown = ("input_shape", "labels", "classes", "histogram", "evidence", "risk")
+        own = {"models": list(models), "threshold": served.threshold, "false_alarm_rate": served.false_alarm_rate}
+        return own | {field: getattr(served.description, field) for field in shown}
 
-    def drift(name: str | None, action: str | None = None, reason: str = "") -> dict[str, Any]:
+    def monitor_of(name: str | None) -> DriftMonitor:
         monitor = named(name).served.metrics.monitor
         if monitor is None:
             raise RequestError(404, "the model's file has no scores to compare with")
-        if action is not None:
-            try:
-                {"acknowledge": monitor.acknowledge, "reset": monitor.reset}[action](reason)
-            except ValueError as error:
-                raise RequestError(409, str(error)) from None
-            _log.warning("drift: %s, because %r", action, reason)
-        return monitor.state() | {"history": list(monitor.history)}
+        return monitor
 
     @app.get("/drift", summary="Whether inputs have drifted, on how many, with which error rate", **told)
     @app.get("/drift/{name}", summary="The same of one of several models", **told)
     async def drift_route(name: str | None = None) -> dict[str, Any]:
-        return drift(name)
+        return monitor_of(name).state()
 
-    noted: dict[str, Any] = {"responses": refusals(404, 409, 422)}
-
-    @app.post("/drift", summary="Acknowledge the drift alarm, or start anew; the reason is kept", **noted)
-    @app.post("/drift/{name}", summary="The same of one of several models", **noted)
-    async def drift_note_route(
-        action: Literal["acknowledge", "reset"],
+    @app.post("/drift", summary="Forget the inputs and the alarm; the log keeps why", responses=refusals(404, 422))
+    @app.post("/drift/{name}", summary="The same of one of several models", responses=refusals(404, 422))
+    async def drift_reset_route(
+        action: Literal["reset"],
         reason: Annotated[str, Query(min_length=1, max_length=500, pattern=r"\S")],
         name: str | None = None,
     ) -> dict[str, Any]:
-        return drift(name, action, reason)
+        monitor = monitor_of(name)
+        monitor.reset()
+        LOG.warning("drift: %s, because %r", action, reason)
+        return monitor.state()

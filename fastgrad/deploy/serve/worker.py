@@ -1,7 +1,6 @@
 """The process that runs the model: inputs in, rows out, over its standard input and output.
 
-A request is the concatenated inputs of one batch, each as `decoder` returns it. The reply is the rows of
-`ModelPackage.rows`, float64.
+A request holds the inputs of one batch, each as `decoder` returns it; the reply is `ModelPackage.rows`, float64.
 """
 
 from __future__ import annotations

@@ -143,8 +143,8 @@ def conv_sqnorm(
         mapped: Tensor = functorch._add_batch_dim(norms, 0, level)
         return mapped
     single = g.dim() == a.dim()
-    options = (tuple(each) for each in (kernel_size, stride, padding, dilation))
-    norms = _solve(a, g.unsqueeze(0) if single else g, *options, groups, transposed, impl)
+    sizes = tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation)
+    norms = _solve(a, g.unsqueeze(0) if single else g, *sizes, groups, transposed, impl)
     return norms.squeeze(0) if single else norms
 
 

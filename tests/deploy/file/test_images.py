@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from serve_client import image, png
+from serve_client import image, many_scans, png
 
+from fastgrad.deploy.file import images
 from fastgrad.deploy.file.images import ImageError, ImageTooLargeError, decode_image, decode_pixels
 from fastgrad.deploy.file.package import Description
 
@@ -40,6 +42,24 @@ def test_arguments_that_are_refused(given: dict[str, Any], error: type[Exception
     arguments = {"content": b"", "description": Description((3, 8, 8), "float32", 4, 8, "cpu"), **given}
     with pytest.raises(error, match=message):
         decode_image(**arguments)
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_they_are_decoded() -> None:
+    assert decode_pixels(many_scans(100), (3, 8, 8)).shape == (3, 8, 8)
+    # Scans inside of a comment are none.
+    inside = many_scans(2).replace(b"\xff\xdb", b"\xff\xfe\x80\2" + b"\xff\xda" * 2**14 + b"\xff\xdb", 1)
+    assert decode_pixels(inside, (3, 8, 8)).shape == (3, 8, 8)
+    for view in (bytes, bytearray, memoryview):
+        with pytest.raises(ImageTooLargeError, match="the image has more than 100 scans"):
+            decode_image(view(many_scans(101)), Description((3, 8, 8), "float32", 4, 8, "cpu"))
+
+
+def test_decoding_ends_where_it_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "_SCANS", 10**6)
+    start = time.thread_time()
+    with pytest.raises(ImageError, match=r"decoding the image takes more than 0\.1 s"):
+        decode_pixels(many_scans(50_000), (3, 8, 8), seconds=0.1)
+    assert time.thread_time() - start < 5
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -110,6 +110,38 @@ def test_nothing_of_the_machine_travels_in_the_file(tiny_onnx: Path) -> None:
     assert [prop.key for prop in onnx.load(tiny_onnx).metadata_props] == ["fastgrad", "fastgrad.sha256"]
 
 
+@pytest.mark.parametrize("place", ["a weight", "a constant in a branch"])
+def test_a_file_that_keeps_data_in_another_is_refused(place: str, tiny_onnx: Path, tmp_path: Path) -> None:
+    """No digest of the file covers what it reads from elsewhere."""
+    import onnx
+
+    model = onnx.load(tiny_onnx)
+    tensor = model.graph.initializer[0]
+    if place != "a weight":
+        branch = onnx.helper.make_graph([onnx.helper.make_node("Constant", [], ["c"], value=tensor)], "then", [], [])
+        model.graph.node.append(onnx.helper.make_node("If", ["x"], ["y"], then_branch=branch, else_branch=branch))
+        tensor = model.graph.node[-1].attribute[0].g.node[0].attribute[0].t
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="weights.bin")
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    for read in (read_description, ModelPackage):
+        with pytest.raises(PackageError, match=r"m\.onnx is not a readable \.onnx: it keeps data in another file"):
+            read(tmp_path / "m.onnx")
+
+
+def test_a_graph_that_takes_another_type_than_its_description_says(tiny_onnx: Path, tmp_path: Path) -> None:
+    import onnx
+
+    model = onnx.load(tiny_onnx)
+    entry = model.metadata_props[0]
+    entry.value = entry.value.replace('"float32"', '"float64"')
+    del model.metadata_props[1]
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(PackageError, match=r"m\.onnx cannot be run: ONNX Runtime cannot run it: .*$"):
+        ModelPackage(tmp_path / "m.onnx")(torch.zeros(1, 3, 8, 8, dtype=torch.float64))
+
+
 class Foreign(TinyTwoStage):
     """An operation without ONNX form."""
 

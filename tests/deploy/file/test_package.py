@@ -15,6 +15,7 @@ import struct
 import sys
 import tracemalloc
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -248,16 +249,31 @@ def test_a_description_in_utf_16_is_refused(tmp_path: Path) -> None:
         read_description(write_archive(tmp_path / "m.pt2", None, (f"model/{MEMBER}", text)))
 
 
-@pytest.mark.parametrize(("member", "content"), [("archive_format", b"other"), ("extra/notes", b"\xff")])
+def changed(file: Path, to: Path, change: Callable[[str, bytes], bytes | None]) -> Path:
+    """Write an archive whose members are others; None leaves one out."""
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(to, "w") as new:
+        for name in old.namelist():
+            if (content := change(name, old.read(name))) is not None:
+                new.writestr(name, content)
+    return to
+
+
+@pytest.mark.parametrize("content", [None, b"no code"])
 def test_what_pytorch_refuses_in_an_archive_is_a_damaged_file(
-    member: str, content: bytes, tiny_package: Path, tmp_path: Path
+    content: bytes | None, tiny_package: Path, tmp_path: Path
 ) -> None:
-    with zipfile.ZipFile(tiny_package) as old, zipfile.ZipFile(tmp_path / "m.pt2", "w") as new:
-        odd = f"{old.namelist()[0].partition('/')[0]}/{member}"
-        for name in sorted({*old.namelist(), odd}):
-            new.writestr(name, content if name == odd else old.read(name))
     with pytest.raises(PackageError, match=r"m\.pt2 cannot be loaded: "):
-        ModelPackage(tmp_path / "m.pt2")
+        ModelPackage(changed(tiny_package, tmp_path / "m.pt2", lambda name, own: content if ".so" in name else own))
+
+
+def test_a_graph_that_takes_another_type_than_its_description_says(tiny_package: Path, tmp_path: Path) -> None:
+    def wider(name: str, content: bytes) -> bytes:
+        return content.replace(b'"float32"', b'"float64"') if name.endswith(MEMBER) else content
+
+    wrong = ModelPackage(changed(tiny_package, tmp_path / "m.pt2", wider))
+    with pytest.raises(PackageError, match=r"m\.pt2 cannot be run: .*dtype.*$") as raised:
+        wrong(torch.zeros(1, 3, 8, 8, dtype=torch.float64))
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("change", [{"classes": 3, "labels": None}, {"risk": True}, {"evidence": {"a": "words"}}])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,11 +28,6 @@ class Named:
     def metric(self, name: str) -> float:
         return self.server.metric(name, f"/metrics/{self.name}")
 
-    def pin(self, content: bytes) -> None:
-        """Allow the server to load this."""
-        with (self.file.parent / "pins").open("a") as file:
-            file.write(f"{hashlib.sha256(content).hexdigest()}  {self.file.name}\n")
-
 
 @pytest.fixture(scope="session")
 def shared(
@@ -47,11 +41,7 @@ def shared(
     for name, file in files.items():
         shutil.copyfile(file, copies[name])
         named += ["--model", f"{name}={copies[name]}"]
-    (folder / "pins").write_text("# what may be loaded\n")
-    for name, copy in copies.items():
-        Named(None, name, copy).pin(copy.read_bytes())  # type: ignore[arg-type]
-    options = ("--pins", str(folder / "pins"), "--reload-seconds", "0.2")
-    with running(None, *named, *options, probe=folder / "pauses") as server:
+    with running(None, *named, probe=folder / "pauses") as server:
         yield {name: Named(server, name, copy) for name, copy in copies.items()}
     assert server.process.returncode == 0
 

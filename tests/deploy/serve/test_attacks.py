@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import selectors
 import signal
 import socket
@@ -29,6 +30,7 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("PIL")
 
+import serve_client
 from serve_client import Server, form, image, png, running, wait_for, workers_of
 
 from fastgrad.deploy.serve.server import _room
@@ -139,35 +141,91 @@ def drip(served: Any, count: int, head: bytes) -> int:
 
 
 @counts(60, 600)
-def test_slow_headers(served: Any, count: int) -> None:
-    with watched(served, f"slow headers, {count} connections"):
-        closed = drip(served, count, b"POST /predict HTTP/1.1\r\nHost: localhost\r\nX-")
-    assert closed == count
+@pytest.mark.parametrize("kind", ["headers", "bodies"])
+def test_slow_clients_are_closed(served: Any, kind: str, count: int) -> None:
+    start = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nX-" if kind == "headers" else head(served, LENGTH)
+    with watched(served, f"slow {kind}, {count} connections"):
+        assert drip(served, count, start) == count
 
 
-@counts(60, 600)
-def test_slow_bodies(served: Any, count: int) -> None:
-    with watched(served, f"slow bodies, {count} connections"):
-        closed = drip(served, count, head(served, "Content-Length: 1000000"))
-    assert closed == count
+LENGTH = "Content-Length: 1000000"
+CHUNKED = "Transfer-Encoding: chunked"
+#: What is refused by its headers, before its body or the next request is read: headers, what follows, the status.
+REFUSED = {
+    "a body in 200,000 chunks": ([CHUNKED], b"1\r\nx\r\n" * 200_000, 411),
+    "both lengths": ([LENGTH, CHUNKED], b"0\r\n\r\nGET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", 411),
+    "another encoding": (["Transfer-Encoding: gzip, chunked"], b"0\r\n\r\n", 400),
+    "two lengths": ([LENGTH, "Content-Length: 2"], b"xx", 400),
+    "3,000 headers": (["a:"] * 3000, b"", 400),
+    "headers without end": (["a:"] * 300_000, b"", 400),
+    "a header without end": (["a: " + "b" * 300_000], b"", 400),
+    "no HTTP": (["no header"], b"", 400),
+}
 
 
-def test_headers_without_end(served: Any) -> None:
-    with watched(served, "headers without end"), connect(served.server) as sent:
-        sent.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
-        with contextlib.suppress(OSError):
-            for number in range(2000):
-                sent.sendall(b"X-%d: %s\r\n" % (number, b"a" * 100))
-        answer = b""
-        with contextlib.suppress(OSError):
-            answer = sent.recv(1000)
-        assert answer == b"" or b" 400 " in answer.split(b"\r\n")[0]
+@pytest.mark.parametrize("name", REFUSED)
+def test_requests_that_are_refused_by_their_headers(served: Any, name: str) -> None:
+    headers, rest, status = REFUSED[name]
+    before = served.server.log
+    with watched(served, name), connect(served.server) as sent:
+        with contextlib.suppress(ConnectionError):
+            sent.sendall(head(served, "\r\n".join(headers)) + rest)
+        answer = everything(sent)
+    first, *others = re.findall(rb"^HTTP/1\.1 (\d+)", answer, re.MULTILINE)
+    assert (int(first), others) == (status, [])
+    # No request may fill the log.
+    assert served.server.log == before
 
 
-def test_bodies_of_many_small_parts(served: Any) -> None:
-    with watched(served, "a body of 200,000 parts"), connect(served.server) as sent:
-        sent.sendall(head(served, "Transfer-Encoding: chunked") + b"1\r\nx\r\n" * 200_000 + b"0\r\n\r\n")
-        assert b" 400 " in sent.recv(1000).split(b"\r\n")[0]
+def everything(sent: socket.socket) -> bytes:
+    """What comes until the server closes the connection, within ten seconds."""
+    answer = b""
+    sent.settimeout(10)
+    with contextlib.suppress(ConnectionError):
+        while part := sent.recv(2**16):
+            answer += part
+    return answer
+
+
+@counts(10, 100)
+def test_chunks_on_many_connections_without_a_key(guarded: Server, count: int) -> None:
+    """h11 parses each chunk of one byte, also after the refusal."""
+    block = b"POST / HTTP/1.1\r\nHost: localhost\r\n" + CHUNKED.encode() + b"\r\n\r\n" + b"1\r\nx\r\n" * 200_000
+    slowest, over = 0.0, time.monotonic() + 5
+    with connections(guarded, count) as opened, ThreadPoolExecutor(20) as pool:
+        sending = [pool.submit(lambda s=each: contextlib.suppress(OSError)(s.sendall)(block)) for each in opened]
+        while time.monotonic() < over or not all(each.done() for each in sending):
+            start = time.perf_counter()
+            assert guarded.request("GET", "/ready")[0] == 200
+            slowest = max(slowest, time.perf_counter() - start)
+    print(f"chunks on {count} connections: /ready at most {1000 * slowest:.0f} ms")
+    assert slowest < 1
+
+
+@pytest.mark.parametrize("close", [b"", b"Connection: close\r\n"], ids=["kept", "closed"])
+def test_a_body_without_end_is_closed_and_a_large_one_gets_its_refusal(guarded: Server, close: bytes) -> None:
+    start = b"POST /predict HTTP/1.1\r\nHost: localhost\r\n" + close + b"Content-Length: %d\r\n\r\n"
+    with connect(guarded) as sent:
+        sent.sendall(start % 10**12)
+        size = 0
+        with contextlib.suppress(ConnectionError):
+            while size < 1000:
+                sent.sendall(bytes(2**20))
+                size += 1
+        print(f"a body without end: closed after {size} MiB")
+        assert size < 100
+    with connect(guarded) as sent:
+        sent.sendall(start % (40 * 2**20) + bytes(40 * 2**20))
+        answer = everything(sent)
+        assert b" 401 " in answer.split(b"\r\n")[0]
+        assert b"connection: close" in answer.lower()
+
+
+@pytest.fixture(scope="module")
+def guarded(tiny_onnx: Path) -> Iterator[Server]:
+    """A server that asks for a key."""
+    with running(tiny_onnx, env={"FASTGRAD_API_KEY": "secret"}) as server:
+        yield server
 
 
 def gray(width: int, height: int) -> bytes:
@@ -296,84 +354,115 @@ def test_the_interface_holds_to_its_description(served: Any, count: int) -> None
     assert tried.total() >= (2000 if count > 4 else 2 * len(operations))
 
 
-def test_connections_beyond_the_limit_close_the_one_that_waits_longest(
-    tiny_onnx: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where they came within one step of the clock, as Windows has it."""
-    clock = "import time; plain = time.monotonic; time.monotonic = lambda: plain() // 0.015625 * 0.015625"
-    (tmp_path / "sitecustomize.py").write_text(clock)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    with running(tiny_onnx, "--max-connections", "8") as server, connections(server, 8) as idle:
-        assert server.predict(image(), "image/png")[0] == 200
-        idle[0].settimeout(10)
-        with contextlib.suppress(ConnectionResetError):
-            assert idle[0].recv(1) == b""
+def asks_without_reading(idle: socket.socket) -> None:
+    """Send requests whose answers fill all that lies between the two."""
+    idle.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        for _ in range(1000):
+            idle.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 200)
+
+
+@pytest.mark.parametrize("do", [lambda idle: None, asks_without_reading], ids=["idle", "do not read"])
+def test_the_connection_that_waits_longest_makes_room(few: Server, do: Callable[[socket.socket], None]) -> None:
+    with connections(few, 8) as waiting:
+        for each in waiting:
+            do(each)
+        # Once the server waits for all of them.
+        wait_for(lambda: few.request("GET", "/health")[0] == 200)
+        assert [few.request("GET", "/health")[0] for _ in range(4)] == [200] * 4
+
+
+def test_one_connection_makes_room_for_one(few: Server) -> None:
+    with connections(few, 8) as idle:
+        assert few.predict(image(), "image/png")[0] == 200
+        assert everything(idle[0]) == b""
         # The others wait on.
         idle[7].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert b"200 OK" in idle[7].recv(1000)
 
 
-def test_more_connections_than_open_files(tiny_onnx: Any) -> None:
-    """The server asks for as many as its limit of connections needs; asyncio's log would grow without end."""
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
-    try:
-        server = Server(tiny_onnx)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    with contextlib.ExitStack() as opened:
-        opened.callback(server.stop)
-        opened.enter_context(connections(server, 100))
+@pytest.fixture(scope="module")
+def few(tiny_onnx: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of at most eight connections, whose clock goes by the steps that Windows has.
+
+    It has uvloop, which uvicorn would choose; its transports have no limit of what they read at once.
+    """
+    folder = tmp_path_factory.mktemp("few")
+    clock = "import time; plain = time.monotonic; time.monotonic = lambda: plain() // 0.015625 * 0.015625"
+    (folder / "sitecustomize.py").write_text(clock)
+    (folder / "uvloop.py").write_text("raise RuntimeError('uvloop was imported')")
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    with running(tiny_onnx, "--max-connections", "8", env={"PYTHONPATH": path}) as server:
+        yield server
+
+
+def test_more_connections_than_open_files(tiny_onnx: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is room for fewer then; asyncio's log would grow without end."""
+    pytest.importorskip("resource")
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200)){serve_client.COMMAND}"
+    monkeypatch.setattr(serve_client, "COMMAND", limit)
+    with running(tiny_onnx) as server, connections(server, 300):
         assert server.predict(image(), "image/png")[0] == 200
         assert len(server.log) < 10_000
 
 
 @pytest.mark.parametrize(
-    ("limit", "asked", "room"),
-    [((1024, 4096), (2688, 4096), (512, 2048)), ((-1, -1), None, (512, 2048)), ((256, 256), None, (64, 64)),
-     ((20, 20), None, (1, 1)), ((64, -1), (2688, -1), (512, 2048))],
-)  # fmt: skip
-def test_connections_fit_the_open_files(
-    limit: tuple[int, int], asked: tuple[int, int] | None, room: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    ("files", "room"), [(20_000, (512, 2048)), (4096, (512, 793)), (-1, (512, 2048)), (256, (25, 25)), (20, (1, 1))]
+)
+def test_connections_fit_the_open_files(files: int, room: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     resource = pytest.importorskip("resource")
-    found: list[tuple[int, int]] = []
-    monkeypatch.setattr(resource, "getrlimit", lambda _: limit)
-    monkeypatch.setattr(resource, "setrlimit", lambda _, most: found.append(most))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (15, files))
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _, most: asked.append(most))
     assert _room(512) == room
-    assert found == ([] if asked is None else [asked])
+    assert asked == [(files, files)]
 
 
-def test_connections_fit_the_open_files_where_no_more_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hard limit of macOS is none, and more than the kernel's own is refused."""
+def test_the_hard_limit_of_open_files_may_be_more_than_the_system_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS."""
     resource = pytest.importorskip("resource")
-
-    def refuse(*_: object) -> None:
-        raise ValueError("current limit exceeds maximum limit")
-
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 2**63 - 1))
-    monkeypatch.setattr(resource, "setrlimit", refuse)
-    assert _room(20_000) == (64, 64)
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: int("more than the kernel's own"))
+    assert _room(512) == (25, 25)
 
 
-def test_clients_that_do_not_read_are_closed_where_connections_run_out(tiny_onnx: Any) -> None:
-    with running(tiny_onnx, "--max-connections", "8") as server, connections(server, 8) as idle:
-        for each in idle:
-            each.setblocking(False)
-            # Requests whose answers fill all that lies between the two.
-            with contextlib.suppress(BlockingIOError):
-                for _ in range(1000):
-                    each.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 200)
-        # Once the server waits for all of them.
+def test_slow_bodies_do_not_hold_the_end(tiny_onnx: Path) -> None:
+    with running(tiny_onnx, "--drain-seconds", "3") as server, connections(server, 4) as slow:
+        start = (
+            b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: 10000000\r\n\r\n"
+        )
+        for each in slow:
+            each.sendall(start + bytes(200_000))
         wait_for(lambda: server.request("GET", "/health")[0] == 200)
-        assert [server.request("GET", "/health")[0] for _ in range(8)] == [200] * 8
+        before = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - before < 5
 
 
-def test_another_event_loop_is_not_taken(tiny_onnx: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # uvicorn takes uvloop where it is installed; its transports have no limit of what they read at once.
-    (tmp_path / "uvloop.py").write_text("raise RuntimeError('uvloop was imported')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+def test_a_signal_to_load_the_files_ends_nothing(tiny_onnx: Path) -> None:
     with running(tiny_onnx) as server:
+        server.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: "is what it was" in server.log)
         assert server.predict(image(), "image/png")[0] == 200
-    assert server.process.returncode == 0
+
+
+@pytest.mark.parametrize("kind", ["pt2", "onnx"])
+def test_copies_of_killed_workers_do_not_stay(tiny_package: Path, tiny_onnx: Path, tmp_path: Path, kind: str) -> None:
+    """Nor is anything read or written under a name that another user of the machine can foresee."""
+
+    def names() -> list[str]:
+        return sorted(path.name for path in tmp_path.rglob("*.so")) + sorted(
+            path.name[:14] for path in tmp_path.iterdir()
+        )
+
+    with running(tiny_package if kind == "pt2" else tiny_onnx, env={"TMPDIR": str(tmp_path)}) as server:
+        before = names()
+        assert before[-1:] == ["fastgrad-serve"]
+        for _ in range(2):
+            (pid,) = workers_of(server.process.pid)
+            os.kill(pid, signal.SIGKILL)
+            wait_for(lambda pid=pid: workers_of(server.process.pid) not in ([], [pid]))
+            assert server.predict(image(), "image/png")[0] == 200
+        assert names() == before
+        os.kill(workers_of(server.process.pid)[0], signal.SIGKILL)
+    assert names() == []

@@ -39,7 +39,7 @@ def with_fakes(workers: int, body: Callable[[Pool, list[FakeChild]], Awaitable[A
 
 
 async def submit_all(pool: Pool, values: Sequence[int]) -> list[Any]:
-    calls = [pool.submit([bytes([value])]) for value in values]
+    calls = [pool.submit(bytes([value])) for value in values]
     answers = await asyncio.gather(*calls, return_exceptions=True)
     return [np.frombuffer(answer) if isinstance(answer, bytes) else answer for answer in answers]
 
@@ -126,8 +126,8 @@ def test_inputs_whose_batch_failed_are_run_again_alone(monkeypatch: pytest.Monke
 
 def test_cancelled_inputs_are_not_run() -> None:
     async def body(pool: Pool, fakes: list[FakeChild]) -> None:
-        gone = asyncio.ensure_future(pool.submit([b"\1"]))
-        kept = asyncio.ensure_future(pool.submit([b"\2"]))
+        gone = asyncio.ensure_future(pool.submit(b"\1"))
+        kept = asyncio.ensure_future(pool.submit(b"\2"))
         await asyncio.sleep(0)
         gone.cancel()
         assert np.frombuffer(await kept)[4] == 2
@@ -138,15 +138,16 @@ def test_cancelled_inputs_are_not_run() -> None:
 
 def test_an_exception_beside_the_model_fails_its_batch_and_the_task_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     async def body(pool: Pool, fakes: list[FakeChild]) -> None:
-        def fail(size: int) -> None:
-            raise ZeroDivisionError("in a callback")
-
         with pytest.raises(RequestError, match="log says why"):
-            await asyncio.wait_for(pool.submit([b"\1"], fail), 10)
+            await asyncio.wait_for(pool.submit(b"\1"), 10)
+        pool.on_batch = int
         (answer,) = await submit_all(pool, [2])
         assert answer[4] == 2
 
-    with_fakes(1, body)
+    def fail(size: int) -> None:
+        raise ZeroDivisionError("in a callback")
+
+    with_fakes(1, body, on_batch=fail)
     assert "in a callback" in caplog.text
 
 
@@ -166,10 +167,10 @@ def test_real_workers(model_file: Path) -> None:
         values = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         inputs = [NUMBERS + value.numpy().tobytes() for value in values]
         pixels = [PIXELS + bytes([i]) * 192 for i in range(3)]
-        first = [asyncio.ensure_future(pool.submit([value])) for value in inputs[:20]]
+        first = [asyncio.ensure_future(pool.submit(value)) for value in inputs[:20]]
         await first[0]
         os.kill(process.pid, signal.SIGKILL)
-        rows = await asyncio.gather(*first, *(pool.submit([value]) for value in inputs[20:] + pixels))
+        rows = await asyncio.gather(*first, *(pool.submit(value) for value in inputs[20:] + pixels))
         assert pool.restarts == 1
         expected = [torch.full((3, 8, 8), ((i / 255) - 0.5) / 0.25) for i in range(3)]
         direct = np.concatenate([model.rows(values), model.rows(torch.stack(expected))])
@@ -178,7 +179,7 @@ def test_real_workers(model_file: Path) -> None:
         process = pool.workers[0].process
         os.kill(process.pid, signal.SIGSTOP)
         pool.hang_timeout = 0.5
-        hanging = asyncio.gather(*(pool.submit([value]) for value in inputs[:16]))
+        hanging = asyncio.gather(*(pool.submit(value) for value in inputs[:16]))
         while pool.workers[0].process is process:
             await asyncio.sleep(0.01)
         pool.hang_timeout = 30.0

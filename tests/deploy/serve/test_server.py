@@ -100,7 +100,7 @@ BAD = {
     "11 megapixels": (bomb(11_000, 1000), "image/png", 413, "at most 10000000"),
     "not an image": (b"hello, this is text", "image/png", 400, "cannot be read"),
     "truncated image": (image(0, (64, 64))[:200], "image/png", 400, "cannot be read"),
-    "100 MB body": (bytes(100 * 2**20), "image/png", 413, "too large"),
+    "40 MiB body": (bytes(40 * 2**20), "image/png", 413, "too large"),
     "decompression bomb": (bomb(), "image/png", 413, "pixels"),
     "wrong content type": (image(), "text/html", 415, "text/html"),
     "no content type": (image(), "", 415, "missing"),

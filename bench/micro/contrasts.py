@@ -85,6 +85,16 @@ def textbook(h: Tensor, z: Tensor) -> Tensor:
     return (squares - 2 * p + 1) * (h.float().square().sum(-1, keepdim=True) + 1)
 
 
+def stable(h: Tensor, z: Tensor) -> Tensor:
+    """Return the same norms by leave-one-out sums, which keep their digits where the network is confident."""
+    p = z.float().softmax(-1)
+    top = p.argmax(-1, keepdim=True)
+    rest = p.scatter(-1, top, 0.0)
+    s1, s2 = rest.sum(-1, keepdim=True), rest.square().sum(-1, keepdim=True)
+    norms = (p.square().sum(-1, keepdim=True) - 2 * p + 1).scatter(-1, top, s1.square() + s2)
+    return norms * (h.float().square().sum(-1, keepdim=True) + 1)
+
+
 def compiled(function: Callable[..., Any], *tensors: Tensor) -> Callable[[], Any]:
     torch._dynamo.reset()
     return partial(torch.compile(function, fullgraph=True, dynamic=False), *tensors)
@@ -165,6 +175,27 @@ def _softmax(head_: Head) -> Implementation:
     return Implementation("torch.softmax", lambda: partial(torch.softmax, head_.z, -1), check, head_.unit)
 
 
+def loss_alone(head_: Head, device: str) -> Iterator[Implementation]:
+    """Yield kernels that compute the mean cross-entropy of a linear layer without its logits, and no norms."""
+    labels = torch.arange(len(head_.h), device=device) % len(head_.bias)
+    plain = F.cross_entropy(head_.exact - head_.bias.double(), labels)
+
+    def liger() -> Callable[[], Tensor]:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        return partial(liger_fused_linear_cross_entropy, head_.h, head_.weight, labels)
+
+    def cut() -> Callable[[], Tensor]:
+        from cut_cross_entropy import linear_cross_entropy
+
+        return partial(linear_cross_entropy, head_.h, head_.weight, labels)
+
+    check = partial(scaled_error, reference=plain)
+    for name, peer in (("loss alone, Liger", liger), ("loss alone, Cut Cross-Entropy", cut)):
+        if device == "cuda":
+            yield Implementation(name, peer, check, 10 * head_.unit)
+
+
 def _linear(head_: Head) -> Implementation:
     check = partial(scaled_error, reference=head_.exact)
     return Implementation("linear alone", lambda: partial(F.linear, *head_.layer), check, head_.unit)
@@ -172,8 +203,8 @@ def _linear(head_: Head) -> Implementation:
 
 @case(
     "last-layer", "contrasts" + TITLE, against="torch.softmax",
-    names=(*FORMS, "torch.softmax", "closed form, textbook", "closed form, torch.compile", "vmap(grad)",
-           "autograd loop"),
+    names=(*FORMS, "torch.softmax", "closed form, textbook", "closed form, torch.compile",
+           "stable form, torch.compile", "vmap(grad)", "autograd loop"),
     tiny=_at(TINY), quick=_at(QUICK),
     full=[*_at(FULL), (256, 1000, 512, "float16"), (256, 1000, 512, "bfloat16")],
     gpu=[*_at([(4096, 32000, 4096), (256, 1000, 2048)], "bfloat16"), (8, 1000, 512, "float32")],
@@ -190,6 +221,7 @@ def contrasts(B: int, N: int, D: int, dtype: str, device: str) -> Iterator[Imple
     yield _softmax(head_)
     yield Implementation("closed form, textbook", lambda: partial(textbook, h, z), check, PEERS)
     yield Implementation("closed form, torch.compile", partial(compiled, textbook, h, z), check, PEERS)
+    yield Implementation("stable form, torch.compile", partial(compiled, stable, h, z), check, PEERS)
     # Above this size, a call of these two takes seconds.
     if B * N <= 2_000:
         yield Implementation("vmap(grad)", partial(vmap, head_), check, PEERS, graph=False)
@@ -252,7 +284,8 @@ def uniform(B: int, N: int, D: int, dtype: str, device: str) -> Iterator[Impleme
 
 @case(
     "last-layer", "statistics" + TITLE, against="linear alone",
-    names=(*FORMS, "linear alone", "linear, softmax, closed form"),
+    names=(*FORMS, "linear alone", "linear, softmax, closed form", "loss alone, Liger",
+           "loss alone, Cut Cross-Entropy"),
     tiny=_at(TINY[-1:]), quick=_at(QUICK[-1:]), full=_at(FULL[-1:]), gpu=_at([(1024, 128256, 4096)], "bfloat16"),
 )  # fmt: skip
 def statistics(B: int, N: int, D: int, dtype: str, device: str) -> Iterator[Implementation]:
@@ -278,6 +311,7 @@ def statistics(B: int, N: int, D: int, dtype: str, device: str) -> Iterator[Impl
     yield from _forms(partial(fastgrad.linear_contrast_stats, *head_.layer), check, tolerance, device)
     yield _linear(head_)
     yield Implementation("linear, softmax, closed form", lambda: unfused, check, max(PEERS, tolerance))
+    yield from loss_alone(head_, device)
 
 
 @case(

@@ -1,0 +1,259 @@
+"""An error rate without labels: the estimated share of wrong answers in streams of unlabelled inputs.
+
+A stream mixes clean inputs of the test part with cases, drawn with replacement; every answer to an input of no class is
+wrong. Estimates that need labelled clean inputs have all those that nothing was trained on: those of the fit, and a
+part of the test inputs that no stream shows. Scores that need labelled shifts (nuclear norm, MaNo) are regressed on
+streams of the generated challenges that the risk is fitted on. The form of our estimate was chosen on ``CHOSEN_ON``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+from bench.detection import runner
+from bench.detection.cases import CHANGED_FILES, CHANGED_TEXTS
+from bench.detection.failure import judged
+from bench.detection.methods_ours import answer, blocks_of, fitted
+from bench.detection.registry import CASES, NETWORKS, Options
+from bench.detection.subject import Fit, Subject
+from bench.detection.tables import ALIKE, UNALIKE
+from fastgrad.deploy.error_rate import error_rate
+from fastgrad.detector.price import DEFAULT_BLOCKS
+
+Values = NDArray[np.float64]
+DEFAULT_NETWORKS = ("resnet56", "densenet", "lite0", "lite1", "lite2", "news", "magika")
+CHOSEN_ON, OURS = "resnet56", "fastgrad"
+#: Groups of cases by the name in the table; a mixed stream has up to four cases of any group.
+GROUPS: Mapping[str, Sequence[str]] = {
+    "corruptions like generated ones": (ALIKE, CHANGED_TEXTS[0], CHANGED_FILES[0]),
+    "corruptions unlike generated ones": (UNALIKE, CHANGED_TEXTS[1], CHANGED_FILES[1]),
+    "attacks": ("attacks",), "attacks after JPEG": ("attacks after JPEG",),
+    "other sets": ("other sets", "near sets", "far sets", "other texts", "foreign files"),
+}  # fmt: skip
+#: Attacks that take an hour.
+LEFT_OUT = ("C&W", "DeepFool")
+SIZES, SHARES, STREAMS = (100, 300, 1000), (0.0, 0.1, 0.3, 0.6), 10
+#: With more classes, streams and labelled inputs hold different ones, and nothing can be moved between them.
+MANY = 20
+#: Share of the test inputs that are labelled for the estimates, and in no stream.
+KNOWN = 0.4
+
+
+class Answers(NamedTuple):
+    """Answers to some inputs, ``(n, N)`` or ``(n,)``."""
+
+    logits: Values
+    probabilities: Values
+    risk: Values
+    uncertainty: Values
+    wrong: Values
+    labels: NDArray[np.int64]
+
+    def at(self, places: NDArray[Any] | slice) -> Answers:
+        return Answers(*(values[places] for values in self))
+
+
+@dataclass
+class Known:
+    """What the estimates know: labelled clean inputs, the part of them that the detector has not seen, challenges."""
+
+    clean: Answers
+    unseen: Answers
+    generated: list[Answers]
+    temperature: float
+
+
+def softmax(logits: Values) -> Values:
+    values = np.exp(logits - logits.max(1, keepdims=True))
+    return values / values.sum(1, keepdims=True)
+
+
+def tempered(known: Known, logits: Values) -> Values:
+    return softmax(logits / known.temperature)
+
+
+def at_threshold(known: Known, stream: Answers, score: Callable[[Values], Values]) -> float:
+    """ATC (Garg et al., ICLR 2022): the share below the score that as many clean inputs are below as are wrong."""
+    clean, seen = (score(tempered(known, part.logits)) for part in (known.clean, stream))
+    return float((seen < np.quantile(clean, known.clean.wrong.mean())).mean())
+
+
+def of_confidences(known: Known, stream: Answers) -> float:
+    """DoC (Guillory et al., ICCV 2021): the error rate of clean inputs and the fall of the mean confidence."""
+    clean, seen = (tempered(known, part.logits).max(1).mean() for part in (known.clean, stream))
+    return float(known.clean.wrong.mean() + clean - seen)
+
+
+def transport(known: Known, stream: Answers) -> float:
+    """COT (Lu et al., NeurIPS 2023): the cost of moving the probabilities to labels drawn as clean ones are."""
+    p = tempered(known, stream.logits)
+    if p.shape[1] > MANY:
+        return float("nan")
+    labels = np.sort(known.clean.labels)[np.linspace(0, len(known.clean.labels) - 1, len(p)).round().astype(int)]
+    cost = 1 - p[:, labels]
+    return float(cost[linear_sum_assignment(cost)].mean())
+
+
+def nuclear(stream: Answers) -> float:
+    """Nuclear norm of the probabilities, between 0 and 1 (Deng et al., ICML 2023)."""
+    p = softmax(stream.logits)
+    return float(np.linalg.norm(p, "nuc") / np.sqrt(min(p.shape) * len(p)))
+
+
+def mano(stream: Answers) -> float:
+    """MaNo (Xie et al., NeurIPS 2024): the L4 norm of normalised logits.
+
+    Logits are normalised by the softmax, or by its Taylor series if the softmax is far from uniform on average.
+    """
+    z = stream.logits
+    values = softmax(z) if -np.log(np.maximum(softmax(z), 1e-30)).mean() > 5 else 1 + z + z**2 / 2
+    values = values / values.sum(1, keepdims=True)
+    return float((values**4).mean() ** 0.25)
+
+
+def regressed(known: Known, score: Callable[[Answers], float]) -> Callable[[Answers], float]:
+    """Return the error rate by a linear regression on streams of clean inputs and generated challenges."""
+    x, y = zip(*((score(part), part.wrong.mean()) for part in known.generated), strict=True)
+    slope, start = np.polyfit(x, y, 1)
+    return lambda stream: start + slope * score(stream)
+
+
+def estimates(known: Known) -> dict[str, Callable[[Answers], tuple[float, ...]]]:
+    """Return the estimates of a stream's error rate by name; ours with the bounds of its interval."""
+
+    def negative_entropy(p: Values) -> Values:
+        return (p * np.log(np.maximum(p, 1e-30))).sum(1)
+
+    excess = float((known.unseen.risk - (1 - known.unseen.probabilities.max(1))).mean())
+    by_nuclear, by_mano = (regressed(known, score) for score in (nuclear, mano))
+    alone: dict[str, Callable[[Answers], float]] = {
+        "mean of 1 - softmax": lambda s: float(1 - softmax(s.logits).max(1).mean()),
+        "the same, temperature": lambda s: float(1 - tempered(known, s.logits).max(1).mean()),
+        "ATC, confidence": lambda s: at_threshold(known, s, lambda p: p.max(1)),
+        "ATC, entropy": lambda s: at_threshold(known, s, negative_entropy),
+        "DoC": lambda s: of_confidences(known, s),
+        "COT": lambda s: transport(known, s),
+        "nuclear norm": by_nuclear,
+        "MaNo": by_mano,
+        "mean of the risk": lambda s: float(s.risk.mean()),
+    }
+    ours = {OURS: lambda s: error_rate(s.risk, s.uncertainty, excess)}
+    return {name: lambda s, one=one: (float(np.clip(one(s), 0, 1)),) for name, one in alone.items()} | ours
+
+
+def answers(subject: Subject, case: str, two_stage: Any) -> Answers:
+    seen = subject.seen(case)
+    found = answer(two_stage, seen)
+    parts = [part.double().numpy() for part in (found.logits, found.probabilities, found.risk, found.uncertainty)]
+    labels = subject.parts["test"][1].numpy()[seen.shown.source.clamp_min(0).numpy()]
+    logits, probabilities, risk, uncertainty = parts
+    return Answers(logits, probabilities, risk, uncertainty, judged(subject, case).wrong, labels)
+
+
+def joined(parts: Sequence[Answers]) -> Answers:
+    return Answers(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+
+
+def of_fit(subject: Subject, rng: np.random.Generator) -> tuple[Answers, list[Answers]]:
+    """Return the clean inputs of the fit, and streams of them and of each kind of challenge generated from them."""
+    kept = subject.kept("inputs/generated/fit", dict)
+    logits = blocks_of(subject, "generated/fit", subject.parts["fit"][0], ["logits"])["logits"].double().numpy()
+    labels = subject.parts["fit"][1].numpy()[kept["groups"]]
+    none = np.full(len(labels), np.nan)
+    every = Answers(logits, softmax(logits), none, none, (logits.argmax(1) != labels).astype(float), labels)
+    places = {kind: np.flatnonzero(kept["kinds"] == kind) for kind in np.unique(kept["kinds"])}
+    clean = places.pop("")
+    streams = [
+        every.at(np.concatenate([rng.choice(clean, round(300 * share)), rng.choice(own, 300 - round(300 * share))]))
+        for own in places.values() for share in (*SHARES, 1.0)
+    ]  # fmt: skip
+    return every.at(clean), streams
+
+
+def streams(
+    clean: Answers, cases: Mapping[str, Answers], rng: np.random.Generator
+) -> Iterator[tuple[str, float, int, Answers]]:
+    """Yield group, share of clean inputs, size and answers of every stream."""
+    groups = {
+        name: found
+        for name, parts in GROUPS.items()
+        if (found := [case for case in cases if CASES[case].group in parts])
+    }
+    # As many clean streams as of another group.
+    kinds = [("clean", 1.0)] * len(SHARES) + [(name, share) for name in (*groups, "mixed") for share in SHARES]
+    for group, share in kinds:
+        for size in SIZES:
+            for _ in range(STREAMS):
+                own = rng.binomial(size, share)
+                parts = [clean.at(rng.integers(0, len(clean.wrong), own))]
+                if group != "clean":
+                    among, count = (list(cases), 4) if group == "mixed" else (groups[group], 1)
+                    chosen = rng.choice(among, min(count, len(among)), replace=False)
+                    counts = rng.multinomial(size - own, np.full(len(chosen), 1 / len(chosen)))
+                    pairs = [(cases[case], number) for case, number in zip(chosen, counts, strict=True)]
+                    parts += [case.at(rng.integers(0, len(case.wrong), number)) for case, number in pairs]
+                yield group, share, size, joined(parts)
+
+
+def measure(subject: Subject) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(subject.draw)
+    two_stage = fitted(Fit(subject), DEFAULT_BLOCKS)
+    names = [
+        name for name, case in CASES.items()
+        if subject.kind in case.kinds and any(case.group in parts for parts in GROUPS.values())
+        and not name.startswith(LEFT_OUT)
+    ]  # fmt: skip
+    cases = {}
+    for name in names:
+        try:
+            cases[name] = answers(subject, name, two_stage)
+        except runner.ABSENT as why:
+            if "misleads" not in str(why):
+                raise
+    whole = answers(subject, "clean", two_stage)
+    # The cases are made from the first images.
+    first = round((1 - KNOWN) * len(whole.wrong))
+    shown, unseen = whole.at(slice(first)), whole.at(slice(first, None))
+    fit, generated = of_fit(subject, rng)
+    temperature = float(two_stage.temperature_.temperature)
+    every = estimates(Known(joined([fit, unseen]), unseen, generated, temperature))
+    found: dict[str, list[tuple[str, float, int, float, bool]]] = {}
+    for group, share, size, stream in streams(shown, cases, rng):
+        truth = float(stream.wrong.mean())
+        for name, estimate in every.items():
+            value, *bounds = estimate(stream)
+            inside = bool(bounds) and bounds[0] <= truth <= bounds[1]
+            found.setdefault(name, []).append((group, share, size, 100 * (value - truth), inside))
+    return [
+        {"network": subject.network, "draw": subject.draw, "method": name} | row
+        for name, values in found.items() for row in summed(values, with_bounds=name == OURS)
+    ]  # fmt: skip
+
+
+def summed(values: Sequence[tuple[str, float, int, float, bool]], with_bounds: bool) -> Iterator[dict[str, Any]]:
+    """Yield the mean absolute error and the mean error in points by group, by size, by share, and of all groups."""
+    group, share, size, error, inside = (np.array(column) for column in zip(*values, strict=True))
+    if np.isnan(error).any():
+        yield {"not run": f"more than {MANY} classes"}
+        return
+    parts = {str(name): group == name for name in dict.fromkeys(group)}
+    # Every group weighs the same, however many streams it has.
+    weight = sum(own / own.sum() for own in parts.values()) / len(parts)
+    parts |= {f"streams of {number:,}": size == number for number in SIZES}
+    parts |= {f"{number:.0%} clean": share == number for number in (*SHARES, 1.0)}
+    for case, own in {**parts, "all streams": size > 0}.items():
+        w = weight * own / (weight * own).sum()
+        row = {"case": case, "error": round(float(w @ np.abs(error)), 2), "bias": round(float(w @ error), 2)}
+        yield row | ({"inside": round(float(w @ inside), 3)} if with_bounds else {})
+
+
+def run(options: Options, networks: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    about = {name: [NETWORKS[name].title, name == CHOSEN_ON] for name in DEFAULT_NETWORKS}
+    facts = {"quick": options.quick, "networks": about, "sizes": SIZES, "shares": (*SHARES, 1.0), "streams": STREAMS}
+    return runner.over(networks, options, measure), facts

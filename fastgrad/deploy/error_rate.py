@@ -1,0 +1,83 @@
+"""An error rate without labels: how many answers to a stream of inputs are wrong?
+
+The risk is fitted on as many clean inputs as challenges, so its mean over a stream is right if half of the stream is
+unusual. On clean inputs it is too high by their *excess*, what they owe to the challenges; on challenges it is too low
+by as much. So with a share b of unusual inputs, the error rate is
+
+    mean of the risk + excess (2 b - 1).
+
+Storey's estimate gives b (*A direct approach to false discovery rates*, 2002): p-values of clean inputs are uniform, so
+half of the clean inputs have a p-value above 1/2, and few unusual ones do.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from fastgrad import checks
+
+#: Fewer inputs say nothing.
+FEWEST = 30
+#: Root mean square, over kinds of unusual inputs, of the error rate of a kind minus the mean of its risk.
+SPREAD = 0.1
+
+
+class ErrorRate(NamedTuple):
+    """An estimated share of wrong answers, and the bounds of its interval."""
+
+    rate: float
+    low: float
+    high: float
+
+
+def error_rate(
+    risk: ArrayLike | Tensor, uncertainty: ArrayLike | Tensor, excess: float, *, confidence: float = 0.95
+) -> ErrorRate:
+    """Estimate the share of wrong answers to inputs without labels.
+
+    It sees changes that raise the uncertainty or lower the confidence. It does not see inputs that look usual and are
+    answered with confidence, such as new classes that resemble known ones, or attacks after compression: the true rate
+    is then above the interval.
+
+    Args:
+        risk: ``(n,)``, of a stream of at least 30 inputs, in any order.
+        uncertainty: ``(n,)``, of the same inputs; infinite where it could not be computed.
+        excess: Mean of ``risk - (1 - probabilities.amax(1))`` over clean inputs on which nothing was fitted, above 0.
+        confidence: Of the interval, in (0, 1). It allows for chance, and for kinds of unusual inputs whose risk is
+            wrong by as much as that of the generated challenges.
+
+    Raises:
+        TypeError: ``excess`` or ``confidence`` is not a number.
+        ValueError: Shapes differ, there are fewer than 30 inputs, a value is NaN, a risk is outside [0, 1], or a number
+            is out of range. Without generated challenges, or without labels, the risk says nothing about unusual
+            inputs, and the excess is 0.
+    """
+    checks.lies_in("(0, 1)", confidence=confidence)
+    check_excess(excess)
+    p_wrong, unusual = checks.vector("risk", risk), checks.vector("uncertainty", uncertainty, finite=False)
+    checks.shape_is("uncertainty", unusual, p_wrong.shape, "one per risk")
+    if len(p_wrong) < FEWEST:
+        raise ValueError(f"risk must hold at least {FEWEST} values for an error rate; it held {len(p_wrong)}")
+    if np.isnan(unusual).any() or p_wrong.min() < 0 or p_wrong.max() > 1:
+        raise ValueError("risk must lie in [0, 1] and uncertainty must not hold NaN")
+    # Not clipped at 0: chance would then raise the estimate for clean streams.
+    share = 1 - 2 * float((unusual < math.log(2)).mean())
+    rate = float(np.clip(p_wrong.mean() + excess * (2 * share - 1), 0, 1))
+    variance = float((p_wrong * (1 - p_wrong)).mean()) / len(p_wrong) + (SPREAD * max(share, 0.0)) ** 2
+    half = NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(variance)
+    return ErrorRate(rate, max(rate - half, 0.0), min(rate + half, 1.0))
+
+
+def check_excess(excess: float) -> None:
+    """Raise TypeError or ValueError unless ``excess`` can be that of a risk fitted with challenges."""
+    checks.is_number(excess=excess)
+    if not 0 < excess < 1:
+        raise ValueError(
+            f"excess must lie in (0, 1); it was {excess!r}. It is 0 if the risk was fitted without generated challenges"
+        )

@@ -1,0 +1,70 @@
+"""Estimates of an error rate without labels, on streams whose answer is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("pytorch_ood")
+
+from bench.detection import error_rate
+from bench.detection.error_rate import Answers, Known
+
+
+def stream(count: int, seed: int, *, sure: float = 2.0, shifted: float = 0.0) -> Answers:
+    """Answers whose softmax is calibrated at ``shifted`` 0; other streams lose ``shifted`` of their labels."""
+    rng = np.random.default_rng(seed)
+    logits = sure * rng.normal(size=(count, 4))
+    p = error_rate.softmax(logits)
+    labels = (p.cumsum(1) > rng.random((count, 1))).argmax(1)
+    labels = np.where(rng.random(count) < shifted, (logits.argmax(1) + 1) % 4, labels)
+    wrong = (logits.argmax(1) != labels).astype(float)
+    risk = np.clip(1 - p.max(1) + 0.05, 0, 1)
+    return Answers(logits, p, risk, rng.exponential(size=count), wrong, labels)
+
+
+@pytest.fixture(scope="module")
+def known() -> Known:
+    clean = stream(4000, 0)
+    generated = [stream(300, seed, sure=sure) for seed, sure in enumerate([1.0, 1.5, 2.0, 3.0] * 3)]
+    return Known(clean, clean, generated, 1.0)
+
+
+@pytest.mark.parametrize("sure", [1.0, 2.0, 3.0])
+def test_every_estimate_is_right_where_confidence_is(known: Known, sure: float) -> None:
+    """The softmax is calibrated for every spread of the logits, so each estimate must find the error rate."""
+    seen = stream(1000, 9, sure=sure)
+    truth = seen.wrong.mean()
+    for name, estimate in error_rate.estimates(known).items():
+        # ATC's threshold is that of clean inputs; the risk is too high by .05 by construction.
+        allowed = 0.15 if name in ("COT", "MaNo", "nuclear norm") else 0.07
+        if sure == 2 or not name.startswith("ATC"):
+            assert estimate(seen)[0] == pytest.approx(truth, abs=allowed), name
+
+
+def test_what_no_estimate_of_confidence_can_see(known: Known) -> None:
+    seen = stream(1000, 9, shifted=0.5)
+    every = error_rate.estimates(known)
+    assert all(every[name](seen)[0] < seen.wrong.mean() - 0.2 for name in ("ATC, confidence", "DoC", "COT"))
+
+
+def test_every_group_weighs_the_same() -> None:
+    values = [("clean", 1.0, 100, 1.0, True)] + [("attacks", 0.0, 100, -3.0, False)] * 9
+    rows = {row["case"]: row for row in error_rate.summed(values, with_bounds=True)}
+    assert rows["all streams"] == {"case": "all streams", "error": 2, "bias": -1, "inside": 0.5}
+    assert rows["attacks"] == {"case": "attacks", "error": 3, "bias": -3, "inside": 0}
+    (left,) = error_rate.summed([("clean", 1.0, 100, np.nan, False)], with_bounds=False)
+    assert "case" not in left
+    assert "more than 20 classes" in left["not run"]
+
+
+def test_streams_have_their_size_and_share(known: Known) -> None:
+    clean, bad = stream(200, 1), stream(200, 2, shifted=1.0)
+    cases = {"FGSM": bad, "fog": bad}
+    made = list(error_rate.streams(clean, cases, np.random.default_rng(0)))
+    assert {size for _, _, size, _ in made} == set(error_rate.SIZES)
+    assert {group for group, *_ in made} == {"clean", "attacks", "corruptions unlike generated ones", "mixed"}
+    for group, share, size, seen in made:
+        assert len(seen.wrong) == len(seen.logits) == size
+        if group == "mixed" and size == 1000 and share == 0:
+            assert seen.wrong.mean() > 0.9

@@ -1,0 +1,100 @@
+"""The estimated error rate of a stream, in a world in which everything is known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fastgrad.deploy.drift import DriftMonitor
+from fastgrad.deploy.error_rate import SPREAD, error_rate
+
+EXCESS = 0.06
+
+
+def world(
+    count: int, unusual: float, seed: int = 0, confidence: float = 0.9, misled: float = 0.5
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Risk, uncertainty and errors of a stream; the risk of clean inputs is too high by EXCESS on average.
+
+    It is too low by as much on unusual inputs, which mislead the network with a probability of ``misled``.
+    """
+    rng = np.random.default_rng(seed)
+    strange = rng.random(count) < unusual
+    uncertainty = np.where(strange, 5 + rng.exponential(size=count), rng.exponential(size=count))
+    wrong = rng.random(count) < np.where(strange, misled, 1 - confidence)
+    noise = rng.uniform(-0.02, 0.02, count)
+    risk = np.where(strange, misled - EXCESS, 1 - confidence + EXCESS) + noise
+    return risk, uncertainty, wrong
+
+
+@pytest.mark.parametrize("unusual", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("misled", [0.3, 0.9])
+def test_the_rate_is_that_of_a_known_world(unusual: float, misled: float) -> None:
+    count = 200_000
+    risk, uncertainty, wrong = world(count, unusual, misled=misled)
+    found = error_rate(risk, uncertainty, EXCESS)
+    # The mean of n numbers below 1 is off by some n^(-1/2), and so is twice the share of unusual inputs.
+    assert found.rate == pytest.approx(wrong.mean(), abs=5 / math.sqrt(count))
+    if 0 < unusual < 1:
+        assert abs(risk.mean() - wrong.mean()) > abs(found.rate - wrong.mean()) or unusual == 0.5
+    assert found.low <= found.rate <= found.high
+    half = 1.96 * SPREAD * unusual
+    assert found.high - found.rate == pytest.approx(min(half, 1 - found.rate), abs=0.01)
+
+
+def test_intervals_hold_the_rate_of_clean_streams() -> None:
+    inside = []
+    for seed in range(300):
+        risk, uncertainty, wrong = world(400, 0.0, seed)
+        found = error_rate(risk, uncertainty, EXCESS, confidence=0.9)
+        inside.append(found.low <= wrong.mean() <= found.high)
+    # Four standard deviations of a binomial.
+    assert np.mean(inside) > 0.9 - 4 * math.sqrt(0.9 * 0.1 / 300)
+
+
+def test_bounds_and_types() -> None:
+    same = error_rate(torch.ones(30), torch.full((30,), math.inf), EXCESS)
+    assert same.rate == 1 == same.high
+    assert error_rate([0.0] * 30, [0.1] * 30, EXCESS)[:2] == (0, 0)
+
+
+def test_the_monitor_keeps_the_last_thousand() -> None:
+    monitor = DriftMonitor(np.random.default_rng(0).exponential(size=200), excess=EXCESS)
+    risk, uncertainty, _ = world(1500, 0.2)
+    monitor.update(uncertainty[:29], risk[:29])
+    assert monitor.error_rate is None
+    monitor.update(uncertainty[29], risk[29])
+    assert monitor.error_rate == error_rate(risk[:30], uncertainty[:30], EXCESS)
+    monitor.update(uncertainty[30:], risk[30:])
+    assert monitor.error_rate == error_rate(risk[500:], uncertainty[500:], EXCESS)
+    silent = DriftMonitor(np.arange(100))
+    silent.update(uncertainty, risk)
+    assert silent.error_rate is None
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: error_rate([0.1] * 29, [1.0] * 29, 0.1), "at least 30 values for an error rate; it held 29"),
+        (lambda: error_rate([0.1] * 30, [1.0] * 31, 0.1), "uncertainty must have shape"),
+        (lambda: error_rate([1.1] * 30, [1.0] * 30, 0.1), "risk must lie in"),
+        (lambda: error_rate([np.nan] * 30, [1.0] * 30, 0.1), "risk must be finite"),
+        (lambda: error_rate([0.1] * 30, [np.nan] * 30, 0.1), "uncertainty must not hold NaN"),
+        (lambda: error_rate([0.1] * 30, [1.0] * 30, 0.0), "excess must lie in .* without generated challenges"),
+        (lambda: error_rate([0.1] * 30, [1.0] * 30, 0.1, confidence=1), "confidence must lie in"),
+        (lambda: DriftMonitor(np.arange(100), excess=1.5), "excess must lie in"),
+        (lambda: DriftMonitor(np.arange(100), excess=0.1).update([1.0], [0.1, 0.2]), "risk must have shape"),
+        (lambda: DriftMonitor(np.arange(100), excess=0.1).update([1.0], [np.nan]), "risk must be finite"),
+    ],
+)
+def test_bad_input(call, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_an_excess_is_a_number() -> None:
+    with pytest.raises(TypeError, match="excess must be a number"):
+        error_rate([0.1] * 30, [1.0] * 30, "0.1")  # type: ignore[arg-type]
