@@ -445,3 +445,17 @@ def test_casts_that_autocast_keeps_are_of_one_call() -> None:
         assert torch.equal(first, again)
         with pytest.raises(ValueError, match=r"outputs must depend on '0\.weight' through calls"):
             recorded(model, lambda: (model(x) + F.linear(x, model[0].weight)[:, :3]).float().square().sum())
+
+
+def test_a_batch_of_no_samples(model: nn.Sequential) -> None:
+    parameters, none = list(model.parameters()), X[:0]
+    with fastgrad.record(model):
+        for found in (
+            fastgrad.grad_sqnorm(model(none).sum(), parameters),
+            fastgrad.grad_sqnorm(model(none), parameters, grad_outputs=torch.ones(0, 3)),
+        ):
+            assert [norms.shape for norms in found] == [(0,)] * len(parameters)
+        batched = fastgrad.grad_sqnorm(model(none), parameters, grad_outputs=torch.ones(2, 0, 3), is_grads_batched=True)
+        assert [norms.shape for norms in batched] == [(2, 0)] * len(parameters)
+    norms = norms_of(model)
+    assert_close(norms, loop(model))
