@@ -84,7 +84,7 @@ def samples_of(info: Any, training: bool) -> Any:
 
 
 def check_sample(info: Any, sample: Any) -> str:
-    """Whether the norms are those of the loop, or the model is refused by name; "" for what has no batch for certain."""
+    """Whether the norms are those of the loop, or the model is refused by name; "" without a certain batch."""
     given, forward = sample.constructor_input, sample.forward_input
     module = info.module_cls(*given.args, **given.kwargs).double().eval()
     tensors = [t for t in (*forward.args, *forward.kwargs.values()) if isinstance(t, Tensor) and t.dim()]
