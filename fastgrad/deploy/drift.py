@@ -22,8 +22,8 @@ Memory and time per score do not grow with the stream.
 
 from __future__ import annotations
 
+import collections
 import math
-from collections import deque
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -135,9 +135,11 @@ class DriftMonitor:
         checks.is_seed(seed)
         if excess is not None:
             check_excess(excess)
+        self.excess = excess
         self.reference = reference if isinstance(reference, ScoreReference) else ScoreReference.from_scores(reference)
         self.false_alarm_rate = float(false_alarm_rate)
-        self.form, self.excess, self._seed = form, excess, seed
+        self.form = form
+        self._seed = seed
         self.reset()
 
     def reset(self) -> None:
@@ -151,10 +153,10 @@ class DriftMonitor:
         self._total = float(self._counts.sum())
         self._capital = np.zeros(len(_BETS))
         self._peak = 0.0
+        self._recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=1000)
         self.count = 0
         self.evidence = 0.0 if self.form == "average" else 1.0
         self.alarm_at: int | None = None
-        self._recent: deque[tuple[float, float]] = deque(maxlen=1000)
 
     @property
     def error_rate(self) -> ErrorRate | None:
@@ -214,10 +216,9 @@ class DriftMonitor:
         return self.alarm
 
     def state(self) -> dict[str, Any]:
-        """Return what a dashboard shows: the attributes, the rates, the form, and `summary`."""
+        """Return what a dashboard shows: the attributes, the rate, the form, and `summary`."""
         shown = ("count", "evidence", "p_value", "alarm", "alarm_at", "false_alarm_rate", "form")
-        found = {"error_rate": None if self.error_rate is None else self.error_rate._asdict()}
-        return {name: getattr(self, name) for name in shown} | found | {"summary": self.summary()}
+        return {name: getattr(self, name) for name in shown} | {"summary": self.summary()}
 
     def summary(self) -> str:
         """Say in one sentence whether there is an alarm, on how many inputs, and with which error rate."""

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,13 +39,21 @@ class Outcome:
 
 
 class Plain(TorchFunctionMode):
-    """Looks at results, and keeps PyTorch's attention from its fused paths, as `PerSample` does."""
+    """Looks at results and writes, and keeps PyTorch's attention from its fused paths, as `PerSample` does."""
 
-    def __init__(self) -> None:
+    def __init__(self, parameters: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.bytes, self.precision = 0, 0.0
+        self._places = {p.data_ptr(): p for p in parameters}
+        #: By its id, each of the ``parameters`` that was written to, and what it was.
+        self.written: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], Tensor):
+            p = self._places.get(args[0].data_ptr())
+            if p is not None:
+                self.written.setdefault(id(p), (p, p.detach().clone()))
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor):
             self.bytes += out.numel() * out.element_size()
@@ -105,7 +113,7 @@ class Pass:
         """Call the model on the whole batch; its outputs have no graph."""
         # As in the call itself, gradients are enabled: hooks of tensors cannot be registered without.
         args, kwargs = self.call_of(self.copied_leaves())
-        with warnings.catch_warnings(), Plain() as plain:
+        with warnings.catch_warnings(), Plain(self.parameters.values()) as plain:
             warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
             values, rebuilt, names = flatten(self.forward(*args, **kwargs))
         # Autocast keeps casts of parameters, and these belong to another graph.

@@ -113,7 +113,6 @@ class _Run(Pass):
         """Run the samples and compare with an ordinary call; NotPerSampleError if samples interact."""
         holders = State(self.modules, frozenset()).objects()
         state = State(self.modules, None, [*self.objects, *holders])
-        versions = {name: p._version for name, p in self.model.named_parameters()}
         begin = next_number()
         plain, expected = self.ordinary()
         self.numbers = range(begin, next_number())
@@ -125,7 +124,7 @@ class _Run(Pass):
             raise NotPerSampleError(
                 "model must not make layers or parameters in forward; call it once before, if only a first call does"
             )
-        moved = {n: p.detach().clone() for n, p in self.model.named_parameters() if p._version != versions.get(n)}
+        moved = {key: (p, before, p.detach().clone()) for key, (p, before) in plain.written.items()}
         size = plain.bytes / max(1, sum(x.numel() for x in input_tensors(self.leaves)))
         failure: Exception | None = None
         each = list(choices(self.leaves, self.samples))
@@ -162,13 +161,14 @@ class _Run(Pass):
             raise NotPerSampleError(f"{failure}. It also draws random numbers in evaluation mode") from failure
         raise failure
 
-    def _require_unmoved(self, values: Mapping[str, Tensor]) -> None:
-        """Raise NotPerSampleError if a run changed parameters that an ordinary call had left with these values."""
-        for name, value in values.items():
-            parameter = self.model.get_parameter(name)
-            if not torch.equal(parameter, value):
+    def _require_unmoved(self, written: Mapping[int, tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Raise NotPerSampleError, with the parameters as they were, if a second run moved them again."""
+        for key, (parameter, _, after) in written.items():
+            if not torch.equal(parameter, after):
                 with torch.no_grad():
-                    parameter.copy_(value)
+                    for one, value, _ in written.values():
+                        one.copy_(value)
+                name = next(name for name, p in self.model.named_parameters() if id(p) == key)
                 raise NotPerSampleError(
                     "model must not write to its parameters in forward, as a moving average does; it wrote to "
                     f"{name!r}. Write to them outside of forward"

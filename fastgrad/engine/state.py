@@ -43,7 +43,13 @@ def copied(value: Any) -> Any:
         return [copied(item) for item in value]
     if kind is dict:
         return {key: copied(item) for key, item in value.items()}
-    return copy.copy(value) if isinstance(value, _MUTABLE) else value
+    if not isinstance(value, _MUTABLE):
+        return value
+    made: Any = copy.copy(value)
+    if isinstance(value, dict):
+        for key, item in value.items():
+            made[key] = copied(item)
+    return made
 
 
 def same(value: Any, other: Any) -> bool:

@@ -50,7 +50,8 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
     attributes that the model writes are those of the batch, ordinary backward passes work as always, and modules keep
     their mode (batch norm must be in evaluation mode). What ``vmap`` cannot run, runs sample by sample: as exact, and
     slower. ``forward`` of the model's modules is redirected on the instances for this thread; leaving the context puts
-    it back. Hooks of parameters (``Tensor.register_hook``) see summed gradients; norms ignore them.
+    it back. Lists and dicts among the inputs are copies: what the model writes to them stays inside. Hooks of
+    parameters (``Tensor.register_hook``) see summed gradients; norms ignore them.
 
     Args:
         model: The model to be called inside. If it is ``DistributedDataParallel``, or ``DataParallel`` on one device,

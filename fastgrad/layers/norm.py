@@ -92,10 +92,10 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    """Rule for ``torch.nn.functional.batch_norm``; it also standardises weights, which hold no samples."""
-    if not call.is_batched(input) or not call.serves(weight, bias):
+    """Rule for ``torch.nn.functional.batch_norm`` with running statistics; without, it may standardise weights."""
+    if not call.is_batched(input) or not call.serves(weight, bias) or running_mean is None or running_var is None:
         return NotImplemented
-    if training or running_mean is None or running_var is None:
+    if training:
         raise NotPerSampleError(
             "model must not mix the samples of a batch, or there is no gradient per sample; it normalises with the "
             "statistics of the batch (batch norm in training mode, or without running statistics; call model.eval())"

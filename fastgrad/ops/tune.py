@@ -31,7 +31,7 @@ KNOWN_ARCHITECTURES = {
     "sm_100": Architecture("cuda", 100, 148, 227 << 10),
     "sm_120": Architecture("cuda", 120, 170, 99 << 10),
     "gfx942": Architecture("hip", 942, 304, 64 << 10),
-    "gfx950": Architecture("hip", 950, 256, 64 << 10),
+    "gfx950": Architecture("hip", 950, 256, 160 << 10),
 }
 INTERPRETER = Architecture("cpu", 0, 1, 1 << 20)
 
@@ -141,7 +141,7 @@ def linear_stats(
             # Moments of wider tiles do not fit the registers: before sm_90 the product's operands take many, and since
             # sm_100 a thread holds whole rows. Triton before 3.9 lacks some for bce.
             block_n = 64 if before or after or loss in ("mse", "bce") else 128
-        elif block_m == 64 and wide and not before:
+        elif block_m == 64 and wide:
             # The three products of float32 hold three pairs of operands.
             block_n = 32
         elif block_m == 16 and before and loss == "bce":

@@ -32,7 +32,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["demo", "--seed", "-1"], "fastgrad demo: seed must be an integer of at least 0; it was -1"),
         (["demo", "--seed", str(2**64)], "fastgrad demo: seed must be below 2**32"),
         (["serve"], "fastgrad serve: give one MODEL, or --model NAME=PATH"),
-        (["serve", "none.pt2"], "none.pt2: there is no such file"),
+        (["serve", "none.pt2"], "none.pt2 cannot be loaded: No such file"),
         (["score", "none.pt2", "."], "the following arguments are required: --out"),
         (["score", "none.pt2", ".", "--out", "o.parquet"], "none.pt2: there is no such file"),
     ],

@@ -197,9 +197,7 @@ USED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str, str]] = {
     "cond": (
         lambda net, x: net.head(torch.cond(x.sum() > -99, torch.sin, torch.cos, (x,))), "head.weight", "alone",
     ),
-    "scan of steps": (
-        lambda net, x: net.head(torch.cumprod(x.unsqueeze(1) * net.matrix, 1)[:, -1]), "matrix", "copies"
-    ),
+    "steps": (lambda net, x: net.head(torch.cumprod(x[:, None] * net.matrix, 1)[:, -1]), "matrix", "copies"),
 }  # fmt: skip
 
 

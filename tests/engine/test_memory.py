@@ -18,7 +18,7 @@ import fastgrad
 COUNT = """
 import resource, sys
 import torch
-from fastgrad.engine.memory import keep_freed_memory
+from fastgrad.memory import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

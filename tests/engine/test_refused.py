@@ -246,20 +246,6 @@ def test_a_penalty_of_gradients_is_refused_where_it_passes_a_rule(way: str) -> N
         assert_exact(torch.stack(found, 1), loss_norms((term + out.sum() for out, term in rows), model))
 
 
-def test_transforms_of_functions_inside_a_recording() -> None:
-    model = nn.Linear(3, 2).double()
-    own = dict(model.named_parameters())
-
-    def total(values: dict[str, Tensor]) -> Tensor:
-        return torch.func.functional_call(model, values, (X,)).square().sum()
-
-    with fastgrad.record(model):
-        found = torch.func.grad(total)(own)
-        torch.testing.assert_close(torch.func.vmap(model)(X), model(X))
-    truth = torch.autograd.grad(model(X).square().sum(), list(own.values()))
-    torch.testing.assert_close(tuple(found.values()), truth)
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_gradients_that_are_rounding_alone_are_no_samples_that_meet() -> None:
     saturated = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)

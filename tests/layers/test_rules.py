@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from gradient_oracle import check_module, true_norms
+from gradient_oracle import check_module, loss_norms, true_norms
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_nets import Net
+from small_nets import Net, assert_exact, check, recorded
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastgrad
 from fastgrad.gradients.features import Route
@@ -78,21 +79,6 @@ def test_transposed_convolution(data: st.DataObject) -> None:
 def test_depthwise_convolution() -> None:
     torch.manual_seed(0)
     check_module(nn.Conv2d(6, 12, 3, padding=1, groups=6), torch.randn(3, 6, 5, 5))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"padding": (0, 1)}, {"padding": 2, "dilation": 2}, {"stride": 2}, {"dilation": (2, 2), "padding": "same"}],
-)
-def test_a_convolution_that_is_changed_between_calls(changes: dict[str, object]) -> None:
-    torch.manual_seed(0)
-    layer, x = nn.Conv2d(3, 4, 3, padding=1), torch.randn(3, 3, 7, 6)
-    extractor = fastgrad.GradientFeatures(nn.Sequential(layer, nn.AdaptiveAvgPool2d(1), nn.Flatten()), loss="mse")
-    extractor(x)
-    for name, value in changes.items():
-        setattr(layer, name, value)
-    truth = true_norms(extractor.model, (x,), lambda _, z: 2 * (z - 1))
-    torch.testing.assert_close(extractor(x)[1].double(), truth, rtol=1e-4, atol=1e-9)
 
 
 def _random_statistics(module: nn.Module) -> nn.Module:
@@ -205,15 +191,6 @@ def test_layers_have_a_formula(module: nn.Module, shape: tuple[int, ...], name: 
     taken = Net(lambda net, x: net.inner(x)[0] if isinstance(net.inner, nn.RNNBase) else net.inner(x), inner=module)
     for route in _routes(taken, x):
         assert (route.route, route.reason) == ("rule", name) or route.route == name
-
-
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True)], ids=repr)
-def test_norms_of_channels_last_tensors(norm: nn.Module) -> None:
-    torch.manual_seed(1)
-    # The convolution keeps the layout, and asks the norm for its input's gradient: without that PyTorch's own
-    # backward pass of group norm crashes on channels-last tensors.
-    model = nn.Sequential(nn.Conv2d(4, 4, 3), _random_statistics(norm)).to(memory_format=torch.channels_last)
-    check_module(model, torch.randn(3, 4, 7, 8).contiguous(memory_format=torch.channels_last))
 
 
 @few
@@ -404,15 +381,55 @@ def test_cancelling_positions_keep_their_accuracy() -> None:
     check_weight(table, index, gradient)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("affine", [True, False])
-def test_batch_norm_and_strided_convolutions_in_a_row(dtype: torch.dtype, affine: bool) -> None:
-    torch.manual_seed(5)
-    norm = nn.BatchNorm2d(4, affine=affine)
-    norm.running_mean.normal_()
-    norm.running_var.uniform_(0.3, 3)
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), norm, nn.ReLU(inplace=True),
-        nn.Conv2d(4, 5, 1, stride=(2, 3)), nn.BatchNorm2d(5), nn.Conv2d(5, 6, 2),
-    ).to(dtype)  # fmt: skip
-    check_module(model, torch.randn(3, 3, 7, 9, dtype=dtype), seed=5)
+def tokens(net: Any, x: Tensor) -> Tensor:
+    """Convolutional features as a sequence of tokens, tokens first, as PyTorch's attention takes them by default."""
+    tokens = net.norm(net.convolution(x)).flatten(2).permute(2, 0, 1)
+    return net.head(net.token(tokens).tanh().sum(0))
+
+
+def lying(net: Any, x: Tensor) -> Tensor:
+    """A norm whose input lies transposed, as does its gradient."""
+    h = net.norm((net.convolution(x) * net.scale).transpose(1, 2).contiguous().transpose(1, 2))
+    return net.head(h.transpose(2, 3).contiguous().tanh().transpose(2, 3).sum((2, 3)))
+
+
+def by_hand(net: Any, x: Tensor) -> Tensor:
+    """Any of three norms, whose gradients PyTorch has right in any layout."""
+    mean, var, norm = None, None, net.norm
+    groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else 4
+    if isinstance(norm, nn.BatchNorm2d):
+        mean, var = norm.running_mean[:, None, None], norm.running_var[:, None, None]
+    each = x.unflatten(1, (groups, -1)).flatten(2)
+    mean = each.mean(2).repeat_interleave(4 // groups, 1)[..., None, None] if mean is None else mean
+    var = each.var(2, unbiased=False).repeat_interleave(4 // groups, 1)[..., None, None] if var is None else var
+    return (x - mean) / (var + norm.eps).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
+
+
+@pytest.mark.parametrize("function", [tokens, lying])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.InstanceNorm2d(4, affine=True), nn.GroupNorm(2, 4)], ids=repr)
+@pytest.mark.parametrize("last", [False, True])
+def test_one_sample_has_the_norms_that_it_has_in_a_batch(function: Any, norm: nn.Module, last: bool) -> None:
+    """Where inputs or gradients lie transposed, PyTorch's own gradients of a batch of one are wrong on a CPU."""
+    torch.manual_seed(0)
+    parts = {"convolution": nn.Conv2d(3, 4, 3), "token": nn.Linear(4, 4), "head": nn.Linear(4, 3)}
+    model = Net(function, norm=_random_statistics(norm), scale=nn.Parameter(torch.rand(4, 1, 1)), **parts)
+    model, x = model.double().eval(), torch.randn(3, 3, 6, 5, dtype=torch.float64)
+    plain = copy.deepcopy(model)
+    plain.norm = Net(by_hand, norm=plain.norm)
+    truth = loss_norms(plain(x).square().sum(1), plain)
+    if last:
+        model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    assert_exact(recorded(model, lambda: model(x).square().sum()), truth)
+    alone = [recorded(model, lambda row=row: model(row).square().sum()) for row in x.split(1)]
+    assert_exact(torch.cat(alone), truth)
+
+
+def packed(net: Any, x: Tensor, lengths: Tensor) -> Tensor:
+    sequences = pack_padded_sequence(x, lengths, batch_first=True)
+    return net.head(net.body(sequences)[1][0])
+
+
+@pytest.mark.parametrize("samples", [1, 3, 5])
+def test_packed_sequences(samples: int) -> None:
+    model = Net(packed, body=nn.GRU(3, 3, batch_first=True), head=nn.Linear(3, 2)).double()
+    check(model, (torch.randn(samples, 6, 3).double(), torch.arange(6, 6 - samples, -1)))

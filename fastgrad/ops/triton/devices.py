@@ -20,7 +20,8 @@ def _architecture(index: int) -> Architecture:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         digits = "".join(c for c in properties.gcnArchName.split(":")[0] if c.isdigit())
-        return Architecture("hip", int(digits or 0), properties.multi_processor_count, 64 << 10)
+        shared = 160 << 10 if digits == "950" else 64 << 10
+        return Architecture("hip", int(digits or 0), properties.multi_processor_count, shared)
     version = 10 * properties.major + properties.minor
     shared = int(getattr(properties, "shared_memory_per_block_optin", 99 << 10))
     return Architecture("cuda", version, properties.multi_processor_count, shared)
