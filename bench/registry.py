@@ -57,13 +57,17 @@ class Case:
 
     def ready(self, name: str, device: str) -> Callable[[], Any]:
         """Return the call of an implementation; a ValueError if its result is wrong."""
+        return self.checked(name, device)[0]
+
+    def checked(self, name: str, device: str) -> tuple[Callable[[], Any], float]:
+        """Return the same and the relative error of its result."""
         found = self.implementations(device)[name]
         call = found.prepare()
         error, allowed = float(found.check(call())), found.tolerance
         if not error <= allowed:
             message = f"the relative error must be at most {allowed:.1e} to be timed; it was {error:.1e}"
             raise ValueError(f"{self.name}, {name}: {message}")
-        return call
+        return call, error
 
 
 _CASES: dict[str, list[Case]] = {size: [] for size in SIZES}

@@ -65,12 +65,12 @@ def test_micro(benchmark: Any, device: str, measured: Rows, case: Case, name: st
     """Time an implementation. If it is wrong, fastgrad's fails and a peer's is skipped; its row has no times."""
     row: dict[str, Any] = {
         "case": case.name, "implementation": name, "median_s": None, "p10_s": None, "p90_s": None, "peak_bytes": None,
-        "relative_to": case.against, "ratio": None, "correct": False, "note": "",
+        "relative_to": case.against, "ratio": None, "correct": False, "note": "", "error": None,
     }  # fmt: skip
     try:
         if name not in case.implementations(device):
             pytest.skip(f"{case.name} has no {name}")
-        call = case.ready(name, device)
+        call, row["error"] = case.checked(name, device)
     except Exception as problem:  # a peer may refuse a task in any way it likes
         row["note"] = f"{problem}" if isinstance(problem, ValueError) else f"{type(problem).__name__}: {problem}"
         measured[case.table].append(row)
