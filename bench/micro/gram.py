@@ -25,7 +25,8 @@ from bench.micro.models import NETWORKS, Network, images
 from bench.micro.network_peers import CE, UNIT, Task
 from bench.registry import Implementation, case
 
-#: Errors allowed, relative to the product of two norms. The forward pass alone rounds instance norms of four pixels by 1e-4.
+#: Errors allowed, relative to the product of two norms: the forward pass alone rounds instance norms of four pixels
+#: by 1e-4.
 ALLOWED = 1e-3
 #: Bytes of gradients that a peer may hold.
 MEMORY = 3 << 30
