@@ -84,7 +84,7 @@ def contrast(B: int, N: int, D: int, loss: str, arch: Architecture) -> tuple[Opt
         width = rows * block
         if cdiv(B, rows) >= 8 * arch.processors:
             # 32 logits a thread, so that short rows belong to one warp and no thread waits for another warp's sums.
-            warps = width // (512 if loss == "brier" else 1024)
+            warps = width // (512 if loss == "brier" or arch.version == 89 else 1024)
         else:
             # Fewer rows take more threads each, 8 to 32 logits a thread.
             warps = min(width // 256, max(4, width // 512))
@@ -98,7 +98,7 @@ def contrast(B: int, N: int, D: int, loss: str, arch: Architecture) -> tuple[Opt
     parted = N % 8 != 0
     plain = loss == "cross_entropy"
     block = 8192 if plain and not parted else 2048 if loss == "brier" and arch.version >= 100 else 4096
-    crowded = (parted and loss != "bce") or (arch.version < 90 and loss != "brier")
+    crowded = parted or (arch.version < 90 and loss != "brier")
     crowded = crowded or (arch.version >= 100 and loss == "mse")
     warps = 16 if crowded and not plain and arch.backend == "cuda" else 8
     # A processor has room for two programs. The last of them to run should not run alone.
@@ -110,6 +110,8 @@ def contrast(B: int, N: int, D: int, loss: str, arch: Architecture) -> tuple[Opt
     splits = min(range(1, min(MOST_SPLITS, cdiv(N, 2048)) + 1), key=cost)
     splits = 1 if cost(1) <= 1.1 * cost(splits) else splits
     block = min(block, max(2048, power_of_two(cdiv(N, splits))))
+    if arch.backend == "hip":
+        warps = min(warps, block // 512)  # 64 threads each, with one 16-byte access of half precision
     return {"BLOCK_N": block, "BLOCK_D": _block(D, 2048), "num_warps": warps}, splits
 
 
@@ -152,6 +154,8 @@ def linear_stats(
             block_n //= 2
         else:
             block_m //= 2
+    if arch.version in (86, 89) and block_m * block_n <= 1024:
+        warps = min(warps, 4)  # eight warps run out of registers there
     while block_k > 16 and block_k // 2 >= D:
         block_k //= 2
     stage = (block_m + block_n) * block_k * dtype.itemsize

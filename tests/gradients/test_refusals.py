@@ -85,5 +85,5 @@ def test_a_batch_norm_that_lost_its_statistics() -> None:
     extractor = GradientFeatures(model)
     extractor(torch.rand(5, 2))
     model[1].running_mean = model[1].running_var = None
-    with pytest.raises(ValueError, match=r"must not mix the samples of a batch.* without running statistics"):
+    with pytest.raises(ValueError, match="model must run on each sample alone"):
         extractor(torch.rand(5, 2))
