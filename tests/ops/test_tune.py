@@ -97,7 +97,8 @@ def test_rows_of_logits_that_are_no_whole_16_bytes_have_more_threads() -> None:
     for name, arch in tune.KNOWN_ARCHITECTURES.items():
         # As many logits by twice the threads, or half of them.
         for loss in ("mse", "brier"):
-            warps = tune.contrast(4096, 50_257, 768, loss, arch)[0]["num_warps"]
-            assert warps == (16 if name.startswith("sm") else 8)
+            options = tune.contrast(4096, 50_257, 768, loss, arch)[0]
+            # On AMD, 64 threads a warp read 16 bytes of half precision each.
+            assert options["num_warps"] == (16 if name.startswith("sm") else min(8, options["BLOCK_N"] // 512))
         whole, parted = (tune.contrast(4096, N, 768, "cross_entropy", arch)[0] for N in (50_256, 50_257))
         assert parted["BLOCK_N"] <= whole["BLOCK_N"] // 2
