@@ -103,6 +103,11 @@ class Backward:
             return {}
         outputs, at = zip(*pairs, strict=True)
         leaves = {key: part.thawed.get(key, p) for key, p in self.wanted.items()}
+        if not all(leaf.requires_grad for leaf in leaves.values()):
+            raise ValueError(
+                "params must require gradients where samples run alone because of a checkpoint in forward; one does "
+                "not. Call requires_grad_() before the call, or leave the checkpoint out"
+            )
         with part.swapped():
             own = torch.autograd.grad(outputs, list(leaves.values()), at, allow_unused=True, retain_graph=True)
         return {

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastgrad._torch import functorch, lowered, pytree, saved_tensor_hooks
 from fastgrad.layers import ENTERED, RULES
-from fastgrad.layers.call import Call, Refused
+from fastgrad.layers.call import CHECKPOINT, Call, Refused
 
 
 class Split(Exception):  # noqa: N818 - a way to go on, not an error
@@ -80,10 +80,10 @@ class PerSample(TorchFunctionMode):
             with self:
                 return ENTERED[func](*args, **kwargs)
         if torch.is_grad_enabled():
+            if saved_tensor_hooks() != call.hooks:
+                raise Refused(CHECKPOINT)
             rule = RULES.get(func)
             if rule is not None:
-                if saved_tensor_hooks() != call.hooks:
-                    raise Refused("a checkpoint computes it again when vmap is over")
                 out = rule(call, *args, **kwargs)
                 if out is not NotImplemented:
                     return out
@@ -103,8 +103,6 @@ class PerSample(TorchFunctionMode):
         call = self._call
         if any(call.owns(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
             call.require_level()
-            if saved_tensor_hooks() != call.hooks:
-                raise Refused("a checkpoint computes it again when vmap is over")
             return pytree.tree_map(lambda leaf: call.copy_of(leaf) if call.owns(leaf) else leaf, (args, kwargs))
         return args, kwargs
 

@@ -22,7 +22,7 @@ from fastgrad.engine.modules import replaced
 from fastgrad.engine.state import Place, State
 from fastgrad.engine.structure import Alone, Structure
 from fastgrad.layers import MODULES
-from fastgrad.layers.call import Call, NotPerSampleError, Refused
+from fastgrad.layers.call import CHECKPOINT, Call, NotPerSampleError, Refused
 from fastgrad.memory import lacks_memory
 
 
@@ -219,11 +219,14 @@ class Pass:
             own = [x[i : i + 1] if c else x for x, c in zip(leaves, structure.carriers, strict=True)]
             own = [copy.copy(x) if isinstance(x, (set, list, dict)) else x for x in own]
             with state.own_buffers():
-                yield self._sample(state, own, torch.tensor([i], device="cpu") if index is None else index[i : i + 1])
+                # A checkpoint computes with the parameters that the model holds then.
+                thaws = self.undo or structure.alone != CHECKPOINT
+                part = Alone(self.model, self.parameters if thaws else {})
+                yield self._sample(
+                    part, state, own, torch.tensor([i], device="cpu") if index is None else index[i : i + 1]
+                )
 
-    def _sample(self, state: State, leaves: list[Any], index: Tensor) -> Outcome:
-        part = Alone(self.model, self.parameters)
-
+    def _sample(self, part: Alone, state: State, leaves: list[Any], index: Tensor) -> Outcome:
         def rows(tree: Any) -> Tree:
             values, rebuilt, names = flatten(tree)
             # Views of their own: outputs that are computed from other outputs are no way to these.

@@ -20,6 +20,10 @@ class NotPerSampleError(ValueError):
     """The model has no gradient per sample, which no other way of running it would change."""
 
 
+#: Why samples run alone that a checkpoint computes again in the backward pass, when vmap is over.
+CHECKPOINT = "a checkpoint computes it again when vmap is over"
+
+
 class Refused(Exception):  # noqa: N818 - the samples run alone instead
     """What the model does cannot be followed on the batch; the message says what it is.
 
