@@ -101,6 +101,8 @@ def contrast(B: int, N: int, D: int, loss: str, arch: Architecture) -> tuple[Opt
     crowded = parted or (arch.version < 90 and loss != "brier")
     crowded = crowded or (arch.version >= 100 and loss == "mse")
     warps = 16 if crowded and not plain and arch.backend == "cuda" else 8
+    if parted and loss == "bce" and arch.version == 90:
+        block, warps = 2048, 8
     # A processor has room for two programs. The last of them to run should not run alone.
     places = 2 * arch.processors
 
