@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -70,17 +71,20 @@ def call_of(node: Any) -> Any:
     return node.call if type(node).__name__ == "_ReturnedBackward" else None
 
 
-def nodes(outputs: Iterable[Any]) -> Iterator[Any]:
-    """Yield the nodes of the graph of ``outputs`` (tensors or nodes), but for those within calls."""
+def nodes(outputs: Iterable[Any], *, inside: bool = False, stops: Iterable[Any] = ()) -> Iterator[Any]:
+    """Yield the nodes of the graph of ``outputs`` (tensors or nodes), up to ``stops``.
+
+    Those within calls are left out, unless the walk is to go ``inside``.
+    """
     waiting: list[Any] = [out.grad_fn if isinstance(out, Tensor) else out for out in outputs]
-    seen = set()
+    seen = set(stops)
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         yield node
-        call = call_of(node)
+        call = None if inside else call_of(node)
         waiting += [following for following, _ in node.next_functions] if call is None else call.inputs
 
 
@@ -126,41 +130,20 @@ def untracked(outputs: Iterable[Tensor], numbers: list[tuple[int, int]], inputs:
     The nodes that its ``inputs`` come from do not count.
     """
     found: set[int] = set()
-    waiting, seen, ranges = [out.grad_fn for out in outputs], set(inputs), sorted(numbers)
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        following = [other for other, _ in node.next_functions if other is not None]
-        leaves = {id(other.variable) for other in following if hasattr(other, "variable")}
+    ranges = sorted(numbers)
+    for node in nodes(outputs, inside=True, stops=inputs):
+        leaves = {id(other.variable) for other, _ in node.next_functions if hasattr(other, "variable")}
         if leaves and not _within(number_of(node), ranges):
             found |= leaves
-        waiting += following
     return found
 
 
 def _within(number: int, ranges: list[tuple[int, int]]) -> bool:
-    low, high = 0, len(ranges)
-    while low < high:
-        middle = (low + high) // 2
-        if ranges[middle][1] <= number:
-            low = middle + 1
-        else:
-            high = middle
-    return low < len(ranges) and ranges[low][0] <= number
+    at = bisect_right(ranges, number, key=lambda each: each[0]) - 1
+    return at >= 0 and number < ranges[at][1]
 
 
 def foreign(outputs: Iterable[Tensor]) -> bool:
     """Whether a function of autograd that is not this package's lies behind outputs; its backward may be anything."""
-    waiting = [out.grad_fn for out in outputs]
-    seen = set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if issubclass(type(node), BackwardCFunction) and type(node).__name__ not in _OURS:
-            return True
-        waiting += [other for other, _ in node.next_functions]
-    return False
+    kinds = (type(node) for node in nodes(outputs, inside=True))
+    return any(issubclass(kind, BackwardCFunction) and kind.__name__ not in _OURS for kind in kinds)
