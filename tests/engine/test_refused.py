@@ -154,7 +154,7 @@ def test_a_parameter_that_is_edited_between_forward_and_norms() -> None:
     """Autograd's own error, where the backward pass needs the value that is gone."""
     for model, message in (
         (nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)), "modified by an inplace operation"),
-        (nn.GRU(3, 2, batch_first=True), "modified in place"),
+        (nn.GRU(3, 2, batch_first=True), "modified by an inplace operation"),
     ):
         x = X.float() if isinstance(model, nn.Sequential) else X.float()[:, None]
         with fastgrad.record(model):
