@@ -216,9 +216,11 @@ class DriftMonitor:
         return self.alarm
 
     def state(self) -> dict[str, Any]:
-        """Return what a dashboard shows: the attributes, the rate, the form, and `summary`."""
+        """Return what a dashboard shows: the attributes, the rate, the form, `error_rate` and `summary`."""
         shown = ("count", "evidence", "p_value", "alarm", "alarm_at", "false_alarm_rate", "form")
-        return {name: getattr(self, name) for name in shown} | {"summary": self.summary()}
+        rate = self.error_rate
+        estimate = None if rate is None else rate._asdict()
+        return {name: getattr(self, name) for name in shown} | {"error_rate": estimate, "summary": self.summary()}
 
     def summary(self) -> str:
         """Say in one sentence whether there is an alarm, on how many inputs, and with which error rate."""

@@ -39,6 +39,7 @@ def answer(description: Description, threshold: float | None, row: Array) -> dic
         "uncertainty": uncertainty,
         "risk": risk,
         "reliable": reliable,
+        "accepted": None if description.risk_threshold is None else risk <= description.risk_threshold,
         "evidence": evidence,
         "alarm": reason(words, evidence) if words and evidence and reliable is False else None,
     }

@@ -44,6 +44,9 @@ class Description:
         evidence: the name of each column of evidence, with the meaning of its alarm in words; None if the file gives
             no evidence.
         risk: whether the file gives the probability that an answer is wrong.
+        risk_threshold: an answer is accepted if its risk is at most this; None if all that matters is the uncertainty.
+        excess: the mean of the risk minus the answer's own doubt on clean inputs, for `fastgrad.deploy.error_rate`;
+            None if the risk was fitted without challenges.
 
     Raises:
         ValueError: a field is not as above; the message names it.
@@ -65,6 +68,8 @@ class Description:
     versions: dict[str, str] = field(default_factory=dict)
     evidence: dict[str, str] | None = None
     risk: bool = False
+    risk_threshold: float | None = None
+    excess: float | None = None
 
     def __post_init__(self) -> None:
         for name, (fits, expected) in _FIELDS.items():
@@ -200,6 +205,8 @@ _FIELDS: dict[str, tuple[Callable[[Description, Any], bool], str]] = {
     "versions": (lambda _, v: _mapping(v), "names and versions"),
     "evidence": (lambda _, v: bool(v) and _mapping(v), "names and what an alarm of them means"),
     "risk": (lambda _, v: isinstance(v, bool), "true or false"),
+    "risk_threshold": (lambda d, v: d.risk and _number(v) and 0 <= v <= 1, "a number from 0 to 1, in a file with risk"),
+    "excess": (lambda d, v: d.risk and _rate(v), "a number between 0 and 1, in a file with risk"),
 }  # fmt: skip
 
 

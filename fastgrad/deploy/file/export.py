@@ -48,6 +48,8 @@ def export(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     false_alarm_rate: float | None = None,
+    threshold: float | None = None,
+    risk_threshold: float | None = None,
     scores: Tensor | np.ndarray[Any, Any] | None = None,
     max_batch: int = 1024,
     tolerance: float = 1e-4,
@@ -79,6 +81,10 @@ def export(
         std: per-channel standard deviation of the same.
         false_alarm_rate: the share of in-distribution inputs that the file's threshold flags; None for the detector's
             own, or 0.05.
+        threshold: the uncertainty above which an input is flagged, such as that of `fastgrad.metrics`'
+            `false_alarm_threshold`; None for that of ``false_alarm_rate`` on the calibration inputs.
+        risk_threshold: the highest risk of an accepted answer, such as that of `certified_threshold`; answers then
+            say whether they are ``accepted``.
         scores: uncertainties of held-out in-distribution inputs, ``(n,)``; by default the module's
             ``calibration_scores``, if there are at least 20. They give the histogram, the drift monitor's reference,
             and the thresholds of a module without ``threshold``.
@@ -129,6 +135,8 @@ def export(
         mean=None if mean is None else checks.to_array("mean", mean, finite=False).tolist(),
         std=None if std is None else checks.to_array("std", std, finite=False).tolist(),
         risk=len(outputs) == 4,
+        risk_threshold=risk_threshold,
+        excess=getattr(getattr(two_stage, "risk_", None), "options", {}).get("excess") or None,
         evidence=dict(two_stage.alarms) if evidence else None,  # type: ignore[arg-type]
         versions={
             "fastgrad": fastgrad.__version__,
@@ -136,7 +144,7 @@ def export(
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "system": sys.platform,
         },
-        **_calibration(two_stage, scores, float(false_alarm_rate)),
+        **_calibration(two_stage, scores, float(false_alarm_rate), threshold),
     )
 
     def answers(x: Tensor) -> tuple[Tensor, ...]:
@@ -234,7 +242,10 @@ def _check_steady(two_stage: nn.Module, example_input: Tensor, alone: Tensor) ->
 
 
 def _calibration(
-    two_stage: nn.Module, scores: Tensor | np.ndarray[Any, Any] | None, false_alarm_rate: float
+    two_stage: nn.Module,
+    scores: Tensor | np.ndarray[Any, Any] | None,
+    false_alarm_rate: float,
+    chosen: float | None,
 ) -> dict[str, Any]:
     """Return a description's fields about in-distribution scores; none without scores or a module's threshold."""
     if scores is None:
@@ -261,9 +272,12 @@ def _calibration(
             return float(ordered[min(n, int(np.ceil((1 - rate) * (n + 1)))) - 1])
 
         threshold = threshold if callable(threshold) else conformal
-    if callable(threshold):
-        fields["thresholds"] = [(rate, float(threshold(rate))) for rate in sorted(rates)]
-        fields |= {"false_alarm_rate": false_alarm_rate, "threshold": dict(fields["thresholds"])[false_alarm_rate]}
+    known = {rate: float(threshold(rate)) for rate in sorted(rates)} if callable(threshold) else {}
+    if chosen is not None:
+        known[false_alarm_rate] = chosen
+    if known:
+        fields["thresholds"] = sorted(known.items())
+        fields |= {"false_alarm_rate": false_alarm_rate, "threshold": known[false_alarm_rate]}
     return fields
 
 

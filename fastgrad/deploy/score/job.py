@@ -74,8 +74,8 @@ def arrow_schema(description: Description) -> Any:
     return pa.schema(
         [
             ("name", pa.string()), ("class", pa.int64()), ("label", pa.string()), ("probability", pa.float64()),
-            ("uncertainty", pa.float64()), ("risk", pa.float64()), ("reliable", pa.bool_()), ("evidence", evidence),
-            ("alarm", pa.string()), ("error", pa.string()),
+            ("uncertainty", pa.float64()), ("risk", pa.float64()), ("reliable", pa.bool_()), ("accepted", pa.bool_()),
+            ("evidence", evidence), ("alarm", pa.string()), ("error", pa.string()),
         ]
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from fastgrad.checks import extra
 from fastgrad.deploy.drift import DriftMonitor, ScoreReference
+from fastgrad.deploy.error_rate import ErrorRate
 from fastgrad.deploy.file.description import Description
 
 with extra("serve"):
@@ -48,11 +50,18 @@ class Metrics:
             gauge("expected_share_flagged", "That share on in-distribution inputs", lambda: false_alarm_rate)
         self.monitor: DriftMonitor | None = None
         if reference is not None:
-            self.monitor = monitor = DriftMonitor(reference, false_alarm_rate=drift_false_alarm_rate)
+            self.monitor = monitor = DriftMonitor(
+                reference, false_alarm_rate=drift_false_alarm_rate, excess=description.excess
+            )
             gauge("drift_evidence", "Wealth of the bet that inputs have drifted", lambda: monitor.evidence)
             gauge("drift_scores", "Scores that the drift monitor has read", lambda: monitor.count)
             shown = f"1 once drift is shown; probability of ever being wrong <= {drift_false_alarm_rate:g}"
             gauge("drift_alarm", shown, lambda: monitor.alarm)
+            if description.excess is not None:
+                text = f"Estimated share of wrong answers among the last {RECENT}, or a bound of its 95 % interval"
+                for bound in ErrorRate._fields:
+                    name = "error_rate" if bound == "rate" else f"error_rate_{bound}"
+                    gauge(name, text, lambda bound=bound: getattr(monitor.error_rate, bound, math.nan))
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         """Add a gauge whose value is computed when Prometheus asks for it."""
@@ -66,7 +75,7 @@ class Metrics:
         if reliable is not None:
             self._recent.append(not reliable)
         if self.monitor is not None:
-            self.monitor.update(answer["uncertainty"])
+            self.monitor.update(answer["uncertainty"], answer["risk"])
 
     def render(self) -> bytes:
         """Return the text that Prometheus reads."""

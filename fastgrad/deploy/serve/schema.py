@@ -23,6 +23,7 @@ class Answer(BaseModel):
         description="probability that this answer is wrong; null where the file was fitted without labels"
     )
     reliable: bool | None = Field(description="uncertainty at most the threshold; null without one")
+    accepted: bool | None = Field(description="risk at most the file's risk threshold; null without one")
     evidence: dict[str, float] | None = Field(
         description="what the uncertainty rests on: by name as in /model, each block's -log p as the detector sums it; "
         "null where the file does not give it"

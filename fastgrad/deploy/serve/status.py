@@ -43,7 +43,7 @@ def add_status_routes(app: FastAPI, named: Callable[[str | None], Model]) -> Non
     @app.get("/model/{name}", summary="The same of one of several models", **told)
     async def model_route(name: str | None = None) -> dict[str, Any]:
         served = named(name).served
-        shown = ("input_shape", "labels", "classes", "histogram", "evidence", "risk")
+        shown = ("input_shape", "labels", "classes", "histogram", "evidence", "risk", "risk_threshold")
         own = {"models": list(models), "threshold": served.threshold, "false_alarm_rate": served.false_alarm_rate}
         return own | {field: getattr(served.description, field) for field in shown}
 
