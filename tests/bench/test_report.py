@@ -194,7 +194,7 @@ def test_several_networks_stand_in_one_table_by_group(detection_folder: pathlib.
     lines = blocks.table("attacks a, b | attacks", detection_folder).splitlines()
     assert lines[0].startswith("| group | network | strongest published |")
     assert lines[2].startswith("| attacks | A, tuned on | energy 0.700 ± 0.141 | 0.950 ± 0.071 |")
-    assert lines[3].startswith("| attacks | B, held out | energy 0.500 [0.400, 1.000] |")
+    assert lines[3].startswith("| attacks | B, validation | energy 0.500 [0.400, 1.000] |")
     with pytest.raises(ValueError, match=r"must name groups of a, b; they were \['corruptions'\]"):
         blocks.table("attacks a, b | attacks | corruptions", detection_folder)
 
@@ -204,7 +204,7 @@ def test_one_field_by_network_or_by_case(detection_folder: pathlib.Path, folder:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"networks": {"a": ["A", True], "b": ["B", False]}}))
     words = "attacks by network | mean of attacks | auroc | .2f | energy | fastgrad, budget 1.2"
     assert blocks.table(words, detection_folder).splitlines()[2:] == [
-        "| A, tuned on | 0.70 | 0.95 |", "| B, held out | 0.50 |  |"
+        "| A, tuned on | 0.70 | 0.95 |", "| B, validation | 0.50 |  |"
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"they were \['softmax'\]"):
         blocks.table(words + " | softmax", detection_folder)
