@@ -54,7 +54,8 @@ def measure(case: Case, floor: dict[str, Any]) -> dict[str, Any]:
     latency = clock.latency(case.call) if DEVICE == "cuda" else None
     rate = floor["matrix_per_s"].get(str(case.inputs[0].dtype).removeprefix("torch."))
     return {
-        "case": case.name, **taken, "latency_s": latency, "of_copy_rate": moved / taken["median_s"] / floor["copy_bytes_per_s"],
+        "case": case.name, **taken, "latency_s": latency,
+        "of_copy_rate": moved / taken["median_s"] / floor["copy_bytes_per_s"],
         "of_matrix_rate": 2 * case.products / taken["median_s"] / rate if rate and case.products else None,
         "predicted_us": model, "over_predicted": taken["median_s"] * 1e6 / model if model else None,
     }  # fmt: skip
