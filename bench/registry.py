@@ -96,7 +96,7 @@ def case(
 
 
 def cases(size: str) -> list[Case]:
-    from bench.micro import contrasts, gram, network  # noqa: F401  (they register themselves)
+    from bench.micro import contrasts, gram, network, rows  # noqa: F401  (they register themselves)
 
     return _CASES[size]
 

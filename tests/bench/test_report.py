@@ -112,6 +112,20 @@ def test_a_page_is_a_template_over_its_results(folder: pathlib.Path) -> None:
     assert command.stale(folder, []) == ["network.md"]
 
 
+@pytest.mark.parametrize(
+    ("base", "line"),
+    [
+        ("training step", "| net B=8 | 500 ms | 2 KiB | 0.50 | 1.00 | 8 | refused | wrong | 750 ms | 1.5 s |"),
+        ("network alone", "| net B=8 | fastgrad | 16 | 500 ms | 500 ms to 500 ms | 0.50 | 2 KiB | 750 ms |"),
+    ],
+)
+def test_latencies_of_a_gpu_stand_beside_times_of_graphs(base: str, line: str, folder: pathlib.Path) -> None:
+    timed = [row | ({"latency_s": 1.5 * row["median_s"]} if row["correct"] else {}) for row in CASES]
+    assert line in speed.tables([row | {"relative_to": base} for row in timed])
+    pages.store(folder / "network.json", {"machine": "here", "versions": {}, "revision": "abc", "cases": timed})
+    assert "| latency |" in pages.write("network", folder).read_text()
+
+
 def test_a_changed_figure_is_found(folder: pathlib.Path) -> None:
     text = "a\n<!-- table: network -->\n<!-- end -->\n"
     text += "b <!-- value: network | net B=8 | fastgrad | ratio | .2f --><!-- end -->"
