@@ -65,11 +65,17 @@ def spread(values: Sequence[float]) -> str:
 
 
 def share(value: float, count: int) -> str:
-    """Return a share of ``count`` with its 95 % interval (Wilson, 1927)."""
+    """Return a share of ``count`` with its 95 % interval."""
+    low, high = wilson(round(value * count), count)
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def wilson(found: int, count: int) -> tuple[float, float]:
+    """Return the ends of the 95 % interval of the share ``found / count`` (Wilson, 1927)."""
     from scipy.stats import binomtest  # here, so that a GPU run needs no more than PyTorch
 
-    low, high = binomtest(round(value * count), count).proportion_ci(method="wilson")
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    ends = binomtest(found, count).proportion_ci(method="wilson")
+    return float(ends.low), float(ends.high)
 
 
 def _cell(value: Any) -> str:

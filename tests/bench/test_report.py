@@ -90,11 +90,24 @@ def test_no_message_ends_its_cell() -> None:
     assert text.table([{"note": "expected a | b\ngot c"}]) == "| note |\n| --- |\n| expected a \\| b got c |"
 
 
-def test_no_line_runs_through_the_words_of_a_figure() -> None:
-    colours = figures.colours(["fastgrad", "softmax"])
-    (panel,) = figures.stacked({"head": [("fastgrad", 1.0), ("softmax", 0.9)]}, colours, ".2f", "AUROC").axes
-    assert [label.get_text() for label in panel.texts] == ["head", "1.00", "0.90"]
-    assert all(label.get_bbox_patch().get_facecolor()[:3] == (1, 1, 1) for label in panel.texts)
+def test_a_figure_shows_values_intervals_and_a_line() -> None:
+    value = figures.Value(0.9, 0.8, 0.95, "0.900")
+    groups = {"head": [("fastgrad", [value, None]), ("softmax", [value, value])]}
+    made = figures.dots(groups, "AUROC", line=(0.5, "chance"), titles=["one", "two"])
+    first, second = made.axes
+    assert [text.get_text() for text in first.texts] == ["0.900", "0.900", "head"]
+    assert [label.get_text() for label in first.get_yticklabels()] == ["fastgrad", "softmax"]
+    assert [list(line.get_xdata()) for line in second.lines] == [[0.8, 0.95], [0.9], [0.5, 0.5]]
+    assert made.get_supxlabel() == "AUROC\n(dashed: chance)"
+
+
+def test_one_figure_never_gives_two_names_a_colour() -> None:
+    for name in ("photographs", "attacks", "corruptions", "other-sets", "failure", "adaptive", "network", "last-layer"):
+        made = pages.draw(json.loads((pages.RESULTS / f"{name}.json").read_text()))
+        (first, *_) = made.axes
+        names = {label.get_text() for label in first.get_yticklabels()} if made.get_supxlabel() else set()
+        names |= {line.get_label() for line in first.lines if not line.get_label().startswith("_")}
+        assert len({figures.colour(one) for one in names}) == len(names) > 1, name
 
 
 def test_a_page_is_a_template_over_its_results(folder: pathlib.Path) -> None:
@@ -221,17 +234,21 @@ def test_tables_with_rows_of_their_own_have_a_figure(tmp_path: pathlib.Path, nam
         assert image.width == figures.WIDTH
 
 
-def test_the_figure_of_second_answers_shows_the_strongest_without_h() -> None:
-    accuracies = {"network": 0.5, "H on h, gated": 0.6, "H on h": 0.9, "batch norm adapted": 0.7, "SimCLR": 0.4}
-    rows = [{"network": "a", "method": name, "case": "unlike", "accuracy": p} for name, p in accuracies.items()]
+def test_second_answers_show_gains_of_every_case() -> None:
+    gains = {"H on h, gated": 0.1, "H on h": 0.4, "batch norm adapted": -0.2}
+    rows = [
+        {"network": "a", "method": name, "case": "clean", "gain": p, "interval": [p - 0.1, p + 0.1]}
+        for name, p in gains.items()
+    ]
     rows.append({"network": "b", "not run": "no weights"})
     made = detection.second_answers({"rows": rows, "networks": {"a": ["A", True], "b": ["B", True]}})
-    assert [bar.get_width() for bar in made.axes[0].patches] == pytest.approx([50, 60, 70])
+    assert [text.get_text() for text in made.axes[0].texts] == ["+10.0", "-20.0", "A"]
+    assert not made.axes[1].texts
 
 
-def test_the_figure_of_found_attacks_leaves_out_what_misleads_nothing() -> None:
+def test_attacks_that_mislead_nothing_have_no_row() -> None:
     row = {"network": "a", "case": "2/255", "method": "default", "found, selective": 0, "misled, selective": 0}
-    both = row | {"found, AutoAttack": 1, "misled, AutoAttack": 4}
+    both = row | {"found, AutoAttack": 0, "misled, AutoAttack": 4}
     made = detection.found_attacks({"rows": [both], "networks": {"a": "A"}})
-    assert [bar.get_width() for bar in made.axes[0].patches] == [25]
-    assert not detection.found_attacks({"rows": [row], "networks": {"a": "A"}}).axes[0].patches
+    assert [text.get_text() for text in made.axes[0].texts] == ["0 of 4", "A, 2/255, default"]
+    assert detection.found_attacks({"rows": [row], "networks": {"a": "A"}}) is None
