@@ -153,7 +153,7 @@ def by_group(document: Row) -> Any:
 
 def _with_ends(cell: Row, merit: str) -> Value:
     value, spread = cell[merit], cell.get("spread", 0)
-    return Value(value, *cell.get("interval", (value - spread, value + spread)), f"{value:.3f}")
+    return Value(f"{value:.3f}", value, *cell.get("interval", (value - spread, value + spread)))
 
 
 def second_answers(document: Row) -> Any:
@@ -181,7 +181,7 @@ def second_answers(document: Row) -> Any:
 def _gain(row: Row | None) -> Value | None:
     if row is None:
         return None
-    return Value(*(100 * value for value in (row["gain"], *row["interval"])), f"{100 * row['gain']:+.1f}")
+    return Value(f"{100 * row['gain']:+.1f}", *(100 * value for value in (row["gain"], *row["interval"])))
 
 
 def found_attacks(document: Row) -> Any:
@@ -197,4 +197,4 @@ def found_attacks(document: Row) -> Any:
 
 
 def _found(found: int, misled: int) -> Value:
-    return Value(*(100 * value for value in (found / misled, *wilson(found, misled))), f"{found} of {misled}")
+    return Value(f"{found} of {misled}", *(100 * value for value in (found / misled, *wilson(found, misled))))

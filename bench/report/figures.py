@@ -31,12 +31,12 @@ COLOURS = {
 
 
 class Value(NamedTuple):
-    """A number with its interval and the text to print beside it."""
+    """A number with its interval, and the text to print beside it."""
 
+    text: str
     value: float
     low: float
     high: float
-    text: str
 
 
 #: The rows of a group: a name, and a value for each panel, or None.
@@ -161,7 +161,7 @@ def _times(cases: Sequence[Row]) -> Any:
 
 def _over(row: Row, base: float) -> Value:
     ends = (row[key] or row["median_s"] for key in ("p10_s", "p90_s"))
-    return Value(row["median_s"] / base, *(end / base for end in ends), f"{row['median_s'] / base:.3g}")
+    return Value(f"{row['median_s'] / base:.3g}", row["median_s"] / base, *(end / base for end in ends))
 
 
 def _plain_ticks(panel: Any, ticks: Iterable[float], most: float) -> None:

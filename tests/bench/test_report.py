@@ -91,7 +91,7 @@ def test_no_message_ends_its_cell() -> None:
 
 
 def test_a_figure_shows_values_intervals_and_a_line() -> None:
-    value = figures.Value(0.9, 0.8, 0.95, "0.900")
+    value = figures.Value("0.900", 0.9, 0.8, 0.95)
     groups = {"head": [("fastgrad", [value, None]), ("softmax", [value, value])]}
     made = figures.dots(groups, "AUROC", line=(0.5, "chance"), titles=["one", "two"])
     first, second = made.axes
