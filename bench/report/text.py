@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -72,10 +73,9 @@ def share(value: float, count: int) -> str:
 
 def wilson(found: int, count: int) -> tuple[float, float]:
     """Return the ends of the 95 % interval of the share ``found / count`` (Wilson, 1927)."""
-    from scipy.stats import binomtest  # here, so that a GPU run needs no more than PyTorch
-
-    ends = binomtest(found, count).proportion_ci(method="wilson")
-    return float(ends.low), float(ends.high)
+    z = statistics.NormalDist().inv_cdf(0.975)
+    middle, half = found + z**2 / 2, z * math.sqrt(found * (count - found) / count + z**2 / 4)
+    return (middle - half) / (count + z**2), (middle + half) / (count + z**2)
 
 
 def _cell(value: Any) -> str:
