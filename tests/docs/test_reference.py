@@ -32,7 +32,7 @@ def test_no_entry_shows_a_python_object() -> None:
 def test_every_command_has_its_help() -> None:
     from fastgrad.commands.cli import COMMANDS
 
-    page = (DOCS / "reference" / "command-line.md").read_text()
+    page = (DOCS / "reference" / "deploy.md").read_text()
     assert set(re.findall(r"<!-- command: (\w+) -->", page)) == set(COMMANDS)
 
 
