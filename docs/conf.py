@@ -34,6 +34,8 @@ html_copy_source = False
 # Nothing is loaded from elsewhere, so that the site builds and reads offline.
 html_css_files = ["site.css"]
 html_static_path = ["_static"]
+# The page that PyPI shows.
+exclude_patterns = ["pypi.md"]
 
 myst_enable_extensions = ["attrs_inline", "deflist"]
 myst_heading_anchors = 3

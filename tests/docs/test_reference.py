@@ -43,3 +43,12 @@ def test_every_function_with_a_rule_is_named() -> None:
     names = re.findall(r"`((?:F|torch|Tensor)\.\w+)`", table)
     assert len(set(names)) == len(RULES)
     assert {"F.linear", "F.conv2d", "torch.lstm", "F.max_pool2d"} <= set(names)
+
+
+def test_explained_messages_are_those_of_the_code() -> None:
+    page = (DOCS / "faq.md").read_text().split("## How many")[0]
+    code = "".join(path.read_text() for path in sorted((DOCS.parent / "fastgrad").rglob("*.py")))
+    joined = re.sub(r'"\n\s*f?"', "", code)
+    messages = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(messages) > 10
+    assert [m for m in messages if not all(part in joined for part in m.split(" ... "))] == []
