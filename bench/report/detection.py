@@ -143,7 +143,7 @@ def overview(document: Row, networks: Sequence[str], groups: Sequence[str]) -> s
 
 
 def titled(document: Row, network: str) -> str:
-    """Return a network's title, whether design choices were tuned or validated on it, and whether its sets are small."""
+    """Return a network's title, its standing (tuned on or validation), and whether its sets are small."""
     title, tuned = document["networks"][network]
     # The form of the risk was chosen with every network in view.
     risk = any(row.get("method") == "fastgrad, risk" for row in document["rows"])
@@ -152,7 +152,7 @@ def titled(document: Row, network: str) -> str:
 
 
 def by_group(document: Row) -> Any:
-    """Return the figure: by group the strongest rivals beside fastgrad's, of the first network that nothing was tuned on."""
+    """Return the figure: by group the strongest rivals and fastgrad, of the first network not tuned on."""
     rows, merit = document["rows"], document["merit"]
     if not measured_networks(rows):
         return None
