@@ -33,7 +33,7 @@ class _Returned(torch.autograd.Function):
         return None, gradient
 
 
-def returned(call: object, output: Tensor) -> Tensor:
+def mark_returned(call: object, output: Tensor) -> Tensor:
     """Return an output of a call, by whose node the call is found, on the same memory if that lies side by side."""
     own = torch.ops.aten._unsafe_view.default(output, output.shape) if output.is_contiguous() else output.clone()
     result: Tensor = _Returned.apply(call, own)
@@ -88,7 +88,7 @@ def nodes(outputs: Iterable[Any], *, inside: bool = False, stops: Iterable[Any] 
         waiting += [following for following, _ in node.next_functions] if call is None else call.inputs
 
 
-def uses(outputs: Iterable[Any]) -> tuple[dict[int, Any], set[int]]:
+def calls_and_leaves(outputs: Iterable[Any]) -> tuple[dict[int, Any], set[int]]:
     """Return the calls that outputs reach, by id, and the ids of the leaves that they use outside of calls.
 
     ValueError if they reach an output that joins samples.
@@ -143,7 +143,7 @@ def _within(number: int, ranges: list[tuple[int, int]]) -> bool:
     return at >= 0 and number < ranges[at][1]
 
 
-def foreign(outputs: Iterable[Tensor]) -> bool:
+def has_custom_function(outputs: Iterable[Tensor]) -> bool:
     """Whether a function of autograd that is not this package's lies behind outputs; its backward may be anything."""
     kinds = (type(node) for node in nodes(outputs, inside=True))
     return any(issubclass(kind, BackwardCFunction) and kind.__name__ not in _OURS for kind in kinds)

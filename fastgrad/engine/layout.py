@@ -18,7 +18,7 @@ Tree = tuple[list[Any], Callable[[Sequence[Any]], Any], list[str]]
 
 
 @dataclass(frozen=True)
-class Rows:
+class Stacked:
     """A tensor of which each sample has its own: ``(B, *shape)``, where ``shape`` is what the model saw."""
 
     values: Tensor
@@ -35,7 +35,7 @@ class Layout:
     kind: str
     dim: int = 0
 
-    def joined(self, rows: Tensor) -> Tensor:
+    def join(self, rows: Tensor) -> Tensor:
         """Return the tensor of the batch from ``(B, *shape)``."""
         if len(rows) == 1:
             return rows[0]
@@ -45,7 +45,7 @@ class Layout:
             return rows
         return rows[0] if self.kind == "same" else rows.sum(0) if self.kind == "sum" else rows.mean(0)
 
-    def apart(self, batch: Tensor, samples: int) -> Tensor | None:
+    def split(self, batch: Tensor, samples: int) -> Tensor | None:
         """Return the rows ``(B, ...)`` of a tensor of the batch; None if it has none."""
         if samples == 1:
             return batch.unsqueeze(0)
@@ -58,12 +58,12 @@ class Layout:
 SAME, MIXED = Layout("same"), Layout("mixed")
 
 
-def usual(shape: Sequence[int]) -> Layout | None:
+def default_layout(shape: Sequence[int]) -> Layout | None:
     """Return the layout of a tensor of this shape for each sample, if there is nothing to compare with."""
     return Layout("rows") if len(shape) and shape[0] == 1 else None
 
 
-def find(rows: Tensor, batch: Tensor, precision: float | None) -> Layout:
+def find_layout(rows: Tensor, batch: Tensor, precision: float | None) -> Layout:
     """Return the layout in which ``(B, *shape)`` agrees with the ``batch``'s own result; `MIXED` if it agrees in none.
 
     ``precision`` is the relative rounding error of the coarsest numbers; None compares shapes alone.
@@ -81,7 +81,7 @@ def find(rows: Tensor, batch: Tensor, precision: float | None) -> Layout:
     if tuple(batch.shape) == shape:
         found += [SAME] if _alike(rows) else []
         found += [Layout("sum"), Layout("mean")] if rows.is_floating_point() else []
-    fitting = (each for each in found if precision is None or agree(each.joined(rows), batch, precision))
+    fitting = (each for each in found if precision is None or agree(each.join(rows), batch, precision))
     return next(fitting, MIXED)
 
 

@@ -49,12 +49,12 @@ _REQUIRES_GRAD = {getter("requires_grad")}
 _DIFFERENTIATES = {torch.autograd.grad, Tensor.backward}
 _HOOKS = {Tensor.register_hook, getter("grad_fn")}
 #: Functions that make tensors by the sizes they are given.
-_MADE = {torch.zeros, torch.ones, torch.empty, torch.full}
-_MADE |= {Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full}
-_MADE |= {torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like}
+_CREATES = {torch.zeros, torch.ones, torch.empty, torch.full}
+_CREATES |= {Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full}
+_CREATES |= {torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like}
 #: Functions that draw random numbers by the sizes they are given.
-_DRAWN = {torch.rand, torch.randn, torch.randint, torch.normal, torch.rand_like, torch.randn_like, torch.randint_like}
-_DRAWN |= {torch.randperm}
+_DRAWS = {torch.rand, torch.randn, torch.randint, torch.normal, torch.rand_like, torch.randn_like, torch.randint_like}
+_DRAWS |= {torch.randperm}
 _SEQUENCES = (list, tuple, dict)
 
 
@@ -95,8 +95,8 @@ class PerSample(TorchFunctionMode):
                 raise Refused("a hook may change its gradients (register_hook)", hooked=True)
         if func in _READS:
             return self._read(func, *args)
-        if func in _DRAWN or (call.spread_made and func in _MADE):
-            return self._made(func, args, kwargs)
+        if func in _DRAWS or (call.batch_new_tensors and func in _CREATES):
+            return self._create(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _with_copies(self, args: Any, kwargs: Any) -> Any:
@@ -120,17 +120,17 @@ class PerSample(TorchFunctionMode):
         with lowered():
             return func(values[0], *rest)
 
-    def _made(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _create(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Make a tensor one level lower: with a row for each sample where it is made for a batch of one sample."""
         call = self._call
         if functorch.maybe_current_level() != call.level or any(map(call.is_batched, args)):
             return func(*args, **kwargs)
         with lowered():
             one = func(*args, **kwargs)
-        if func in _DRAWN and one.shape[:1] != (1,):
+        if func in _DRAWS and one.shape[:1] != (1,):
             return one
         with lowered():
-            if func in _DRAWN:
+            if func in _DRAWS:
                 count = call.samples if call.rows is None else call.whole
                 every = torch.cat([one, *(func(*args, **kwargs) for _ in range(count - 1))]).unsqueeze(1)
                 every = every if call.rows is None else every.index_select(0, call.rows.to(every.device))

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastgrad._torch import StopRecomputation, has_global_hooks, hooks_of, pytree, vmap
 from fastgrad.batches import batch_size, same_class
-from fastgrad.engine.layout import Rows, Tree, flatten, is_object
+from fastgrad.engine.layout import Stacked, Tree, flatten, is_object
 from fastgrad.engine.mode import PerSample, Split
 from fastgrad.engine.modules import replaced
 from fastgrad.engine.state import Place, State
@@ -28,7 +28,7 @@ from fastgrad.memory import lacks_memory
 
 @dataclass
 class Outcome:
-    """What one part of a batch gave: outputs and changed attributes, as `Rows` of its samples or other values."""
+    """What one part of a batch gave: outputs and changed attributes, as `Stacked` of its samples or other values."""
 
     index: Tensor | None  # which samples; None for all
     part: Call | Alone
@@ -124,14 +124,17 @@ class Pass:
         """Run all samples: together, in groups of those with which the model reads the same values, or alone."""
         found: list[Outcome] = []
         waiting: list[Tensor | None] = [None]
-        if not structure.alone and self._hooks_gradients():
-            structure.alone, structure.foreign = "a hook may change its gradients (full backward hook)", True
+        if not structure.alone_reason and self._hooks_gradients():
+            structure.alone_reason, structure.custom_backward = (
+                "a hook may change its gradients (full backward hook)",
+                True,
+            )
         while waiting:
             index = waiting.pop(0)
             leaves, again = self._taken(structure, index), False
             with state.own_buffers() if self.undo or found or index is not None else contextlib.nullcontext():
                 try:
-                    if structure.alone:
+                    if structure.alone_reason:
                         found += self._alone(structure, state, leaves, index)
                     else:
                         found.append(self._together(structure, state, leaves, index))
@@ -145,7 +148,7 @@ class Pass:
                 except Exception as error:
                     if lacks_memory(error):
                         raise
-                    if structure.alone:
+                    if structure.alone_reason:
                         raise self._of_samples(error, state) from error
                     _other_way(structure, error)
                     waiting, found, again = [None], [], True
@@ -185,13 +188,13 @@ class Pass:
         # A tensor that is given twice stays one object: attention checks whether query and key are identical.
         unique = {id(leaves[i]): leaves[i] for i in carried}
         count = self.samples if index is None else len(index)
-        call = Call(self.parameters, count, index, self.samples, structure.spread_made)
+        call = Call(self.parameters, count, index, self.samples, structure.batch_new_tensors)
         seen: list[weakref.ref[Tensor]] | None = [] if self.hooks or has_global_hooks() else None
         made: list[Outcome] = []
 
         def rows(tree: Any) -> Tree:
             values, rebuilt, names = flatten(tree)
-            every = [Rows(call.spread(v)) if isinstance(v, Tensor) else v for v in values]
+            every = [Stacked(call.spread(v)) if isinstance(v, Tensor) else v for v in values]
             return every, rebuilt, names
 
         def one(*tensors: Tensor) -> Tensor:
@@ -220,7 +223,7 @@ class Pass:
             own = [copy.copy(x) if isinstance(x, (set, list, dict)) else x for x in own]
             with state.own_buffers():
                 # A checkpoint computes with the parameters that the model holds then.
-                thaws = self.undo or structure.alone != CHECKPOINT
+                thaws = self.undo or structure.alone_reason != CHECKPOINT
                 part = Alone(self.model, self.parameters if thaws else {})
                 yield self._sample(
                     part, state, own, torch.tensor([i], device="cpu") if index is None else index[i : i + 1]
@@ -232,7 +235,7 @@ class Pass:
             # Views of their own: outputs that are computed from other outputs are no way to these.
             values = [v.view_as(v) if isinstance(v, Tensor) and v.requires_grad else v for v in values]
             part.outputs += [v for v in values if isinstance(v, Tensor) and v.requires_grad]
-            return [Rows(v.unsqueeze(0)) if isinstance(v, Tensor) else v for v in values], rebuilt, names
+            return [Stacked(v.unsqueeze(0)) if isinstance(v, Tensor) else v for v in values], rebuilt, names
 
         args, kwargs = self.call_of(leaves)
         with part.swapped():
@@ -242,15 +245,15 @@ class Pass:
 
 def _other_way(structure: Structure, error: Exception) -> None:
     """Note how to run a model that cannot run under vmap as it is."""
-    structure.foreign |= isinstance(error, Refused) and error.hooked
+    structure.custom_backward |= isinstance(error, Refused) and error.hooked
     text = str(error).partition("\n")[0]
-    if not structure.spread_made and "vmap" in text and "inplace" in text.replace("in-place", "inplace"):
-        structure.spread_made = True
+    if not structure.batch_new_tensors and "vmap" in text and "inplace" in text.replace("in-place", "inplace"):
+        structure.batch_new_tensors = True
     else:
-        structure.alone = text or type(error).__name__
+        structure.alone_reason = text or type(error).__name__
 
 
 def _written(state: State, rows: Callable[[Any], Tree]) -> dict[Place, Tree]:
     """Return the changed attributes that hold tensors."""
     found = {place: rows(value) for place, value in state.changes().items()}
-    return {place: tree for place, tree in found.items() if any(isinstance(leaf, Rows) for leaf in tree[0])}
+    return {place: tree for place, tree in found.items() if any(isinstance(leaf, Stacked) for leaf in tree[0])}

@@ -25,7 +25,7 @@ CHUNK_BYTES = 24 * 2**20
 Shares = Sequence[Share]
 
 
-class Side:
+class ParameterUses:
     """All uses of a parameter of this ``shape`` in the gradients of ``samples`` samples."""
 
     def __init__(self, shape: Sequence[int], samples: int, shares: Shares) -> None:
@@ -73,7 +73,7 @@ def joined(shares: Shares) -> list[Share]:
     return others
 
 
-def _compacted(*sides: Side) -> None:
+def _compacted(*sides: ParameterUses) -> None:
     """Keep the rows that are used, of a parameter that is nothing but a table."""
     if not all(isinstance(share.formula, Table) for side in sides for share in side.shares):
         return
@@ -102,7 +102,7 @@ def seconds(
     return each + 20 * CALL * len(positions[0]) * len(positions[1]), formed + 10 * CALL
 
 
-def gram(side: Side, other: Side | None = None) -> Tensor:
+def gram(side: ParameterUses, other: ParameterUses | None = None) -> Tensor:
     """Return inner products ``(B, B')`` of the gradients of two sides, or of one with itself, in float64."""
     first, second = side, other or side
     _compacted(first, *([other] if other else []))
@@ -164,7 +164,7 @@ def _squared(gradients: Tensor) -> Tensor:
     return total
 
 
-def square_sum(side: Side) -> Tensor:
+def square_sum(side: ParameterUses) -> Tensor:
     """Return the sum over samples of squared gradients, of the parameter's shape."""
     shape = side.shape
     _compacted(side)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import nn
 
 from fastgrad._torch import BatchNorm
@@ -49,12 +47,3 @@ def refuse_mixing(model: nn.Module, *, training: bool) -> None:
         else:
             continue
         raise ValueError(f"model must not mix the samples of a batch, or there is no gradient per sample; its {how}")
-
-
-def refuse_untracked(parameters: Sequence[str]) -> None:
-    """Raise ValueError where a forward pass used ``parameters`` that no module of the model gave it."""
-    if parameters:
-        raise ValueError(
-            f"model must reach {parameters[0]!r} through an attribute of one of its modules; it used it from elsewhere "
-            "(a closure, a global name, a tensor that an earlier call kept), where its gradients are not seen"
-        )

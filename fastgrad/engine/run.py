@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from fastgrad._torch import next_number, saved_tensor_hooks, saving_plainly
 from fastgrad.batches import choices, input_tensors
 from fastgrad.engine import graph
-from fastgrad.engine.layout import MIXED, SAME, Layout, Rows, Tree, find, flatten, usual
+from fastgrad.engine.layout import MIXED, SAME, Layout, Stacked, Tree, default_layout, find_layout, flatten
 from fastgrad.engine.passes import Outcome, Pass
-from fastgrad.engine.state import ABSENT, Place, State, copied, evaluated
+from fastgrad.engine.refusals import refuse_mixing
+from fastgrad.engine.state import ABSENT, Place, State, copy_containers, evaluation_model
 from fastgrad.engine.structure import Alone, Recorded, Structure, known
 from fastgrad.layers.call import Call, NotPerSampleError
 from fastgrad.memory import keep_freed_memory
@@ -49,8 +50,12 @@ def run(
     one = _Run(model, forward, args, kwargs, parameters, undo=undo, modules=modules)
     # Compiled parts run as they are written: their compiled form hides the functions from modes.
     compiles = "torch._dynamo" in sys.modules
-    with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():
-        return one.result(known.of(model if owner is None else owner)) if one.samples else one.empty()
+    try:
+        with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():
+            return one.result(known.of(model if owner is None else owner)) if one.samples else one.empty()
+    except NotPerSampleError:
+        refuse_mixing(model, training=True)  # which names the layer
+        raise
 
 
 def known_structure(
@@ -70,10 +75,10 @@ class _Run(Pass):
         if structure is not None:
             structures[key] = structure
             state = State(self.modules, structure.written, [*self.objects, *structure.holders])
-            with self._undone(state):
+            with self._restoring(state):
                 outcomes = self.outcomes(structure, state)
                 if all(len(out.output[0]) == len(structure.layouts) for out in outcomes):
-                    return self.joined(structure, state, outcomes)
+                    return self.assemble(structure, state, outcomes)
             state.restore()
         if saved_tensor_hooks() is None:
             found = self.first()
@@ -85,7 +90,7 @@ class _Run(Pass):
         return self.result(structures)
 
     @contextlib.contextmanager
-    def _undone(self, state: State) -> Any:
+    def _restoring(self, state: State) -> Any:
         """Leave the model as it was, if that is asked for, or if an exception ends the run."""
         try:
             yield
@@ -99,7 +104,7 @@ class _Run(Pass):
         recorded = Recorded(self.parameters, 0, [], Structure(), self._behind())
         args, kwargs = self.call_of(self.leaves)
         leaves, rebuilt, _ = flatten(self.forward(*args, **kwargs))
-        whole = [graph.returned(recorded, t) if isinstance(t, Tensor) and t.requires_grad else t for t in leaves]
+        whole = [graph.mark_returned(recorded, t) if isinstance(t, Tensor) and t.requires_grad else t for t in leaves]
         return rebuilt(whole), recorded
 
     def _behind(self) -> list[Any]:
@@ -118,7 +123,7 @@ class _Run(Pass):
         self.numbers = range(begin, next_number())
         drew, written = state.drew(), state.written()
         changes = state.changes()
-        after = {place: copied(value) for place, value in changes.items() if value is not ABSENT}
+        after = {place: copy_containers(value) for place, value in changes.items() if value is not ABSENT}
         state.restore()
         if any(table in ("_parameters", "_modules") for _, table, _ in changes):
             raise NotPerSampleError(
@@ -133,7 +138,7 @@ class _Run(Pass):
             structure = Structure(carriers, written=written, writes=bool(written or changes or drew))
             structure.bytes_of_element, structure.holders = size, holders if changes else []
             try:
-                with self._undone(state):
+                with self._restoring(state):
                     outcomes = self.outcomes(structure, state)
                     self._require_unmoved(moved)
                     try:
@@ -145,16 +150,16 @@ class _Run(Pass):
                         self._first_in_evaluation()
                         structure.layouts, structure.attributes = [], {}
                         self._compare(structure, state, outcomes, expected, after, None, doubtful)
-                    output, recorded = self.joined(structure, state, outcomes)
+                    output, recorded = self.assemble(structure, state, outcomes)
                     if not state.holds_graphs and not self._is_tracked(recorded, output):
-                        structure.alone = _UNSEEN
+                        structure.alone_reason = _UNSEEN
                         state.restore()
-                        output, recorded = self.joined(structure, state, self.outcomes(structure, state))
+                        output, recorded = self.assemble(structure, state, self.outcomes(structure, state))
             except NotPerSampleError as error:
                 failure = failure or error
                 state.restore()
                 continue
-            structure.foreign |= graph.foreign(_graphed(output))
+            structure.custom_backward |= graph.has_custom_function(_graphed(output))
             return output, recorded
         assert failure is not None
         if drew and not self.training:
@@ -176,7 +181,7 @@ class _Run(Pass):
 
     def _first_in_evaluation(self) -> None:
         """Raise NotPerSampleError if samples interact in evaluation mode."""
-        model = evaluated(self.model)
+        model = evaluation_model(self.model)
         args, kwargs = self.call_of(self.copied_leaves())
         _Run(model, model.forward, args, kwargs, self.parameters, undo=True).first()
 
@@ -199,11 +204,19 @@ class _Run(Pass):
             raise _interact("the number of its outputs")
         for at, leaf in enumerate(leaves):
             rows = _rows([out.output[0][at] for out in outcomes], outcomes)
-            structure.layouts.append(find(rows, leaf, precision) if rows is not None else None)
+            structure.layouts.append(find_layout(rows, leaf, precision) if rows is not None else None)
         # Where it is in doubt which inputs carry the batch, outputs of all samples speak against a choice.
         mixed = [name for name, layout in zip(structure.names, structure.layouts, strict=True) if layout == MIXED]
         if mixed and (doubtful or all(layout in (None, MIXED) for layout in structure.layouts)):
             raise _interact(f"its output {mixed[0]}".rstrip())
+        args, kwargs = self.call_of(self.leaves)
+        counts = [(len(x),) for x in (*args, *kwargs.values()) if isinstance(x, (list, tuple))]
+        joins = all(layout is None or layout.kind in ("sum", "mean") for layout in structure.layouts)
+        if joins and any(isinstance(leaf, Tensor) and tuple(leaf.shape[:1]) in counts for leaf in leaves):
+            raise NotPerSampleError(
+                "inputs must be tensors with a row for each sample; a list with one tensor for each sample was given. "
+                "Stack the tensors, or pad and stack them"
+            )
         for place in _places(outcomes):
             trees = [out.attributes[place] for out in outcomes if place in out.attributes]
             wanted = flatten(after[place])[0] if place in after else []
@@ -212,11 +225,11 @@ class _Run(Pass):
                 rows = _rows([tree[0][at] for tree in trees], outcomes) if len(trees) == len(outcomes) else None
                 layout = None
                 if rows is not None and len(wanted) == len(trees[0][0]) and isinstance(wanted[at], Tensor):
-                    layout = find(rows, wanted[at], precision)
+                    layout = find_layout(rows, wanted[at], precision)
                     if layout == MIXED and rows.requires_grad:
                         raise _interact(f"the attribute {state.name(place)!r}")
                     if layout == MIXED or (layout.kind in ("sum", "mean") and not rows.requires_grad):
-                        layout, structure.ordinary = None, True
+                        layout, structure.needs_ordinary_call = None, True
                 # What was computed from parameters alone is a cache, whose graph must not outlive the call.
                 cache = layout == SAME and leaf.values.requires_grad
                 found.append(None if cache else layout)
@@ -230,7 +243,7 @@ class _Run(Pass):
         numbers = [pair for _, part in recorded.parts if isinstance(part, Call) for pair in part.numbers]
         return not graph.untracked(_graphed(output), numbers, recorded.inputs) & self.parameters.keys()
 
-    def joined(self, structure: Structure, state: State, outcomes: list[Outcome]) -> tuple[Any, Recorded]:
+    def assemble(self, structure: Structure, state: State, outcomes: list[Outcome]) -> tuple[Any, Recorded]:
         """Return the output of the batch, and write what the call changed."""
         parts = [(out.index, out.part) for out in outcomes]
         recorded = Recorded(self.parameters, self.samples, parts, structure, self._behind(), self.numbers)
@@ -238,10 +251,10 @@ class _Run(Pass):
         def whole(each: Sequence[Any], layout: Layout | None) -> Any:
             rows = _rows(each, outcomes)
             if rows is None or layout in (None, MIXED):
-                return each[0].values[0] if isinstance(each[0], Rows) else each[0]
+                return each[0].values[0] if isinstance(each[0], Stacked) else each[0]
             assert layout is not None
-            result = layout.joined(rows)
-            return graph.returned(recorded, result) if result.requires_grad else result
+            result = layout.join(rows)
+            return graph.mark_returned(recorded, result) if result.requires_grad else result
 
         leaves = [whole([out.output[0][at] for out in outcomes], each) for at, each in enumerate(structure.layouts)]
         if MIXED in structure.layouts and not self.undo:
@@ -249,10 +262,10 @@ class _Run(Pass):
         output = outcomes[0].output[1](leaves)
         if state.holds_graphs and not self._is_tracked(recorded, output):
             state.restore()
-            alone = replace(structure, alone=_UNSEEN)
-            return self.joined(alone, state, self.outcomes(alone, state))
+            alone = replace(structure, alone_reason=_UNSEEN)
+            return self.assemble(alone, state, self.outcomes(alone, state))
         for kept in outcomes[0].kept if len(outcomes) == 1 else ():
-            _make_whole(kept, recorded)
+            _replace_by_batch(kept, recorded)
         if self.undo:
             state.restore()
             recorded.restore = state.restore
@@ -263,14 +276,14 @@ class _Run(Pass):
             first, rebuilt, _ = trees[0]
             layouts = structure.attributes.get(place)
             if layouts is None or len(layouts) != len(first):
-                layouts = [usual(x.values.shape[1:]) if isinstance(x, Rows) else None for x in first]
+                layouts = [default_layout(x.values.shape[1:]) if isinstance(x, Stacked) else None for x in first]
             alike = len(trees) == len(outcomes) and len({len(tree[0]) for tree in trees}) == 1
-            if alike and all(layout or not isinstance(x, Rows) for layout, x in zip(layouts, first, strict=True)):
+            if alike and all(layout or not isinstance(x, Stacked) for layout, x in zip(layouts, first, strict=True)):
                 values = [whole([tree[0][at] for tree in trees], layout) for at, layout in enumerate(layouts)]
                 attributes[place] = rebuilt(values)
             else:
                 state.write(place, state.before(place))
-        if structure.ordinary or (structure.writes and outcomes[0].index is not None):
+        if structure.needs_ordinary_call or (structure.writes and outcomes[0].index is not None):
             # Several parts wrote, each as if it were all: what is left is that of an ordinary call.
             state.restore()
             self.ordinary()
@@ -303,7 +316,7 @@ def _places(outcomes: Sequence[Outcome]) -> list[Place]:
 
 def _rows(each: Sequence[Any], outcomes: Sequence[Outcome]) -> Tensor | None:
     """Return the rows of all samples ``(B, *shape)``, in the order of the batch; None for what is no tensor."""
-    if not all(isinstance(x, Rows) for x in each):
+    if not all(isinstance(x, Stacked) for x in each):
         return None
     if len(each) == 1:
         values: Tensor = each[0].values
@@ -319,10 +332,10 @@ def _graphed(output: Any) -> list[Tensor]:
     return [t for t in flatten(output)[0] if isinstance(t, Tensor) and t.grad_fn is not None]
 
 
-def _make_whole(kept: tuple[Tensor, Tensor], recorded: Recorded) -> None:
+def _replace_by_batch(kept: tuple[Tensor, Tensor], recorded: Recorded) -> None:
     """Turn a tensor of one sample, which someone kept, into that of the batch, if it has a row for each sample."""
     tensor, physical = kept
     if physical.dim() > 1 and physical.shape[1] == 1:
         whole = physical.flatten(0, 1)
         with contextlib.suppress(RuntimeError):  # someone else refers to it
-            torch.utils.swap_tensors(tensor, graph.returned(recorded, whole) if whole.requires_grad else whole)
+            torch.utils.swap_tensors(tensor, graph.mark_returned(recorded, whole) if whole.requires_grad else whole)

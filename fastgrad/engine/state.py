@@ -36,32 +36,32 @@ Place = tuple[int, str, str]
 Buffer = tuple[str, str]
 
 
-def copied(value: Any) -> Any:
+def copy_containers(value: Any) -> Any:
     """Return a copy of lists, dicts, sets and deques, also inside each other; anything else as it is."""
     kind = type(value)
     if kind is list:
-        return [copied(item) for item in value]
+        return [copy_containers(item) for item in value]
     if kind is dict:
-        return {key: copied(item) for key, item in value.items()}
+        return {key: copy_containers(item) for key, item in value.items()}
     if not isinstance(value, _MUTABLE):
         return value
     made: Any = copy.copy(value)
     if isinstance(value, dict):
         for key, item in value.items():
-            made[key] = copied(item)
+            made[key] = copy_containers(item)
     return made
 
 
-def same(value: Any, other: Any) -> bool:
+def holds_same(value: Any, other: Any) -> bool:
     """Whether two values hold the same objects."""
     if value is other:
         return True
     if type(value) is not type(other):
         return False
     if isinstance(value, (list, deque)):
-        return len(value) == len(other) and all(map(same, value, other))
+        return len(value) == len(other) and all(map(holds_same, value, other))
     if isinstance(value, dict):
-        return value.keys() == other.keys() and all(same(item, other[key]) for key, item in value.items())
+        return value.keys() == other.keys() and all(holds_same(item, other[key]) for key, item in value.items())
     return isinstance(value, set) and value == other
 
 
@@ -90,7 +90,7 @@ class State:
             held, inner = {name: now[name] for name in now.keys() - self._skipped}, {}
             for name, value in held.items():
                 if isinstance(value, _MUTABLE):
-                    inner[name] = copied(value)
+                    inner[name] = copy_containers(value)
                     self.holds_graphs = self.holds_graphs or _graphed(value)
                 elif isinstance(value, Tensor):
                     self.holds_graphs = self.holds_graphs or value.grad_fn is not None
@@ -142,7 +142,7 @@ class State:
                 value = now[name]
                 if id(value) in self._own:
                     continue
-                if held.get(name, ABSENT) is value and (name not in inner or same(inner[name], value)):
+                if held.get(name, ABSENT) is value and (name not in inner or holds_same(inner[name], value)):
                     continue
                 if name == "_buffers" and isinstance(holder, nn.Module):
                     before = inner[name]
@@ -173,7 +173,7 @@ class State:
         at, table, key = place
         _, held, inner = self._held[at]
         value = inner.get(table, held.get(table, ABSENT))
-        return copied(value.get(key, ABSENT) if key else value)
+        return copy_containers(value.get(key, ABSENT) if key else value)
 
     def write(self, place: Place, value: Any) -> None:
         """Write an attribute: lists, dicts and sets keep their identity."""
@@ -222,7 +222,7 @@ def detach_plain(x: Tensor) -> Tensor:
     return x.clone().detach() if x.is_inference() else x.detach()
 
 
-def evaluated(model: nn.Module) -> nn.Module:
+def evaluation_model(model: nn.Module) -> nn.Module:
     """Return ``model`` if it is in evaluation mode and a graph can use its tensors, or else such a copy."""
     for module in model.modules():
         tensors = (*module._parameters.values(), *module._buffers.values())

@@ -27,13 +27,13 @@ class Structure:
     written: frozenset[Buffer] = frozenset()  # buffers and other tensors of modules that a call writes to
     holders: list[Any] = field(default_factory=list)  # objects of modules whose attributes a call may write
     writes: bool = False  # whether a call changes attributes, buffers or random numbers
-    ordinary: bool = False  # whether only an ordinary call changes them as it should
-    spread_made: bool = False  # see `fastgrad.layers.call.Call`
-    alone: str = ""  # why samples run alone
+    needs_ordinary_call: bool = False  # whether only an ordinary call changes them as it should
+    batch_new_tensors: bool = False  # see `fastgrad.layers.call.Call`
+    alone_reason: str = ""  # why samples run alone
     bytes_of_element: float = 0.0  # of what functions gave for each number of the inputs
     #: Whether gradients may not be in proportion to those of the outputs: functions of autograd, or hooks.
-    foreign: bool = False
-    batches: bool = False  # whether several gradients are known to go back together
+    custom_backward: bool = False
+    batched_backward: bool = False  # whether several gradients are known to go back together
 
 
 class Alone:
@@ -74,7 +74,7 @@ class Recorded:
     #: Nodes of the graph behind the call's inputs.
     inputs: list[Any] = field(default_factory=list)
     #: Sequence numbers of the operations of the ordinary call that a first run made.
-    ordinary: range = range(0)
+    ordinary_numbers: range = range(0)
     #: Puts back what the call wrote, for a call that leaves the model as it was.
     restore: Callable[[], None] | None = None
 

@@ -148,8 +148,8 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
     def _note(self, output: Any, recorded: Recorded) -> None:
         """Take note of a call."""
         self.batches.add(recorded.samples)
-        if recorded.ordinary:
-            self.outside.append((recorded.ordinary, _FIRST))
+        if recorded.ordinary_numbers:
+            self.outside.append((recorded.ordinary_numbers, _FIRST))
 
     def _call_transformed(self, forward: Any, args: Any, kwargs: Any) -> Any:
         """Run a call without probes and note its operations, including those of calls within it."""
@@ -246,7 +246,7 @@ def recorded_sqnorms(
     """Compute `grad_sqnorm` for a given recording."""
     asked = parameters_of(recording, wanted)
     names = {id(p): name for name, p in recording.model.named_parameters()}
-    calls = reached(recording, outputs, {key: names[key] for key in asked})
+    calls = calls_behind(recording, outputs, {key: names[key] for key in asked})
     rows = {recorded.samples for recorded in calls}
     leading = (gradients[0].shape[0],) if batched and gradients is not None else ()
     found: dict[int, Tensor] = {}
@@ -285,7 +285,7 @@ def _norms_of(
     return squared_norms(own, outputs, gradients, asked, batched=batched, keep=keep)
 
 
-def reached(
+def calls_behind(
     recording: record, outputs: Sequence[Tensor], names: Mapping[int, str], argument: str = "outputs"
 ) -> list[Recorded]:
     """Return the recorded calls that ``outputs``, an ``argument`` of the caller, reach.
@@ -294,10 +294,10 @@ def reached(
     call that ``torch.func`` transforms, or if a term of theirs reaches both a call and, outside of calls, one of these
     parameters. A term without calls, such as a weight decay, is allowed: it has no gradient per sample.
     """
-    calls, outside = graph.uses(outputs)
+    calls, outside = graph.calls_and_leaves(outputs)
     for numbers, what in (pair for each in dict.fromkeys((*_active.stack, recording)) for pair in each.outside):
         inside = [node for node in graph.nodes(outputs) if number_of(node) in numbers]
-        if used := graph.uses(inside)[1] & names.keys():
+        if used := graph.calls_and_leaves(inside)[1] & names.keys():
             raise ValueError(
                 f"{argument} must depend on {names[used.pop()]!r} through recorded calls of the model; they reach it "
                 f"in {what}"
@@ -309,7 +309,7 @@ def reached(
             f"{argument} must be computed from calls of the recorded model, with gradients enabled; they reach none"
         )
     for nodes in graph.terms(outputs) if outside & names.keys() else ():
-        called, used = graph.uses(nodes)
+        called, used = graph.calls_and_leaves(nodes)
         if called and (used := used & names.keys()):
             raise ValueError(
                 f"{argument} must depend on {names[min(used, key=list(names).index)]!r} through calls of the "

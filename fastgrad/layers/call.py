@@ -63,7 +63,7 @@ class Call:
     rows: Tensor | None = None
     whole: int = 0
     #: Whether tensors that the model makes itself hold a row for each sample, because it writes samples into them.
-    spread_made: bool = False
+    batch_new_tensors: bool = False
     uses: list[Use] = field(default_factory=list)
     #: By the id of a parameter, the number of its uses.
     counts: dict[int, int] = field(default_factory=dict)
