@@ -1,6 +1,6 @@
 """Models that users of other packages reported: fastgrad's norms of each are those of autograd, or it is refused.
 
-``docs/explanation/which-tool.md`` lists the reports.
+``docs/results/speed.md`` lists the reports.
 """
 
 from __future__ import annotations
