@@ -24,14 +24,9 @@ Seen = dict[int, tuple[dict[int, Tensor], list[Tensor]]]
 
 
 def squared_norms(
-    calls: Iterable[Recorded],
-    outputs: Sequence[Tensor],
-    gradients: Sequence[Tensor] | None,
-    wanted: Mapping[int, Tensor],
-    *,
-    batched: bool = False,
-    keep: bool = False,
-) -> dict[int, Tensor]:
+    calls: Iterable[Recorded], outputs: Sequence[Tensor], gradients: Sequence[Tensor] | None,
+    wanted: Mapping[int, Tensor], *, batched: bool = False, keep: bool = False,
+) -> dict[int, Tensor]:  # fmt: skip
     """Return squared norms ``(B,)`` by parameter, of those that outputs depend on; ``(S, B)`` for batched gradients.
 
     Arguments are as in `torch.autograd.grad`; ``keep`` keeps the graph for another call. All calls have B samples.

@@ -1,4 +1,4 @@
-"""Refuse models before any work, if their gradients are not whole or their samples depend on each other."""
+"""Refuse models whose parameters are not whole or whose samples depend on each other, before any work."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def refuse_parts(model: nn.Module) -> None:
         if found:
             raise TypeError(
                 f"model must hold whole parameters; {name or 'model'!r} was a {found[0]} (FSDP, tensor parallelism), "
-                "of which each process holds a part. Use DistributedDataParallel, or norms before the model is sharded"
+                "of which each process holds a part. Use DistributedDataParallel, or take norms before sharding"
             )
         if isinstance(part, nn.Parameter) and part.is_complex():
             raise TypeError(
@@ -34,7 +34,7 @@ def refuse_parts(model: nn.Module) -> None:
 
 
 def refuse_mixing(model: nn.Module, *, training: bool) -> None:
-    """Raise ValueError for a layer that uses statistics of the batch; with ``training``, in the modules' own modes."""
+    """Raise ValueError for a layer that uses statistics of the batch; with ``training``, also because of its mode."""
     mixes = "normalises with the statistics of the batch"
     for path, module in model.named_modules():
         name, norm = path or type(model).__name__, isinstance(module, BatchNorm)

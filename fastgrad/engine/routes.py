@@ -1,4 +1,4 @@
-"""How each parameter's norms were computed, in words that a user can act on."""
+"""Reports of how each parameter's norms were computed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Run a model on each sample of a batch, and return what an ordinary call of the batch returns.
 
-The first run on inputs of a structure is compared with an ordinary call. It shows where the batch lies in the outputs,
-and that samples do not interact.
+The first run on inputs of a new structure is compared with an ordinary call. This shows which dimension of each output
+is the batch, and that samples do not interact.
 """
 
 from __future__ import annotations
@@ -26,25 +26,18 @@ from fastgrad.engine.structure import Alone, Recorded, Structure, known
 from fastgrad.layers.call import Call, NotPerSampleError
 from fastgrad.memory import keep_freed_memory
 
-_UNSEEN = "a parameter reaches the outputs by a function that Python does not see, or by a tensor of an earlier call"
+_UNSEEN = "a parameter reaches the outputs through a function that Python does not see, or a tensor of an earlier call"
 
 
 def run(
-    model: nn.Module,
-    forward: Callable[..., Any],
-    args: Any,
-    kwargs: Any,
-    parameters: Mapping[int, Tensor],
-    owner: nn.Module | None = None,
-    *,
-    undo: bool = False,
-    modules: Sequence[tuple[str, nn.Module]] | None = None,
-) -> tuple[Any, Recorded]:
-    """Call ``forward``, that of ``model``, and return its output and what is known of each sample's gradients.
+    model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, parameters: Mapping[int, Tensor],
+    owner: nn.Module | None = None, *, undo: bool = False, modules: Sequence[tuple[str, nn.Module]] | None = None,
+) -> tuple[Any, Recorded]:  # fmt: skip
+    """Call ``forward``, the forward pass of ``model``; return its output and the record of each sample's gradients.
 
-    ``parameters`` are those whose gradients count, by id. What the model writes is as after an ordinary call, or with
-    ``undo`` as before. ``owner`` is the model of which this is a copy for one call, and ``modules`` are its
-    modules, with their paths. ValueError if samples interact.
+    ``parameters`` are those whose gradients are wanted, by id. Attributes and buffers are left as by an ordinary call,
+    or, with ``undo``, as they were. If ``model`` is a copy made for this call, ``owner`` is the original. ``modules``
+    are the modules of ``model`` with their paths. Raises ValueError if samples interact.
     """
     keep_freed_memory()
     one = _Run(model, forward, args, kwargs, parameters, undo=undo, modules=modules)
@@ -61,7 +54,7 @@ def run(
 def known_structure(
     owner: nn.Module, model: nn.Module, args: Any, kwargs: Any, modules: Sequence[tuple[str, nn.Module]]
 ) -> Structure | None:
-    """Return what is known of a model for inputs like these, if it or ``model``, its copy, ran on such."""
+    """Return what an earlier run of ``owner``, or of its copy ``model``, showed for such inputs, or None."""
     structures = known.of(owner)
     one = Pass(model, model, args, kwargs, {}, undo=True, modules=modules)
     return structures.get(one.key()) if structures else None
@@ -69,7 +62,7 @@ def known_structure(
 
 class _Run(Pass):
     def result(self, structures: dict[Any, Structure]) -> tuple[Any, Recorded]:
-        """Run the samples as is known of such inputs, or for the first time."""
+        """Run the samples as an earlier run on such inputs did, or for the first time."""
         key = self.key()
         structure = structures.pop(key, None)
         if structure is not None:
@@ -84,14 +77,14 @@ class _Run(Pass):
             found = self.first()
             structures[key] = found[1].structure
             return found
-        # A checkpoint around the call compares what two runs save: the first run is not the one that it sees.
+        # A checkpoint around the call compares the tensors that two runs save, so it must not see the first run.
         with saving_plainly():
             structures[key] = self.first()[1].structure
         return self.result(structures)
 
     @contextlib.contextmanager
     def _restoring(self, state: State) -> Any:
-        """Leave the model as it was, if that is asked for, or if an exception ends the run."""
+        """Restore the model if an exception ends a run that must leave no trace."""
         try:
             yield
         except BaseException:
@@ -100,7 +93,7 @@ class _Run(Pass):
             raise
 
     def empty(self) -> tuple[Any, Recorded]:
-        """Call the model on no samples, as it is."""
+        """Call the model on an empty batch."""
         recorded = Recorded(self.parameters, 0, [], Structure(), self._behind())
         args, kwargs = self.call_of(self.leaves)
         leaves, rebuilt, _ = flatten(self.forward(*args, **kwargs))
@@ -108,7 +101,7 @@ class _Run(Pass):
         return rebuilt(whole), recorded
 
     def _behind(self) -> list[Any]:
-        """Return the nodes of the graph that inputs come from."""
+        """Return the graph nodes that computed the inputs."""
         given = [x for x in self.leaves if isinstance(x, Tensor) and x.requires_grad]
         return [x.view_as(x).grad_fn if x.grad_fn is None else x.grad_fn for x in given]
 
@@ -127,7 +120,7 @@ class _Run(Pass):
         state.restore()
         if any(table in ("_parameters", "_modules") for _, table, _ in changes):
             raise NotPerSampleError(
-                "model must not make layers or parameters in forward; call it once before, if only a first call does"
+                "model must not create layers or parameters in forward; if only its first call does, call it before"
             )
         moved = {key: (p, before, p.detach().clone()) for key, (p, before) in plain.written.items()}
         size = plain.bytes / max(1, sum(x.numel() for x in input_tensors(self.leaves)))
@@ -144,7 +137,7 @@ class _Run(Pass):
                     try:
                         self._compare(structure, state, outcomes, expected, after, plain.precision, doubtful)
                     except NotPerSampleError:
-                        # Samples that draw numbers in another order can only be compared in evaluation mode.
+                        # Samples draw random numbers in another order, so only evaluation mode can be compared.
                         if not (drew and self.training and state.drew()):
                             raise
                         self._first_in_evaluation()
@@ -167,7 +160,7 @@ class _Run(Pass):
         raise failure
 
     def _require_unmoved(self, written: Mapping[int, tuple[Tensor, Tensor, Tensor]]) -> None:
-        """Raise NotPerSampleError, with the parameters as they were, if a second run moved them again."""
+        """Restore the parameters and raise NotPerSampleError if the second run changed them again."""
         for key, (parameter, _, after) in written.items():
             if not torch.equal(parameter, after):
                 with torch.no_grad():
@@ -175,7 +168,7 @@ class _Run(Pass):
                         one.copy_(value)
                 name = next(name for name, p in self.model.named_parameters() if id(p) == key)
                 raise NotPerSampleError(
-                    "model must not write to its parameters in forward, as a moving average does; it wrote to "
+                    "model must not write to its parameters in forward, such as to a moving average; it wrote to "
                     f"{name!r}. Write to them outside of forward"
                 )
 
@@ -186,18 +179,12 @@ class _Run(Pass):
         _Run(model, model.forward, args, kwargs, self.parameters, undo=True).first()
 
     def _compare(
-        self,
-        structure: Structure,
-        state: State,
-        outcomes: list[Outcome],
-        expected: Tree,
-        after: Mapping[Place, Any],
-        precision: float | None,
-        doubtful: bool,
-    ) -> None:
-        """Find the layouts of outputs and attributes; NotPerSampleError names the first output that has none.
+        self, structure: Structure, state: State, outcomes: list[Outcome], expected: Tree, after: Mapping[Place, Any],
+        precision: float | None, doubtful: bool,
+    ) -> None:  # fmt: skip
+        """Find the layouts of outputs and attributes; NotPerSampleError names the first output without one.
 
-        ``precision`` is that of the coarsest numbers in the model; None compares shapes alone.
+        ``precision`` is the rounding error of the coarsest dtype in the model; None compares shapes alone.
         """
         leaves, _, structure.names = expected
         if {len(out.output[0]) for out in outcomes} != {len(leaves)}:
@@ -205,7 +192,7 @@ class _Run(Pass):
         for at, leaf in enumerate(leaves):
             rows = _rows([out.output[0][at] for out in outcomes], outcomes)
             structure.layouts.append(find_layout(rows, leaf, precision) if rows is not None else None)
-        # Where it is in doubt which inputs carry the batch, outputs of all samples speak against a choice.
+        # If several choices of inputs could carry the batch, an output that joins samples rules this choice out.
         mixed = [name for name, layout in zip(structure.names, structure.layouts, strict=True) if layout == MIXED]
         if mixed and (doubtful or all(layout in (None, MIXED) for layout in structure.layouts)):
             raise _interact(f"its output {mixed[0]}".rstrip())
@@ -230,21 +217,21 @@ class _Run(Pass):
                         raise _interact(f"the attribute {state.name(place)!r}")
                     if layout == MIXED or (layout.kind in ("sum", "mean") and not rows.requires_grad):
                         layout, structure.needs_ordinary_call = None, True
-                # What was computed from parameters alone is a cache, whose graph must not outlive the call.
+                # A tensor computed from parameters alone is a cache, and its graph must not outlive the call.
                 cache = layout == SAME and leaf.values.requires_grad
                 found.append(None if cache else layout)
 
     # Every run.
 
     def _is_tracked(self, recorded: Recorded, output: Any) -> bool:
-        """Whether modes saw all functions by which outputs depend on parameters."""
+        """Whether the mode saw all functions through which outputs depend on parameters."""
         if any(isinstance(part, Alone) for _, part in recorded.parts):
             return True
         numbers = [pair for _, part in recorded.parts if isinstance(part, Call) for pair in part.numbers]
         return not graph.untracked(_graphed(output), numbers, recorded.inputs) & self.parameters.keys()
 
     def assemble(self, structure: Structure, state: State, outcomes: list[Outcome]) -> tuple[Any, Recorded]:
-        """Return the output of the batch, and write what the call changed."""
+        """Return the output of the batch, and write the attributes that the call changed."""
         parts = [(out.index, out.part) for out in outcomes]
         recorded = Recorded(self.parameters, self.samples, parts, structure, self._behind(), self.numbers)
 
@@ -284,7 +271,7 @@ class _Run(Pass):
             else:
                 state.write(place, state.before(place))
         if structure.needs_ordinary_call or (structure.writes and outcomes[0].index is not None):
-            # Several parts wrote, each as if it were all: what is left is that of an ordinary call.
+            # Each part of the batch wrote as if it were the whole batch, so an ordinary call writes instead.
             state.restore()
             self.ordinary()
         for place, value in attributes.items():
@@ -292,7 +279,7 @@ class _Run(Pass):
         return output, recorded
 
     def _mix(self, structure: Structure, state: State, leaves: list[Any]) -> None:
-        """Put the outputs that an ordinary call computes from all samples into ``leaves``."""
+        """Put outputs that join samples into ``leaves``, from an ordinary call."""
         now = State(self.modules, structure.written, [*self.objects, *structure.holders])
         state.restore()
         values = self.ordinary()[1][0]
@@ -306,7 +293,7 @@ class _Run(Pass):
 def _interact(what: str) -> NotPerSampleError:
     return NotPerSampleError(
         "model must treat the samples of a batch independently, or there is no gradient per sample; for one sample "
-        f"alone, {what} is another than in the batch"
+        f"alone, {what} differs from that in the batch"
     )
 
 
@@ -315,7 +302,7 @@ def _places(outcomes: Sequence[Outcome]) -> list[Place]:
 
 
 def _rows(each: Sequence[Any], outcomes: Sequence[Outcome]) -> Tensor | None:
-    """Return the rows of all samples ``(B, *shape)``, in the order of the batch; None for what is no tensor."""
+    """Return the tensors of all samples ``(B, *shape)`` in the order of the batch; None if one is not a tensor."""
     if not all(isinstance(x, Stacked) for x in each):
         return None
     if len(each) == 1:
@@ -333,9 +320,9 @@ def _graphed(output: Any) -> list[Tensor]:
 
 
 def _replace_by_batch(kept: tuple[Tensor, Tensor], recorded: Recorded) -> None:
-    """Turn a tensor of one sample, which someone kept, into that of the batch, if it has a row for each sample."""
+    """Turn a tensor of one sample that a hook kept into the tensor of the batch."""
     tensor, physical = kept
     if physical.dim() > 1 and physical.shape[1] == 1:
         whole = physical.flatten(0, 1)
-        with contextlib.suppress(RuntimeError):  # someone else refers to it
+        with contextlib.suppress(RuntimeError):  # something else refers to it
             torch.utils.swap_tensors(tensor, graph.mark_returned(recorded, whole) if whole.requires_grad else whole)

@@ -173,7 +173,7 @@ class GradientFeatures:
             return torch.cat([logits for logits, _ in parts]), torch.cat([features for _, features in parts])
 
     def _of_batch(self, target: Tensor | None, samples: int) -> Tensor | None:
-        """Return the targets of a call, checked as far as possible without logits."""
+        """Return the targets of a call, checked as far as this is possible without logits."""
         if target is None:
             return None
         if self.contrast or self.joint:
@@ -194,13 +194,8 @@ class GradientFeatures:
         return routes_of(self._latest, dict(zip(self._keys, self.names, strict=True)))
 
     def _pass(
-        self,
-        model: nn.Module,
-        modules: Sequence[tuple[str, nn.Module]],
-        args: Any,
-        kwargs: Any,
-        target: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+        self, model: nn.Module, modules: Sequence[tuple[str, nn.Module]], args: Any, kwargs: Any, target: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Run one forward and backward pass of an undivided batch."""
         names = self._names()
         # A copy holds other parameters where those of the model were made in inference mode.
@@ -287,7 +282,7 @@ def signal_sqnorms(
 
 
 def _logits(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    """Call a model; other outputs than its logits are no matter."""
+    """Call a model and return its logits; other outputs may be anything."""
     return logits_of(model(*args, **kwargs))
 
 

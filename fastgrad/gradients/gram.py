@@ -26,31 +26,23 @@ _Parameters = nn.Parameter | Sequence[nn.Parameter]
 
 @overload
 def grad_gram(
-    outputs: _Outputs,
-    params: _Parameters,
-    *,
-    each: Literal[False] = ...,
-    other: _Outputs | None = ...,
+    outputs: _Outputs, params: _Parameters, *, each: Literal[False] = ..., other: _Outputs | None = ...,
     retain_graph: bool | None = ...,
-) -> Tensor: ...
+) -> Tensor: ...  # fmt: skip
 @overload
 def grad_gram(
     outputs: _Outputs, params: _Parameters, *, each: Literal[True], other: _Outputs | None = ...,
     retain_graph: bool | None = ...,
 ) -> tuple[Tensor, ...]: ...  # fmt: skip
 def grad_gram(
-    outputs: Tensor | Sequence[Tensor],
-    params: nn.Parameter | Sequence[nn.Parameter],
-    *,
-    each: bool = False,
-    other: Tensor | Sequence[Tensor] | None = None,
-    retain_graph: bool | None = None,
-) -> Tensor | tuple[Tensor, ...]:
-    """Return the inner products of all pairs of samples' gradients, exactly, where gradients are not stored.
+    outputs: Tensor | Sequence[Tensor], params: nn.Parameter | Sequence[nn.Parameter], *, each: bool = False,
+    other: Tensor | Sequence[Tensor] | None = None, retain_graph: bool | None = None,
+) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
+    """Return the exact inner products of all pairs of samples' gradients, without storing the gradients.
 
     Entry (i, j) is ``<g_i, g_j>``, summed over ``params``. A linear function's share is ``(A A^T) * (D D^T)``, from
-    inputs A and output gradients D; of several positions, the cheaper of products of positions and of gradients that
-    are formed a part of the parameter at a time. Samples that ran alone keep their gradients meanwhile.
+    inputs A and output gradients D. With several positions, either products of positions are taken or gradients are
+    formed for a part of the parameter at a time, whichever is cheaper. Samples that ran alone keep their gradients.
 
     Args:
         outputs: As in `grad_sqnorm`: a loss that is a *sum* over samples, or any tensors computed from the recorded
@@ -86,13 +78,9 @@ def grad_gram(
 
 
 def _grams(
-    recording: record,
-    outputs: Sequence[Tensor],
-    wanted: Sequence[Tensor],
-    other: Sequence[Tensor] | None,
-    each: bool,
+    recording: record, outputs: Sequence[Tensor], wanted: Sequence[Tensor], other: Sequence[Tensor] | None, each: bool,
     keep: bool,
-) -> dict[int, Tensor]:
+) -> dict[int, Tensor]:  # fmt: skip
     """Return matrices by the ids of parameters, or with key 0 their sum."""
     asked = parameters_of(recording, wanted)
     row = _Pass(_calls(recording, outputs, asked, "outputs"), asked, outputs)
@@ -190,7 +178,7 @@ def _calls(recording: record, outputs: Sequence[Tensor], asked: Iterable[int], n
 
 
 class _Pass(Backward):
-    """A backward pass that hands all uses of a parameter over as soon as they are known."""
+    """A backward pass that hands over all uses of a parameter as soon as they are complete."""
 
     def __init__(self, calls: Iterable[Recorded], wanted: Mapping[int, Tensor], outputs: Sequence[Tensor]) -> None:
         super().__init__(calls, wanted)

@@ -45,7 +45,7 @@ def crops(net: Any, x: Tensor) -> Tensor:
 #: Functions, and what the refusal says.
 REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "mean": (lambda net, x: net.head(x - x.mean(0)),
-        APART + "for one sample alone, its output is another than in the batch"),
+        APART + "for one sample alone, its output differs from that in the batch"),
     "detached": (lambda net, x: net.head(x / x.abs().max().detach()), APART),
     "size": (lambda net, x: net.head(x) / len(x), APART),
     "neighbours": (lambda net, x: net.head(x.roll(1, 0)), APART),

@@ -155,7 +155,7 @@ def test_buffers_count_a_call_once() -> None:
         assert_exact(features_of_squares(model)(X)[1], truth)
         assert model.calls == call - 1
         assert_exact(recorded(model, lambda: model(X).square().sum()), truth)
-        assert (model.calls, model.seen) == (call, 4 * call)
+        assert [model.calls.item(), model.seen.item()] == [call, 4 * call]
     model = keeping(checkpointed)  # which features leave as it was, too
     assert_exact(features_of_squares(model)(X)[1], alone(model, (X,)))
     assert model.calls == 0
@@ -193,7 +193,7 @@ def making(net: Any, x: Tensor) -> Tensor:
 #: Functions that move or make parameters, and what the refusal says.
 PARAMETERS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "moving": (moving, "model must not write to its parameters in forward, .* it wrote to 'other.weight'"),
-    "making": (making, "model must not make layers or parameters in forward"),
+    "making": (making, "model must not create layers or parameters in forward"),
 }
 
 
@@ -350,5 +350,5 @@ def test_an_attribute_that_has_a_row_for_each_sample_is_refused() -> None:
             check(model, (X,))
             continue
         for call in (features_of_squares(model), lambda x, model=model: recorded(model, lambda: model(x).sum())):
-            with pytest.raises(ValueError, match="for one sample alone, its output is another"):
+            with pytest.raises(ValueError, match="for one sample alone, its output differs"):
                 call(X)
