@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from bench import clock
-from bench.registry import SEED, Case, cases
+from bench.micro.cases import cases
+from bench.registry import SEED, Case
 from bench.report import pages
 from fastgrad.memory import keep_freed_memory
 
