@@ -43,6 +43,8 @@ LONGEST_ROW = 16384
 PROGRAM, LAUNCH, LOGITS = 1.0, 2.0, 1750
 # Programs that share a row, at most: the next launch merges their parts in one step.
 MOST_SPLITS = 64
+# Parts of a row of statistics, at most, which one program merges.
+MOST_PARTS = 1024
 
 
 def power_of_two(n: int) -> int:
@@ -172,8 +174,8 @@ def linear_stats(
         # A quarter of a tile's time goes into starting a program.
         return cdiv(tiles_m * cdiv(tiles_n, tiles), arch.processors) * (tiles + 0.25)
 
-    waves = range(2, 9)
-    tiles = min((max(1, cdiv(tiles_m * tiles_n, wave * arch.processors)) for wave in waves), key=cost)
+    least = cdiv(tiles_n, MOST_PARTS)
+    tiles = min((max(least, cdiv(tiles_m * tiles_n, wave * arch.processors)) for wave in range(2, 9)), key=cost)
     return {
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "PRECISION": _precision(dtype, arch),
         "num_warps": warps, "num_stages": stages,
