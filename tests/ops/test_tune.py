@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -93,3 +95,12 @@ def test_unaligned_rows() -> None:
             assert options["num_warps"] == (16 if name.startswith("sm") else min(8, options["BLOCK_N"] // 512))
         whole, parted = (tune.contrast(4096, N, 768, "cross_entropy", arch)[0] for N in (50_256, 50_257))
         assert parted["BLOCK_N"] <= whole["BLOCK_N"] // 2
+
+
+def test_the_page_names_every_architecture() -> None:
+    page = pathlib.Path(__file__).parents[2] / "docs" / "explanation" / "kernels.md"
+    lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith(("| NVIDIA", "| AMD"))]
+    named = [name for line in lines for name in line.split(" | ")[1].split(", ")]
+    assert [name if name.startswith("gfx") else f"sm_{name.removeprefix('sm_')}" for name in named] == [
+        *tune.KNOWN_ARCHITECTURES
+    ]
