@@ -11,8 +11,8 @@
   fastgrad's. For several networks the groups follow: ``attacks resnet18, vit | attacks | attacks after JPEG``.
 - ``NAME by network | CASE | FIELD | FORMAT | METHOD | METHOD ...`` is one field of one case: a row for each network, a
   column for each method. ``NAME by case | NETWORK | ...`` has a row for each case; of speed, without a network.
-- A value is ``FILE | CASE or NETWORK: CASE | IMPLEMENTATION or METHOD | FIELD | FORMAT``, over draws the mean. In a row
-  of a table ``;`` stands in place of ``|``, which would end the cell.
+- A value is ``FILE | CASE or NETWORK: CASE | IMPLEMENTATION, METHOD or ARCHITECTURE | FIELD | FORMAT``, over draws the
+  mean. In a row of a table ``;`` stands in place of ``|``, which would end the cell.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _figure(rows: list[dict[str, Any]], network: str, case: str, method: str, ke
     found = [
         row for row in rows
         if str(row.get("case", row.get("batch"))) == case and network in ("", row.get("network"))
-        and method in (row.get("implementation"), row.get("method"), row.get("form"))
+        and method in map(row.get, ("implementation", "method", "form", "arch"))
     ]  # fmt: skip
     if not found:
         return None
