@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.micro import contrasts, gram, network  # noqa: F401
+from bench.micro import contrasts, gram, network, rows  # noqa: F401
 from bench.registry import REGISTERED, Case
 
 

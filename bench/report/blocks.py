@@ -94,8 +94,8 @@ def value(words: str, folder: Path = RESULTS) -> str:
 def _figure(rows: list[dict[str, Any]], network: str, case: str, method: str, key: str, form: str) -> str | None:
     found = [
         row for row in rows
-        if row.get("case") == case and network in ("", row.get("network"))
-        and method in (row.get("implementation"), row.get("method"))
+        if str(row.get("case", row.get("batch"))) == case and network in ("", row.get("network"))
+        and method in (row.get("implementation"), row.get("method"), row.get("form"))
     ]  # fmt: skip
     if not found:
         return None

@@ -11,6 +11,8 @@ from bench.report.figures import Lines, Value, dots
 from bench.report.speed import ours
 from bench.report.text import Row, table, wilson
 
+#: Attacks of the kinds by which challenges are made, some with more steps, and attacks of other kinds.
+GENERATED, OTHERS, AFTER = ("FGSM", "PGD", "BIM"), ("C&W", "DeepFool", "IterLL", "Semantic"), " after JPEG"
 PROTOCOLS = ("clean data only", "with generated challenges", "with labelled challenges")
 
 
@@ -42,7 +44,7 @@ def _joined(rows: Sequence[Row], merit: str) -> Row:
     joined: dict[str, Any] = {merit: round(value, 4)}
     if len(rows) > 1:
         return joined | {"spread": round(float(np.std([row[merit] for row in rows], ddof=1)), 4)}
-    return joined | ({"interval": rows[0]["interval"]} if merit in ("auroc", "gain") else {})
+    return joined | ({"interval": rows[0]["interval"]} if "interval" in rows[0] and merit in ("auroc", "gain") else {})
 
 
 def block(rows: Sequence[Row], merit: str, network: str, protocol: str, methods: Mapping[str, Any]) -> str:
@@ -90,12 +92,31 @@ def gains(rows: Sequence[Row], network: str) -> str:
     )
 
 
+def attack_kinds(rows: Iterable[Row]) -> list[Row]:
+    """Return a row for each half of a group of attacks: those of kinds that challenges are made by, and others."""
+    halves: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        name = row.get("case", "").removesuffix(AFTER)
+        if name.startswith(GENERATED + OTHERS):
+            kinds = "of generated kinds" if name.startswith(GENERATED) else "of other kinds"
+            group = f"attacks {kinds}{AFTER if row['case'].endswith(AFTER) else ''}"
+            key = (row["network"], str(row["draw"]), row["method"], row["protocol"], group)
+            halves.setdefault(key, []).append(row)
+    found = []
+    for (*_, group), own in halves.items():
+        values = [row["auroc"] for row in own if "auroc" in row]
+        head = {name: own[0][name] for name in ("network", "draw", "method", "protocol")} | {"group": group}
+        found.append(head | ({"auroc": float(np.mean(values))} if values else {"not run": own[0]["not run"]}))
+    return found
+
+
 def strongest(rows: Sequence[Row], merit: str, network: str) -> str:
     """Return for every group the best published detector from clean data, beside fastgrad's and the control."""
     return table(_strongest(rows, merit, network))
 
 
 def _strongest(rows: Sequence[Row], merit: str, network: str) -> Iterator[dict[str, str]]:
+    rows = [*rows, *attack_kinds(rows)]
     clean = means(rows, merit, network, PROTOCOLS[0])
     generated = means(rows, merit, network, PROTOCOLS[1])
     for group in dict.fromkeys(group for own in clean.values() for group in own):
@@ -122,15 +143,16 @@ def overview(document: Row, networks: Sequence[str], groups: Sequence[str]) -> s
 
 
 def titled(document: Row, network: str) -> str:
-    """Return a network's title, and whether design choices were tuned on it."""
+    """Return a network's title, its standing (tuned on or validation), and whether its sets are small."""
     title, tuned = document["networks"][network]
     # The form of the risk was chosen with every network in view.
     risk = any(row.get("method") == "fastgrad, risk" for row in document["rows"])
-    return f"{title}, {'tuned on' if tuned else 'held out but for the risk' if risk else 'held out'}"
+    standing = "tuned on" if tuned else "validation but for the risk" if risk else "validation"
+    return f"{title}, {standing}{', quick sizes' if document.get('quick') else ''}"
 
 
 def by_group(document: Row) -> Any:
-    """Return the figure: by group the strongest rivals beside fastgrad's, of the first network that is held out."""
+    """Return the figure: by group the strongest rivals and fastgrad, of the first network not tuned on."""
     rows, merit = document["rows"], document["merit"]
     if not measured_networks(rows):
         return None

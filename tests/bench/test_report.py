@@ -125,6 +125,20 @@ def test_a_page_is_a_template_over_its_results(folder: pathlib.Path) -> None:
     assert command.stale(folder, []) == ["network.md"]
 
 
+@pytest.mark.parametrize(
+    ("base", "line"),
+    [
+        ("training step", "| net B=8 | 500 ms | 2 KiB | 0.50 | 1.00 | 8 | refused | wrong | 750 ms | 1.5 s |"),
+        ("network alone", "| net B=8 | fastgrad | 16 | 500 ms | 500 ms to 500 ms | 0.50 | 2 KiB | 750 ms |"),
+    ],
+)
+def test_latencies_of_a_gpu_stand_beside_times_of_graphs(base: str, line: str, folder: pathlib.Path) -> None:
+    timed = [row | ({"latency_s": 1.5 * row["median_s"]} if row["correct"] else {}) for row in CASES]
+    assert line in speed.tables([row | {"relative_to": base} for row in timed])
+    pages.store(folder / "network.json", {"machine": "here", "versions": {}, "revision": "abc", "cases": timed})
+    assert "| latency |" in pages.write("network", folder).read_text()
+
+
 def test_a_changed_figure_is_found(folder: pathlib.Path) -> None:
     text = "a\n<!-- table: network -->\n<!-- end -->\n"
     text += "b <!-- value: network | net B=8 | fastgrad | ratio | .2f --><!-- end -->"
@@ -211,7 +225,7 @@ def test_several_networks_stand_in_one_table_by_group(detection_folder: pathlib.
     lines = blocks.table("attacks a, b | attacks", detection_folder).splitlines()
     assert lines[0].startswith("| group | network | strongest published |")
     assert lines[2].startswith("| attacks | A, tuned on | energy 0.700 ± 0.141 | 0.950 ± 0.071 |")
-    assert lines[3].startswith("| attacks | B, held out | energy 0.500 [0.400, 1.000] |")
+    assert lines[3].startswith("| attacks | B, validation | energy 0.500 [0.400, 1.000] |")
     with pytest.raises(ValueError, match=r"must name groups of a, b; they were \['corruptions'\]"):
         blocks.table("attacks a, b | attacks | corruptions", detection_folder)
 
@@ -221,7 +235,7 @@ def test_one_field_by_network_or_by_case(detection_folder: pathlib.Path, folder:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"networks": {"a": ["A", True], "b": ["B", False]}}))
     words = "attacks by network | mean of attacks | auroc | .2f | energy | fastgrad, budget 1.2"
     assert blocks.table(words, detection_folder).splitlines()[2:] == [
-        "| A, tuned on | 0.70 | 0.95 |", "| B, held out | 0.50 |  |"
+        "| A, tuned on | 0.70 | 0.95 |", "| B, validation | 0.50 |  |"
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"they were \['softmax'\]"):
         blocks.table(words + " | softmax", detection_folder)
