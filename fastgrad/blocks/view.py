@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgrad import checks
 from fastgrad.blocks.block import Array, Block, Part, Settings
-from fastgrad.blocks.extraction import Pass
+from fastgrad.blocks.forward import Pass
 from fastgrad.blocks.subject import Subject
 from fastgrad.losses import compute_dtype
 from fastgrad.scores.fitted import Fitted
