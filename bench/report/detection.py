@@ -102,7 +102,7 @@ def attack_kinds(rows: Iterable[Row]) -> list[Row]:
             group = f"attacks {kinds}{AFTER if row['case'].endswith(AFTER) else ''}"
             key = (row["network"], str(row["draw"]), row["method"], row["protocol"], group)
             halves.setdefault(key, []).append(row)
-    found = []
+    found: list[Row] = []
     for (*_, group), own in halves.items():
         values = [row["auroc"] for row in own if "auroc" in row]
         head = {name: own[0][name] for name in ("network", "draw", "method", "protocol")} | {"group": group}

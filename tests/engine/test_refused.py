@@ -152,7 +152,9 @@ def test_two_batch_sizes_in_one_call() -> None:
 @pytest.mark.parametrize("layer", [nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)), nn.GRU(3, 2)], ids=str)
 def test_a_parameter_that_is_edited_between_forward_and_norms(layer: nn.Module) -> None:
     """Autograd's own error, where the backward pass needs the value that is gone."""
-    model = Net(lambda net, x: net.layer(x.transpose(0, 1))[0] if isinstance(layer, nn.GRU) else net.layer(x), layer=layer)
+    model = Net(
+        lambda net, x: net.layer(x.transpose(0, 1))[0] if isinstance(layer, nn.GRU) else net.layer(x), layer=layer
+    )
     with fastgrad.record(model):
         loss = model(torch.randn(4, 5, 3) if isinstance(layer, nn.GRU) else X.float()).sum()
         with torch.no_grad():
