@@ -85,7 +85,11 @@ def value(words: str, folder: Path = RESULTS) -> str:
     name, case, method, key, form = parts
     network, _, case = case.rpartition(": ")
     document = load(name, folder)
-    found = _figure(document.get("cases", document.get("rows")), network, case, method, key, form)
+    rows = document.get("cases", document.get("rows"))
+    if "merit" in document:
+        # Halves of the attacks are means that no row holds.
+        rows = [*rows, *({**row, "case": f"mean of {row['group']}"} for row in detection.attack_kinds(rows))]
+    found = _figure(rows, network, case, method, key, form)
     if found is None:
         raise ValueError(f"a value must name a case and an implementation of {name}; it was {words!r}")
     return found
