@@ -13,6 +13,8 @@ from bench.report.text import Row, table
 
 #: Attacks of the kinds by which challenges are made, some with more steps, and attacks of other kinds.
 GENERATED, OTHERS, AFTER = ("FGSM", "PGD", "BIM"), ("C&W", "DeepFool", "IterLL", "Semantic"), " after JPEG"
+#: The network's answers, and two forms of the second answer.
+SECOND = ("network", "correction", "H on h, gated")
 PROTOCOLS = ("clean data only", "with generated challenges", "with labelled challenges")
 
 
@@ -143,7 +145,7 @@ def overview(document: Row, networks: Sequence[str], groups: Sequence[str]) -> s
 
 
 def titled(document: Row, network: str) -> str:
-    """Return a network's title, whether design choices were tuned or validated on it, and whether its sets are small."""
+    """Return a network's title, what it was used for, and whether its sets are small."""
     title, tuned = document["networks"][network]
     # The form of the risk was chosen with every network in view.
     risk = any(row.get("method") == "fastgrad, risk" for row in document["rows"])
@@ -152,7 +154,7 @@ def titled(document: Row, network: str) -> str:
 
 
 def bars(document: Row) -> Any:
-    """Return the figure: by group the strongest rivals beside fastgrad's, of the first network that nothing was tuned on."""
+    """Return the figure: by group the strongest rivals beside fastgrad's, of the first network not tuned on."""
     rows, merit = document["rows"], document["merit"]
     if not measured_networks(rows):
         return None
@@ -181,10 +183,10 @@ def second_answers(document: Row) -> Any:
         own = {row["method"]: row for row in unlike if row["network"] == network}
         if not own:
             continue
-        rival = max((name for name in own if not name.startswith(("H ", "network"))), key=lambda n: own[n]["accuracy"])
-        blocks[title] = [(name, 100 * own[name]["accuracy"]) for name in ("network", "H on h, gated", rival)]
+        rival = max((name for name in own if not name.startswith(("H ", *SECOND))), key=lambda n: own[n]["accuracy"])
+        blocks[title] = [(name, 100 * own[name]["accuracy"]) for name in (*SECOND, rival) if name in own]
     names = list(dict.fromkeys(name for bars in blocks.values() for name, _ in bars))
-    colour = {**colours(names), "H on h, gated": OURS[0]}
+    colour = colours(names) | dict(zip(SECOND[1:], OURS, strict=False))
     return stacked(blocks, colour, ".1f", "per cent right, corruptions unlike generated ones")
 
 

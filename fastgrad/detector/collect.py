@@ -98,7 +98,6 @@ class Sample:
     labels: NDArray[np.int64]  # (n,), -1 for none
     sources: NDArray[np.intp]  # (n,): equal inputs have the same number, and stay on one side of each fit
     held_out: NDArray[np.bool_]  # (n,): those that only calibrate
-    fresh: NDArray[np.bool_]  # (n,): those that no introspective classifier is trained on; they calibrate it
     each: int  # challenges to generate from each input that is not held out; 0 for none
     pixels: PixelRange | None  # of images
     tokens: Sequence[Batch] = ()  # challenges of token ids, which need no network

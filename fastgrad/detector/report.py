@@ -17,6 +17,7 @@ from fastgrad.detector.calibrate import Table, deal, fit_scores, values_of, with
 from fastgrad.detector.challenge_classifier import ChallengeClassifier
 from fastgrad.detector.constants import CAP, WEIGHT
 from fastgrad.detector.price import PriceReport
+from fastgrad.introspection.correction import Interval
 from fastgrad.scores.conformal import PValues, weighted
 
 
@@ -40,6 +41,8 @@ class Report:
         calibrating: Clean inputs behind the false-alarm rates; ``1 / (calibrating + 1)`` is the smallest they promise.
         exact: Whether nothing was fitted on these inputs.
         risk: What the risk was learned from, or why there is none.
+        correction: Accuracy of the network and of the corrected answers, by fits without each input; None if no
+            correction was asked for.
         gains: What each block adds, by name; None until it is asked for.
         normalisation: Mean and standard deviation by channel that normalised unit images, from ``clip``, ``mean`` and
             ``std`` of `fit`; None if the range was read from the images, or if inputs are not images.
@@ -53,6 +56,7 @@ class Report:
     calibrating: int
     exact: bool
     risk: str
+    correction: str | None = None
     gains: dict[str, Gain] | None = None
     normalisation: list[list[float]] | None = None
 
@@ -89,6 +93,7 @@ class Report:
             f"false alarms  from {1 / (self.calibrating + 1):.2g} on: {self.calibrating} clean inputs, {form}",
             f"risk          {self.risk}",
         ]
+        lines += [] if self.correction is None else [f"correction    {self.correction}"]
         if self.gains is not None:
             lines.append("gain in AUROC on kinds of challenge left out of training")
             lines += [f"  {name:20} {gain.auroc:+.3f} +- {gain.interval:.3f}" for name, gain in self.gains.items()]
@@ -134,16 +139,40 @@ def gains(table: Table, kinds: NDArray[np.str_]) -> dict[str, Gain]:
                 log_p = PValues.fit(resemblance[:, torch.from_numpy(clean)], [False])(resemblance)
                 total = sum(evidence[block] for block in chosen if block in evidence)
                 total = (total + weighted(log_p, CAP, [WEIGHT])[0]).numpy()
-                # The share of clean samples that each challenge lies above, ties counted half: their mean is the AUROC.
-                ordered = np.sort(total[clean])
-                below, upto = (np.searchsorted(ordered, total[challenged], side) for side in ("left", "right"))
-                placed[name].append((below + upto) / (2 * len(ordered)))
+                placed[name].append(placements(total[clean], total[challenged]))
     _, source = np.unique(np.concatenate(sources), return_inverse=True)
     joined = {name: np.concatenate(values) for name, values in placed.items()}
     result = {}
     for name in table.blocks:
-        difference = joined[""] - joined[name]
         # Challenges of one source are not independent samples.
-        error = np.sqrt(np.square(np.bincount(source, difference - difference.mean())).sum()) / len(difference)
-        result[name] = Gain(float(difference.mean()), float(1.96 * error))
+        result[name] = Gain(*Interval.of(joined[""] - joined[name], source))
     return result
+
+
+def placements(low: NDArray[np.float64], high: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the share of ``low`` below each of ``high``, ties counted half; their mean is the AUROC."""
+    ordered = np.sort(low)
+    below, upto = (np.searchsorted(ordered, high, side) for side in ("left", "right"))
+    return (below + upto) / (2 * len(ordered))
+
+
+def probability_suffices(risk: NDArray[np.float64], doubt: NDArray[np.float64], wrong: NDArray[np.bool_]) -> str:
+    """Return words if ``doubt`` ranks ``wrong`` answers as well as the ``risk``, whose AUROC is not certainly higher.
+
+    The interval of the difference is that of DeLong, DeLong and Clarke-Pearson, "Comparing the areas under two or more
+    correlated receiver operating characteristic curves", 1988. All arrays are ``(n,)``.
+    """
+    if wrong.all() or not wrong.any():
+        return ""
+    own, other = (
+        (placements(score[~wrong], score[wrong]), 1 - placements(score[wrong], score[~wrong]))
+        for score in (risk, doubt)
+    )
+    half = 1.96 * math.sqrt(sum(np.var(a - b) / len(a) for a, b in zip(own, other, strict=True)))
+    gain = float(own[0].mean() - other[0].mean())
+    if gain > half:
+        return ""
+    return (
+        "; the answer's probability alone ranks wrong answers to clean inputs as well: AUROC "
+        f"{other[0].mean():.3f}, risk {gain:+.3f} +- {half:.3f}"
+    )
