@@ -49,7 +49,7 @@ def measure(name: str) -> Iterator[dict[str, Any]]:
         # Answers are compared below; untrained networks magnify rounding beyond the usual tolerance.
         translated = partial(export, model, torch.rand(2, *shape), max_batch=64, tolerance=math.inf)
         file = translated(Path(folder, "all.onnx"))
-        with mock.patch.object(onnx_export, "sample_apart", return_value=None):
+        with mock.patch.object(onnx_export, "subsample_convs", return_value=None):
             plain = translated(Path(folder, "plain.onnx"))
         if file.read_bytes() == plain.read_bytes():
             return
@@ -60,7 +60,8 @@ def measure(name: str) -> Iterator[dict[str, Any]]:
         torch.testing.assert_close(without(x)[0], whole(x)[0], rtol=1e-3, atol=1e-3)
         base, taken = in_turns([partial(seconds, partial(run, x)) for run in (whole, without)], ROUNDS, least=0.02)
         yield {
-            "network": name, "batch": batch, "without": "sample_apart", "ms": round(1e3 * statistics.median(base), 2),
+            "network": name, "batch": batch, "without": "subsample_convs",
+            "ms": round(1e3 * statistics.median(base), 2),
             **rounded_ratio(taken, base),
         }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The command line: ``fastgrad COMMAND``; each command is a module with ``add_arguments`` and ``run``."""
+"""The command line, ``fastgrad COMMAND``; each command is a module with ``add_arguments`` and ``run``."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ import sys
 import fastgrad
 from fastgrad.checks import MissingExtraError, extra
 
-# Command: module with add_arguments(parser) and run(arguments), the extra it needs, one line of help.
+# Command: module with add_arguments(parser) and run(arguments), the extra it needs, a line of help.
 COMMANDS = {
-    "demo": ("fastgrad.commands.demo", "demo", "train on real digits, detect what the network does not know, draw it"),
-    "doctor": ("fastgrad.commands.doctor", None, "print versions, devices and which implementation would run, and why"),
+    "demo": ("fastgrad.commands.demo", "demo", "train on real digits, detect unusual images, draw a figure"),
+    "doctor": (
+        "fastgrad.commands.doctor",
+        None,
+        "print versions, devices, and which implementations would run and why",
+    ),
     "serve": ("fastgrad.commands.serve", "serve", "serve an exported file over HTTP"),
     "score": ("fastgrad.commands.score", "score", "score a folder or a Parquet file of images"),
 }
@@ -23,7 +27,7 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; return its exit status, 2 for unusable arguments or a missing extra."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # File names that it cannot encode are escaped, as on standard error: an error would come only after the work.
+        # File names that it cannot encode are escaped, as on standard error; otherwise the work would end in an error.
         sys.stdout.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(prog="fastgrad", description="Try fastgrad; serve or score an exported model.")
     parser.add_argument("--version", action="version", version=f"fastgrad {fastgrad.__version__}")
@@ -36,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     module, needed, _ = COMMANDS[name]
     try:
         with extra(needed) if needed else contextlib.nullcontext():
-            # Only the chosen command is imported: the others may need extras that are not installed.
+            # Only the chosen command is imported, because others may need extras that are not installed.
             command = importlib.import_module(module)
             command.add_arguments(parsers[name])
             return int(command.run(parser.parse_args(words)))

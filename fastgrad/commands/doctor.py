@@ -1,4 +1,4 @@
-"""``fastgrad doctor``: versions, devices, which implementation would run, and why."""
+"""``fastgrad doctor``: versions, devices, and which implementations would run and why."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def examine() -> dict[str, Any]:
-    """Return what ``fastgrad doctor`` prints: ``{"versions", "machine", "devices"}``."""
+    """Return what ``fastgrad doctor`` prints, with the keys ``versions``, ``machine`` and ``devices``."""
     versions: dict[str, str | None] = {"python": platform.python_version(), "fastgrad": fastgrad.__version__}
     for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    # The distribution's own metadata lacks the platform that it was built for ("+cu124").
+    # The metadata lacks the platform of the build ("+cu124").
     versions["torch"] = torch.__version__
     devices = [("cpu", platform.processor() or platform.machine())]
     if torch.cuda.is_available():

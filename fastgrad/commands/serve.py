@@ -1,4 +1,4 @@
-"""``fastgrad serve MODEL.pt2``: exported models behind HTTP."""
+"""``fastgrad serve MODEL.pt2``: exported models over HTTP."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fastgrad.deploy.file.images import MAX_PIXELS
 #: Options that take a value: name, type, default, help.
 _OPTIONS = (
     ("--api-key-file", Path, None,
-     "file with the key that requests must carry; without it the variable FASTGRAD_API_KEY, else none"),
+     "file with the key that requests must carry (default: the variable FASTGRAD_API_KEY, or no key)"),
     ("--host", str, "127.0.0.1", "address to listen on (default: this machine only)"),
-    ("--port", int, 8000, "port; 0 takes a free one (8000)"),
-    ("--batch-wait-ms", float, 2.0, "how long an idle worker waits for a batch to fill (2)"),
-    ("--false-alarm-rate", float, None, "share of in-distribution inputs to flag (default: the file's)"),
+    ("--port", int, 8000, "port; 0 chooses a free one (8000)"),
+    ("--batch-wait-ms", float, 2.0, "milliseconds an idle worker waits for a batch to fill (2)"),
+    ("--false-alarm-rate", float, None, "share of in-distribution inputs to flag (default: the file's own)"),
     ("--drift-false-alarm-rate", float, 0.01,
      "bound on the probability of ever raising the drift alarm without drift (0.01)"),
 )  # fmt: skip
@@ -25,15 +25,20 @@ _OPTIONS = (
 _POSITIVE = (
     ("--workers", int, 1, "processes that run the model (default: 1)"),
     ("--threads", int, None, "compute threads of each process (default: PyTorch's)"),
-    ("--decoders", int, None, "processes that read bodies (default: cores, at most 4)"),
+    ("--decoders", int, None, "processes that read bodies (default: one per core, at most 4)"),
     ("--max-batch", int, 32, "largest batch (default: 32)"),
-    ("--max-queue", int, 256, "requests in progress, then 503 (256)"),
-    ("--timeout", float, 30.0, "seconds a request may take, then 504 (30)"),
+    ("--max-queue", int, 256, "requests in progress; more are answered 503 (256)"),
+    ("--timeout", float, 30.0, "seconds a request may take before it is answered 504 (30)"),
     ("--drain-seconds", float, 25.0, "seconds from SIGTERM to the end, even if answers are missing (25)"),
-    ("--max-body-mb", float, 16.0, "largest body in MiB, then 413 (16)"),
+    ("--max-body-mb", float, 16.0, "largest body in MiB; larger ones are answered 413 (16)"),
     ("--max-model-mb", float, 1024.0, "largest model file in MiB (1024)"),
-    ("--max-pixels", int, MAX_PIXELS, "largest image in pixels, then 413 (10 million)"),
-    ("--max-connections", int, 512, "then the one that waits longest is closed (512, or what open files allow)"),
+    ("--max-pixels", int, MAX_PIXELS, "largest image in pixels; larger ones are answered 413 (10 million)"),
+    (
+        "--max-connections",
+        int,
+        512,
+        "open connections; beyond, the longest-waiting one is closed (512, or what open files allow)",
+    ),
 )
 
 
@@ -42,23 +47,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="file written by fastgrad.export (.pt2 or .onnx)")
     parser.add_argument(
         "--model", dest="models", action="append", default=[], metavar="NAME=PATH",
-        help="a file by name, answering at /predict/NAME; may be given several times, the first answers at /predict",
+        help="a file that answers at /predict/NAME; may be given several times, and the first also answers at /predict",
     )  # fmt: skip
     parser.add_argument(
         "--allowed-host", action="append", default=[], metavar="NAME",
-        help="name in the Host of requests, beside localhost and addresses; may be given several times",
+        help="name allowed in the Host of requests, besides localhost and addresses; may be given several times",
     )  # fmt: skip
     parser.add_argument(
         "--sha256", action="append", default=[], metavar="NAME=HEX",
-        help="refuse any file for the model NAME (MODEL's is its file's name without suffix) but the one with this "
-        "SHA-256; may be given several times, also for one model",
+        help="accept only a file with this SHA-256 for the model NAME (that of MODEL is its file name without suffix); "
+        "may be given several times, also for one model",
     )  # fmt: skip
     for name, kind, default, text in (*_OPTIONS, *_POSITIVE):
         parser.add_argument(name, type=kind, default=default, help=text)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until SIGINT or SIGTERM, then finish what was accepted; return the exit status. SIGHUP loads the files."""
+    """Serve until SIGINT or SIGTERM, then answer what was accepted; return the status. SIGHUP reloads the files."""
     from fastgrad.deploy.serve.app import create_app
     from fastgrad.deploy.serve.bodies import Limits
     from fastgrad.deploy.serve.child import ignore_signals
@@ -92,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         warning = f"listening on {args.host} without an API key; anyone who reaches it can use it"
         print(f"fastgrad serve: {warning}", file=sys.stderr)
     server = Server(app, host=args.host, port=args.port, limits=limits)
-    # When uvicorn has finished, it raises the signal again, for the handler that it found here.
+    # When uvicorn ends, it raises the signal again for the previous handler.
     ignore_signals("SIGTERM", "SIGHUP", "SIGBREAK")
     try:
         server.run()
@@ -102,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _paths(model: str | None, named: list[str]) -> str | dict[str, str]:
-    """Return the one file, or all files by name."""
+    """Return the only file, or all files by name."""
     if (model is None) == (not named):
         raise ValueError("give one MODEL, or --model NAME=PATH as often as there are models")
     if model is not None:

@@ -1,1 +1,1 @@
-"""From a fitted module to one file, a server and a cluster."""
+"""From a fitted module to a file, a server and a cluster."""

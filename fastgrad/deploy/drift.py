@@ -2,22 +2,22 @@
 
 The monitor reads a stream of uncertainty scores, one per image, and raises an alarm with a stated error rate:
 
-- Every score becomes a *conformal p-value*: its randomised rank among the calibration scores and all scores seen so
-  far. While the stream is exchangeable with the calibration images, these p-values are independent and uniform
-  (Vovk, Nouretdinov & Gammerman, ICML 2003). That holds for any distribution of the scores.
+- Every score becomes a *conformal p-value*, its randomised rank among the calibration scores and all earlier scores.
+  While the stream is exchangeable with the calibration images, these p-values are independent and uniform, whatever
+  the distribution of the scores (Vovk, Nouretdinov & Gammerman, ICML 2003).
 - A family of Beta densities *bets* against uniformity: each multiplies its capital by its density at the p-value.
-  Under uniformity no bet gains on average. High scores, low scores, both tails and a pile-up in one place each have
-  bets that grow exponentially on them.
-- A fresh share of capital starts at every image, so late changes are found too. With ``form="ever"`` the shares shrink,
+  Under uniformity, no bet gains on average. High scores, low scores, both tails, and a pile-up in one place each make
+  some bets grow exponentially.
+- A new share of capital starts at every image, so late changes are found, too. With ``form="ever"`` the shares shrink,
   so the delay grows with the logarithm of the number of images before the change.
 
-``form="ever"``: the total capital is a martingale that starts at 1. By Ville's inequality the probability of *ever*
+``form="ever"``: the total capital is a martingale that starts at 1. By Ville's inequality, the probability of *ever*
 raising a false alarm, on a stream of any length, is at most ``false_alarm_rate``.
 ``form="average"``: the Shiryaev-Roberts sum over start times. The *average* number of images before a false alarm is
-at least ``1 / false_alarm_rate`` (Shin, Ramdas & Rinaldo 2023); delays are shorter. Reset it after each alarm.
+at least ``1 / false_alarm_rate`` (Shin, Ramdas & Rinaldo 2023), and delays are shorter. Reset it after each alarm.
 
-Both need images that could have come in any order. Frames of one video could not: take every k-th, or one per scene.
-Memory and time per score do not grow with the stream.
+Both forms need images that could have come in any order. Frames of a video could not: take every k-th, or one per
+scene. Memory and time per score do not grow with the stream.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ from fastgrad import checks
 from fastgrad.checks import Array
 from fastgrad.deploy.error_rate import FEWEST, ErrorRate, check_excess, error_rate
 
-# Beta(a, b) shapes. a < 1 grows on small p-values (scores too high), b < 1 on large ones (too low), both on both tails,
-# both above 1 on a pile-up in the middle. Small exponents find extreme shifts in a few images, those near 1 slight ones
-# over many.
+# Beta(a, b) shapes. a < 1 grows on small p-values (high scores), b < 1 on large ones (low scores), both on both tails,
+# and both above 1 on a pile-up in the middle. Small exponents find extreme shifts in a few images, exponents near 1
+# slight shifts in many.
 _BETS = np.array(
     [(k, 1.0) for k in (0.1, 0.3, 0.5, 0.7, 0.85, 0.95)]
     + [(1.0, k) for k in (0.3, 0.5, 0.7, 0.9)]
     + [(k, k) for k in (0.4, 0.7, 2.0, 6.0)]
 )
 _LOG_NORMALIZER = np.array([math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) for a, b in _BETS])
-# Most of the prior goes to scores that are too high: a rise in uncertainty, slight or strong, is the usual case.
+# Most of the prior goes to high scores: drift usually raises the uncertainty, slightly or strongly.
 _PRIOR = np.array([0.6 / 6] * 6 + [0.2 / 4] * 4 + [0.2 / 4] * 4)
 _LARGEST = 1e300
 
 
 @dataclass(frozen=True)
 class ScoreReference:
-    """In-distribution scores, as the counts of ``K`` bins.
+    """In-distribution scores as the counts of ``K`` bins.
 
     Attributes:
-        edges: ``(K - 1,)`` increasing inner bin edges; bin ``i`` holds ``edges[i-1] <= score < edges[i]``.
-        counts: ``(K,)`` how many calibration scores fell into each bin.
+        edges: ``(K - 1,)``, increasing inner bin edges; bin ``i`` holds ``edges[i-1] <= score < edges[i]``.
+        counts: ``(K,)``, the number of calibration scores in each bin.
     """
 
     edges: Array
@@ -76,16 +76,16 @@ class ScoreReference:
     def from_scores(cls, scores: ArrayLike, *, bins: int = 256, seed: int = 0) -> ScoreReference:
         """Make a reference from the scores of held-out in-distribution images.
 
-        The bin edges are quantiles of a random half, and the other half is counted. If the edges came from the scores
-        that are counted, the p-values would not be uniform.
+        The bin edges are quantiles of a random half, and the other half is counted: with edges from the counted
+        scores, the p-values would not be uniform.
 
         Args:
-            scores: one-dimensional, finite, at least 20; none from an image that trained the detector.
-            bins: at most this many, fewer if there are not enough scores.
-            seed: seeds the split.
+            scores: ``(n,)``, finite, at least 20, none of an image that trained the detector.
+            bins: Largest number of bins; there are fewer if scores are few.
+            seed: Seed of the split.
 
         Raises:
-            ValueError: fewer than 20 scores, or scores that are not finite.
+            ValueError: There are fewer than 20 scores, or some are not finite.
         """
         values = _finite("scores", scores)
         if len(values) < 20:
@@ -104,21 +104,21 @@ class DriftMonitor:
     """A sequential test on a stream of uncertainty scores.
 
     Args:
-        reference: a `ScoreReference`, or the held-out in-distribution scores themselves.
-        false_alarm_rate: In (0, 1). For ``form="ever"`` the bound on the probability of ever raising a false alarm.
-            For ``form="average"`` one over the least average number of images before one.
-        form: ``"ever"`` or ``"average"``, see the module's description.
-        excess: what the risk of clean inputs owes to challenges, see `error_rate`; None for no error rate.
-        seed: seeds the tie-breaking random numbers; two monitors with one seed agree on the same stream.
+        reference: A `ScoreReference`, or the held-out in-distribution scores themselves.
+        false_alarm_rate: In (0, 1). For ``form="ever"``, the bound on the probability of ever raising a false alarm;
+            for ``form="average"``, one over the least average number of images before one.
+        form: ``"ever"`` or ``"average"``, see the description of the module.
+        excess: What the risk of clean inputs owes to challenges (`fastgrad.deploy.error_rate`), or None.
+        seed: Seed of the random numbers that break ties; monitors with one seed agree on the same stream.
 
     Attributes:
-        count: scores seen since the start or the last `reset`.
-        evidence: the capital ``e`` now: how much a bet of 1 against "nothing has changed" has become; for
-            ``form="average"`` a bet of 1 on each image.
-        alarm_at: number of the score (from 1) at which the alarm was raised, or None. An alarm stays until `reset`.
+        count: Number of scores since the start or the last `reset`.
+        evidence: The capital now: what a bet of 1 against "nothing has changed" has become; with ``form="average"``, a
+            bet of 1 on each image.
+        alarm_at: Number of the score (from 1) that raised the alarm, or None. An alarm stays until `reset`.
 
     Raises:
-        ValueError: a rate outside (0, 1), an unknown form, or an unusable reference.
+        ValueError: A rate is outside (0, 1), the form is unknown, or the reference is unusable.
     """
 
     def __init__(
@@ -145,8 +145,8 @@ class DriftMonitor:
     def reset(self) -> None:
         """Forget the stream and its alarm; keep the reference.
 
-        Each start has an error rate of its own: after k resets the probability that any of them raised a false alarm
-        is at most k + 1 times `false_alarm_rate`.
+        Each start has its own error rate: after k resets, the probability that there was any false alarm is at most
+        ``(k + 1) * false_alarm_rate``.
         """
         self._random = np.random.default_rng(self._seed)
         self._counts = self.reference.counts.copy()
@@ -160,7 +160,7 @@ class DriftMonitor:
 
     @property
     def error_rate(self) -> ErrorRate | None:
-        """The estimated share of wrong answers to the last 1,000 inputs with a risk; None if it cannot be computed."""
+        """The estimated share of wrong answers among the last 1,000 inputs with a risk; None without an estimate."""
         if self.excess is None or len(self._recent) < FEWEST:
             return None
         risk, uncertainty = np.array(self._recent).T
@@ -173,20 +173,20 @@ class DriftMonitor:
 
     @property
     def p_value(self) -> float:
-        """Bound on the probability that evidence was ever this high if nothing has changed.
+        """Bound on the probability that the evidence was ever this high if nothing has changed.
 
-        Valid at any time; for ``form="average"``, whose mean evidence grows by 1 per image, at a time fixed in advance.
+        Valid at any time; with ``form="average"``, whose mean evidence grows by 1 per image, at a time fixed before.
         """
         expected = float(max(self.count, 1)) if self.form == "average" else 1.0
         return expected / max(self._peak, expected)
 
     def update(self, scores: ArrayLike, risk: ArrayLike | None = None) -> bool:
-        """Read one score or a one-dimensional array of scores, in their order of arrival; return `alarm`.
+        """Read one score, or scores ``(n,)`` in their order of arrival; return `alarm`.
 
-        ``risk`` are the risks of the same inputs, for the error rate; the scores must then be uncertainties.
+        ``risk`` holds the risks of the same inputs, for `error_rate`; the scores must then be uncertainties.
 
         Raises:
-            ValueError: a score or a risk is not finite, or their shapes differ; then none of them has been read.
+            ValueError: A score or risk is not finite, or their shapes differ; none of them was read.
         """
         values = _finite("scores", scores)
         if risk is not None:
@@ -195,7 +195,7 @@ class DriftMonitor:
             self._recent.extend(zip(risks.tolist(), values.tolist(), strict=True))
         bins = np.searchsorted(self.reference.edges, values, side="right")
         for bin_, tie in zip(bins.tolist(), self._random.random(len(bins)).tolist(), strict=True):
-            # The new score is ranked among all scores including itself, which makes p exactly uniform.
+            # The new score is ranked among all scores, including itself, which makes p exactly uniform.
             self._counts[bin_] += 1
             self._total += 1
             above = float(self._counts[bin_ + 1 :].sum())
@@ -204,7 +204,7 @@ class DriftMonitor:
             factors = np.exp(_LOG_NORMALIZER + (_BETS[:, 0] - 1) * log_p + (_BETS[:, 1] - 1) * log_1p)
 
             self.count += 1
-            # Ever: shares 1/(t (t + 1)) sum to 1; the later ones, 1/(t + 1) in all, lie idle. Average: 1 at each step.
+            # Ever: shares 1/(t (t + 1)) sum to 1; the later ones, 1/(t + 1) in all, are idle. Average: 1 at each step.
             share, idle = 1.0, 0.0
             if self.form == "ever":
                 share, idle = 1.0 / (self.count * (self.count + 1)), 1.0 / (self.count + 1)
@@ -216,12 +216,14 @@ class DriftMonitor:
         return self.alarm
 
     def state(self) -> dict[str, Any]:
-        """Return what a dashboard shows: the attributes, the rate, the form, and `summary`."""
+        """Return what a dashboard shows: attributes, rate, form, `error_rate` and `summary`."""
         shown = ("count", "evidence", "p_value", "alarm", "alarm_at", "false_alarm_rate", "form")
-        return {name: getattr(self, name) for name in shown} | {"summary": self.summary()}
+        rate = self.error_rate
+        estimate = None if rate is None else rate._asdict()
+        return {name: getattr(self, name) for name in shown} | {"error_rate": estimate, "summary": self.summary()}
 
     def summary(self) -> str:
-        """Say in one sentence whether there is an alarm, on how many inputs, and with which error rate."""
+        """Return a sentence that says whether there is an alarm, on how many inputs, and at which error rate."""
         verdict = f"Drift was shown at input {self.alarm_at} of" if self.alarm else "No drift was shown in"
         if self.form == "average":
             rate = f"without drift a false alarm comes once in {1 / self.false_alarm_rate:g} inputs or later on average"

@@ -1,13 +1,13 @@
 """An error rate without labels: how many answers to a stream of inputs are wrong?
 
-The risk is fitted on as many clean inputs as challenges, so its mean over a stream is right if half of the stream is
-unusual. On clean inputs it is too high by their *excess*, what they owe to the challenges; on challenges it is too low
-by as much. So with a share b of unusual inputs, the error rate is
+The risk is fitted on clean inputs and challenges of equal weight, so its mean over a stream is right if half of the
+stream is unusual. On clean inputs it is too high by the *excess*, which they owe to the challenges; on challenges it is
+too low by as much. With a share b of unusual inputs, the error rate is therefore
 
     mean of the risk + excess (2 b - 1).
 
-Storey's estimate gives b (*A direct approach to false discovery rates*, 2002): p-values of clean inputs are uniform, so
-half of the clean inputs have a p-value above 1/2, and few unusual ones do.
+Storey's estimate gives b (*A direct approach to false discovery rates*, 2002): the p-values of clean inputs are
+uniform, so half of the clean inputs have a p-value above 1/2, but few of the unusual ones.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastgrad import checks
 
-#: Fewer inputs say nothing.
+#: Fewer inputs allow no estimate.
 FEWEST = 30
 #: Root mean square, over kinds of unusual inputs, of the error rate of a kind minus the mean of its risk.
 SPREAD = 0.1
@@ -41,14 +41,14 @@ def error_rate(
 ) -> ErrorRate:
     """Estimate the share of wrong answers to inputs without labels.
 
-    It sees changes that raise the uncertainty or lower the confidence. It does not see inputs that look usual and are
-    answered with confidence, such as new classes that resemble known ones, or attacks after compression: the true rate
-    is then above the interval.
+    The estimate sees changes that raise the uncertainty or lower the confidence. It does not see errors on inputs that
+    look usual and are answered with confidence, such as new classes that resemble known ones, or attacks after
+    compression: the true rate is then above the interval.
 
     Args:
         risk: ``(n,)``, of a stream of at least 30 inputs, in any order.
         uncertainty: ``(n,)``, of the same inputs; infinite where it could not be computed.
-        excess: Mean of ``risk - (1 - probabilities.amax(1))`` over clean inputs on which nothing was fitted, above 0.
+        excess: Mean of ``risk - (1 - probabilities.amax(1))`` over clean inputs, above 0, as an exported file holds it.
         confidence: Of the interval, in (0, 1). It allows for chance, and for kinds of unusual inputs whose risk is
             wrong by as much as that of the generated challenges.
 

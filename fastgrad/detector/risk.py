@@ -77,7 +77,11 @@ class NoisyOr(Fitted):
 
 
 class Risk(Fitted):
-    """P(wrong) from the answer's own doubt and the evidence against its input."""
+    """P(wrong) from the answer's own doubt and the evidence against its input.
+
+    ``options["excess"]`` is the mean of risk - doubt over the clean inputs: what their risk owes to the challenges
+    (`fastgrad.deploy.error_rate`).
+    """
 
     rates: Tensor  # (C,), the share of wrong answers to each kind of challenge, 0 for "clean"; C is 0 without any
     cause: NoisyOr
@@ -93,7 +97,9 @@ class Risk(Fitted):
         counts, errors = (torch.bincount(kinds[rows], minlength=classes)[:classes] for rows in (kinds >= 0, wrong))
         # Laplace's rule keeps a few inputs from making a rate 0 or 1.
         rates = (torch.arange(classes, device="cpu") > 0) * (errors + 1).to(evidence.dtype) / (counts + 2)
-        return cls(rates=rates, cause=NoisyOr.fit(doubt, misleading(evidence, log_p, rates), wrong, kinds > 0))
+        risk = cls(rates=rates, cause=NoisyOr.fit(doubt, misleading(evidence, log_p, rates), wrong, kinds > 0))
+        risk.options["excess"] = float((risk(doubt, evidence, log_p) - doubt)[kinds == 0].mean())
+        return risk
 
     def forward(self, doubt: Tensor, evidence: Tensor, log_p: Tensor) -> Tensor:
         """Return probabilities ``(B,)`` from ``(B,)``, ``(B, S)`` and ``(B, C)``; 1 instead of NaN."""

@@ -1,4 +1,4 @@
-"""Turn the model's outputs into an answer in plain values, the same for a request and for a row of a table."""
+"""Turn the model's outputs into an answer of plain values, the same for a request and a row of a table."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ import numpy as np
 from fastgrad.checks import Array
 from fastgrad.deploy.file.description import Description
 
-#: Share of all evidence that the parts named as the reason must hold.
+#: Share of all evidence that the reason must cover.
 _MOST = 2 / 3
 
 
 class ResultError(ValueError):
-    """The model's result is not finite: the input lies outside what its arithmetic can hold."""
+    """The model's result is not finite: its arithmetic cannot represent the result for this input."""
 
 
 def answer(description: Description, threshold: float | None, row: Array) -> dict[str, Any]:
     """Return the answer to one input from its row of `ModelPackage.rows` and the threshold in use.
 
-    `fastgrad.deploy.serve.schema.Answer` says what the fields mean; those that the file does not give are None.
-    ResultError if the row is not finite.
+    `fastgrad.deploy.serve.schema.Answer` documents the fields; those that the file does not give are None. ResultError
+    if the row is not finite.
     """
     if not np.isfinite(row).all():
         raise ResultError("the model's result for this input is not a finite number")
     probabilities, (uncertainty, *more) = row[: description.classes], row[description.classes :].tolist()
     risk = more.pop(0) if description.risk else None
+    limit = description.risk_threshold
     index = int(probabilities.argmax())
     reliable = None if threshold is None else uncertainty <= threshold
     words = description.evidence
@@ -39,17 +40,18 @@ def answer(description: Description, threshold: float | None, row: Array) -> dic
         "uncertainty": uncertainty,
         "risk": risk,
         "reliable": reliable,
+        "accepted": None if risk is None or limit is None else risk <= limit,
         "evidence": evidence,
         "alarm": reason(words, evidence) if words and evidence and reliable is False else None,
     }
 
 
 def reason(words: Mapping[str, str], evidence: Mapping[str, float]) -> str | None:
-    """Return the words of the fewest parts that hold two thirds of the evidence, strongest first; None without any."""
-    enough, held, named = _MOST * sum(evidence.values()), 0.0, []
+    """Return the words of the fewest parts with two thirds of the evidence, strongest first; None without evidence."""
+    enough, covered, named = _MOST * sum(evidence.values()), 0.0, []
     for name, value in sorted(evidence.items(), key=lambda part: -part[1]):
-        if held >= enough:
+        if covered >= enough:
             break
-        held += value
+        covered += value
         named.append(words[name])
     return "; ".join(named) or None

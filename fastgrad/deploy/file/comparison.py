@@ -1,4 +1,4 @@
-"""Compare a new file's answers with the live module's, before it appears under its name."""
+"""Compare the answers of a new file with those of the live module, before it gets its name."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastgrad.deploy.file.package import ModelPackage, PackageError
 
-#: Units of rounding by which an input is moved, to stand for the rounding of all layers.
+#: Units of rounding by which an input is moved, to represent the rounding of all layers.
 _UNITS = 100
-#: Relative rounding of a convolution's operands on a GPU, by PyTorch's default settings.
+#: Relative rounding of a convolution's operands on a GPU under PyTorch's default settings.
 _TF32 = 2.0**-11
 
 
@@ -20,14 +20,14 @@ _TF32 = 2.0**-11
 def compare(
     path: Path, answers: Callable[[Tensor], tuple[Tensor, ...]], example_input: Tensor, tolerance: float, unit: float
 ) -> None:
-    """Raise RuntimeError if the file's answers differ from the live module's, which ``answers`` computes.
+    """Raise RuntimeError if the file's answers differ from those of the live module, which ``answers`` computes.
 
-    Compared are all inputs together, one alone, three, and one of NaN, which must not pass for reliable. NaN is skipped
-    for a network that looks its input up in a table, such as one of words.
+    The inputs are compared in one batch, and the first three and one alone. An input of NaN must not pass for reliable;
+    it is skipped for a network that looks its input up in a table, such as a table of words.
 
-    A difference above ``tolerance`` passes if the live module's own answer moves as far when each number of its input
-    moves by rounding: the detector of an untrained network magnifies it. ``unit`` is the relative rounding of the
-    network's coarsest dtype.
+    A difference above ``tolerance`` passes if rounding explains it: the live module's own answer moves as far if each
+    number of its input moves by rounding, which the detector of an untrained network magnifies. ``unit`` is the
+    relative rounding of the network's coarsest dtype.
     """
     try:
         package = ModelPackage(path)
@@ -49,18 +49,18 @@ def compare(
         if max(worst.values()) <= tolerance:
             continue
         moved = [answers(y) for y in _moved(x, unit)]
-        for i, (name, apart) in enumerate(worst.items()):
-            if apart <= max(tolerance, *(difference(other[i], expected[i]) for other in moved)):
+        for i, (name, gap) in enumerate(worst.items()):
+            if gap <= max(tolerance, *(difference(other[i], expected[i]) for other in moved)):
                 continue
             raise RuntimeError(
-                f"the file's {name} differ from the live module's by {apart:.2g}, relative, in a batch of {len(x)} "
+                f"the file's {name} differ from the live module's by {gap:.2g}, relative, in a batch of {len(x)} "
                 f"like example_input, and more than rounding explains; at most {tolerance:g} is allowed (tolerance). "
                 "Give real inputs as example_input, or allow more"
             )
 
 
 def _moved(x: Tensor, unit: float) -> Iterator[Tensor]:
-    """Yield two copies of the inputs, with each number moved at random by `_UNITS` units of rounding or less."""
+    """Yield two copies of the inputs in which each number is moved at random by at most `_UNITS` units of rounding."""
     step = _UNITS * max(unit, _TF32 if x.is_cuda else 0.0)
     generator = torch.Generator().manual_seed(0)
     for _ in range(2):
@@ -68,7 +68,7 @@ def _moved(x: Tensor, unit: float) -> Iterator[Tensor]:
 
 
 def difference(ours: Tensor, live: Tensor) -> float:
-    """Return the largest difference, relative to the live value's size or 1; infinite if one of two is not finite."""
+    """Return the largest difference, relative to the live value's size or 1; infinite if only one is finite."""
     ours, live = ours.double().cpu(), live.double().cpu()
     relative = (ours - live).abs() / live.abs().clamp(min=1)
     # Equal infinities and NaN in the same place are no difference.

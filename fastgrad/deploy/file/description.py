@@ -1,4 +1,4 @@
-"""The description stored with an exported graph, and the checks of its fields: a file can claim anything."""
+"""The description stored with an exported graph, and the checks of its fields, because a file can claim anything."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ class Description:
     """The description stored with an exported graph.
 
     Attributes:
-        input_shape: shape of one input, without the batch.
-        input_dtype: a key of `DTYPES`.
+        input_shape: Shape of one input, without the batch.
+        input_dtype: A key of `DTYPES`.
         classes: N.
-        max_batch: largest batch the graph was exported for.
-        device: type of the device it was compiled for, ``"cpu"`` or ``"cuda"``.
+        max_batch: Largest batch that the graph was exported for.
+        device: Type of the device it was compiled for, ``"cpu"`` or ``"cuda"``.
         labels: N names, or None.
-        mean, std: per channel, in units of a pixel from 0 to 1; the input is ``(pixel - mean) / std``.
-        false_alarm_rate: the rate that ``threshold`` belongs to.
-        threshold: an input is called unreliable when its uncertainty exceeds it; None without calibration.
-        thresholds: pairs of rate and threshold, the file's own among them.
-        histogram: in-distribution scores in bins of equal width: ``{"edges": (K+1), "counts": (K)}``, or
-            None.
-        reference: the same scores as the drift monitor reads them: ``{"edges": (K-1), "counts": (K)}``, or
-            None.
-        versions: of fastgrad and torch, and the instruction set and operating system the graph was compiled for.
-        evidence: the name of each column of evidence, with the meaning of its alarm in words; None if the file gives
-            no evidence.
-        risk: whether the file gives the probability that an answer is wrong.
+        mean, std: Per channel, for pixels from 0 to 1; the input is ``(pixel - mean) / std``.
+        false_alarm_rate: The rate of ``threshold``.
+        threshold: An input is unreliable if its uncertainty exceeds it; None without calibration.
+        thresholds: Pairs of rate and threshold, including the file's own.
+        histogram: In-distribution scores in bins of equal width, ``{"edges": (K+1), "counts": (K)}``, or None.
+        reference: The same scores for the drift monitor, ``{"edges": (K-1), "counts": (K)}``, or None.
+        versions: Those of fastgrad and torch, and the instruction set and operating system of compiled code.
+        evidence: Name of each column of evidence and what its alarm means, in words; None without evidence.
+        risk: Whether the file gives the probability that an answer is wrong.
+        risk_threshold: An answer is accepted if its risk is at most this; None if nothing was decided.
+        excess: Mean of the risk minus the answer's own doubt on clean inputs, for `fastgrad.deploy.error_rate`; None if
+            the risk was fitted without challenges.
 
     Raises:
-        ValueError: a field is not as above; the message names it.
+        ValueError: A field is not as above; the message names it.
     """
 
     input_shape: tuple[int, ...]
@@ -65,6 +65,8 @@ class Description:
     versions: dict[str, str] = field(default_factory=dict)
     evidence: dict[str, str] | None = None
     risk: bool = False
+    risk_threshold: float | None = None
+    excess: float | None = None
 
     def __post_init__(self) -> None:
         for name, (fits, expected) in _FIELDS.items():
@@ -84,10 +86,10 @@ class Description:
         return sum(map(math.prod, outputs_of(self).values())) - self.classes
 
     def threshold_at(self, rate: float | None) -> float | None:
-        """Return the threshold at one of the file's false-alarm rates (None: the file's own).
+        """Return the threshold at one of the file's false-alarm rates; None stands for the file's own.
 
         Raises:
-            TypeError, ValueError: the rate is not a number, or the file holds no threshold for it.
+            TypeError, ValueError: The rate is not a number, or the file has no threshold for it.
         """
         if rate is None:
             return self.threshold
@@ -105,7 +107,7 @@ class Description:
         return None if self.reference is None else ScoreReference(**self.reference)  # type: ignore[arg-type]
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Return ``(pixel - mean) / std`` for pixels ``(..., C, H, W)`` from 0 to 1; None is left out."""
+        """Return ``(pixel - mean) / std`` for pixels ``(..., C, H, W)`` from 0 to 1; a missing step is skipped."""
         for apply, values in ((torch.sub, self.mean), (torch.div, self.std)):
             if values is not None:
                 pixels = apply(pixels, torch.tensor(values, dtype=pixels.dtype, device="cpu").view(-1, 1, 1))
@@ -113,7 +115,7 @@ class Description:
 
 
 def outputs_of(description: Description) -> dict[str, tuple[int, ...]]:
-    """Return the names of the graph's outputs in order, with their shapes for one input."""
+    """Return the graph's outputs in order: name, and shape for one input."""
     classes, evidence = (description.classes,), description.evidence
     return {
         "logits": classes, "probabilities": classes, "uncertainty": (),
@@ -124,7 +126,7 @@ def outputs_of(description: Description) -> dict[str, tuple[int, ...]]:
 def normalize_pixels(description: Description, pixels: Tensor) -> Tensor:
     """Return the network's input for pixels ``(..., C, H, W)`` from 0 to 255."""
     dtype = DTYPES[description.input_dtype]
-    # In float32 at least, like the pixels in training: in bfloat16 each step could change a pixel by a level.
+    # At least in float32, like the pixels in training: in bfloat16 each step could change a pixel by a level.
     return description.normalize(pixels.to(torch.promote_types(dtype, torch.float32)) / 255).to(dtype)
 
 
@@ -166,7 +168,7 @@ def _rate(value: Any) -> bool:
 
 
 def _bins(value: Any, more: int) -> bool:
-    """Whether this holds non-decreasing edges, and counts that are not negative, ``more`` more of them than edges."""
+    """Whether this holds non-decreasing edges, and ``more`` more non-negative counts than edges."""
     edges, counts = value["edges"], value["counts"]
     return (
         set(value) == {"edges", "counts"}
@@ -200,6 +202,8 @@ _FIELDS: dict[str, tuple[Callable[[Description, Any], bool], str]] = {
     "versions": (lambda _, v: _mapping(v), "names and versions"),
     "evidence": (lambda _, v: bool(v) and _mapping(v), "names and what an alarm of them means"),
     "risk": (lambda _, v: isinstance(v, bool), "true or false"),
+    "risk_threshold": (lambda d, v: d.risk and _number(v) and 0 <= v <= 1, "a number from 0 to 1, in a file with risk"),
+    "excess": (lambda d, v: d.risk and _rate(v), "a number between 0 and 1, in a file with risk"),
 }  # fmt: skip
 
 

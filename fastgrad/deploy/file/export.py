@@ -1,8 +1,8 @@
 """One file for deployment: network and detector as one graph.
 
-One run on fake tensors records a flat graph of every operation (`fastgrad.deploy.file.graph`). AOTInductor compiles the
-graph to native code in a ``.pt2``, or it becomes an ONNX file (`fastgrad.deploy.file.onnx_export`).
-`fastgrad.deploy.file.package` reads either.
+A run on fake tensors records every operation in a flat graph (`fastgrad.deploy.file.graph`). AOTInductor compiles it to
+native code in a ``.pt2``, or it becomes an ONNX file (`fastgrad.deploy.file.onnx_export`).
+`fastgrad.deploy.file.package` reads both.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fastgrad.deploy.file.package import SUFFIXES, Description, write_descriptio
 from fastgrad.evaluation import RandomState, evaluating
 
 #: Operations that compiled code would round differently. With PyTorch's own kernels, the features of convolutional
-#: networks and vision transformers equal the live ones, bit for bit or nearly: the detector has nothing to magnify.
+#: networks and vision transformers (nearly) equal the live ones bit by bit, so the detector has nothing to magnify.
 OWN_KERNELS = (
     torch.ops.aten.native_layer_norm.default,
     torch.ops.aten.native_group_norm.default,
@@ -48,6 +48,8 @@ def export(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     false_alarm_rate: float | None = None,
+    threshold: float | None = None,
+    risk_threshold: float | None = None,
     scores: Tensor | np.ndarray[Any, Any] | None = None,
     max_batch: int = 1024,
     tolerance: float = 1e-4,
@@ -55,51 +57,55 @@ def export(
 ) -> Path:
     """Write ``two_stage`` as one file that runs without fastgrad and without autograd.
 
-    The path's suffix chooses the form. ``.pt2`` is native code for PyTorch. ``.onnx`` is for ONNX Runtime, NVIDIA's
-    Triton Inference Server and others (`fastgrad.deploy.file.onnx_file`).
+    The suffix of the path chooses the form: ``.pt2`` is native code for PyTorch; ``.onnx`` is for ONNX Runtime,
+    NVIDIA's Triton Inference Server and others (`fastgrad.deploy.file.onnx_file`).
 
-    The graph takes a batch of any size from 1 to ``max_batch``. It returns logits, probabilities, uncertainty and, if
-    fitted with labels, risk. For contiguous inputs they equal those of the live module up to float32 rounding. An
-    untrained network barely separates images, and the detector magnifies the rounding. Blocks of gradient norms are
-    refused: only the live module serves them.
+    The graph takes a batch of any size from 1 to ``max_batch`` and returns logits, probabilities, uncertainty and, if
+    fitted with labels, risk. For contiguous inputs they equal those of the live module up to float32 rounding, which
+    the detector of an untrained network magnifies. Blocks of gradient norms are refused: only the live module serves
+    them.
 
     A ``.pt2`` runs on this operating system, on the kind of device that holds ``example_input``, on processors with at
     least the vector instructions that PyTorch uses here (``ATEN_CPU_CAPABILITY`` sets fewer), and under this PyTorch or
-    a newer one. An ``.onnx`` runs wherever ONNX Runtime does, and is checked by ``onnx.checker``. The answers of either
-    on ``example_input`` are compared with the live module's before the file appears.
+    a newer one. An ``.onnx`` runs wherever ONNX Runtime does, and is checked by ``onnx.checker``. Before either file
+    appears, its answers to ``example_input`` are compared with those of the live module.
 
     Args:
-        two_stage: a fitted `TwoStageModel`, or any module in evaluation mode that returns ``(logits (B, N),
+        two_stage: A fitted `TwoStageModel`, or any module in evaluation mode that returns ``(logits (B, N),
             probabilities (B, N), uncertainty (B,))`` and, if it has one, ``risk (B,)``.
         example_input: ``(B, ...)``, at least one input. The file is checked on it, so real inputs serve best.
-        path: where to write, ending in ``.pt2`` or ``.onnx``. The file appears whole or not at all.
+        path: Where to write, ending in ``.pt2`` or ``.onnx``. The file appears whole or not at all.
         labels: N class names.
-        mean: per-channel mean of the normalization that turned pixels (0 to 1) into inputs; if it and ``std`` are
-            None, those that `TwoStageModel.fit` was given.
-        std: per-channel standard deviation of the same.
-        false_alarm_rate: the share of in-distribution inputs that the file's threshold flags; None for the detector's
-            own, or 0.05.
-        scores: uncertainties of held-out in-distribution inputs, ``(n,)``; by default the module's
-            ``calibration_scores``, if there are at least 20. They give the histogram, the drift monitor's reference,
-            and the thresholds of a module without ``threshold``.
-        max_batch: largest batch size.
-        tolerance: largest difference of the file's outputs from the live module's, relative to their size or 1. A
-            larger one passes if rounding explains it: the live module's own answer moves as far when each number of
+        mean: Per-channel mean of the normalization of pixels from 0 to 1; if it and ``std`` are None, those of
+            `TwoStageModel.fit`.
+        std: Per-channel standard deviation.
+        false_alarm_rate: Share of in-distribution inputs that the file's threshold flags; None for the detector's own,
+            or 0.05.
+        threshold: Uncertainty above which an input is flagged, such as that of
+            `fastgrad.metrics.false_alarm_threshold`; None for the calibration's threshold at ``false_alarm_rate``.
+        risk_threshold: Highest risk of an accepted answer, such as that of `certified_threshold`. Answers then say
+            whether they are ``accepted``.
+        scores: Uncertainties ``(n,)`` of held-out in-distribution inputs, at least 20; None for the module's
+            ``calibration_scores``. They give the histogram, the reference of the drift monitor, and the thresholds of a
+            module without ``threshold``.
+        max_batch: Largest batch size.
+        tolerance: Largest difference of the file's outputs from the live module's, relative to their size or 1. A
+            larger one passes if rounding explains it: if the live module's own answer moves as far when each number of
             its input moves by 100 units of rounding.
-        evidence: whether the graph also returns ``evidence`` ``(B, E)``: which of the E parts of the detector raised
-            an alarm (`TwoStageModel.explain`). The server then says so.
+        evidence: Whether the graph also returns ``evidence`` ``(B, E)`` of the E parts of the detector
+            (`TwoStageModel.explain`). The server then says what raised an alarm.
 
     Returns:
         The path.
 
     Raises:
-        TypeError: ``two_stage`` is no module, ``example_input`` no floating tensor or ``path`` no path.
-        ValueError: an argument does not fit the model; a block of the module needs gradients; the module is in training
-            mode, draws random numbers, changes its buffers, or its answer to an input depends on others in the batch.
-        MissingExtraError: an ``.onnx`` needs ``pip install 'fastgrad[onnx]'``.
-        RuntimeError: no C++ compiler is installed for a ``.pt2``, PyTorch compiles none here (Windows before 2.9), the
-            module's graph depends on the batch size, the answers differ by more than ``tolerance``, or an operation has
-            no ONNX form.
+        TypeError: ``two_stage`` is not a module, ``example_input`` not a floating tensor, or ``path`` not a path.
+        ValueError: An argument does not fit the model, a block of the module needs gradients, or the module is in
+            training mode, draws random numbers, changes its buffers, or mixes the inputs of a batch.
+        MissingExtraError: An ``.onnx`` needs ``pip install 'fastgrad[onnx]'``.
+        RuntimeError: For a ``.pt2``, no C++ compiler is installed or PyTorch cannot compile here (Windows before 2.9);
+            the module's graph depends on the batch size; the answers differ by more than ``tolerance``; or an operation
+            has no ONNX form.
     """
     checks.is_path(path=path)
     target = Path(path)
@@ -110,9 +116,9 @@ def export(
         false_alarm_rate = own.get("false_alarm_rate", 0.05)
     checks.lies_in("(0, 1)", false_alarm_rate=false_alarm_rate)
     checks.at_least(1, max_batch=max_batch)
-    told = getattr(getattr(two_stage, "report_", None), "normalisation", None)
-    if mean is std is None and told is not None:
-        mean, std = told
+    normalisation = getattr(getattr(two_stage, "report_", None), "normalisation", None)
+    if mean is std is None and normalisation is not None:
+        mean, std = normalisation
     _check_example(example_input, target)
     outputs = _check_model(two_stage, example_input, evidence)
     description = Description(
@@ -122,13 +128,15 @@ def export(
         max_batch=int(max_batch),
         # ONNX is not compiled for a device: the runtime chooses one.
         device="cpu" if onnx else example_input.device.type,
-        # `Description` takes None; it refuses text, mappings, sets and what is not iterable, which are no list here.
+        # `Description` refuses text, mappings, sets and what is not iterable, which are not made a list here.
         labels=list(map(str, labels))  # type: ignore[arg-type]
         if isinstance(labels, Iterable) and not isinstance(labels, str | bytes | Mapping | set | frozenset)
         else labels,
         mean=None if mean is None else checks.to_array("mean", mean, finite=False).tolist(),
         std=None if std is None else checks.to_array("std", std, finite=False).tolist(),
         risk=len(outputs) == 4,
+        risk_threshold=risk_threshold,
+        excess=getattr(getattr(two_stage, "risk_", None), "options", {}).get("excess") or None,
         evidence=dict(two_stage.alarms) if evidence else None,  # type: ignore[arg-type]
         versions={
             "fastgrad": fastgrad.__version__,
@@ -136,7 +144,7 @@ def export(
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "system": sys.platform,
         },
-        **_calibration(two_stage, scores, float(false_alarm_rate)),
+        **_calibration(two_stage, scores, float(false_alarm_rate), threshold),
     )
 
     def answers(x: Tensor) -> tuple[Tensor, ...]:
@@ -154,14 +162,14 @@ def export(
         dtypes = {example_input.dtype, *(value.dtype for value in two_stage.parameters() if value.is_floating_point())}
         compare(file, answers, example_input, tolerance, max(torch.finfo(dtype).eps for dtype in dtypes))
 
-    # A network in training mode would be copied while it is recorded.
+    # Otherwise, a network in training mode would be copied while it is recorded.
     with evaluating(two_stage):
         replace_atomically(write, target)
     return target
 
 
 def _check_example(example_input: Tensor, path: Path) -> None:
-    """Refuse an example that is no batch or that this kind of file cannot take, and an unusable path."""
+    """Refuse an example that is not a batch or does not fit this kind of file, and an unusable path."""
     if not isinstance(example_input, Tensor) or example_input.dtype not in checks.FLOAT_DTYPES:
         raise TypeError(
             "example_input must be one torch.Tensor of a floating dtype; it was "
@@ -217,7 +225,7 @@ def _check_steady(two_stage: nn.Module, example_input: Tensor, alone: Tensor) ->
     first, last = example_input[:1], example_input[-1:]
     random, buffers = RandomState(two_stage.modules()), list(two_stage.buffers())
     versions = [buffer._version for buffer in buffers if not buffer.is_inference()]
-    # Flipping makes the other input a different one even if the example holds only one.
+    # Flipping gives another input even if the example holds only one.
     together = two_stage(torch.cat([first, last.flatten(1).flip(1).view(last.shape)]))[0][:1]
     drew, later = not random.same(), list(two_stage.buffers())
     written = versions != [buffer._version for buffer in later if not buffer.is_inference()]
@@ -234,9 +242,12 @@ def _check_steady(two_stage: nn.Module, example_input: Tensor, alone: Tensor) ->
 
 
 def _calibration(
-    two_stage: nn.Module, scores: Tensor | np.ndarray[Any, Any] | None, false_alarm_rate: float
+    two_stage: nn.Module,
+    scores: Tensor | np.ndarray[Any, Any] | None,
+    false_alarm_rate: float,
+    chosen: float | None,
 ) -> dict[str, Any]:
-    """Return a description's fields about in-distribution scores; none without scores or a module's threshold."""
+    """Return a description's fields about in-distribution scores; none without scores or any threshold."""
     if scores is None:
         scores = getattr(two_stage, "calibration_scores", None)
         scores = None if scores is None or len(scores) < 20 else scores
@@ -246,14 +257,14 @@ def _calibration(
         calibration = checks.to_array("scores", scores)
         bins = ScoreReference.from_scores(calibration)
         fields["reference"] = {"edges": bins.edges.tolist(), "counts": bins.counts.tolist()}
-        # The most extreme scores join the outermost bins; otherwise one of them could leave all others in one bin.
+        # The most extreme scores join the outermost bins; otherwise one of them could put all others into one bin.
         low, high = np.quantile(calibration, (0.002, 0.998))
         # Scores that differ only by rounding leave no room for bins.
         bulk = np.clip(calibration, low, high if high - low > 1e-12 * abs(low) else low)
         counts, edges = np.histogram(bulk, bins=40)
         fields["histogram"] = {"edges": edges.tolist(), "counts": counts.tolist()}
         n, ordered = len(calibration), np.sort(calibration)
-        # Rates that the calibration cannot promise are left out; the one asked for stays, and a detector warns.
+        # Rates that the calibration cannot promise are left out, except the requested one, of which a detector warns.
         rates = {rate for rate in rates if rate >= 1 / (n + 1) or rate == false_alarm_rate}
 
         def conformal(rate: float) -> float:
@@ -261,9 +272,12 @@ def _calibration(
             return float(ordered[min(n, int(np.ceil((1 - rate) * (n + 1)))) - 1])
 
         threshold = threshold if callable(threshold) else conformal
-    if callable(threshold):
-        fields["thresholds"] = [(rate, float(threshold(rate))) for rate in sorted(rates)]
-        fields |= {"false_alarm_rate": false_alarm_rate, "threshold": dict(fields["thresholds"])[false_alarm_rate]}
+    known = {rate: float(threshold(rate)) for rate in sorted(rates)} if callable(threshold) else {}
+    if chosen is not None:
+        known[false_alarm_rate] = chosen
+    if known:
+        fields["thresholds"] = sorted(known.items())
+        fields |= {"false_alarm_rate": false_alarm_rate, "threshold": known[false_alarm_rate]}
     return fields
 
 

@@ -14,7 +14,7 @@ from fastgrad.checks import without_warnings
 
 
 def trace(function: Callable[[Tensor], Any], example_input: Tensor, *, max_batch: int = 1024) -> Any:
-    """Record ``function``; return a `torch.export.ExportedProgram` of dynamic batch.
+    """Record ``function``; return a `torch.export.ExportedProgram` with a dynamic batch size.
 
     It maps a tensor ``(B, ...)`` like ``example_input`` to a tuple of tensors with B rows.
 
@@ -22,7 +22,7 @@ def trace(function: Callable[[Tensor], Any], example_input: Tensor, *, max_batch
     """
     one = example_input.detach()[:1].contiguous()
     batch = one.expand(3, *one.shape[1:]).contiguous()
-    # The size of the batch that is recorded must be an allowed one.
+    # The batch that is recorded must have an allowed size.
     size = torch.export.Dim("batch", min=1, max=max(max_batch, len(batch)))
     with without_warnings():
         try:

@@ -1,4 +1,4 @@
-"""Turn the bytes of an image file into a network's input, with limits that hostile files cannot get around.
+"""Turn the bytes of an image file into a network's input, with limits that hostile files cannot evade.
 
 `decode_pixels` needs only NumPy and Pillow, so that a process that only decodes stays small.
 """
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
     from fastgrad.deploy.file.description import Description
 
-#: What browsers and cameras write. Pillow knows some fifty more, several with rarely exercised parsers.
+#: What browsers and cameras write. Pillow reads about fifty more, some with rarely tested parsers.
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 10_000_000
-#: Scans of a JPEG: encoders write about ten, and each takes as long as a pass over the whole image.
+#: Most scans of a JPEG: encoders write about ten, and each takes a pass over the whole image.
 _SCANS = 100
-#: Bytes that are decoded at once, so that a limit of time is noticed.
+#: Bytes that are decoded at once; the time limit is checked in between.
 _BLOCK = 2**13
 #: A marker in a JPEG that has a length and content, or ends the image (``d9``).
 _MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)
@@ -45,17 +45,17 @@ def decode_image(content: bytes, description: Description, *, max_pixels: int = 
     An image of this size is not scaled. The orientation in the EXIF data is applied.
 
     Args:
-        content: a JPEG, PNG or WebP file.
-        description: the model's; its input must be ``(1 or 3, H, W)``.
-        max_pixels: refuse larger images by their header, before any pixel is decoded.
+        content: A JPEG, PNG or WebP file.
+        description: That of the model, whose input must be ``(1 or 3, H, W)``.
+        max_pixels: Larger images are refused by their header, before any pixel is decoded.
 
     Returns:
-        A tensor of ``input_shape`` in the model's dtype: pixels from 0 to 1, normalized as the description says.
+        A tensor of ``input_shape`` in the model's dtype: pixels from 0 to 1, normalized by the description.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, or ``max_pixels`` below 1.
-        ImageTooLargeError: more than ``max_pixels``.
-        ImageError: not an image, a truncated one, or the model takes no images.
+        TypeError, ValueError: An argument has the wrong type, or ``max_pixels`` is below 1.
+        ImageTooLargeError: The image has more than ``max_pixels``.
+        ImageError: The content is not a whole image, or the model takes no images.
     """
     import torch
 
@@ -81,7 +81,7 @@ def require_images(shape: tuple[int, ...]) -> None:
 
 
 class _Timed(io.BytesIO):
-    """Bytes that raise ImageError if they are read when this thread has computed for so many ``seconds`` more."""
+    """Bytes whose reading raises ImageError after this thread has computed for another ``seconds``."""
 
     def __init__(self, content: bytes, seconds: float) -> None:
         super().__init__(content)
@@ -94,7 +94,7 @@ class _Timed(io.BytesIO):
 
 
 def _scans(content: bytes) -> int:
-    """Count the scans of a JPEG, up to one more than `_SCANS`."""
+    """Count the scans of a JPEG, at most one more than `_SCANS`."""
     scans = place = 0
     while scans <= _SCANS and (found := _MARKER.search(content, place)) and found[1] != b"\xd9":
         scans += found[1] == b"\xda"
@@ -105,9 +105,9 @@ def _scans(content: bytes) -> int:
 def decode_pixels(
     content: bytes, shape: tuple[int, ...], *, max_pixels: int = MAX_PIXELS, seconds: float = math.inf
 ) -> Array:
-    """Decode, crop and scale to ``shape``, uint8, as `decode_image` does, without normalizing.
+    """Decode, crop and scale to ``shape``, uint8, as `decode_image` does, without normalization.
 
-    ImageError also for a JPEG or PNG that takes more than ``seconds`` of this thread's computing time.
+    ImageError also if a JPEG or PNG takes more than ``seconds`` of this thread's computing time.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -123,11 +123,11 @@ def decode_pixels(
             if image.format == "JPEG" and _scans(content) > _SCANS:
                 raise ImageTooLargeError(f"the image has more than {_SCANS} scans")
             image.decodermaxblock = _BLOCK
-            # JPEG files are decoded at a half, a quarter or an eighth if that is large enough, in either orientation.
+            # JPEG files are decoded at a half, a quarter or an eighth of their size if that suffices either way up.
             least = 2 * max(width, height)
             image.draft("RGB" if channels == 3 else "L", (least, least))
             upright: Any = ImageOps.exif_transpose(image)
-            # Transparency is dropped anyway; Pillow would warn of palettes with it, which some callers make an error.
+            # Transparency is dropped anyway; Pillow would warn of palettes with it, and the caller may raise warnings.
             upright.info.pop("transparency", None)
             if upright.mode == "I;16":
                 # Scaled by 255 / 65535 and rounded; Pillow's convert would clip at 255.

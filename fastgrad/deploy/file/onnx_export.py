@@ -1,4 +1,4 @@
-"""The exported graph as an ONNX file. `fastgrad.deploy.file.onnx_file` says what is in it.
+"""The exported graph as an ONNX file, as `fastgrad.deploy.file.onnx_file` describes it.
 
 Operations without an ONNX form are refused by name.
 """
@@ -20,11 +20,11 @@ from fastgrad.deploy.file.description import Description, description_text, outp
 from fastgrad.deploy.file.graph import trace
 from fastgrad.deploy.file.onnx_file import INPUT, KEY, runtime, sum_entry
 from fastgrad.deploy.file.onnx_operators import decompositions
-from fastgrad.deploy.file.onnx_optimizer import sample_apart
+from fastgrad.deploy.file.onnx_optimizer import subsample_convs
 
-#: The oldest version of the operators that PyTorch translates to; every runtime since 2022 reads it.
+#: The oldest operator set to which PyTorch translates; every runtime since 2022 reads it.
 OPSET = 18
-#: Whether this PyTorch writes ONNX: the passes of 2.8 refuse the result of its own translation.
+#: Whether this PyTorch writes ONNX: the passes of 2.8 refuse its own translation.
 TRANSLATES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
 #: Protocol buffers must have fewer bytes.
 _LARGEST = 2**31
@@ -61,7 +61,7 @@ def convert(
             # Raised by PyTorch's own translation, or by one of its decompositions.
             _refuse(re.findall(r"\btarget=torch\.ops\.([\w.]+)", str(error)))
             raise
-        sample_apart(result.model)
+        subsample_convs(result.model)
     model = result.model_proto
     if model.ByteSize() >= _LARGEST:
         raise RuntimeError("the model is larger than the 2 GB that one ONNX file can hold; export to .pt2")

@@ -1,10 +1,10 @@
-"""What an ONNX file of this package holds, and how it is run.
+"""The contents of an ONNX file of this package, and how it is run.
 
-The graph takes ``input`` ``(batch, ...)``, normalized, and returns what `outputs_of` names. The description is one JSON
-text under the key ``fastgrad`` of the file's ``metadata_props``. Neither PyTorch nor this package is needed to run it.
+The graph takes ``input`` ``(batch, ...)``, normalized, and returns what `outputs_of` names. The description is a JSON
+text under the key ``fastgrad`` of the file's ``metadata_props``. It runs without PyTorch and without this package.
 
-The last entry, ``fastgrad.sha256``, is the checksum of all bytes before it: ONNX has none of its own, and a flipped bit
-in a weight would go unnoticed. A user who changes a file on purpose removes that entry.
+The last entry, ``fastgrad.sha256``, is a checksum of all bytes before it. ONNX has none, so a flipped bit in a weight
+would go unnoticed. Remove that entry if you change a file on purpose.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ INPUT = "input"
 KEY = "fastgrad"
 #: Key of the entry with the SHA-256, in hexadecimal digits.
 SUM = "fastgrad.sha256"
-#: Bytes that no protocol buffer reaches.
+#: Protocol buffers have fewer bytes.
 _LARGEST = 2**31
 
 
 def runtime() -> Any:
-    """Return ``onnxruntime``, imported without its telemetry, unless the environment says otherwise.
+    """Return ``onnxruntime``, imported without telemetry unless the environment says otherwise.
 
-    Telemetry would keep a database in the home folder and write ``$TMPDIR/.ses``, a name that other users can foresee.
+    Telemetry would keep a database in the home folder and write ``$TMPDIR/.ses``, a name that others can foresee.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     with extra("onnx"):
@@ -48,10 +48,9 @@ def load(path: str | os.PathLike[str]) -> Callable[[Tensor], list[Tensor]]:
     _check_sum(path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # For each batch size seen, a memory pattern gives all results of a pass places of their own: twice the memory for
-    # a vision transformer's backward pass, and no time saved.
+    # A memory pattern reserves a place for every result of a pass, for each batch size, and saves no time.
     options.enable_mem_pattern = False
-    # The runtime's warnings are about its own optimizations.
+    # The runtime warns only of its own optimizations.
     options.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
@@ -68,13 +67,13 @@ def load(path: str | os.PathLike[str]) -> Callable[[Tensor], list[Tensor]]:
 
 
 def sum_entry(digits: str) -> bytes:
-    """Return an entry of ``metadata_props``, field 14, as protocol buffers encode it, to append to a message."""
+    """Return an entry of ``metadata_props``, field 14, encoded as a protocol buffer to append to a message."""
     entry = b"\n%c%s\x12%c%s" % (len(SUM), SUM.encode(), len(digits), digits.encode())
     return b"%c%c%s" % (14 << 3 | 2, len(entry), entry)
 
 
 def _check_sum(path: str | os.PathLike[str]) -> None:
-    """Raise RuntimeError if the bytes do not match the checksum; without its entry nothing is checked."""
+    """Raise RuntimeError if the bytes do not match the checksum; a file without it passes."""
     total = hashlib.sha256()
     left = os.path.getsize(path) - len(sum_entry(total.hexdigest()))
     with open_regular(path) as file:
@@ -90,7 +89,7 @@ def _check_sum(path: str | os.PathLike[str]) -> None:
 def read_metadata(path: str | os.PathLike[str]) -> str | None:
     """Return the description's text in an ONNX file, or None.
 
-    RuntimeError if the file is damaged, or names others that hold its data: no checksum would cover them.
+    RuntimeError if the file is damaged, or keeps data in other files, which no checksum would cover.
     """
     with extra("onnx"):
         import onnx
@@ -112,7 +111,7 @@ def read_metadata(path: str | os.PathLike[str]) -> str | None:
 
 
 def _parts(message: Any) -> Iterator[Any]:
-    """Yield all messages inside of one, wherever they are."""
+    """Yield all messages nested in a message."""
     for field, value in message.ListFields():
         if field.message_type is not None:
             for part in value if isinstance(value, Sequence) else [value]:

@@ -1,10 +1,9 @@
-"""The exported file, read back: a ``.pt2`` archive or an ``.onnx`` that carries its own description.
+"""The exported file, read back: a ``.pt2`` archive or an ``.onnx``, with its description.
 
-`fastgrad.deploy.file.onnx_file` says what is in an ``.onnx``.
-
-A ``.pt2`` is a zip. Its member ``<name>/extra/fastgrad.json`` is the description. The graph runs without this package,
-by ``torch._inductor.aoti_load_package("model.pt2")(x)``, and returns what `outputs_of` names. Native code does not
-check its input; `ModelPackage` checks dtype and shape. Load only files that you would also run as programs.
+A ``.pt2`` is a zip archive whose member ``<name>/extra/fastgrad.json`` is the description. The graph runs without this
+package, by ``torch._inductor.aoti_load_package("model.pt2")(x)``, and returns what `outputs_of` names. Native code does
+not check its input; `ModelPackage` checks dtype and shape. Load only files that you would also run as programs.
+`fastgrad.deploy.file.onnx_file` describes an ``.onnx``.
 """
 
 from __future__ import annotations
@@ -38,14 +37,14 @@ from fastgrad.prediction import Prediction
 MEMBER = "extra/fastgrad.json"
 #: Most bytes of the description, and of an archive's table of contents.
 _LARGEST = 4 * 2**20
-#: What reading a damaged archive raises.
+#: Errors of reading a damaged archive.
 DAMAGED = (zipfile.BadZipFile, EOFError, RuntimeError, UnicodeDecodeError, AssertionError)
 #: Suffixes of the kinds of file.
 SUFFIXES = (".pt2", ".onnx")
 
 
 class PackageError(ValueError):
-    """The file is not an exported fastgrad model, or is one that this machine cannot run."""
+    """The file is not an exported fastgrad model, or this machine cannot run it."""
 
 
 def write_description(path: str | os.PathLike[str], description: Description) -> None:
@@ -56,10 +55,10 @@ def write_description(path: str | os.PathLike[str], description: Description) ->
 
 
 def read_description(path: str | os.PathLike[str]) -> Description:
-    """Read the description in a file, without preparing the graph to run.
+    """Read the description in a file without loading the graph.
 
     Raises:
-        PackageError: there is no such file, it is of neither kind, or its description is missing, damaged or newer.
+        PackageError: There is no such file, it is of neither kind, or its description is missing, damaged or newer.
     """
     checks.is_path(path=path)
     if not Path(path).is_file():
@@ -87,7 +86,7 @@ def read_description(path: str | os.PathLike[str]) -> Description:
 
 
 class _Bounded(io.FileIO):
-    """A file that reads at most 4 MiB at once, else raises: an archive's table of contents can claim any size."""
+    """A file that raises if more than 4 MiB are read at once: an archive's table of contents can claim any size."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         wanted = _LARGEST + 1 if size is None or size < 0 else size
@@ -99,7 +98,7 @@ class _Bounded(io.FileIO):
 
 @contextlib.contextmanager
 def _archive(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
-    """Open a ``.pt2``; raise if an entry is compressed, doubled, a link or outside the archive: PyTorch writes none."""
+    """Open a ``.pt2``; refuse compressed or doubled entries, links, and paths outside, which PyTorch never writes."""
     with _Bounded(os.fspath(path), opener=without_waiting) as file, zipfile.ZipFile(file) as archive:
         names = set()
         for entry in archive.infolist():
@@ -128,7 +127,7 @@ def _read_member(path: str | os.PathLike[str]) -> str | None:
 
 @contextlib.contextmanager
 def _named_in_ascii(path: Path) -> Iterator[Path]:
-    """Yield the file, or a copy named in ASCII: PyTorch and ONNX Runtime open UTF-8 names, which not all systems do."""
+    """Yield the file, or a copy named in ASCII: PyTorch and ONNX Runtime take names for UTF-8, not all systems do."""
     if str(path).isascii():
         yield path
         return
@@ -137,7 +136,7 @@ def _named_in_ascii(path: Path) -> Iterator[Path]:
 
 
 def _load_archive(path: Path) -> Callable[[Tensor], Sequence[Tensor]]:
-    """Return the function in a ``.pt2`` after testing its checksums: PyTorch would run code with a flipped bit."""
+    """Return the function in a ``.pt2`` whose checksums are right: PyTorch would run code with a flipped bit."""
     with _archive(path) as archive:
         member = archive.testzip()
     if member is not None:
@@ -146,7 +145,7 @@ def _load_archive(path: Path) -> Callable[[Tensor], Sequence[Tensor]]:
 
 
 def _check_machine(path: str | os.PathLike[str], description: Description) -> None:
-    """Refuse native code for another system, or whose instructions this machine lacks: they would end the process."""
+    """Refuse native code for another system or processor, which would end this process."""
     made = description.versions.get("system", sys.platform)
     if made != sys.platform:
         raise PackageError(f"{path} was compiled on {made}; this system is {sys.platform}; an .onnx runs on both")
@@ -162,10 +161,10 @@ class ModelPackage:
     """An exported model, loaded: call it with a batch ``(B, *input_shape)`` for a `Prediction`.
 
     Args:
-        path: the ``.pt2``, or the ``.onnx``, which runs on the CPU.
+        path: The ``.pt2``, or the ``.onnx``, which runs on the CPU.
 
     Raises:
-        PackageError: not an exported model, a damaged one, or one compiled for a device that this machine lacks.
+        PackageError: The file is not an exported model, is damaged, or was compiled for a device that is missing here.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -175,7 +174,7 @@ class ModelPackage:
             raise PackageError(f"{path} was compiled for a CUDA device; there is none here")
         if self.path.suffix != ".onnx":  # a file of any other name is native code
             _check_machine(path, self.description)
-        # Otherwise a process that only runs files spends half of a small network's time on clearing pages.
+        # Otherwise, a process that only runs files spends half of a small network's time on clearing pages.
         keep_freed_memory()
         try:
             load = onnx_file.load if self.path.suffix == ".onnx" else _load_archive
@@ -190,20 +189,20 @@ class ModelPackage:
         """Run a batch ``(B, *input_shape)``, already normalized, ``1 <= B <= max_batch``.
 
         Raises:
-            ValueError: a wrong shape or batch size.
-            TypeError: a wrong dtype.
-            PackageError: the graph cannot run, or its outputs are not those of the description.
+            ValueError: The shape or batch size is wrong.
+            TypeError: The dtype is wrong.
+            PackageError: The graph cannot run, or its outputs do not fit the description.
         """
         return self.explain(x)[0]
 
     def explain(self, x: Tensor) -> tuple[Prediction, dict[str, Tensor]]:
-        """Run a batch as `__call__` does; return the evidence ``(B,)`` by name, too, empty if the file has none."""
+        """Run a batch like `__call__`; also return the evidence ``(B,)`` by name, empty if the file has none."""
         outputs = self._outputs(x)
         columns = outputs.pop("evidence").unbind(-1) if self.description.evidence else ()
         return Prediction(**outputs), dict(zip(self.description.evidence or (), columns, strict=True))
 
     def rows(self, x: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Run a batch as `__call__` does; return rows of probabilities, uncertainty, and risk and evidence if given."""
+        """Run a batch like `__call__`; return float64 rows of probabilities, uncertainty, and any risk and evidence."""
         _, *columns = self._outputs(x).values()
         return torch.cat([column.double().view(len(x), -1) for column in columns], 1).cpu().numpy()
 

@@ -1,4 +1,4 @@
-"""Open files whose names may lead to something else by now: a pipe, a device, or more bytes than any disk holds."""
+"""Open files whose names may now lead to a pipe, a device, or more bytes than any disk holds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 
 def without_waiting(path: str | os.PathLike[str], flags: int) -> int:
-    """Open a file as `open` asks its ``opener`` to, without waiting for the other end of a pipe."""
+    """Open a file, as an ``opener`` of `open`, without waiting for the other end of a pipe."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
@@ -26,14 +26,14 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def digest_of(path: str | os.PathLike[str], copy: Path | None = None, most: float = math.inf) -> str:
-    """Return the SHA-256 of a regular file, in hexadecimal digits; ``copy`` receives the bytes that were hashed.
+    """Return the SHA-256 of a regular file in hexadecimal digits; the bytes that were hashed are written to ``copy``.
 
-    OSError for anything but a regular file, and for one of more than ``most`` bytes, before anything is copied.
+    OSError for anything but a regular file, and for more than ``most`` bytes, before anything is copied.
     """
     digest = hashlib.sha256()
     with open_regular(path) as file, open(copy or os.devnull, "wb") as target:
         size = os.fstat(file.fileno()).st_size
-        # A file that grows meanwhile is read no further.
+        # A file that grows beyond the limit is read no further.
         while size <= most and (block := file.read(1 << 20)):
             size = max(size, file.tell())
             digest.update(block)

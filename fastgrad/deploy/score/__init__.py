@@ -1,1 +1,1 @@
-"""Scoring many images: the job and its parts, on this machine or on a Ray cluster."""
+"""Scoring many images on this machine or a Ray cluster, in parts."""

@@ -1,4 +1,4 @@
-"""A job of scoring many images: a row for each, in parts that are whole or absent."""
+"""A job that scores many images: one row each, in parts that are complete or absent."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ with extra("score"):
     from pyarrow.dataset import dataset, field
     from tqdm import tqdm
 
-#: In a part's metadata: the job that wrote it, as `Job.id`.
+#: Key of a part's metadata that holds the `Job.id` of its writer.
 _JOB = b"fastgrad.job"
 _FOREIGN = "was not made by fastgrad score and is left as it is; choose another --out"
 
 
 def write_part(rows: list[dict[str, Any]], path: Path, schema: Any, job: bytes) -> None:
-    """Write one part of the job with this id, whole or not at all."""
+    """Write one part of the job with this id; it appears whole or not at all."""
     with written_beside(path) as temporary:
         pq.write_table(pa.Table.from_pylist(rows, schema=schema.with_metadata({_JOB: job})), temporary)
 
 
 def _schema(path: Path) -> Any:
-    """Return the schema of a Parquet file; an empty one if there is no such file, or pyarrow cannot open it."""
-    # Opening a pipe would wait for a writer.
+    """Return the schema of a Parquet file; an empty one if there is no such file or pyarrow cannot open it."""
+    # Opening a pipe would wait for its writer.
     with contextlib.suppress(OSError, UnicodeError, pa.ArrowInvalid):
         if path.is_file():
             return pq.read_schema(path)
@@ -55,12 +55,12 @@ def _schema(path: Path) -> Any:
 
 
 def _job_of(schema: Any) -> Any:
-    """Return the id of the job that wrote a part with this schema; None for another program's file."""
+    """Return the id of the job that wrote a part with this schema; None for a file of another program."""
     return (schema.metadata or {}).get(_JOB)
 
 
 def check_out(path: Path, schema: Any) -> None:
-    """Raise ValueError if ``path`` lies in no folder, or holds another program's file, which would be lost."""
+    """Raise ValueError if ``path`` lies in no folder, or if a file of another program would be lost."""
     if not path.parent.is_dir():
         raise ValueError(f"out must lie in an existing folder; there is no {str(path.parent)!r}")
     if os.path.lexists(path) and _schema(path).names != schema.names:
@@ -68,14 +68,14 @@ def check_out(path: Path, schema: Any) -> None:
 
 
 def arrow_schema(description: Description) -> Any:
-    """Return the columns: a name, the fields of `answer` with the probability of the class only, and an error."""
+    """Return the columns: a name, the fields of `answer` with only the class's probability, and an error."""
     names = description.evidence
     evidence = pa.struct([(name, pa.float64()) for name in names]) if names else pa.null()
     return pa.schema(
         [
             ("name", pa.string()), ("class", pa.int64()), ("label", pa.string()), ("probability", pa.float64()),
-            ("uncertainty", pa.float64()), ("risk", pa.float64()), ("reliable", pa.bool_()), ("evidence", evidence),
-            ("alarm", pa.string()), ("error", pa.string()),
+            ("uncertainty", pa.float64()), ("risk", pa.float64()), ("reliable", pa.bool_()), ("accepted", pa.bool_()),
+            ("evidence", evidence), ("alarm", pa.string()), ("error", pa.string()),
         ]
     )  # fmt: skip
 
@@ -84,8 +84,8 @@ def arrow_schema(description: Description) -> Any:
 class Job:
     """Images to score, divided into parts, and the folder of finished parts; the options are those of `score`.
 
-    ``out`` is no image, even if it lies among them. The folder is made, or continued if it holds parts with this job's
-    ``id``. ``missing`` lists the numbers of parts that were not there, and ``done`` counts the images in the others.
+    ``out`` is never an input, even if it lies among the images. The folder is created, or continued if it holds parts
+    with this job's ``id``. ``missing`` lists the numbers of missing parts; ``done`` counts the images in the others.
     ValueError if the model takes no images, there are none, a file cannot be read, or the folder belongs to another job
     or program.
     """
@@ -110,16 +110,16 @@ class Job:
         self.images = self.images.resolve()
         self.listed: list[str] | None = None
         identity = (
-            digest_of(self.model), str(self.images), self._look(), self.part, self.threshold, self.columns,
+            digest_of(self.model), str(self.images), self._list_images(), self.part, self.threshold, self.columns,
             self.max_pixels, self.max_bytes,
         )  # fmt: skip
         self.id = hashlib.sha256(repr(identity).encode("ascii", "backslashreplace")).hexdigest().encode()
-        # One more byte is read, and no read can ask for more than `sys.maxsize`.
+        # One byte more is read, and no read can ask for more than `sys.maxsize`.
         self.max_bytes = min(self.max_bytes, sys.maxsize - 1)
-        self._open()
+        self._open_folder()
 
-    def _look(self) -> str:
-        """Count the images; return a text that changes when they do."""
+    def _list_images(self) -> str:
+        """Count the images; return a text that changes if they do."""
         images = self.images
         if images.is_dir():
             if any(self.columns):
@@ -140,8 +140,8 @@ class Job:
             raise ValueError(f"there are no images in {images}")
         return identity
 
-    def _open(self) -> None:
-        """Make the folder, or find the parts of this job in it; refuse others, which would be removed at the end."""
+    def _open_folder(self) -> None:
+        """Create the folder, or find this job's parts in it; refuse other contents, which would later be removed."""
         folder = self.folder
         if not fits_utf8(str(folder)):
             raise ValueError(f"out must be a name in UTF-8, as pyarrow opens no other; it was {str(folder)!r}")
@@ -154,22 +154,24 @@ class Job:
         self.done = self.total - sum(min(self.part, self.total - index * self.part) for index in self.missing)
         if self.done:
             return
-        # The folder belongs to the job that came first, even before its first part is there.
+        # The folder belongs to the job that came first, even before it has written a part.
         claim = folder / (UNFINISHED + self.id.decode())
         others = [path for path in folder.glob(UNFINISHED + "?" * len(self.id)) if path != claim]
-        # Parts may have been copied without the claim; the same command may have added one of this job meanwhile.
+        # Parts may have been copied without the claim, and a run of the same job may have added one meanwhile.
         if others or any(_job_of(_schema(path)) not in (None, self.id) for path in folder.glob("part-*.parquet")):
             other = "the parts of another job (other model, images or options)"
             raise ValueError(f"{folder} holds {other}; remove it or choose another --out")
         if not all(path.name.startswith(UNFINISHED) or _job_of(_schema(path)) == self.id for path in folder.iterdir()):
             raise ValueError(f"{folder} {_FOREIGN}")
         with contextlib.suppress(FileExistsError):
-            claim.touch(exist_ok=False)  # never through a link that somebody has put there
+            claim.touch(exist_ok=False)  # never through a link in its place
 
-    def write(self, model: ModelPackage, index: int, pool: ThreadPoolExecutor, told: Callable[[int], Any] = int) -> int:
-        """Score part ``index`` and write it; return how many images it holds. ``told`` is called with batch sizes.
+    def write(
+        self, model: ModelPackage, index: int, pool: ThreadPoolExecutor, on_batch: Callable[[int], Any] = int
+    ) -> int:
+        """Score and write part ``index``; return its number of images. ``on_batch`` gets the size of each batch.
 
-        While a batch is scored, the threads of ``pool`` decode the next.
+        The threads of ``pool`` decode the next batch meanwhile.
         """
         start, stop = index * self.part, (index + 1) * self.part
         size = min(self.batch, model.description.max_batch)
@@ -180,7 +182,7 @@ class Job:
             sources = (Source(name.decode("utf-8", "backslashreplace"), path) for name, path in names)
         waiting: deque[tuple[str, Future[Array]]] = deque()
         rows: list[dict[str, Any]] = []
-        # Once for all threads: if each turned Pillow's warnings off and on, one could restore another's setting.
+        # For all threads at once: if each turned Pillow's warnings off and on, one could restore another's setting.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             while True:
@@ -190,7 +192,7 @@ class Job:
                     break
                 batch = [waiting.popleft() for _ in range(min(size, len(waiting)))]
                 rows += self._score(model, batch)
-                told(len(batch))
+                on_batch(len(batch))
         write_part(rows, self.paths[index], self.schema, self.id)
         return len(rows)
 
@@ -202,7 +204,7 @@ class Job:
                     # Python allocates as many bytes as it is asked to read.
                     content = file.read(min(self.max_bytes, os.fstat(file.fileno()).st_size) + 1)
             except OSError as error:
-                # Without the path, which is part of the error's own text.
+                # The error's own text would include the path.
                 raise ImageError(f"the file cannot be read: {error.strerror or type(error).__name__}") from None
         if len(content) > self.max_bytes:
             raise ImageTooLargeError(f"the image is too large; at most {self.max_bytes} bytes are read")
@@ -210,7 +212,7 @@ class Job:
         return decode_pixels(content, shape, max_pixels=self.max_pixels, seconds=MAX_SECONDS)
 
     def _score(self, model: ModelPackage, items: list[tuple[str, Future[Array]]]) -> list[dict[str, Any]]:
-        """Return a row per image; for one that cannot be read, its name and an ``error`` that says why."""
+        """Return one row per image; that of an unreadable image has only its name and an ``error``."""
         rows: list[dict[str, Any]] = [{"name": name} for name, _ in items]
         readable, images = [], []
         for row, (_, decoded) in zip(rows, items, strict=True):
@@ -242,15 +244,15 @@ def count_rows(parts: Sequence[Path]) -> dict[str, int]:
 
 
 def join_parts(job: Job, out: Path) -> None:
-    """Make one Parquet file of all parts, then remove what the job wrote, and the folder if nothing else is in it."""
-    # A process that is killed meanwhile leaves its temporary file in the folder, which a later run removes.
+    """Join all parts in one Parquet file; then remove what the job wrote, and its folder if nothing else is in it."""
+    # If the process is killed meanwhile, its temporary file is in the folder, which a later run removes.
     with written_beside(out, job.folder) as temporary, pq.ParquetWriter(temporary, job.schema) as writer:
         for part in job.paths:
             table = pq.read_table(part)
             if _job_of(table.schema) != job.id:
                 raise ValueError(f"{part} was written by another run with this out; the same command writes it anew")
             writer.write_table(table.cast(job.schema))
-    # Renamed first, so that a slower run with this ``out`` adds no part while the folder is removed.
+    # Renamed first, so that a slower run with this ``out`` adds no part during the removal.
     gone = job.folder.rename(out.with_name(UNFINISHED + secrets.token_hex(8)))
     for path in (*(gone / part.name for part in job.paths), *gone.glob(UNFINISHED + "*")):
         path.unlink()

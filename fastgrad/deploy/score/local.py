@@ -1,7 +1,6 @@
-"""Scoring on this machine: one row per image, even if it is unreadable.
+"""Scoring on this machine: one row per image; that of an unreadable image has an ``error``.
 
-Rows are written in parts, each under its final name only when it is complete, so a stopped run continues where it
-stopped. An unreadable image gets a row whose ``error`` says why.
+Rows are written in parts. A part gets its final name only when it is complete, so a stopped run can continue.
 """
 
 from __future__ import annotations
@@ -35,28 +34,28 @@ def score(
     """Score a folder or Parquet file of images into one Parquet file; continue an unfinished run.
 
     Args:
-        model_path: file written by `fastgrad.export`.
-        images: a folder, of which all files with an image's suffix count, also in subfolders that are not links; or a
-            Parquet file.
-        out: the Parquet file to write. Until it is whole, its parts lie beside it in ``<out>.parts``.
-        batch: images in one run of the model.
-        part: images in one part, the most that an interrupted run loses.
-        false_alarm_rate: share of in-distribution images to call unreliable; None: the model file's own.
-        image_column: of the Parquet file; None guesses.
-        key_column: column whose value becomes the row's name; None guesses.
-        max_pixels: larger images are not decoded.
-        max_bytes: larger files, and cells of a Parquet file, are not read.
-        decoders: threads that decode images; None: one per processor core.
-        progress: show a progress bar.
+        model_path: File written by `fastgrad.export`.
+        images: A Parquet file; or a folder, whose image files are found by their suffixes, also in subfolders that are
+            not links.
+        out: The Parquet file to write. Until it is complete, its parts lie next to it in ``<out>.parts``.
+        batch: Images in one run of the model.
+        part: Images in one part, the most that an interrupted run loses.
+        false_alarm_rate: Share of in-distribution images to call unreliable; None for the model file's own.
+        image_column: Column of the images in the Parquet file; None tries usual names.
+        key_column: Column of the names of rows; None tries usual names.
+        max_pixels: Larger images are not decoded.
+        max_bytes: Larger files, and cells of a Parquet file, are not read.
+        decoders: Threads that decode images; None for one per processor core.
+        progress: Whether to show a progress bar.
 
     Returns:
-        ``images``, ``unreadable``, ``unreliable``: how many there were; ``continued``: how many came from an
+        The numbers of ``images``, of ``unreadable`` and ``unreliable`` ones, and of those ``continued`` from an
         earlier run.
 
     Raises:
-        TypeError, ValueError: arguments that do not fit, no images, parts of another job beside ``out``, a file of
-            another program in its place, or another run that wrote ``out`` in the meantime.
-        PackageError: not an exported model.
+        TypeError, ValueError: An argument does not fit, there are no images, ``<out>.parts`` belongs to another job,
+            another program's file is in the place of ``out``, or another run wrote it in the meantime.
+        PackageError: The file is not an exported model.
     """
     is_path(model_path=model_path, images=images, out=out)
     decoders = os.cpu_count() or 1 if decoders is None else decoders

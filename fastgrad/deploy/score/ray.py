@@ -1,6 +1,6 @@
-"""Scoring on Ray: the parts of a job go to Ray Data, on this machine or on a cluster.
+"""Scoring on Ray: Ray Data distributes the parts of a job, on this machine or a cluster.
 
-If a worker is killed, Ray runs its part again elsewhere. That is harmless: a part appears whole, and once.
+If a worker is killed, Ray runs its part again elsewhere. That is harmless, because a part appears whole and only once.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from fastgrad.deploy.score.sources import MAX_BYTES
 
 
 class PartScorer:
-    """Loads the model once, then scores and writes whole parts."""
+    """Loads the model at its start, then scores and writes whole parts."""
 
     def __init__(self, job: Job) -> None:
         self.model, self.job, self.pool = ModelPackage(job.model), job, ThreadPoolExecutor(2)
 
     def __call__(self, parts: dict[str, Any]) -> dict[str, Any]:
-        """Score the parts of these numbers; return how many images each held."""
+        """Score the parts with these numbers; return how many images each has."""
         sizes = [self.job.write(self.model, index, self.pool) for index in parts["id"].tolist()]
         return {"id": parts["id"], "size": sizes}
 
@@ -45,33 +45,32 @@ def score_dataset(
     gpus_per_worker: float = 0,
     progress: bool = False,
 ) -> dict[str, int]:
-    """Score a folder or Parquet file on a Ray cluster (or on this machine, if no cluster is connected).
+    """Score a folder or Parquet file on a Ray cluster, or on this machine if no cluster is connected.
 
-    On several nodes, model, images and output must lie where all of them can read and write, such as a network file
-    system.
+    All nodes must be able to read model and images and to write the output, for example on a network file system.
 
     Args:
-        model: file written by `fastgrad.export`.
-        images: folder, or Parquet file.
-        out: new folder for the parts, ``part-00000000.parquet`` and so on, in the order of the images; readers of
-            Parquet take the folder as one table. An unfinished run is continued.
-        workers: processes that hold the model, anywhere in the cluster.
-        batch: images in one run of the model.
-        part: images in one part, the unit of repetition.
-        false_alarm_rate: as for `fastgrad.deploy.score.local.score`, and so are the next four.
-        image_column: of the Parquet file.
-        key_column: of the Parquet file.
-        max_pixels: of an image.
-        max_bytes: of an image's file or cell.
+        model: File written by `fastgrad.export`.
+        images: Folder or Parquet file.
+        out: Folder of the parts, ``part-00000000.parquet`` and so on, in the order of the images; readers of Parquet
+            take it as one table. It must be new, or that of an unfinished run, which continues.
+        workers: Processes that hold the model, anywhere in the cluster.
+        batch: Images in one run of the model.
+        part: Images in one part, the unit of repetition.
+        false_alarm_rate: As for `fastgrad.deploy.score.local.score`, and so are the next four.
+        image_column: Column of the images.
+        key_column: Column of the names.
+        max_pixels: Limit on an image's pixels.
+        max_bytes: Limit on the bytes of a file or cell.
         gpus_per_worker: GPUs that each worker claims.
-        progress: show a progress bar.
+        progress: Whether to show a progress bar.
 
     Returns:
-        ``images``, ``unreadable``, ``unreliable``, ``continued``, as `fastgrad.deploy.score.local.score`.
+        The numbers that `fastgrad.deploy.score.local.score` returns.
 
     Raises:
-        TypeError, ValueError: arguments that do not fit, no images, or parts of another job in ``out``.
-        PackageError: not an exported model.
+        TypeError, ValueError: An argument does not fit, there are no images, or ``out`` belongs to another job.
+        PackageError: The file is not an exported model.
     """
     with extra("cluster"):
         import ray

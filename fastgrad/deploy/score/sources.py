@@ -1,4 +1,4 @@
-"""Where the images to score come from: a folder, or a column of a Parquet file."""
+"""The images to score: those of a folder, or of a column of a Parquet file."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ with extra("score"):
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-#: Bytes of a file, or of a cell of a Parquet file; larger ones are not read.
+#: Most bytes of a file, or of a cell of a Parquet file; larger ones are not read.
 MAX_BYTES = 64 * 2**20
-#: Seconds of computing that decoding an image may take.
+#: Seconds of computing in which an image must be decoded.
 MAX_SECONDS = 10.0
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 class Source(NamedTuple):
-    """One image to score: its path or key in the Parquet file, and its bytes or the file that holds them."""
+    """One image to score: its path or key, and its bytes or file."""
 
     name: str
     content: bytes | Path
@@ -34,7 +34,7 @@ class Source(NamedTuple):
 def list_folder(folder: Path, left_out: Path) -> tuple[list[str], str]:
     """Return the sorted names of all image files below a folder, with slashes, and a digest of names, sizes and times.
 
-    Links to files count, even broken ones, and so do files that vanish meanwhile; links to folders are not followed,
+    Links to files count, even broken ones, and so do files that vanish meanwhile. Links to folders are not followed,
     and ``left_out`` does not count. OSError if a folder cannot be read, because its images would be missing.
     """
 
@@ -66,10 +66,10 @@ def list_folder(folder: Path, left_out: Path) -> tuple[list[str], str]:
 def read_parquet(
     path: Path, column: str | None, key: str | None, start: int = 0, stop: int | None = None, most: int = MAX_BYTES
 ) -> Iterator[Source]:
-    """Yield rows ``start`` to ``stop`` (None: the end) of a Parquet file; skip row groups that hold none of them.
+    """Yield rows ``start`` to ``stop`` (None: the end) of a Parquet file; skip row groups without such rows.
 
-    ``column`` holds the images, as bytes or structs with a field ``bytes``; larger cells are cut after ``most`` + 1
-    bytes. ``key`` holds the names; without one, a row's number is its name. If either is None, usual names are tried.
+    ``column`` holds the images, as bytes or structs with a field ``bytes``; cells are cut after ``most`` + 1 bytes.
+    ``key`` holds the names; without one, a row's number is its name. If either is None, usual names are tried.
     ValueError if there is no such column, or several, it holds no bytes, or the file is damaged.
     """
     file = pq.ParquetFile(path)
@@ -99,12 +99,12 @@ def read_parquet(
 
 
 def _cells(column: Any, most: int) -> list[bytes]:
-    """Return the bytes of image cells: bytes, or structs with a field ``bytes`` (as Hugging Face writes them)."""
+    """Return the bytes of image cells, which are bytes or, as Hugging Face writes them, structs with ``bytes``."""
     if pa.types.is_struct(column.type):
         names = [field.name for field in column.type]
         column = pc.struct_field(column, "bytes") if "bytes" in names else column
     try:
-        if "string" in str(column.type):  # paths, for example, which the cast would accept; also in a dictionary
+        if "string" in str(column.type):  # such as paths, also in a dictionary; the cast would accept them
             raise pa.ArrowInvalid
         column = column.cast(pa.large_binary())
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid):

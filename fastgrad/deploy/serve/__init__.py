@@ -1,4 +1,4 @@
-"""The HTTP server's parts: requests, worker processes with batching, metrics, the application, its page.
+"""The HTTP server: application, worker processes with batching, metrics and a page.
 
-Built on FastAPI and uvicorn: LitServe (0.2.19) does not finish what it accepted, at SIGTERM or for a killed worker.
+FastAPI and uvicorn, because LitServe (0.2.19) loses accepted requests at SIGTERM or when a worker is killed.
 """

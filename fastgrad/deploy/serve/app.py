@@ -1,4 +1,4 @@
-"""The web application: routes, and what each refusal says."""
+"""The web application: its routes and refusals."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from fastgrad.deploy.serve.served import Model
 from fastgrad.deploy.serve.status import add_status_routes
 
 with extra("serve"):
-    import python_multipart  # noqa: F401 - the processes that read bodies need it
+    import python_multipart  # noqa: F401 - needed by the processes that read bodies
     from fastapi import FastAPI, HTTPException, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, JSONResponse
     from starlette.routing import Match
 
-# Nothing that the page shows can load or run anything else.
+# The page cannot load or run anything else.
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; img-src blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -54,29 +54,29 @@ def create_app(
     """Make the application that serves exported models.
 
     Files are copied to the temporary folder. ``app.state.reload.set()`` loads them again, as ``fastgrad serve`` does on
-    SIGHUP: a changed file takes over once its processes are ready, and no request is lost. If it cannot be loaded, the
+    SIGHUP: a changed file takes over when its processes are ready, and no request is lost. If it cannot be loaded, the
     previous one stays and the log says why.
 
     Args:
-        path: the ``.pt2`` or ``.onnx``; or several by name, of which the first answers requests without a name.
-        workers: processes that run each model.
-        threads: compute threads of each process.
-        decoders: processes that read bodies; None: one per processor core, at most four.
-        max_batch: largest batch; at most the file's own.
-        batch_wait: seconds an idle worker waits for a batch to fill.
-        limits: see `Limits`; those of connections and headers are enforced by ``fastgrad serve``.
-        api_key: if given, all routes but the page, /health and /ready need it, as ``Authorization: Bearer KEY``.
-        allowed_hosts: names that requests may have in ``Host``, beside ``localhost`` and addresses.
-        false_alarm_rate: share of in-distribution inputs to flag, one of the rates in the file; None: the file's own.
-        drift_false_alarm_rate: bound on the probability of ever raising the drift alarm without drift.
-        sha256: pairs of a model's name and the SHA-256, in hexadecimal digits, of a file that it may be. Without a pair
-            for its name, a model may be any file.
+        path: The ``.pt2`` or ``.onnx``; or several by name, of which the first answers requests without a name.
+        workers: Processes that run each model.
+        threads: Compute threads of each process.
+        decoders: Processes that read bodies; None for one per processor core, at most four.
+        max_batch: Largest batch, no larger than the file allows.
+        batch_wait: Seconds an idle worker waits for a batch to fill.
+        limits: See `Limits`; those of connections and headers are enforced by ``fastgrad serve`` only.
+        api_key: If given, all routes but the page, /health and /ready need it, as ``Authorization: Bearer KEY``.
+        allowed_hosts: Names allowed in the ``Host`` of requests, in addition to ``localhost`` and addresses.
+        false_alarm_rate: Share of in-distribution inputs to flag, one of the file's rates; None for the file's own.
+        drift_false_alarm_rate: Bound on the probability of ever raising the drift alarm without drift.
+        sha256: Pairs of a model's name and the SHA-256, in hexadecimal digits, of a file that it may be. A model
+            without a pair may be any file.
 
     Raises:
-        PackageError: not an exported model, or another than ``sha256`` allows.
-        TypeError, ValueError: the file has no threshold for that rate, no request can carry the key, there is no model,
-            a name fits no address, ``allowed_hosts`` is no list, ``sha256`` names no model or no digest, or an argument
-            has a wrong type or is out of range.
+        PackageError: A file is not an exported model, or ``sha256`` does not allow it.
+        TypeError, ValueError: A file has no threshold for the rate, no request can carry the key, there is no model, a
+            name fits no address, ``allowed_hosts`` is not a list, ``sha256`` has an unknown name or a bad digest, or an
+            argument has a wrong type or is out of range.
     """
     for name, file in path.items() if isinstance(path, Mapping) else (("model", path),):
         is_path(path=file)
@@ -124,7 +124,7 @@ def create_app(
             LOG.error("the server cannot start: %s", str(error) or type(error).__name__)
             raise
         app.openapi()
-        # Objects made so far stay; each garbage collection of them would stop the event loop for a tenth of a second.
+        # Objects made so far stay; each garbage collection of them would block the event loop for a tenth of a second.
         gc.collect()
         gc.freeze()
         app.state.ready, reloading = True, asyncio.create_task(reload())
@@ -135,7 +135,7 @@ def create_app(
         await readers.pool.close()
 
     app = FastAPI(
-        title="fastgrad", description="Class, uncertainty and whether to rely on it.", version=__version__,
+        title="fastgrad", description="Classes of inputs, and whether to rely on them.", version=__version__,
         docs_url=None, redoc_url=None, lifespan=lifespan, responses=refusals(400, 401, 403, 411, 500),
     )  # fmt: skip
     app.state.ready = app.state.draining = False
@@ -160,7 +160,7 @@ def create_app(
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:
-        # The web server writes the error to the log.
+        # The web server logs the error.
         return refusal(RequestError(500, "the server failed; its log says why"))
 
     described: dict[str, Any] = {
@@ -173,7 +173,7 @@ def create_app(
     @app.post("/predict/{name}", **described)
     async def predict_route(request: Request, name: str | None = None) -> JSONResponse:
         start, status = time.perf_counter(), 500
-        # One version of the file from here to the answer, even if another takes over meanwhile.
+        # One version of the file until the answer, even if another takes over meanwhile.
         with named(name).served.in_use() as served:
             try:
                 if not app.state.ready:

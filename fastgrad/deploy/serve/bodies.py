@@ -1,4 +1,4 @@
-"""Limits on what a request may cost, and the answering of requests within them."""
+"""Limits on the cost of a request, and answering requests within them."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ with extra("serve"):
     from anyio import current_time, fail_after, move_on_after
     from starlette.requests import ClientDisconnect, Request
 
-#: Seconds that a body may take however small it is, and bytes of the largest input.
-_GRACE, _INPUT = 5.0, 2**28
+#: Seconds that any body may take, and bytes of the largest input.
+_GRACE, _MAX_INPUT = 5.0, 2**28
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits on what requests may cost.
+    """Limits on the cost of requests.
 
     Attributes:
-        body: bytes of a request body; more is answered 413.
-        pixels: of an image; more is answered 413, before anything is decoded.
-        queue: requests to /predict in progress at once whose body has arrived; more are answered 503 with Retry-After.
-        seconds: from a request's headers to its answer; then 504, or 408 if its body is still arriving; a process that
-            works on a batch that long is ended.
-        memory: bytes of all bodies and inputs together; more are answered 503.
-        rate: bytes of a body that must arrive per second, after the first five seconds; else 408.
-        decode_seconds: to read one body; then 422, and the process that does it is ended.
-        load_seconds: to load a model.
-        connections: open at once, or as open files allow; then the one that has waited longest is closed.
-        header_seconds: for a request's headers, or the rest of a refused body; then the connection is closed.
-        drain_seconds: from SIGTERM to the end of the server, even if answers are missing.
-        file: bytes of a model file; a larger one is not loaded.
+        body: Bytes of a request body; a larger one is answered 413.
+        pixels: Pixels of an image; more are answered 413 before anything is decoded.
+        queue: Requests to /predict in progress whose body has arrived; more are answered 503 with Retry-After.
+        seconds: From a request's headers to its answer; then 504, or 408 if its body is still arriving. A process that
+            works on one batch for longer is killed.
+        memory: Bytes of all bodies and inputs together; more are answered 503.
+        rate: Bytes of a body that must arrive per second after the first five seconds; else 408.
+        decode_seconds: Time to read one body; then 422, and the process that reads it is killed.
+        load_seconds: Time to load a model.
+        connections: Open connections, fewer if open files are limited; beyond, the longest-waiting one is closed.
+        header_seconds: Time for a request's headers, or the rest of a refused body; then the connection is closed.
+        drain_seconds: From SIGTERM to the end of the server, even if answers are missing.
+        file: Bytes of a model file; a larger one is not loaded.
 
     Raises:
-        TypeError, ValueError: one is no number, or not positive.
+        TypeError, ValueError: A limit is not a positive number.
     """
 
     body: int = 16 * 2**20
@@ -64,9 +64,9 @@ class Limits:
 
 
 async def read_body(request: Request, limits: Limits, hold: Callable[[int], None]) -> bytearray:
-    """Read a body within ``body``, ``rate`` and ``seconds`` of the limits; ``hold`` is told how many bytes there are.
+    """Read a body within the limits; ``hold`` is called with the number of bytes so far.
 
-    RequestError 400 if the body is empty or broken off, 408 if too slow, 413 if too large; and what ``hold`` raises.
+    RequestError 400 if the body is empty or incomplete, 408 if too slow, 413 if too large; and what ``hold`` raises.
     """
     too_large = RequestError(413, f"the body is too large; at most {limits.body} bytes are allowed")
     declared = request.headers.get("content-length", "")
@@ -92,34 +92,31 @@ async def read_body(request: Request, limits: Limits, hold: Callable[[int], None
 
 
 class Readers:
-    """Answers requests within the limits. Processes turn bodies into inputs, and are killed if that takes too long.
+    """Answers requests within the limits. Processes turn bodies into inputs and are killed if that takes too long.
 
-    ``active`` counts the requests in progress whose body has arrived.
+    ``active`` is the number of requests in progress whose body has arrived.
     """
 
     def __init__(self, count: int, limits: Limits) -> None:
         self.limits, self.active = limits, 0
         self._held: dict[Request, int] = {}
-        children = [Child("fastgrad.deploy.serve.decoder", (limits.pixels,), most=_INPUT) for _ in range(count)]
+        children = [Child("fastgrad.deploy.serve.decoder", (limits.pixels,), most=_MAX_INPUT) for _ in range(count)]
         self.pool = Pool(children, hang_timeout=limits.decode_seconds, load_timeout=60.0)
 
     def _hold(self, request: Request, size: int) -> None:
-        """Note how many bytes a request holds now; RequestError 503 if all requests would hold too many."""
+        """Set how many bytes a request holds; RequestError 503 if all requests together would hold too many."""
         more = size - self._held.get(request, 0)
         if more > 0 and sum(self._held.values()) + more > self.limits.memory:
             raise RequestError(503, "the bodies of other requests fill the memory; try again in a moment")
         self._held[request] = size
 
     async def answer(
-        self,
-        request: Request,
-        description: Description,
-        threshold: float | None,
+        self, request: Request, description: Description, threshold: float | None,
         run: Callable[[bytes], Awaitable[Any]],
-    ) -> dict[str, Any]:
+    ) -> dict[str, Any]:  # fmt: skip
         """Return the answer to a request; ``run`` turns its input into a row.
 
-        RequestError if there is none: for its body, a result that is not finite, too many requests or too much time.
+        RequestError for a bad body, a result that is not finite, too many requests, or too much time.
         """
         limits, end = self.limits, current_time() + self.limits.seconds
         try:
@@ -145,7 +142,7 @@ class Readers:
             self._held.pop(request, None)
 
     async def read(self, content_type: str, body: Bytes, description: Description) -> bytes:
-        """Read one body, as `decoder.read_input` does; RequestError 422 also if it takes too long or ends processes."""
+        """Read a body as `decoder.read_input` does; RequestError 422 also if it takes too long or kills processes."""
         arguments = json.dumps((content_type, description.input_shape, description.input_dtype))
         try:
             return await self.pool.submit(arguments.encode() + b"\n", body)

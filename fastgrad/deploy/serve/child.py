@@ -1,6 +1,6 @@
-"""A process that answers framed requests, one at a time, and is killed when it takes too long.
+"""A process that answers framed requests, one at a time, and is killed if it takes too long.
 
-Only lengths and bytes go over the pipes, nothing that could be code. The process gets neither the server's secrets nor
+Only lengths and bytes cross the pipes, nothing that could be code. The process gets neither the server's secrets nor
 its open files, and ends when its standard input does.
 """
 
@@ -26,23 +26,22 @@ from anyio import fail_after, move_on_after
 Bytes = bytes | bytearray | memoryview
 #: The server's logger, which ``fastgrad serve`` sets up.
 LOG = logging.getLogger("uvicorn.error")
-#: Head of a reply: a status, 0 for success, and the number of bytes that follow.
+#: Head of a reply: a status (0 for success) and the number of bytes that follow.
 REPLY = struct.Struct("<HQ")
 #: Status of a failure whose reason goes to the server's log, not to the client.
 _FAILED = 500
 REQUEST = struct.Struct("<Q")
 #: Bytes that are written at once.
 _CHUNK = 2**18
-#: Variables of the server's environment that a child gets: places, and settings of compute libraries by prefix. Any
-#: other may hold a key or password.
+#: Environment variables that a child inherits: paths, and settings of compute libraries by prefix. Others are secret.
 _PLACES = {"PATH", "PATHEXT", "HOME", "HOMEDRIVE", "HOMEPATH", "LANG", "TZ", "TMP", "TMPDIR", "TEMP", "SYSTEMROOT"}
 _SETTINGS = (
     "LC_", "LD_", "DYLD_", "MALLOC_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "DNNL_", "TORCH_",
     "TORCHDYNAMO_", "TORCHINDUCTOR_", "PYTORCH_", "TRITON_", "CUDA_", "NVIDIA_", "HIP_", "ROCR_", "HSA_", "MIOPEN_",
 )  # fmt: skip
 _PACKAGE = str(Path(__file__).parents[2])
-# Isolated (-I), so that no file of the working folder takes a module's place; then the server's own path. The package's
-# __init__ is left out: it would import PyTorch, which not every child needs.
+# Isolated (-I), so that no file in the working folder shadows a module; then the server's own path. The package's
+# __init__ is skipped because it imports PyTorch, which not every child needs.
 _START = """
 import json, sys, types
 path, package, module, arguments = json.loads(sys.argv[1])
@@ -55,7 +54,7 @@ answer_requests(module, arguments)
 
 
 class RequestError(Exception):
-    """A request that cannot be answered, with the HTTP status and the reason for its sender."""
+    """A request that cannot be answered: the HTTP status, and the reason for the client."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -67,19 +66,19 @@ class ChildError(RuntimeError):
 
 
 class ChildDiedError(ChildError):
-    """It ended, or took too long and was ended."""
+    """The process ended, or took too long and was killed."""
 
 
 class ChildTimeoutError(ChildDiedError):
-    """It took too long."""
+    """The process took too long."""
 
 
 class Child:
-    """One process that answers with the function that a module's ``start(*arguments)`` returns, in ``most`` bytes.
+    """One process, which answers with the function that a module's ``start(*arguments)`` returns, in ``most`` bytes.
 
     The arguments must fit JSON. ``alive`` says whether the process has started and can be asked; ``on_end`` is called
-    when it has ended, for whatever reason. Its temporary files lie in ``folder``, and are removed when it has ended;
-    None: where the system keeps such files.
+    when it ends for any reason. Its temporary files lie in ``folder`` and are removed when it has ended; None means the
+    system's folder for such files.
     """
 
     def __init__(self, module: str, arguments: Sequence[object], *, most: int, folder: Path | None = None) -> None:
@@ -91,7 +90,7 @@ class Child:
         self.on_end: Callable[[], None] = lambda: None
 
     async def start(self, seconds: float) -> None:
-        """Start the process; ChildError if it cannot do its work, ends, or does not reply in time."""
+        """Start the process; ChildError if it fails, ends, or does not reply in time."""
         environment = {k: v for k, v in os.environ.items() if k in _PLACES or k.startswith(_SETTINGS)}
         if self._folder is not None:
             self._own = tempfile.mkdtemp(dir=self._folder)
@@ -115,7 +114,7 @@ class Child:
             self.on_end()
 
     async def restart(self, seconds: float) -> None:
-        """Restart the process, again and again until it can be asked."""
+        """Restart the process; try until it can be asked."""
         while True:
             await self.stop(0.0)
             try:
@@ -125,10 +124,10 @@ class Child:
             await asyncio.sleep(1)  # memory may be short for a moment
 
     async def ask(self, parts: Sequence[Bytes], seconds: float) -> bytes:
-        """Send the parts as one request, if there are any; return the reply.
+        """Send the parts, if any, as one request; return the reply.
 
-        RequestError if the process refuses the request, ChildError if it failed, ChildDiedError if it ended or did not
-        answer in time. In the last case, or if this is cancelled, it is killed.
+        RequestError if the process refuses the request, ChildError if it fails, ChildDiedError if it ends or does not
+        answer in time. In the last case, or if this call is cancelled, it is killed.
         """
         process = self.process
         if process is None or process.stdin is None or process.stdout is None or (parts and not self.alive):
@@ -137,7 +136,7 @@ class Child:
             with fail_after(seconds):
                 whole = [REQUEST.pack(sum(map(len, parts))), *parts] if parts else []
                 if sum(map(len, whole)) <= _CHUNK:
-                    # Sent at once, so that the other side wakes once.
+                    # As one write, which wakes the other side only once.
                     whole = [b"".join(whole)]
                 for part in whole:
                     for start in range(0, len(part), _CHUNK):
@@ -160,10 +159,10 @@ class Child:
         return reply
 
     def kill(self) -> None:
-        """Kill the process, whatever it works on."""
+        """Kill the process, whatever it is doing."""
         self.alive = False
-        # Not by `Process.kill`, which may take the exit status before asyncio's own thread does. Windows ends a process
-        # by any signal, and denies access to one that has just ended.
+        # `Process.kill` may take the exit status before asyncio's own thread. Windows ends a process by any signal, and
+        # denies access to one that has just ended.
         if self.process is not None and self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(self.process.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
@@ -182,18 +181,18 @@ class Child:
 
 
 def ignore_signals(*names: str) -> None:
-    """Ignore those of the named signals that the system has."""
+    """Ignore the named signals, as far as the system has them."""
     for name in names:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def answer_requests(module: str, arguments: Sequence[object]) -> None:
-    """Run in a child: reply once the module's ``start`` has returned a function, then answer requests with it."""
-    # A service manager may signal all processes at a stop; the server alone decides when these end.
+    """Run in a child: reply when the module's ``start`` has returned a function, then answer requests with it."""
+    # A service manager may signal all processes at a stop, but only the server decides when these end.
     ignore_signals("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what anything prints goes to standard error
+    os.dup2(2, 1)  # anything printed goes to standard error
     answer: Callable[[bytearray], Bytes] | None = None
     request = bytearray()
     while True:

@@ -1,7 +1,7 @@
-"""The process that reads what clients send: images, forms and JSON, with little memory and without PyTorch.
+"""The process that reads what clients send (images, forms and JSON) with little memory and without PyTorch.
 
-A request is one JSON line, the arguments of `read_input`, and the body. The reply is one byte that says what follows,
-`PIXELS` or `NUMBERS`, and the input.
+A request is a line of JSON with the arguments of `read_input`, then the body. The reply is the byte `PIXELS` or
+`NUMBERS`, then the input.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ import numpy as np
 from fastgrad.deploy.file.images import ImageError, ImageTooLargeError, decode_pixels
 from fastgrad.deploy.serve.child import RequestError
 
-#: First byte of a reply: pixels from 0 to 255, to be normalized, or numbers that the model takes, float32 or float64.
+#: First byte of a reply: pixels from 0 to 255, to be normalized, or float32 or float64 numbers that the model takes.
 PIXELS, NUMBERS = b"p", b"n"
-#: Bytes that decoding may need beside the process itself.
+#: Bytes that decoding may use in addition to the process itself.
 MEMORY = 512 * 2**20
-#: Largest finite number of types that NumPy lacks or overflows in.
+#: Largest finite numbers of the input dtypes; NumPy has no bfloat16.
 _LARGEST = {"float16": 65504.0, "bfloat16": 3.3895e38, "float32": 3.4028235e38, "float64": 1.7976931348623157e308}
 
 
 def start(max_pixels: int) -> Callable[[bytearray], bytes]:
-    """Prepare this process, and return the function that answers requests."""
+    """Prepare this process and return the function that answers requests."""
     import PIL.Image
 
     PIL.Image.preinit()
     _limit_memory()
-    # The answer reports faults of forms and images; each part and each image could also write a line to the log.
+    # The answer reports faults of forms and images; each part and image could also add a line to the log.
     logging.disable()
     warnings.simplefilter("ignore")
 
@@ -49,7 +49,7 @@ def start(max_pixels: int) -> Callable[[bytearray], bytes]:
 
 
 def _limit_memory() -> None:
-    """Limit this process to `MEMORY` more bytes, and to no core dump, if the system can enforce limits."""
+    """Limit this process to `MEMORY` more bytes and no core dump, if the system enforces limits."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -60,9 +60,9 @@ def _limit_memory() -> None:
 
 
 def read_input(content_type: str, body: bytes, shape: Sequence[int], dtype: str, *, max_pixels: int) -> bytes:
-    """Read an image, a form with a ``file``, or JSON ``{"inputs": [...]}``, which the client has normalized.
+    """Read an image, a form with a ``file``, or JSON ``{"inputs": [...]}`` that the client has normalized.
 
-    `PIXELS` or `NUMBERS` comes before the input. RequestError 400 if the body is unreadable, 413 if too large, 415 for
+    Return `PIXELS` or `NUMBERS`, then the input. RequestError 400 if the body is unreadable, 413 if too large, 415 for
     another content type, 422 if it does not fit the model.
     """
     shape = tuple(shape)
@@ -93,7 +93,7 @@ def _file_of_form(content_type: str, body: bytes) -> bytes:
             files.append(file.file_object.read())
 
     try:
-        # Without a file on disk.
+        # Large enough that nothing is written to disk.
         config, headers = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}, {"Content-Type": content_type.encode("latin-1")}
         parser = create_form_parser(headers, lambda field: None, keep, config=config)
         parser.write(body)
@@ -117,7 +117,7 @@ def _json_input(body: bytes, shape: tuple[int, ...], dtype: str) -> bytes:
     if any(body.count(sign) > most for sign in (b",", b"[", b"{", b":")):
         raise RequestError(422, f"{expected}; there were more")
     try:
-        # Decoded as UTF-8: json would also take UTF-16, in which the search for words below finds none.
+        # As UTF-8: json would also take UTF-16, in which the search for words below finds nothing.
         content = json.loads(body.decode("utf-8-sig"), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
@@ -128,7 +128,7 @@ def _json_input(body: bytes, shape: tuple[int, ...], dtype: str) -> bytes:
         values = np.array(content["inputs"])
     except (ValueError, TypeError, OverflowError, RecursionError):
         raise RequestError(422, f"{expected}; the lists were ragged or nested too deeply") from None
-    # NumPy takes true for 1 among numbers.
+    # NumPy reads true among numbers as 1.
     words = b"true" in body or b"false" in body
     if values.dtype.kind not in "iuf" or (words and bool in map(type, np.array(content["inputs"], object).flat)):
         raise RequestError(422, f"{expected}; something else was among them")

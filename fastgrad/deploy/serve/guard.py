@@ -1,4 +1,4 @@
-"""Decide by the headers alone which requests are read: by their host, origin, key and encoding."""
+"""Refuse requests by their headers alone: host, origin, key and encoding."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ with extra("serve"):
     from starlette.responses import JSONResponse
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-#: Paths that need no key: the page, which holds no data, and those that load balancers ask.
+#: Paths that need no key: the page, which holds no data, and those for load balancers.
 OPEN = ("/", "/health", "/ready")
-_QUIET = 10.0  #: seconds between two lines of the log about refused keys
+#: Seconds between two lines of the log about refused keys.
+_QUIET = 10.0
 _PORT = re.compile(r":\d*$")
 #: A name or an address, with or without a port.
 _HOST = re.compile(r"[\w.%:\[\]-]+", re.ASCII)
@@ -35,11 +36,11 @@ def refusal(error: RequestError) -> JSONResponse:
 class Guard:
     """Refuses requests by their headers, before anything else is read.
 
-    A page of another site can make a browser send requests here. Its name in ``Origin`` gives it away, or in ``Host``
-    if it lets its own name point here. Addresses are no names and always pass.
+    A page of another site can make a browser send requests here. They carry its name in ``Origin``, or in ``Host`` if
+    it lets its own name point here. IP addresses always pass.
 
-    Requests must carry ``key``, if given, as ``Authorization: Bearer KEY``, and may name ``hosts`` or ``localhost``.
-    ValueError for a key that no header can carry, or if ``hosts`` is no list of names.
+    If ``key`` is given, requests must carry it as ``Authorization: Bearer KEY``; they may name ``hosts`` or
+    ``localhost``. ValueError if no header can carry the key, or if ``hosts`` is not a list of names.
     """
 
     def __init__(self, key: str | None, hosts: Collection[str]) -> None:
@@ -53,7 +54,7 @@ class Guard:
         self._wrong, self._quiet_until = 0, 0.0
 
     def middleware(self, app: ASGIApp, refused: Callable[[int], None]) -> ASGIApp:
-        """Return ``app`` behind the guard: refused requests do not reach it, and ``refused`` is told their status."""
+        """Return ``app`` behind the guard: refused requests do not reach it; ``refused`` gets their status."""
 
         async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] == "http":
@@ -68,7 +69,7 @@ class Guard:
         return guarded
 
     def check(self, scope: Scope, without_key: Collection[str] = ()) -> None:
-        """Check the headers of one request, which needs no key on some paths; RequestError 400, 401, 403 or 411."""
+        """Check a request's headers; RequestError 400, 401, 403 or 411. Paths in ``without_key`` need no key."""
         headers = Headers(scope=scope)
         if "transfer-encoding" in headers:
             raise RequestError(411, "send the body with its Content-Length alone; there was a Transfer-Encoding")
@@ -85,10 +86,10 @@ class Guard:
         # Digests have one length, and compare_digest takes the same time wherever they differ.
         right = hmac.compare_digest(hashlib.sha256(given.encode()).digest(), self._digest)
         if scheme.lower() != "bearer" or not right:
-            self._note(scope)
+            self._log_wrong_key(scope)
             raise RequestError(401, "the API key is missing or wrong; send it as Authorization: Bearer KEY")
 
-    def _note(self, scope: Scope) -> None:
+    def _log_wrong_key(self, scope: Scope) -> None:
         self._wrong += 1
         if time.monotonic() >= self._quiet_until:
             client = (scope.get("client") or ("unknown",))[0]
@@ -98,7 +99,7 @@ class Guard:
 
 
 def address_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """Return the address that ``host`` holds; None for a name."""
+    """Return ``host`` as an IP address; None if it is a name."""
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
     return None

@@ -1,9 +1,11 @@
-"""Metrics of the server for Prometheus, drift included."""
+"""The server's metrics for Prometheus, including drift."""
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,10 +24,10 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
-    """Counts and distributions of one version of a file, in a registry of their own.
+    """Counts and distributions of one version of a file, in their own registry.
 
-    The description's in-distribution scores give the uncertainty's buckets and the drift monitor; without them the
-    monitor is None. ``false_alarm_rate`` belongs to the threshold in use, and is None without one.
+    The in-distribution scores of the description define the uncertainty's buckets and the drift monitor, which is None
+    without them. ``false_alarm_rate`` belongs to the threshold in use; None without one.
     """
 
     def __init__(
@@ -34,7 +36,8 @@ class Metrics:
         own: dict[str, Any] = {"namespace": "fastgrad", "registry": CollectorRegistry()}
         self._own = own
         self._recent = recent = deque[bool](maxlen=RECENT)
-        self.requests = Counter("requests", "Answers of /predict and refused access by HTTP status", ["status"], **own)
+        text = "Answers of /predict and refused requests by HTTP status"
+        self.requests = Counter("requests", text, ["status"], **own)
         self.predictions = Counter("predictions", "Predictions by reliability", ["reliable"], **own)
         text = "Time from a request's headers to its answer"
         self.latency = Histogram("request_seconds", text, buckets=_TIMES, **own)
@@ -48,11 +51,17 @@ class Metrics:
             gauge("expected_share_flagged", "That share on in-distribution inputs", lambda: false_alarm_rate)
         self.monitor: DriftMonitor | None = None
         if reference is not None:
-            self.monitor = monitor = DriftMonitor(reference, false_alarm_rate=drift_false_alarm_rate)
-            gauge("drift_evidence", "Wealth of the bet that inputs have drifted", lambda: monitor.evidence)
+            self.monitor = monitor = DriftMonitor(
+                reference, false_alarm_rate=drift_false_alarm_rate, excess=description.excess
+            )
+            gauge("drift_evidence", "Capital of the bet that inputs have drifted", lambda: monitor.evidence)
             gauge("drift_scores", "Scores that the drift monitor has read", lambda: monitor.count)
             shown = f"1 once drift is shown; probability of ever being wrong <= {drift_false_alarm_rate:g}"
             gauge("drift_alarm", shown, lambda: monitor.alarm)
+            if description.excess is not None:
+                text = f"Estimated share of wrong answers among the last {RECENT}, or a bound of its 95 % interval"
+                for bound, suffix in (("rate", ""), ("low", "_low"), ("high", "_high")):
+                    gauge("error_rate" + suffix, text, partial(_estimate, monitor, bound))
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         """Add a gauge whose value is computed when Prometheus asks for it."""
@@ -66,15 +75,20 @@ class Metrics:
         if reliable is not None:
             self._recent.append(not reliable)
         if self.monitor is not None:
-            self.monitor.update(answer["uncertainty"])
+            self.monitor.update(answer["uncertainty"], answer["risk"])
 
     def render(self) -> bytes:
         """Return the text that Prometheus reads."""
         return bytes(generate_latest(self._own["registry"]))
 
 
+def _estimate(monitor: DriftMonitor, bound: str) -> float:
+    """Return the estimated error rate or a bound of its interval; NaN if there is none."""
+    return float(getattr(monitor.error_rate, bound, math.nan))
+
+
 def _buckets(reference: ScoreReference | None) -> tuple[float, ...]:
-    """Return quantiles of the in-distribution scores, and two steps beyond the last; decades without scores."""
+    """Return quantiles of the in-distribution scores and two steps beyond the last; without scores, powers of ten."""
     if reference is None or len(reference.edges) < 2:
         return tuple(float(10.0**k) for k in range(-6, 7))
     levels = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)

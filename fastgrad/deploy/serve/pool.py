@@ -1,6 +1,6 @@
 """Processes behind one queue: batches form while they are busy, and a killed process loses no input.
 
-Inputs of a dead process or a failed batch are run again, each alone: no input fails because of another.
+The inputs of a dead process or a failed batch are run again, one at a time, so that none fails because of another.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class _Item:
 class Pool:
     """Has processes answer inputs in batches; ``on_batch`` is called with the size of each.
 
-    An idle process waits ``batch_wait`` seconds for a batch to fill after its first input. One that does not answer in
-    ``hang_timeout`` seconds is ended and replaced. A process must start within ``load_timeout`` seconds.
+    An idle process waits ``batch_wait`` seconds after the first input for its batch to fill. A process is replaced if
+    it does not answer within ``hang_timeout`` seconds, and must start within ``load_timeout`` seconds.
     """
 
     workers: Sequence[Child]
@@ -65,8 +65,8 @@ class Pool:
     async def submit(self, *parts: Bytes) -> bytes:
         """Return the reply to one input, given in parts. Cancelling this takes the input out of the queue.
 
-        RequestError if it is refused, or the log says why it failed. ChildDiedError if its process ended repeatedly, or
-        did not answer in time.
+        RequestError if it is refused, or failed for a reason that is in the log. ChildDiedError if its process ended
+        repeatedly or did not answer in time.
         """
         item = _Item(parts, asyncio.get_running_loop().create_future())
         self.queue.append(item)
@@ -74,7 +74,7 @@ class Pool:
         return await item.future
 
     async def close(self) -> None:
-        """End the processes; the caller must have waited for what was submitted."""
+        """End the processes; the caller must have awaited all submitted inputs."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -91,9 +91,9 @@ class Pool:
                 await worker.restart(self.load_timeout)
 
     async def _next_batch(self, worker: Child) -> list[_Item]:
-        """Wait for an input, and a moment for others; one that was run before comes first, and alone.
+        """Wait for an input, and briefly for more; an input that was run before comes first and alone.
 
-        A process that ends meanwhile gets none, so that no input is blamed for its end.
+        A process that ends meanwhile gets an empty batch, so that no input is blamed for its end.
         """
         while worker.alive and not self.queue:
             self._arrived.clear()
@@ -110,7 +110,7 @@ class Pool:
         batch: list[_Item] = []
         while self.queue and len(batch) < most:
             item = self.queue.popleft()
-            # A future that is done belongs to a request that timed out or was cancelled.
+            # The future is done if its request timed out or was cancelled.
             if not item.future.done():
                 batch.append(item)
         return batch
@@ -135,9 +135,10 @@ class Pool:
     def _give_back(self, batch: list[_Item], error: RequestError | ChildDiedError) -> None:
         for item in reversed(batch):
             item.attempts += 1
-            told = len(batch) == 1 and isinstance(error, RequestError | ChildTimeoutError)
-            if not told and item.attempts < MAX_ATTEMPTS:
+            final = len(batch) == 1 and isinstance(error, RequestError | ChildTimeoutError)
+            if not final and item.attempts < MAX_ATTEMPTS:
                 self.queue.appendleft(item)
             elif not item.future.done():
-                item.future.set_exception(error if told else ChildDiedError(f"its process ended {item.attempts} times"))
+                error = error if final else ChildDiedError(f"its process ended {item.attempts} times")
+                item.future.set_exception(error)
         self._arrived.set()

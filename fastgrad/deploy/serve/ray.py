@@ -1,4 +1,4 @@
-"""The exported model behind Ray Serve: replicas, batching and back-pressure are Ray's."""
+"""The exported model behind Ray Serve, which brings replicas, batching and back-pressure."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def deployment(
     """Return a Ray Serve application that answers ``POST /`` as the server's ``/predict`` does.
 
     Ray brings batching, replicas, draining and back-pressure (503). Requests are checked and bodies are read as by the
-    server, but Ray's proxy reads a body before that. The page, metrics and drift of `fastgrad serve` are missing.
+    server, but Ray's proxy reads a body before that. There is no page, and there are no metrics and no drift monitor.
 
     Args:
-        model: file written by `fastgrad.export`, readable on every node.
-        replicas: processes that hold the model.
-        max_batch: largest batch.
-        batch_wait: seconds to wait for a batch to fill.
-        limits: see `Limits`.
-        api_key: if given, requests need it, as ``Authorization: Bearer KEY``.
-        allowed_hosts: names that requests may have in ``Host``, beside ``localhost`` and addresses.
-        false_alarm_rate: share of in-distribution inputs to flag; None: the model file's own.
+        model: File written by `fastgrad.export`, readable on every node.
+        replicas: Processes that hold the model.
+        max_batch: Largest batch.
+        batch_wait: As for `create_app`, and so are the next four.
+        limits: See `Limits`.
+        api_key: Key that requests must carry, if given.
+        allowed_hosts: Names allowed in ``Host``.
+        false_alarm_rate: Share of in-distribution inputs to flag.
         gpus_per_replica: GPUs that each replica claims.
 
     Raises:
-        PackageError, ValueError: not an exported model, or it has no threshold for that rate.
+        PackageError, ValueError: The file is not an exported model, or has no threshold for the rate.
     """
     with extra("cluster"):
         from ray import serve
@@ -85,10 +85,10 @@ def serve_model(model: str | os.PathLike[str], *, host: str = "127.0.0.1", port:
     """Start Ray Serve with `deployment` at ``/predict``; return its handle.
 
     Args:
-        model: file written by `fastgrad.export`.
-        host: address each node's proxy listens on.
-        port: its port.
-        **options: arguments of `deployment`.
+        model: File written by `fastgrad.export`.
+        host: Address on which the proxy of each node listens.
+        port: Its port.
+        **options: Arguments of `deployment`.
     """
     with extra("cluster"):
         import ray

@@ -18,18 +18,14 @@ class Answer(BaseModel):
     class_: int = Field(alias="class", ge=0)
     label: str | None
     probabilities: list[float]
-    uncertainty: float = Field(description="higher: clean inputs look like this more rarely")
-    risk: float | None = Field(
-        description="probability that this answer is wrong; null where the file was fitted without labels"
-    )
-    reliable: bool | None = Field(description="uncertainty at most the threshold; null without one")
+    uncertainty: float = Field(description="the higher, the more rarely a clean input looks like this")
+    risk: float | None = Field(description="probability that this answer is wrong; null if fitted without labels")
+    reliable: bool | None = Field(description="whether the uncertainty is at most the threshold; null without one")
+    accepted: bool | None = Field(description="whether the risk is at most the file's threshold; null without one")
     evidence: dict[str, float] | None = Field(
-        description="what the uncertainty rests on: by name as in /model, each block's -log p as the detector sums it; "
-        "null where the file does not give it"
+        description="evidence behind the uncertainty, -log p of each block by its name in /model; null if not exported"
     )
-    alarm: str | None = Field(
-        description="in words, what two thirds of the evidence mean; null unless reliable is false"
-    )
+    alarm: str | None = Field(description="what two thirds of the evidence mean, in words; null unless not reliable")
 
 
 class Refusal(BaseModel):
@@ -45,7 +41,7 @@ class Status(BaseModel):
 
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return the refusals that a route may answer with, beside those of every route."""
+    """Return the refusals that a route may answer with, in addition to those of every route."""
     return {status: {"model": Refusal, "description": "Refused"} for status in statuses}
 
 

@@ -1,7 +1,7 @@
-"""A name and the file that answers under it, and how another version of the file takes over.
+"""A name, the file that answers under it, and how a new version of the file takes over.
 
-A file is copied before anything is read from it: workers load what was checked, also when one starts again. When those
-of a new version are ready, new requests go there; the old one ends when the last of its requests is answered.
+A file is copied before anything is read from it, so that workers load what was checked, also after a restart. When the
+workers of a new version are ready, it gets new requests; the old version ends after its last answer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PREFIX = "fastgrad-serve-"
 
 
 def _own_folder() -> tuple[Path, Any]:
-    """Remove the folders of killed processes; return a new one, and the file whose lock ends with this process."""
+    """Remove folders of killed processes; return a new one, and the file whose lock ends with this process."""
     new, lock = Path(tempfile.mkdtemp(prefix=_PREFIX)), None
     with contextlib.suppress(ImportError, OSError):  # Windows, and file systems without locks
         import fcntl
@@ -42,7 +42,7 @@ def _own_folder() -> tuple[Path, Any]:
                 shutil.rmtree(left.parent)
         lock = open(new / "new", "wb")  # noqa: SIM115 - as long as the process
         fcntl.flock(lock, fcntl.LOCK_EX)
-        # It is locked before it gets the name by which other servers find it.
+        # Locked before it gets the name by which other servers find it.
         os.rename(new / "new", new / "lock")
     return new, lock
 
@@ -54,9 +54,9 @@ def _remove(folder: Path, lock: Any) -> None:
 
 
 class Served:
-    """One version of a file, with the processes that run it and its metrics; the arguments are `create_app`'s.
+    """One version of a file, with its processes and metrics; the arguments are those of `create_app`.
 
-    PackageError if it is no exported model, too large, or its SHA-256 none of ``digests``, if there are any.
+    PackageError if it is not an exported model or too large, or if its SHA-256 is not among the ``digests``, if given.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Served:
         self._remove = weakref.finalize(self, _remove, folder, lock)
         self.path, self.copy = str(path), (copy := folder / Path(path).name)
         try:
-            # The copy's, before anything else reads it: the file itself may change at any time.
+            # Of the copy, before anything else reads it: the file itself may change at any time.
             self.digest = digest_of(path, copy, limits.file)
             if digests and self.digest not in digests:
                 raise PackageError(f"{path} must have the SHA-256 {' or '.join(digests)}; it was {self.digest}")
@@ -103,7 +103,7 @@ class Served:
             self._users -= 1
 
     async def run(self, value: bytes) -> Array:
-        """Return the row of one input, as `decoder` gives it."""
+        """Return the row of one input from `decoder`."""
         return np.frombuffer(await self.pool.submit(value))
 
     async def start(self) -> None:
@@ -115,12 +115,12 @@ class Served:
             raise self._failure(error) from None
 
     def _failure(self, error: Exception) -> PackageError:
-        """Return the error with the file's own path: nobody knows the copy's."""
+        """Return the error with the path of the file instead of the copy's."""
         said = getattr(error, "strerror", None) or str(error).replace(str(self.copy), self.path)
         return PackageError(said if self.path in said else f"{self.path} cannot be loaded: {said}")
 
     async def retire(self) -> None:
-        """End when the last request is answered."""
+        """End after the last answer."""
         while self._users:
             await asyncio.sleep(0.05)
         await self.pool.close()
@@ -128,7 +128,7 @@ class Served:
 
 
 class Model:
-    """The file that answers under one name; new requests go to ``served``, its latest version."""
+    """The file that answers under one name; ``served`` is its latest version, which gets new requests."""
 
     def __init__(self, name: str, path: Path, **options: Any) -> None:
         self.name, self.path, self._options = name, path, options
@@ -144,10 +144,10 @@ class Model:
         return version
 
     async def reload(self) -> None:
-        """Load the file anew and let it take over; if that fails, log why and go on."""
+        """Load the file again and let it take over; if that fails, log why and continue."""
         try:
             fresh = await asyncio.to_thread(self._version)
-            # Loading the same content again would end the drift monitor and its alarm.
+            # Loading the same content again would reset the drift monitor and its alarm.
             if fresh.digest == self.served.digest:
                 LOG.info("model %s: %s is what it was", self.name, self.path)
                 return
@@ -163,5 +163,5 @@ class Model:
         LOG.info("model %s: %s was loaded", self.name, self.path)
 
     async def close(self) -> None:
-        """Finish what was accepted, by this version and those before."""
+        """Answer the requests accepted by this version and earlier ones, then end."""
         await asyncio.gather(self.served.retire(), *self._retiring)

@@ -20,7 +20,7 @@ def add_status_routes(app: FastAPI, named: Callable[[str | None], Model]) -> Non
     """Add the routes; ``named`` returns the model of a name, or the first."""
     state, models, readers = app.state, app.state.models, app.state.readers
 
-    @app.get("/health", summary="Whether the process lives")
+    @app.get("/health", summary="Whether the process is alive")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
@@ -37,13 +37,13 @@ def add_status_routes(app: FastAPI, named: Callable[[str | None], Model]) -> Non
     async def metrics_route(name: str | None = None) -> Response:
         return Response(named(name).served.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    told: dict[str, Any] = {"responses": refusals(404)}
+    described: dict[str, Any] = {"responses": refusals(404)}
 
-    @app.get("/model", summary="What travels with the model: shape, labels, threshold, scores", **told)
-    @app.get("/model/{name}", summary="The same of one of several models", **told)
+    @app.get("/model", summary="The model's description: shape, labels, thresholds, scores", **described)
+    @app.get("/model/{name}", summary="The same of one of several models", **described)
     async def model_route(name: str | None = None) -> dict[str, Any]:
         served = named(name).served
-        shown = ("input_shape", "labels", "classes", "histogram", "evidence", "risk")
+        shown = ("input_shape", "labels", "classes", "histogram", "evidence", "risk", "risk_threshold")
         own = {"models": list(models), "threshold": served.threshold, "false_alarm_rate": served.false_alarm_rate}
         return own | {field: getattr(served.description, field) for field in shown}
 
@@ -53,12 +53,14 @@ def add_status_routes(app: FastAPI, named: Callable[[str | None], Model]) -> Non
             raise RequestError(404, "the model's file has no scores to compare with")
         return monitor
 
-    @app.get("/drift", summary="Whether inputs have drifted, on how many, with which error rate", **told)
-    @app.get("/drift/{name}", summary="The same of one of several models", **told)
+    @app.get("/drift", summary="Whether inputs have drifted, and the estimated share of wrong answers", **described)
+    @app.get("/drift/{name}", summary="The same of one of several models", **described)
     async def drift_route(name: str | None = None) -> dict[str, Any]:
         return monitor_of(name).state()
 
-    @app.post("/drift", summary="Forget the inputs and the alarm; the log keeps why", responses=refusals(404, 422))
+    @app.post(
+        "/drift", summary="Forget the inputs and the alarm; the log keeps the reason", responses=refusals(404, 422)
+    )
     @app.post("/drift/{name}", summary="The same of one of several models", responses=refusals(404, 422))
     async def drift_reset_route(
         action: Literal["reset"],

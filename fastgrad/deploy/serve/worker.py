@@ -1,6 +1,6 @@
-"""The process that runs the model: inputs in, rows out, over its standard input and output.
+"""The process that runs the model.
 
-A request holds the inputs of one batch, each as `decoder` returns it; the reply is `ModelPackage.rows`, float64.
+A request holds the inputs of one batch, each as `decoder` returns it. The reply is `ModelPackage.rows`, float64.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from fastgrad.deploy.serve.decoder import PIXELS
 
 
 def start(path: str, threads: int | None) -> Callable[[bytearray], bytes]:
-    """Load the model, and return the function that answers requests with it."""
+    """Load the model and return the function that answers requests with it."""
     if threads is not None:
         torch.set_num_threads(threads)
     model = ModelPackage(path)
     description = model.description
-    # The first run allocates and starts threads; no request should wait for that.
+    # The first run allocates memory and starts threads; no request should wait for that.
     model.rows(torch.zeros(1, *description.input_shape, dtype=DTYPES[description.input_dtype], device="cpu"))
     return lambda request: model.rows(batch_of(request, description)).astype("<f8").tobytes()
 
@@ -37,7 +37,7 @@ def batch_of(content: bytearray, description: Description) -> Tensor:
     while place < len(content):
         pixels = content[place : place + 1] == PIXELS
         values = np.frombuffer(content, np.uint8 if pixels else wide, math.prod(shape), place + 1)
-        # Copied if the numbers do not lie at a multiple of their size, as PyTorch requires.
+        # PyTorch requires aligned numbers; others are copied.
         x = torch.from_numpy(np.require(values, requirements="A").reshape(shape))
         inputs.append(normalize_pixels(description, x) if pixels else x.to(dtype))
         place += 1 + values.nbytes

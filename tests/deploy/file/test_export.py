@@ -96,11 +96,17 @@ def test_the_description_is_where_the_module_says(tiny_package: Path) -> None:
         assert json.loads(archive.read(member))["classes"] == 4
 
 
-def test_numbers_of_numpy_and_scores_that_differ_by_rounding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    written: list[Description] = []
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[Description]:
+    """What stands in files that would be compiled."""
+    found: list[Description] = []
     monkeypatch.setattr(export_module, "compile_function", lambda *_, **__: None)
     monkeypatch.setattr(export_module, "compare", lambda path, *_: path.touch())
-    monkeypatch.setattr(export_module, "write_description", lambda _, description: written.append(description))
+    monkeypatch.setattr(export_module, "write_description", lambda _, description: found.append(description))
+    return found
+
+
+def test_numbers_of_numpy_and_scores_that_differ_by_rounding(written: list[Description], tmp_path: Path) -> None:
     scores = 1 + np.arange(40) * np.finfo(float).eps / 4
     export(
         TinyTwoStage(), X, tmp_path / "m.pt2", scores=scores, false_alarm_rate=np.float32(0.1), max_batch=np.int64(8)
@@ -111,13 +117,28 @@ def test_numbers_of_numpy_and_scores_that_differ_by_rounding(monkeypatch: pytest
     # Without thresholds of its own: at most rate * (n + 1) - 1 of 99 scores lie above one.
     export(Mute(), X, tmp_path / "m.pt2", scores=np.arange(99.0))
     assert written[1].thresholds == [(0.01, 98.0), (0.02, 97.0), (0.05, 94.0), (0.1, 89.0), (0.2, 79.0)]
+    # One that the user chose stands for its rate, also where there is nothing to calibrate on.
+    export(Mute(), X, tmp_path / "m.pt2", scores=np.arange(99.0), threshold=95.5)
+    export(Mute(), X, tmp_path / "m.pt2", threshold=7.0, false_alarm_rate=0.3)
+    assert (written[2].threshold, dict(written[2].thresholds)[0.05]) == (95.5, 95.5)
+    assert (written[3].threshold, written[3].thresholds) == (7.0, [(0.3, 7.0)])
 
 
-def test_the_rate_is_the_detectors_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    written: list[Description] = []
-    monkeypatch.setattr(export_module, "compile_function", lambda *_, **__: None)
-    monkeypatch.setattr(export_module, "compare", lambda path, *_: path.touch())
-    monkeypatch.setattr(export_module, "write_description", lambda _, description: written.append(description))
+def test_what_was_decided_about_the_risk_travels_in_the_file(written: list[Description], tmp_path: Path) -> None:
+    random = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(60, 4, generator=random), torch.randint(3, (60,), generator=random)
+    network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    two_stage = fastgrad.TwoStageModel(network, blocks=["logits"]).fit([(x, labels)], None)
+    export(two_stage, x[:2], tmp_path / "m.pt2", risk_threshold=0.25)
+    two_stage.risk_.options["excess"] = 0.125
+    export(two_stage, x[:2], tmp_path / "m.pt2")
+    # Without challenges there is no excess.
+    assert [(one.risk, one.risk_threshold, one.excess) for one in written] == [(True, 0.25, None), (True, None, 0.125)]
+    with pytest.raises(ValueError, match=r"risk_threshold must be None or a number from 0 to 1, .*; it was -inf"):
+        export(two_stage, x[:2], tmp_path / "m.pt2", risk_threshold=-np.inf)
+
+
+def test_the_rate_is_the_detectors_own(written: list[Description], tmp_path: Path) -> None:
     network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     detector = fastgrad.UncertaintyDetector(log=False, false_alarm_rate=0.3)
     two_stage = fastgrad.TwoStageModel(network, detector=detector, blocks=["logits"]).fit([torch.randn(40, 4)], None)
@@ -243,6 +264,12 @@ class Unsteady(TinyTwoStage):
         ({"std": [1, 1, float("nan")]}, ValueError, "std must be None or a positive number a channel"),
         ({"example_input": [1.0]}, TypeError, r"example_input must be one torch\.Tensor .*; it was list"),
         ({"false_alarm_rate": 1.5}, ValueError, r"false_alarm_rate must lie in \(0, 1\); it was 1\.5"),
+        (
+            {"risk_threshold": 0.5},
+            ValueError,
+            "risk_threshold must be None or a number from 0 to 1, in a file with risk",
+        ),
+        ({"threshold": np.nan}, ValueError, "threshold must be None or a finite number; it was nan"),
         ({"tolerance": None}, TypeError, "tolerance must be a number; it was None"),
         ({"tolerance": 0}, ValueError, r"tolerance must lie in \(0, inf\]; it was 0"),
         ({"false_alarm_rate": "5 %"}, TypeError, "false_alarm_rate must be a number; it was '5 %'"),

@@ -21,6 +21,7 @@ from deploy_models import write_archive
 from serve_client import acall, call, image, unhurried
 from serve_stub import PNG, make, stub, the_one
 
+from fastgrad.deploy.error_rate import error_rate
 from fastgrad.deploy.file.package import Description, PackageError
 from fastgrad.deploy.serve.app import create_app
 from fastgrad.deploy.serve.bodies import Limits, Readers
@@ -318,6 +319,28 @@ def test_risk_reaches_the_answer(tmp_path: Path) -> None:
         assert post(app)[2]["risk"] == expected
         assert json.loads(call(app, "GET", "/model", {}, [])[2])["risk"] is risk
         assert b"no scores to compare with" in call(app, "GET", "/drift", {}, [])[2]
+
+
+def test_decisions_and_the_estimated_error_rate_reach_the_answer(tmp_path: Path) -> None:
+    reference = {"edges": [1.0, 2.0], "counts": [10.0, 10.0, 10.0]}
+    known = {"risk": True, "reference": reference, "risk_threshold": 0.25, "excess": 0.1}
+    path = write_archive(tmp_path / "m.pt2", Description((3, 8, 8), "float32", 2, 8, "cpu", **known))
+    app = create_app(str(path))
+
+    def drift() -> Any:
+        return json.loads(call(app, "GET", "/drift", {}, [])[2])["error_rate"]
+
+    for risk, uncertainty, accepted in ((0.25, 0.5, True), (0.26, 1.0, False)):
+        stub(app, {"m": [0.9, 0.1, uncertainty, risk]})
+        assert post(app)[2]["accepted"] is accepted
+    assert json.loads(call(app, "GET", "/model", {}, [])[2])["risk_threshold"] == 0.25
+    assert drift() is None
+    assert b"fastgrad_error_rate NaN" in call(app, "GET", "/metrics", {}, [])[2]
+    for _ in range(28):
+        post(app)
+    expected = error_rate([0.25] + [0.26] * 29, [0.5] + [1.0] * 29, 0.1)
+    assert drift() == expected._asdict()
+    assert f"fastgrad_error_rate_high {expected.high}" in call(app, "GET", "/metrics", {}, [])[2].decode()
 
 
 def test_command_line_errors(tiny_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

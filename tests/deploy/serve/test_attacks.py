@@ -33,7 +33,7 @@ pytest.importorskip("PIL")
 import serve_client
 from serve_client import Server, form, image, png, running, wait_for, workers_of
 
-from fastgrad.deploy.serve.server import _room
+from fastgrad.deploy.serve.server import _connection_limits
 
 #: Of this machine; an answer may quote what was sent, but no path.
 FOLDERS = (tempfile.gettempdir(), sys.prefix, str(Path(__file__).parents[3]))
@@ -414,7 +414,7 @@ def test_connections_fit_the_open_files(files: int, room: tuple[int, int], monke
     monkeypatch.setattr(resource, "getrlimit", lambda _: (15, files))
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(resource, "setrlimit", lambda _, most: asked.append(most))
-    assert _room(512) == room
+    assert _connection_limits(512) == room
     assert asked == [(files, files)]
 
 
@@ -423,7 +423,7 @@ def test_the_hard_limit_of_open_files_may_be_more_than_the_system_gives(monkeypa
     resource = pytest.importorskip("resource")
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 2**63 - 1))
     monkeypatch.setattr(resource, "setrlimit", lambda *_: int("more than the kernel's own"))
-    assert _room(512) == (25, 25)
+    assert _connection_limits(512) == (25, 25)
 
 
 def test_slow_bodies_do_not_hold_the_end(tiny_onnx: Path) -> None:

@@ -27,8 +27,18 @@ from fastgrad.deploy.file.package import ModelPackage
 
 def check(answer: dict, package: ModelPackage, x: torch.Tensor) -> None:
     direct = package(x[None])
-    assert set(answer) == {"class", "label", "probabilities", "uncertainty", "risk", "reliable", "evidence", "alarm"}
-    assert answer["evidence"] is answer["alarm"] is None
+    assert set(answer) == {
+        "class",
+        "label",
+        "probabilities",
+        "uncertainty",
+        "risk",
+        "reliable",
+        "accepted",
+        "evidence",
+        "alarm",
+    }
+    assert answer["accepted"] is answer["evidence"] is answer["alarm"] is None
     assert answer["class"] == int(direct.probabilities[0].argmax())
     assert answer["label"] == package.description.labels[answer["class"]]
     # Batches of other sizes may sum in another order.
