@@ -97,7 +97,7 @@ def fitted(fit: Fit, names: Sequence[str], challenges: Any = "generate", **optio
     blocks = [block for block in (MADE[name]() for name in names) if block.refusal(known) is None]
     where, read_anew = "clean" if challenges is None else fit.case or "generated", collect.read
 
-    def read(extraction: Extraction, device: Any, batches: Any) -> collect.Features:
+    def read(extraction: Extraction, device: Any, batches: Any) -> collect.FeatureTable:
         def shown() -> dict[str, Any]:
             # The inputs themselves are collected instead of blocks.
             made = read_anew(lambda x: (x.flatten(1)[:, :1], {"inputs": x}), device, batches)
@@ -107,7 +107,7 @@ def fitted(fit: Fit, names: Sequence[str], challenges: Any = "generate", **optio
         inputs = torch.from_numpy(made["inputs"]).to(clean.dtype)
         wanted = [*(block.name for block in extraction.blocks), "logits"]
         values = blocks_of(subject, f"{where}/fit", inputs, wanted)
-        return collect.Features(values, values["logits"], made["kinds"], made["groups"])
+        return collect.FeatureTable(values, values["logits"], made["kinds"], made["groups"])
 
     two_stage = TwoStageModel(fit.subject.model, blocks=blocks, seed=subject.draw)
     with mock.patch.object(collect, "read", read), torch.enable_grad():

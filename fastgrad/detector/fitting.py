@@ -69,13 +69,13 @@ def fit(
     x = to_device(clean[0].batches[0], device)
     subject = watch(two_stage.model, *arguments(x))
     blocks = _blocks(two_stage, subject, options.correct)
-    sample = loaders.checked(clean, given, subject.classes, two_stage.seed, clone(base), options)
+    sample = loaders.build_sample(clean, given, subject.classes, two_stage.seed, clone(base), options)
     served = [block for block in blocks if block.refusal(subject) is None]
     # The correction reads h, also where the detector does not.
     unread = [Features.name] if options.correct else []
-    beside = [Features() for name in unread if all(block.name != name for block in served)]
+    added = [Features() for name in unread if all(block.name != name for block in served)]
     # Logarithms of norms cannot underflow, but the user's detector may expect the norms themselves.
-    extraction = Extraction(two_stage.model, [*served, *beside], log=not base.log, known=subject)
+    extraction = Extraction(two_stage.model, [*served, *added], log=not base.log, known=subject)
     _require_own(extraction, x)
     generated = collect.generated_batches(sample, two_stage.model, device, two_stage.seed, verbose)
     features = collect.read(extraction, device, itertools.chain(collect.drawn_batches(sample, verbose), generated))
@@ -184,7 +184,9 @@ def _risk(log_p: Tensor, truth: Tensor, fitted: Calibrated, asked: bool | None) 
     return risk, f"from {usual} clean inputs, {int(wrong[clean].sum())} answered wrongly; {others}{suffices}"
 
 
-def _report(sample: Sample, features: collect.Features, price: PriceReport, fitted: Calibrated, risk: str) -> Report:
+def _report(
+    sample: Sample, features: collect.FeatureTable, price: PriceReport, fitted: Calibrated, risk: str
+) -> Report:
     made, counts = np.unique(features.kinds[features.kinds != ""], return_counts=True)
     challenges = dict(zip(made.tolist(), counts.tolist(), strict=True))
     # Challenges of token ids are made without the model.

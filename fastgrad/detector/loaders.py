@@ -77,7 +77,7 @@ def draw_all(options: FitOptions, seed: int, fraction: float | None) -> tuple[li
     return clean, given
 
 
-def checked(
+def build_sample(
     drawn: list[Drawn],
     given: Drawn | None,
     classes: int,
@@ -116,18 +116,18 @@ def checked(
         tokens = [] if images else _token_challenges(clean, ~held_out[:count], each, seed)
     different, least = len(np.setdiff1d(sources[:count], sources[count:])), constants.FEWEST_CLEAN
     if different < least:
-        beside = " that calibration does not give" if others else ""
-        raise ValueError(f"clean must give at least {least} different inputs{beside}; it gave {different}")
+        suffix = " that calibration does not give" if others else ""
+        raise ValueError(f"clean must give at least {least} different inputs{suffix}; it gave {different}")
     normalisation = options.normalisation(images[0].shape[1]) if images else None
     return Sample(drawn, given, labels, sources, held_out, each, pixels, tokens, normalisation)
 
 
 def _pixels(drawn: list[Drawn], options: FitOptions) -> PixelRange | None:
     """Return black and white of the images, or None if the inputs are not images."""
-    told = any(value is not None for value in (options.clip, options.mean, options.std))
+    declared = any(value is not None for value in (options.clip, options.mean, options.std))
     images = drawn[0].images()
     if not images:
-        if told:
+        if declared:
             raise ValueError("clip, mean and std need images (B, C, H, W); clean gave other inputs")
         return None
     if not all(bool(x.isfinite().all()) for x in images):
@@ -135,7 +135,7 @@ def _pixels(drawn: list[Drawn], options: FitOptions) -> PixelRange | None:
     if all(bool((x.amax((2, 3)) == x.amin((2, 3))).all()) for x in images):
         raise ValueError("clean must give images that show something; every one was constant")
     # A range is not read from images of the calibration loader.
-    ranged = [x for one in (drawn if told else drawn[:1]) for x in one.images()]
+    ranged = [x for one in (drawn if declared else drawn[:1]) for x in one.images()]
     pixels = PixelRange.of(ranged, clip=options.clip, mean=options.mean, std=options.std)
     if isinstance(options.challenges, str):
         ends = [float(end) for x in ranged for end in pixels.to_unit(x).aminmax()]

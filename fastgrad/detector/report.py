@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fastgrad.blocks.block import CHALLENGE_CLASSIFIER
 from fastgrad.challenges import CHALLENGES
-from fastgrad.detector.calibrate import Table, deal, fit_scores, values_of, with_p_values
+from fastgrad.detector.calibrate import Table, assign_folds, fit_scores, values_of, with_p_values
 from fastgrad.detector.challenge_classifier import ChallengeClassifier
 from fastgrad.detector.constants import CAP, WEIGHT
 from fastgrad.detector.price import PriceReport
@@ -116,7 +116,7 @@ def gains(table: Table, kinds: NDArray[np.str_]) -> dict[str, Gain]:
             f"{list(table.blocks)}, {list(map(str, families))}"
         )
     sets = {"": list(table.blocks), **{name: [b for b in table.blocks if b != name] for name in table.blocks}}
-    fold = deal(table, 2, np.random.RandomState(0))
+    fold = assign_folds(table, 2, np.random.RandomState(0))
     placed: dict[str, list[NDArray[np.float64]]] = {name: [] for name in sets}
     sources: list[NDArray[np.intp]] = []
     for number in (0, 1):
@@ -174,5 +174,5 @@ def probability_suffices(risk: NDArray[np.float64], doubt: NDArray[np.float64], 
         return ""
     return (
         "; the answer's probability alone ranks wrong answers to clean inputs as well: AUROC "
-        f"{other[0].mean():.3f}, risk {gain:+.3f} +- {half:.3f}"
+        f"{other[0].mean():.3f}, by the risk {gain:+.3f} +- {half:.3f}"
     )

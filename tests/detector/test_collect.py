@@ -43,8 +43,8 @@ def test_inputs_are_drawn_uniformly_from_the_whole_loader() -> None:
         assert (len(drawn), drawn.seen) == (60, 500)
         values = torch.cat([x for x in drawn.batches if isinstance(x, Tensor)])[:, 0]
         assert values.tolist() == sorted(set(values.tolist()))  # in the loader's order, none twice
-        assert drawn.beside == [int(value) // 50 for value in values]
-        counts.update(drawn.beside)
+        assert drawn.tags == [int(value) // 50 for value in values]
+        counts.update(drawn.tags)
     # 2,400 draws from ten classes: chi-squared with 9 degrees of freedom, its 99.9 % quantile.
     assert sum((counts[i] - 240) ** 2 / 240 for i in range(10)) < 27.9
 

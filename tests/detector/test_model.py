@@ -482,7 +482,7 @@ def test_a_limit_binds():
 
 
 def test_asked_for_blocks_are_kept_whatever_they_cost():
-    two_stage = TwoStageModel(small_network(), blocks=["logits", View(zoom=0.8), "gradients"])
+    two_stage = TwoStageModel(small_network(), blocks=["logits", View(), "gradients"])
     two_stage.fit(loader(120, labels=False), None)
     assert two_stage.detector_.sources == two_stage.report().kept == ["logits", "view", "gradients"]
     assert torch.isfinite(two_stage(images(5)).uncertainty).all()
