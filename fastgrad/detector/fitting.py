@@ -99,16 +99,26 @@ def fit(
         table = Table(own, by_name, kinds, groups, held_out, base.log)
         fitted = fit_table(base, table, check_random_state(clone(base).random_state), draft=draft)
         gate = NoisyOr.fit(None, fitted.evidence, challenging, challenging) if options.correct else None
-        log_p, correction, corrected = logits.double().log_softmax(-1), None, None
+        log_p, correction, corrected, kept = logits.double().log_softmax(-1), None, None, list(names)
         if gate is not None:
-            seen = features.blocks[Features.name], logits, gate.log_odds(fitted.evidence), truth, challenging
-            given = Labelled(*(values[labelled] for values in seen), groups[labelled.numpy()])
+            some, odds = labelled.numpy(), gate.log_odds(fitted.evidence)
+            given = Labelled(
+                features.blocks[Features.name][some],
+                logits[some],
+                odds[some],
+                truth[some],
+                challenging[some],
+                groups[some],
+            )
             correction, log_p[labelled], corrected = choose(given, two_stage.seed, draft=draft)
+            gate, kept = (None, kept) if correction is None else (gate, kept + unread)
         risk, why = _risk(log_p, truth, fitted, options.risk)
-        kept = [*names, *(unread if correction is not None else ())]
-        parts = (fitted.module, correction, gate if correction is not None else None, temperature, risk)
-        moved = (part if part is None else part.to(device) for part in parts)
-        return Parts(extraction.of([b for b in extraction.blocks if b.name in kept]), *moved), fitted, (why, corrected)
+        for part in (fitted.module, correction, gate, temperature, risk):
+            if part is not None:
+                part.to(device)
+        own_extraction = extraction.of([block for block in extraction.blocks if block.name in kept])
+        parts = Parts(own_extraction, fitted.module, correction, gate, temperature, risk)
+        return parts, fitted, (why, corrected)
 
     if two_stage.blocks is None:
         price = fit_to_budget(
