@@ -67,6 +67,17 @@ def timed(call: Call, device: str, graph: bool = False, calls: int = 9) -> list[
     return [1e-3 * t for t in do_bench(graphed(call) if graph else call, rep=500, return_mode="all")]
 
 
+def latency(call: Call) -> float:
+    """Return the median seconds from a call until an idle GPU has done its work: Python and the launches included."""
+
+    def finished() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    finished()
+    return statistics.median(repeat(finished, number=1, repeat=50))
+
+
 def graphed(call: Call) -> Call:
     """Return the replay of a call as a CUDA graph; the call itself if it cannot be captured."""
     try:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from bench import clock, registry
+from bench.micro.cases import cases
 from bench.report.pages import printed
 from bench.report.text import table
 
@@ -41,7 +42,7 @@ def _begin(package: Path) -> None:
 
 @lru_cache(maxsize=1)
 def _ready(size: str, case: str, name: str) -> Callable[[], Any]:
-    return next(c for c in registry.cases(size) if c.name == case and name in c.names).ready(name, "cpu")
+    return next(c for c in cases(size) if c.name == case and name in c.names).ready(name, "cpu")
 
 
 def _seconds(case: tuple[str, str, str], calls: int) -> float:
@@ -51,7 +52,7 @@ def _seconds(case: tuple[str, str, str], calls: int) -> float:
 def compare(revision: str, size: str, only: str, rounds: int) -> Iterator[dict[str, Any]]:
     """Yield a row for each of fastgrad's implementations."""
     chosen = [
-        (case, name) for case in registry.cases(size) for name in case.names
+        (case, name) for case in cases(size) for name in case.names
         if name.startswith("fastgrad") and not name.endswith("Triton")
         and any(word in case.table for word in only.split(","))
     ]  # fmt: skip

@@ -70,7 +70,8 @@ class Case:
         return call, error
 
 
-_CASES: dict[str, list[Case]] = {size: [] for size in SIZES}
+#: The cases of the files that were imported; `bench.micro.cases` imports all.
+REGISTERED: dict[str, list[Case]] = {size: [] for size in SIZES}
 
 
 def case(
@@ -89,16 +90,12 @@ def case(
     def register(function: Build) -> Build:
         for size, shapes in sizes.items():
             for args in shapes:
-                _CASES[size].append(Case(table, title.format(*args), against, tuple(names), partial(function, *args)))
+                REGISTERED[size].append(
+                    Case(table, title.format(*args), against, tuple(names), partial(function, *args))
+                )
         return function
 
     return register
-
-
-def cases(size: str) -> list[Case]:
-    from bench.micro import contrasts, gram, network  # noqa: F401  (they register themselves)
-
-    return _CASES[size]
 
 
 def relative_error(value: Tensor, reference: Tensor, scaled: bool = False) -> float:

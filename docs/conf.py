@@ -34,10 +34,12 @@ html_copy_source = False
 # Nothing is loaded from elsewhere, so that the site builds and reads offline.
 html_css_files = ["site.css"]
 html_static_path = ["_static"]
+# The page that PyPI shows.
+exclude_patterns = ["pypi.md"]
 
 myst_enable_extensions = ["attrs_inline", "deflist"]
 myst_heading_anchors = 3
-# `output` and `about` are what a page's code printed, see contributing/site.md.
+# `output` and `about` are what a page's code printed, see contributing/tables-endpoints-pages.md.
 suppress_warnings = ["misc.highlighting_failure"]
 # A name in single backticks leads to its entry where there is one.
 default_role = "py:obj"
@@ -69,8 +71,11 @@ def setup(app: Any) -> None:
     measured = DOCS / "measured"
     shutil.rmtree(measured, ignore_errors=True)
     measured.mkdir()
-    for path in [*RESULTS.glob("*.md"), *RESULTS.glob("*.png")]:
+    for path in RESULTS.glob("*.png"):
         shutil.copy(path, measured / path.name)
+    for path in RESULTS.glob("*.md"):
+        # Their thousands of numbers would drown every search.
+        (measured / path.name).write_text("---\nnosearch: true\n---\n" + path.read_text())
     app.connect("source-read", _read)
     app.connect("autodoc-skip-member", _skip)
     app.connect("autodoc-process-signature", _by_name)

@@ -229,11 +229,15 @@ def _has_changed(buffer: Tensor, value: Tensor) -> bool:
 
 def agree(again: Tensor, output: Tensor, precision: float = 0.0) -> bool:
     """Whether two computations of one output agree in half the digits of its dtype, or of ``precision`` if coarser."""
+    if again.shape != output.shape or again.dtype != output.dtype:
+        return False
     if again.numel() == 0:
         return True
-    tolerance = math.sqrt(max(precision, torch.finfo(output.dtype).eps))
-    again, output = (t.double().nan_to_num() for t in (again, output.reshape(again.shape)))
-    return bool((again - output).abs().max() <= tolerance * output.abs().max())
+    if output.is_floating_point() or output.is_complex():
+        precision = max(precision, torch.finfo(output.dtype).eps)
+    a, b = (torch.view_as_real(t) if t.is_complex() else t for t in (again.detach(), output.detach()))
+    a, b = a.double().nan_to_num(), b.double().nan_to_num()
+    return bool((a - b).abs().max() <= math.sqrt(precision) * b.abs().max())
 
 
 def refuse_scripted(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Run a detection table, or draw the figures of the gallery.
+"""Run a detection table.
 
     python -m bench.detection photographs --quick --data DIR --cache CACHE
     python -m bench.detection attacks --networks resnet18 --data DIR --cache CACHE --out bench/results
@@ -16,7 +16,6 @@ from bench.detection import (  # noqa: F401  (they register themselves)
     adaptive,
     error_rate,
     failure,
-    gallery,
     introspective,
     methods_images,
     methods_outputs,
@@ -37,7 +36,7 @@ APART = {"failure": failure, "error-rate": error_rate, "introspective": introspe
 
 def main(arguments: list[str] | None = None) -> int:
     options = pages.parser(__doc__)
-    options.add_argument("table", choices=[*TABLES, *APART, "gallery"])
+    options.add_argument("table", choices=[*TABLES, *APART])
     options.add_argument("--data", type=Path, required=True, help="folder with the .npz files or torchvision's")
     options.add_argument("--cache", type=Path, default=Path("detection-cache"), help="networks, images, scores")
     options.add_argument("--quick", action="store_true", help="small sets; the page says so")
@@ -46,9 +45,6 @@ def main(arguments: list[str] | None = None) -> int:
     given = options.parse_args(arguments)
     start = time.perf_counter()
     how = Options(given.data, given.cache, given.quick, given.draws)
-    if given.table == "gallery":
-        gallery.draw(how, given.out)
-        return 0
     if given.table in APART:
         own = APART[given.table]
         if unknown := set(given.networks) - set(own.DEFAULT_NETWORKS):

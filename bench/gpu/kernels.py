@@ -46,14 +46,16 @@ def repeats(case: Case, times: int) -> int:
 
 
 def measure(case: Case, floor: dict[str, Any]) -> dict[str, Any]:
-    """Return the median of a case, its shares of the measured rates, and the median over the predicted time."""
+    """Return the times of a case in a graph and called alone, its shares of the measured rates, and of the model's."""
     result = case.call()
     moved = sum(t.nbytes for t in (*case.inputs, *(result if isinstance(result, tuple) else (result,))))
     taken = clock.deciles(clock.timed(case.call, DEVICE, graph=True, calls=3))
     model = predicted(case.name)
+    latency = clock.latency(case.call) if DEVICE == "cuda" else None
     rate = floor["matrix_per_s"].get(str(case.inputs[0].dtype).removeprefix("torch."))
     return {
-        "case": case.name, **taken, "of_copy_rate": moved / taken["median_s"] / floor["copy_bytes_per_s"],
+        "case": case.name, **taken, "latency_s": latency,
+        "of_copy_rate": moved / taken["median_s"] / floor["copy_bytes_per_s"],
         "of_matrix_rate": 2 * case.products / taken["median_s"] / rate if rate and case.products else None,
         "predicted_us": model, "over_predicted": taken["median_s"] * 1e6 / model if model else None,
     }  # fmt: skip

@@ -16,7 +16,10 @@ from bench.report import blocks, pages
 from bench.report.pages import RESULTS
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / name for name in ("README.md", "docs/results.md", "docs/explanation/what-it-finds.md")]
+DOCUMENTS = [
+    ROOT / name
+    for name in ("README.md", "docs/results.md", "docs/explanation/what-it-finds.md", "docs/should-i-use-it.md")
+] + sorted((ROOT / "docs" / "results").glob("*.md"))
 
 
 def stale(folder: Path = RESULTS, documents: Sequence[Path] = DOCUMENTS) -> list[str]:

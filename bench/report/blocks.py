@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,13 @@ def load(name: str, folder: Path) -> dict[str, Any]:
     if not path.exists():
         known = ", ".join(sorted(p.stem for p in folder.glob("*.json")))
         raise ValueError(f"a block must name one of {known}; it was {name!r}")
-    return json.loads(path.read_text())
+    return _parsed(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _parsed(path: Path, changed: int) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
 
 def table(words: str, folder: Path = RESULTS) -> str:
@@ -87,8 +94,8 @@ def value(words: str, folder: Path = RESULTS) -> str:
 def _figure(rows: list[dict[str, Any]], network: str, case: str, method: str, key: str, form: str) -> str | None:
     found = [
         row for row in rows
-        if row.get("case") == case and network in ("", row.get("network"))
-        and method in (row.get("implementation"), row.get("method"))
+        if str(row.get("case", row.get("batch"))) == case and network in ("", row.get("network"))
+        and method in (row.get("implementation"), row.get("method"), row.get("form"))
     ]  # fmt: skip
     if not found:
         return None

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from bench.report.figures import OURS, TEXT, colours, stacked
+from bench.report.figures import Lines, Value, dots
 from bench.report.speed import ours
-from bench.report.text import Row, table
+from bench.report.text import Row, table, wilson
 
+#: Attacks of the kinds by which challenges are made, some with more steps, and attacks of other kinds.
+GENERATED, OTHERS, AFTER = ("FGSM", "PGD", "BIM"), ("C&W", "DeepFool", "IterLL", "Semantic"), " after JPEG"
 PROTOCOLS = ("clean data only", "with generated challenges", "with labelled challenges")
 
 
@@ -42,7 +44,7 @@ def _joined(rows: Sequence[Row], merit: str) -> Row:
     joined: dict[str, Any] = {merit: round(value, 4)}
     if len(rows) > 1:
         return joined | {"spread": round(float(np.std([row[merit] for row in rows], ddof=1)), 4)}
-    return joined | ({"interval": rows[0]["interval"]} if merit in ("auroc", "gain") else {})
+    return joined | ({"interval": rows[0]["interval"]} if "interval" in rows[0] and merit in ("auroc", "gain") else {})
 
 
 def block(rows: Sequence[Row], merit: str, network: str, protocol: str, methods: Mapping[str, Any]) -> str:
@@ -90,12 +92,31 @@ def gains(rows: Sequence[Row], network: str) -> str:
     )
 
 
+def attack_kinds(rows: Iterable[Row]) -> list[Row]:
+    """Return a row for each half of a group of attacks: those of kinds that challenges are made by, and others."""
+    halves: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        name = row.get("case", "").removesuffix(AFTER)
+        if name.startswith(GENERATED + OTHERS):
+            kinds = "of generated kinds" if name.startswith(GENERATED) else "of other kinds"
+            group = f"attacks {kinds}{AFTER if row['case'].endswith(AFTER) else ''}"
+            key = (row["network"], str(row["draw"]), row["method"], row["protocol"], group)
+            halves.setdefault(key, []).append(row)
+    found: list[Row] = []
+    for (*_, group), own in halves.items():
+        values = [row["auroc"] for row in own if "auroc" in row]
+        head = {name: own[0][name] for name in ("network", "draw", "method", "protocol")} | {"group": group}
+        found.append(head | ({"auroc": float(np.mean(values))} if values else {"not run": own[0]["not run"]}))
+    return found
+
+
 def strongest(rows: Sequence[Row], merit: str, network: str) -> str:
     """Return for every group the best published detector from clean data, beside fastgrad's and the control."""
     return table(_strongest(rows, merit, network))
 
 
 def _strongest(rows: Sequence[Row], merit: str, network: str) -> Iterator[dict[str, str]]:
+    rows = [*rows, *attack_kinds(rows)]
     clean = means(rows, merit, network, PROTOCOLS[0])
     generated = means(rows, merit, network, PROTOCOLS[1])
     for group in dict.fromkeys(group for own in clean.values() for group in own):
@@ -122,15 +143,16 @@ def overview(document: Row, networks: Sequence[str], groups: Sequence[str]) -> s
 
 
 def titled(document: Row, network: str) -> str:
-    """Return a network's title, and whether design choices were tuned on it."""
+    """Return a network's title, its standing (tuned on or validation), and whether its sets are small."""
     title, tuned = document["networks"][network]
     # The form of the risk was chosen with every network in view.
     risk = any(row.get("method") == "fastgrad, risk" for row in document["rows"])
-    return f"{title}, {'tuned on' if tuned else 'held out but for the risk' if risk else 'held out'}"
+    standing = "tuned on" if tuned else "validation but for the risk" if risk else "validation"
+    return f"{title}, {standing}{', quick sizes' if document.get('quick') else ''}"
 
 
-def bars(document: Row) -> Any:
-    """Return the figure: by group the strongest rivals beside fastgrad's, of the first network that is held out."""
+def by_group(document: Row) -> Any:
+    """Return the figure: by group the strongest rivals and fastgrad, of the first network not tuned on."""
     rows, merit = document["rows"], document["merit"]
     if not measured_networks(rows):
         return None
@@ -145,34 +167,56 @@ def bars(document: Row) -> Any:
     shown = [m for m in dict.fromkeys(shown) if all(merit in found[m].get(group, {}) for group in groups)]
     if not shown:
         return None
-    blocks = {group: [(m, found[m][group][merit]) for m in shown] for group in groups}
-    made = stacked(blocks, colours(shown), ".3f", "AUROC")
-    made.axes[0].set_title(titled(document, network), fontsize=TEXT)
-    return made
+    lines = {group: [(m, [_with_ends(found[m][group], merit)]) for m in shown] for group in groups}
+    how = "± one standard deviation" if "spread" in found[shown[0]][groups[0]] else "95 % intervals"
+    how += ", quick sizes" if document.get("quick") else ""
+    return dots(lines, f"AUROC, {how}", line=(0.5, "chance"), titles=[titled(document, network)])
+
+
+def _with_ends(cell: Row, merit: str) -> Value:
+    value, spread = cell[merit], cell.get("spread", 0)
+    return Value(f"{value:.3f}", value, *cell.get("interval", (value - spread, value + spread)))
 
 
 def second_answers(document: Row) -> Any:
-    """Return accuracy on corruptions never generated: of each network, with H, and of the best method without H."""
-    blocks = {}
-    unlike = [row for row in document["rows"] if "unlike" in row.get("case", "")]
+    """Return what each network gains by H and by two methods without H, on clean inputs and on corruptions."""
+    groups: dict[str, Lines] = {}
+    methods = {
+        "H on h, gated": "H, gated",
+        "last layer, trained again, gated": "last layer again",
+        "batch norm adapted": "batch norm adapted",
+    }
+    cases = {
+        "clean": "clean",
+        "corruptions like generated ones": "corrupted, like\nthe generated",
+        "corruptions unlike generated ones": "corrupted, unlike\nthe generated",
+    }
     for network, (title, _) in document["networks"].items():
-        own = {row["method"]: row for row in unlike if row["network"] == network}
-        if not own:
-            continue
-        rival = max((name for name in own if not name.startswith(("H ", "network"))), key=lambda n: own[n]["accuracy"])
-        blocks[title] = [(name, 100 * own[name]["accuracy"]) for name in ("network", "H on h, gated", rival)]
-    names = list(dict.fromkeys(name for bars in blocks.values() for name, _ in bars))
-    colour = {**colours(names), "H on h, gated": OURS[0]}
-    return stacked(blocks, colour, ".1f", "per cent right, corruptions unlike generated ones")
+        own = {(row.get("method"), row.get("case")): row for row in document["rows"] if row["network"] == network}
+        lines = [(name, [_gain(own.get((method, case))) for case in cases]) for method, name in methods.items()]
+        if lines := [(name, values) for name, values in lines if any(values)]:
+            groups[title] = lines
+    label = "gain in accuracy, per cent of the inputs, 95 % intervals"
+    return dots(groups, label, line=(0, "the network alone"), titles=list(cases.values()))
+
+
+def _gain(row: Row | None) -> Value | None:
+    if row is None:
+        return None
+    return Value(f"{100 * row['gain']:+.1f}", *(100 * value for value in (row["gain"], *row["interval"])))
 
 
 def found_attacks(document: Row) -> Any:
     """Return the share of misleading images that each detector finds: of AutoAttack, and of a detector-aware attack."""
-    names = ("AutoAttack", "selective")
-    blocks = {
-        f"{document['networks'][row['network']]}, {row['case']}, {row['method']}": [
-            (name, 100 * row[f"found, {name}"] / row[f"misled, {name}"]) for name in names if row.get(f"misled, {name}")
-        ]
-        for row in document["rows"]
-    }
-    return stacked(blocks, colours(names), ".0f", "per cent of misleading images found")
+    groups: dict[str, Lines] = {}
+    for row in document["rows"]:
+        names = [name for name in ("AutoAttack", "selective") if row.get(f"misled, {name}")]
+        if names:
+            head = f"{document['networks'][row['network']]}, {row['case']}, {row['method']}"
+            groups[head] = [(name, [_found(row[f"found, {name}"], row[f"misled, {name}"])]) for name in names]
+    label = "per cent of misleading images found, 95 % intervals"
+    return dots(groups, label, line=(5, "false alarms"), titles=[""]) if groups else None
+
+
+def _found(found: int, misled: int) -> Value:
+    return Value(f"{found} of {misled}", *(100 * value for value in (found / misled, *wilson(found, misled))))

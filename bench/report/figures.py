@@ -1,83 +1,108 @@
-"""Figures of the speed cases, drawn from the results alone, with text that a phone shows readably."""
+"""Figures drawn from the results alone: values with their intervals by group, and times by size.
+
+Every name stands beside its value, so that no reader depends on colours; a name has one colour in all figures.
+"""
 
 from __future__ import annotations
 
-import itertools
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from bench.report.speed import YARDSTICKS, best, grouped, ours
 from bench.report.text import Row, sizes
 
 #: Pixels of a figure's width at `DPI`, and points of its text: a phone shows 350 pixels.
 WIDTH, DPI, TEXT = 600, 100, 12
-OURS = ("#c1272d", "#e8703a", "#f0a04b", "#7d1128", "#f6cf8b")
-OTHERS = (
-    "#1f4e79", "#5b8db8", "#6a9a5b", "#8c6bb1", "#7f7f7f", "#b8a13a", "#3b9c9c", "#a05a7a", "#2f2f2f", "#a9c9e8",
-    "#b5d6a7", "#c9b3dd", "#6b4a2b",
-)  # fmt: skip
-#: A name has one colour in all figures of speed, and in all of detection.
-SPEED = (
-    "training step", "forward", "forward and data gradients", "BackPACK BatchL2Grad", "Opacus ghost norms",
-    "vmap(grad)", "per-sample loop", "Opacus hooks", "Opacus ghost clipping", "torch.softmax",
-    "closed form, textbook", "closed form, torch.compile", "autograd loop",
-)  # fmt: skip
-DETECTION = (
-    "softmax", "margin", "Mahalanobis", "GradTrust", "all with gradients, labelled", "pNormSoftmax", "ReAct", "RMD",
-    "RAS", "LTS", "Catalyst", "MultiMahalanobis", "Mahalanobis++",
-)  # fmt: skip
-FORMS = ("fastgrad, default", "fastgrad, clean only", "fastgrad, second pass", "fastgrad, risk", "fastgrad, labelled")
-KNOWN = dict(zip((*SPEED, *DETECTION, *FORMS), (*OTHERS, *OTHERS, *OURS), strict=True))
+#: The colours of fastgrad's forms are warm, those of its rivals cold, and neighbours differ in lightness.
+COLOURS = {
+    "fastgrad": "#c1121f", "fastgrad, default": "#c1121f", "fastgrad, clean only": "#f4a100",
+    "fastgrad, second pass": "#6d1a5b", "fastgrad, risk": "#f0529c", "fastgrad, labelled": "#a8651e",
+    "H, gated": "#c1121f", "selective": "#6d1a5b",
+    "softmax": "#12355b", "softmax, temperature": "#3f8efc", "Mahalanobis": "#2a9d5c", "MultiMahalanobis": "#7ac74f",
+    "RAS": "#1b998b", "Catalyst": "#7b6fd0", "GradTrust": "#7b6fd0", "pNormSoftmax": "#1b998b", "LTS": "#3f8efc",
+    "NCI": "#3f8efc", "fDBD": "#7b6fd0", "all but gradients, labelled": "#2a9d5c", "AutoAttack": "#3f8efc",
+    "batch norm adapted": "#2a9d5c", "last layer again": "#3f8efc",
+    "training step": "#12355b", "vmap(grad)": "#2a9d5c", "per-sample loop": "#3f8efc", "torch.softmax": "#12355b",
+    "closed form, textbook": "#3f8efc", "closed form, torch.compile": "#1b998b", "autograd loop": "#7b6fd0",
+    "BackPACK BatchL2Grad": "#7b6fd0", "Opacus ghost norms": "#1b998b", "Opacus hooks": "#7b6fd0",
+    "TorchJD autogram": "#7b6fd0", "rows written, then linear": "#3f8efc",
+}  # fmt: skip
+
+
+class Value(NamedTuple):
+    """A number with its interval, and the text to print beside it."""
+
+    text: str
+    value: float
+    low: float
+    high: float
+
+
+#: The rows of a group: a name, and a value for each panel, or None.
+Lines = Sequence[tuple[str, Sequence[Value | None]]]
+
+
+def colour(name: str) -> str:
+    """Return the colour of a name; fastgrad's unnamed forms share one, all others are grey."""
+    return COLOURS.get(name, COLOURS["fastgrad"] if ours(name) else "#6c757d")
 
 
 def draw(document: Row) -> Any:
-    """Return the figure of a table's cases: the scaling of contrasts if it has them, else bars, or None."""
+    """Return the figure of a table's cases: the scaling of contrasts if it has them, else times, or None."""
     scaling = [row for row in document["cases"] if row["case"].startswith("contrasts B=")]
-    return _scaling(scaling) if scaling else _bars(document["cases"])
+    return _scaling(scaling) if scaling else _times(document["cases"])
 
 
-def figure(height: float, panels: int = 1) -> tuple[Any, Any]:
-    """Return a figure ``height`` inches high, and its panels one below the other."""
+def figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """Return a figure ``height`` inches high, and its panels, rows first."""
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(WIDTH / DPI, height), layout="constrained")
-    return made, made.subplots(panels, 1, squeeze=False)[:, 0]
+    return made, made.subplots(rows, columns, squeeze=False, sharey=columns > 1).ravel()
 
 
-def stacked(blocks: Mapping[str, Sequence[tuple[str, float]]], colour: Mapping[str, str], form: str, label: str) -> Any:
-    """Return a figure of one panel with a heading for each block, and its bars below: names and lengths."""
-    made, (panel,) = figure(1.8 + sum(0.24 * len(bars) + 0.4 for bars in blocks.values()))
-    panel.set_xlabel(label, fontsize=TEXT)
-    place, seen, at = 0.0, set(), panel.get_yaxis_transform()
-    # A white background, so that no line runs through a word.
-    clear = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-    for head, bars in blocks.items():
-        panel.text(0.01, place, head, transform=at, fontsize=TEXT, va="center", bbox=clear)
-        for name, length in bars:
+def dots(groups: Mapping[str, Lines], label: str, *, line: tuple[float, str], titles: Sequence[str]) -> Any:
+    """Return a figure with a panel for each title: under each group's heading its values, as dots with intervals.
+
+    ``line`` is a value to compare with, such as that of chance, and its name.
+    """
+    made, panels = figure(1.3 + sum(0.24 * len(lines) + 0.36 for lines in groups.values()), 1, len(titles))
+    place, ticks, heads = 0.0, {}, {}
+    for head, lines in groups.items():
+        heads[head] = place
+        for name, values in lines:
             place += 1
-            panel.barh(place, length, color=colour[name], label=None if name in seen else name, height=0.9)
-            offset = {"xytext": (5, 0), "textcoords": "offset points"}
-            panel.annotate(f"{length:{form}}", (length, place), va="center", fontsize=TEXT - 1, bbox=clear, **offset)
-            seen.add(name)
-        place += 1.6
-    panel.set(yticks=[], ylim=(place - 0.9, -0.8))
-    panel.tick_params(labelsize=TEXT - 1)
-    panel.margins(x=0.16)
-    panel.grid(True, axis="x", alpha=0.3)
-    if seen:
-        made.legend(fontsize=TEXT - 1, loc="outside lower center", ncols=2)
+            ticks[place] = name
+            for panel, found in zip(panels, values, strict=True):
+                if found is None:
+                    continue
+                panel.plot([found.low, found.high], [place, place], color=colour(name), linewidth=2)
+                panel.plot(found.value, place, "o", color=colour(name), markersize=7)
+                at = panel.get_yaxis_transform()
+                panel.text(0.99, place, found.text, transform=at, fontsize=TEXT - 2, ha="right", va="center")
+        place += 1.5
+    if len(titles) == 1:
+        made.suptitle(titles[0], fontsize=TEXT)  # over the whole width
+    for panel, title in zip(panels, titles, strict=True):
+        panel.axvline(line[0], color="black", linewidth=1, linestyle="--", zorder=0)
+        panel.set(ylim=(place - 0.8, -0.8), facecolor="none")
+        panel.set_title(title if len(titles) > 1 else "", fontsize=TEXT)
+        panel.tick_params(labelsize=TEXT - 1, length=0)
+        panel.grid(True, axis="x", alpha=0.3)
+        panel.spines[["top", "right", "left"]].set_visible(False)
+        least, most = panel.get_xlim()
+        panel.set_xticks([tick for tick in panel.get_xticks() if least <= tick <= most])
+        # Room for the text at the right edge.
+        panel.set_xlim(least, most + (most - least) * 0.2 * len(titles))
+    panels[0].set_yticks(list(ticks), list(ticks.values()))
+    for head, at in heads.items():
+        panels[0].annotate(
+            head, (4, at), xycoords=("figure pixels", "data"), fontsize=TEXT, fontweight="bold", va="center",
+            annotation_clip=False, in_layout=False, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )  # fmt: skip
+    made.supxlabel(f"{label}\n(dashed: {line[1]})", fontsize=TEXT)
     return made
-
-
-def colours(names: Sequence[str]) -> dict[str, str]:
-    """Return a colour for each name, its own if it is known; fastgrad's stand out."""
-    found = {name: KNOWN[name] for name in names if name in KNOWN}
-    for mine, palette in ((True, OURS), (False, OTHERS)):
-        new = [name for name in names if name not in KNOWN and ours(name) is mine]
-        free = [colour for colour in palette if colour not in found.values()]
-        found |= zip(new, itertools.cycle(free), strict=False)
-    return found
 
 
 def _scaling(rows: list[Row]) -> Any:
@@ -86,7 +111,6 @@ def _scaling(rows: list[Row]) -> Any:
     if len(cases := {r["case"] for r in rows}) < 3:
         return None
     names = list(dict.fromkeys(r["implementation"] for r in rows))
-    colour = colours(names)
     made, panels = figure(8.4, 2)
     for panel, along, fixed in ((panels[0], "N", "B"), (panels[1], "B", "N")):
         value = statistics.mode(sorted(sizes(case)[fixed] for case in cases))
@@ -97,22 +121,21 @@ def _scaling(rows: list[Row]) -> Any:
             )  # fmt: skip
             if line:
                 width = 2.4 if ours(name) else 1.2
-                panel.plot(*zip(*line, strict=True), "o-", color=colour[name], label=name, linewidth=width)
+                panel.plot(*zip(*line, strict=True), "o-", color=colour(name), label=name, linewidth=width)
         panel.set(xscale="log", yscale="log")
         panel.set_xlabel({"N": "N (classes)", "B": "B (samples)"}[along], fontsize=TEXT)
         panel.set_ylabel("seconds", fontsize=TEXT)
         panel.set_title(f"all contrasts, {fixed} = {value}", fontsize=TEXT)
         panel.tick_params(labelsize=TEXT - 1)
         panel.grid(True, which="major", alpha=0.3)
-    lines = {line.get_label(): line for panel in panels for line in panel.get_lines()}
-    made.legend(lines.values(), lines.keys(), fontsize=TEXT - 1, loc="outside lower center", ncols=2)
+    shown = {line.get_label(): line for panel in panels for line in panel.get_lines()}
+    made.legend(shown.values(), shown.keys(), fontsize=TEXT - 1, loc="outside lower center", ncols=2)
     return made
 
 
-def _bars(cases: Sequence[Row]) -> Any:
-    """Plot the time over fastgrad's: its own bar in each case, the baseline's and the fastest rivals'."""
-    colour = colours(list(dict.fromkeys(r["implementation"] for r in cases)))
-    blocks = {}
+def _times(cases: Sequence[Row]) -> Any:
+    """Plot the time over fastgrad's: its own in each case, the baseline's and the fastest rivals'."""
+    groups = {}
     for case, group in grouped(cases).items():
         mine = best(group)
         if mine is None:
@@ -122,15 +145,32 @@ def _bars(cases: Sequence[Row]) -> Any:
         others.sort(key=lambda r: (r["implementation"] in YARDSTICKS, r["median_s"]))
         base = [r for r in others if r["implementation"] == r["relative_to"]]
         shown = [mine, *base, *[r for r in others if r not in base][:2]]
-        blocks[case] = [(r["implementation"], r["median_s"] / mine["median_s"]) for r in shown]
-    if not blocks:
+        groups[case] = [(r["implementation"], [_over(r, mine["median_s"])]) for r in shown]
+    if not groups:
         return None
-    made = stacked(blocks, colour, ".3g", "time over fastgrad's: above 1, fastgrad is faster")
+    # Times that were merged from several machines have no percentiles.
+    ends = ", 10th to 90th percentile" if any(row["p10_s"] for row in cases) else ""
+    made = dots(groups, f"time over fastgrad's median{ends}", line=(1, "fastgrad"), titles=[""])
     panel = made.axes[0]
-    panel.set(xscale="log")
-    least, most = panel.get_xlim()
-    ticks = [t for t in (0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 5, 10, 20) if least <= t <= most]
-    panel.set_xticks(ticks, [f"{t:g}" for t in ticks])
-    panel.set_xticks([], minor=True)
-    panel.axvline(1.0, color="black", linewidth=0.8)
+    found = [value for lines in groups.values() for _, (value,) in lines]
+    least, most = min(value.low for value in found), max(value.high for value in found)
+    panel.set(xscale="log", xlim=(least * 0.93, most * (most / least) ** 0.2))
+    _plain_ticks(panel, (0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50, 100), most)
     return made
+
+
+def _over(row: Row, base: float) -> Value:
+    ends = (row[key] or row["median_s"] for key in ("p10_s", "p90_s"))
+    return Value(f"{row['median_s'] / base:.3g}", row["median_s"] / base, *(end / base for end in ends))
+
+
+def _plain_ticks(panel: Any, ticks: Iterable[float], most: float) -> None:
+    """Set the ticks of a logarithmic axis up to ``most``, without powers of ten."""
+    least = panel.get_xlim()[0]
+    kept: list[float] = []
+    for tick in ticks:
+        # Labels would run into each other within a fourteenth of the axis.
+        if least <= tick <= most and (not kept or tick >= kept[-1] * (most / least) ** (1 / 14)):
+            kept.append(tick)
+    panel.set_xticks(kept, [f"{tick:g}" for tick in kept])
+    panel.set_xticks([], minor=True)

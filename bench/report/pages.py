@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 #: Functions that draw the figure of a document, by a key of the document.
 FIGURES: Mapping[str, Callable[[Row], Any]] = {
     "cases": figures.draw,
-    "merit": detection.bars,
+    "merit": detection.by_group,
     "splits": detection.second_answers,
     "steps": detection.found_attacks,
 }
@@ -132,11 +132,16 @@ def command(
     save(name, rows, packages=packages, folder=folder, facts=facts)
 
 
+def draw(document: Row) -> Any:
+    """Return the figure of a document, or None."""
+    return next((draw(document) for key, draw in FIGURES.items() if key in document), None)
+
+
 def write(name: str, folder: Path = RESULTS) -> Path:
     """Write the page, if there is a template, and the figure of a JSON file; return the page's path."""
     document = json.loads((folder / f"{name}.json").read_text())
     path = folder / f"{name}.md"
-    drawn = next((draw(document) for key, draw in FIGURES.items() if key in document), None)
+    drawn = draw(document)
     if drawn is not None:
         drawn.savefig(folder / f"{name}.png", dpi=figures.DPI)
     if rendered := page(name, document, [f"{name}.png"] if drawn is not None else []):

@@ -99,6 +99,9 @@ def _beside(rows: Sequence[Row], yardstick: str) -> str:
     others = [name for name in names if not ours(name) and name != yardstick]
     heads = ["case", "fastgrad", "peak memory", f"time over {yardstick}", f"memory over {yardstick}"]
     heads += [f"{other}, times fastgrad" for other in others]
+    # On a GPU the other times are those of graphs.
+    launched = any("latency_s" in row for row in rows)
+    heads += ["latency of a call", f"latency of {yardstick}"] if launched else []
     shown = []
     for case, group in grouped(rows).items():
         mine, cells = best(group), [case, "not timed"]
@@ -108,6 +111,8 @@ def _beside(rows: Sequence[Row], yardstick: str) -> str:
             cells = [case, duration(mine["median_s"]), size(memory), f"{mine['ratio']:.2f}" if mine["ratio"] else "-"]
             cells += [f"{memory / base:.2f}" if base and memory else "-"]
             cells += [_factor(by_name.get(other), mine) for other in others]
+            latencies = [each.get("latency_s") for each in (mine, by_name.get(yardstick, {}))]
+            cells += [duration(each) if each else "-" for each in latencies] if launched else []
         shown.append(dict(zip_longest(heads, cells)))
     return table(shown)
 
@@ -129,6 +134,7 @@ def _each(rows: Sequence[Row]) -> str:
             "per second": digits(sizes(row["case"])["B"] / row["median_s"]), "median": duration(row["median_s"]),
             "p10 to p90": f"{duration(row['p10_s'])} to {duration(row['p90_s'])}",
             "ratio": f"{row['ratio']:.2f}" if row["ratio"] else "-", "peak memory": size(row["peak_bytes"]),
+            **({"latency": duration(row["latency_s"])} if "latency_s" in row else {}),
         }
         for row in rows
         if row["median_s"]

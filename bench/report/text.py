@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -65,11 +66,16 @@ def spread(values: Sequence[float]) -> str:
 
 
 def share(value: float, count: int) -> str:
-    """Return a share of ``count`` with its 95 % interval (Wilson, 1927)."""
-    from scipy.stats import binomtest  # here, so that a GPU run needs no more than PyTorch
-
-    low, high = binomtest(round(value * count), count).proportion_ci(method="wilson")
+    """Return a share of ``count`` with its 95 % interval."""
+    low, high = wilson(round(value * count), count)
     return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def wilson(found: int, count: int) -> tuple[float, float]:
+    """Return the ends of the 95 % interval of the share ``found / count`` (Wilson, 1927)."""
+    z = statistics.NormalDist().inv_cdf(0.975)
+    middle, half = found + z**2 / 2, z * math.sqrt(found * (count - found) / count + z**2 / 4)
+    return (middle - half) / (count + z**2), (middle + half) / (count + z**2)
 
 
 def _cell(value: Any) -> str:

@@ -1,48 +1,46 @@
-"""One backward pass through recorded runs, and what it shows of each sample's gradient of a parameter."""
+"""One backward pass through recorded calls, and what it shows of each sample's gradients of parameters."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastgrad.engine.structure import Alone, Recorded
 from fastgrad.layers.call import COPIES, Use
-from fastgrad.layers.formula import Formula
-from fastgrad.layers.probe import Visit, visiting
+from fastgrad.layers.formula import Formula, Tensors
+from fastgrad.layers.probe import visiting
 from fastgrad.losses import compute_dtype
 
-#: What a formula needs: saved tensors and output gradients, of all samples of a part.
-Given = tuple[Sequence[Tensor], Sequence[Tensor]]
 
-
+@dataclass(frozen=True)
 class Share:
-    """One use's part in the gradients of a parameter, for the samples of a part of a batch."""
+    """One use's part in the gradients of a parameter, for the samples ``rows``; see `fastgrad.layers.formula`."""
 
-    def __init__(self, rows: list[int], formula: Formula, slot: int, given: Given) -> None:
-        self.rows, self.formula, self.slot, self._given = rows, formula, slot, given
-
-    @property
-    def device(self) -> torch.device:
-        """Where the gradients are."""
-        return self._given[1][0].device
-
-    def sqnorms(self) -> Tensor:
-        """Return squared norms ``(B,)`` of this share alone."""
-        return self.formula.sqnorms(*self._given, [self.slot])[0]
+    rows: list[int]
+    formula: Formula
+    slot: int
+    saved: Tensors
+    gradients: Tensors
 
     def positions(self) -> int:
         """Return T if the gradients are sums of T products of vectors, or else 0."""
-        return self.formula.positions(*self._given, self.slot)
+        return self.formula.positions(self.saved, self.gradients, self.slot)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return these vectors, as `fastgrad.layers.formula.Formula.factors` does."""
-        return self.formula.factors(*self._given, self.slot)
+        """Return these vectors."""
+        return self.formula.factors(self.saved, self.gradients, self.slot)
 
     def part(self, at: slice) -> Tensor:
-        """Return a part of all gradients, as `fastgrad.layers.formula.Formula.part` does."""
-        return self.formula.part(*self._given, self.slot, at)
+        """Return a part of all gradients."""
+        return self.formula.part(self.saved, self.gradients, self.slot, at)
+
+
+#: Called with the number of a use, what its formula saved, and the gradients at its outputs.
+See = Callable[[int, Tensors, Tensors], None]
 
 
 class Backward:
@@ -55,48 +53,44 @@ class Backward:
         self.alone: list[tuple[int, Alone]] = []
         counts: dict[int, int] = {}
         for recorded in self.calls:
-            seen: set[int] = set()
+            own: dict[int, int] = {}
             for index, part in recorded.parts:
                 rows = list(range(recorded.samples)) if index is None else index.tolist()
                 if isinstance(part, Alone):
                     self.alone.append((rows[0], part))
-                    seen |= wanted.keys()
+                    own |= {key: 1 for key in wanted if key not in own}
                     continue
                 self.uses += [(rows, use) for use in part.uses if any(key in wanted for key in use.keys)]
                 # Samples of another group have uses of their own.
-                for key, count in part.counts.items():
-                    if count > 1:
-                        counts[key] = 2
-                    seen.add(key)
-            for key in seen:
-                counts[key] = counts.get(key, 0) + 1
+                own |= {key: max(count, own.get(key, 0)) for key, count in part.counts.items()}
+            for key, count in own.items():
+                counts[key] = counts.get(key, 0) + count
         #: Parameters of which a sample may have several uses.
         self.several = {key for key, count in counts.items() if count > 1}
 
     def back(
-        self,
-        visit: Callable[[list[int], Use], Visit],
-        outputs: Sequence[Tensor],
-        gradients: Sequence[Tensor] | None,
-        keep: bool,
-    ) -> tuple[Tensor | None, ...]:
-        """Go back once. Return what visits gave for each use, then gradients at outputs of samples that ran alone."""
+        self, see: See, outputs: Sequence[Tensor], gradients: Sequence[Tensor] | None, keep: bool
+    ) -> list[tuple[int, Share]]:
+        """Go back once, and call ``see`` at each use; return the shares of samples that ran alone, by parameter."""
         inputs = [use.probe for _, use in self.uses] + [out for _, part in self.alone for out in part.outputs]
         if not inputs:
-            return ()
-        with visiting({id(use.probe): visit(rows, use) for rows, use in self.uses}):
-            return torch.autograd.grad(outputs, inputs, gradients, retain_graph=keep, allow_unused=True)
-
-    def of_alone(self, found: Sequence[Tensor | None]) -> Iterator[tuple[int, Share]]:
-        """Yield the shares of samples that ran alone, with the ids of their parameters."""
-        at = len(self.uses)
+            return []
+        with visiting({id(use.probe): functools.partial(see, n) for n, (_, use) in enumerate(self.uses)}):
+            found = torch.autograd.grad(outputs, inputs, gradients, retain_graph=keep, allow_unused=True)
+        at, shares = iter(found[len(self.uses) :]), []
         for row, part in self.alone:
-            grads = found[at : at + len(part.outputs)]
-            at += len(part.outputs)
-            for key, value in self._own(part, grads).items():
-                yield key, Share([row], COPIES, 0, ([], [value.unsqueeze(0)]))
+            own = self._of_sample(part, [next(at) for _ in part.outputs])
+            shares += [(key, Share([row], COPIES, 0, (), [value.unsqueeze(0)])) for key, value in own.items()]
+        return shares
 
-    def _own(self, part: Alone, gradients: Sequence[Tensor | None]) -> dict[int, Tensor]:
+    def shares(self, n: int, saved: Tensors, gradients: Tensors) -> Iterator[tuple[int, Share]]:
+        """Yield what use number n adds to each wanted parameter."""
+        rows, use = self.uses[n]
+        for slot, key in zip(use.slots, use.keys, strict=True):
+            if key in self.wanted:
+                yield key, Share(rows, use.formula, slot, saved, gradients)
+
+    def _of_sample(self, part: Alone, gradients: Sequence[Tensor | None]) -> dict[int, Tensor]:
         """Return the gradients of a sample that ran alone."""
         pairs = [(out, g) for out, g in zip(part.outputs, gradients, strict=True) if g is not None]
         if not pairs:

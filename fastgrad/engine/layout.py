@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgrad._torch import pytree
+from fastgrad.evaluation import agree
 
 #: Leaves, what puts other leaves in their place, and the leaves' names.
 Tree = tuple[list[Any], Callable[[Sequence[Any]], Any], list[str]]
@@ -91,18 +91,6 @@ def _without(shape: Sequence[int], dim: int) -> tuple[int, ...]:
 
 def _alike(rows: Tensor) -> bool:
     return bool(((rows == rows[:1]) | (rows != rows)).all())
-
-
-def agree(found: Tensor, expected: Tensor, precision: float) -> bool:
-    """Whether two results of one computation agree in half the digits of numbers of this relative precision."""
-    if found.shape != expected.shape or found.dtype != expected.dtype:
-        return False
-    if found.numel() == 0:
-        return True
-    if found.is_complex():
-        found, expected = torch.view_as_real(found), torch.view_as_real(expected)
-    a, b = (t.detach().double().nan_to_num() for t in (found, expected))
-    return bool((a - b).abs().max() <= math.sqrt(precision) * b.abs().max())
 
 
 def is_object(value: object) -> bool:

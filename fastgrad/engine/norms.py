@@ -1,23 +1,26 @@
-"""Squared norms of each sample's gradients, from outputs that recorded runs lead to."""
+"""Squared norms of each sample's gradients, from outputs that recorded calls lead to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fastgrad._torch import vmap
-from fastgrad.engine.backward import Backward, Given, Share
-from fastgrad.engine.layout import agree
+from fastgrad._torch import pytree, vmap
+from fastgrad.engine.backward import Backward, Share
 from fastgrad.engine.products import Side
 from fastgrad.engine.structure import Recorded
-from fastgrad.layers.call import Use
+from fastgrad.evaluation import agree
+from fastgrad.layers.formula import Tensors
 from fastgrad.layers.linear import STRAIGHT, Table, sum_sqnorm
-from fastgrad.layers.probe import visiting
 from fastgrad.layers.reduce import sqnorm
 from fastgrad.losses import compute_dtype
 from fastgrad.ops.dispatch import bind_contextvar, implementation
+
+#: By the number of a use: norms by parameters with a single use, and output gradients if one has several.
+Seen = dict[int, tuple[dict[int, Tensor], list[Tensor]]]
 
 
 def squared_norms(
@@ -41,105 +44,77 @@ class _Norms(Backward):
         self, outputs: Sequence[Tensor], gradients: Sequence[Tensor] | None, batched: bool, keep: bool
     ) -> dict[int, Tensor]:
         if not batched:
-            return self._once(outputs, gradients, keep)
+            return self._one(outputs, gradients, keep)
         assert gradients is not None
         count = gradients[0].shape[0]
-        looped = count == 1 or bool(self.alone) or any(use.formula.replays for _, use in self.uses)
         # A checkpoint around a call computes it again, and functions of the user's may not be for vmap.
         foreign = any(recorded.structure.foreign or recorded.hooked for recorded in self.calls)
-        if looped or foreign:
-            each = [self._once(outputs, [g[i] for g in gradients], keep or i < count - 1) for i in range(count)]
+        if count == 1 or self.alone or foreign:
+            each = [self._one(outputs, [g[i] for g in gradients], keep or i < count - 1) for i in range(count)]
             return {key: torch.stack([found[key] for found in each]) for key in each[0]} if each else {}
         structures = [recorded.structure for recorded in self.calls]
         if all(structure.batches for structure in structures):
             return self._together(outputs, gradients, keep)
         try:
             found = self._together(outputs, gradients, keep=True)
+            # Where PyTorch's backward pass is wrong for several gradients (cdist), they go one by one.
+            for s in (0, count - 1):
+                one = self._one(outputs, [g[s] for g in gradients], keep=True)
+                right = all(agree(found[key][s], norms) for key, norms in one.items())
+                foreign |= not right
         except RuntimeError:
             # Some backward passes of PyTorch do not take several gradients, such as batch norm's of two dtypes.
-            for structure in structures:
-                structure.foreign = True
-            return self.run(outputs, gradients, batched, keep)
-        # Where PyTorch's backward pass is wrong for several gradients (cdist), they go one by one.
-        for s in (0, count - 1):
-            alone = self._once(outputs, [g[s] for g in gradients], keep=True)
-            right = all(agree(found[key][s], norms, torch.finfo(norms.dtype).eps) for key, norms in alone.items())
-            for structure in structures:
-                structure.foreign |= not right
+            foreign = True
         for structure in structures:
-            structure.batches = not structure.foreign
-        return found if structures[0].batches else self.run(outputs, gradients, batched, keep)
+            structure.foreign, structure.batches = structure.foreign or foreign, not foreign
+        return self.run(outputs, gradients, batched, keep) if foreign else found
 
-    def _once(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor] | None, keep: bool) -> dict[int, Tensor]:
-        given: dict[int, Given] = {}
-        found = self.back(lambda _, use: self._visit(use, given), outputs, gradients, keep)
-        if not found:
-            return {}
-        return self._sums(found, given)
+    def _one(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor] | None, keep: bool) -> dict[int, Tensor]:
+        seen: Seen = {}
+        saved: dict[int, Tensors] = {}
+        alone = self.back(functools.partial(self._see, seen, saved), outputs, gradients, keep)
+        return self._joined(seen, saved, alone)
 
     def _together(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], keep: bool) -> dict[int, Tensor]:
         """Send several gradients back in one pass."""
-        probes = [use.probe for _, use in self.uses]
-        if not probes:
-            return {}
-        reached: list[int] = []
-        kept: list[tuple[int, Sequence[Tensor], int]] = []
+        saved: dict[int, Tensors] = {}
 
-        def back(*grads: Tensor) -> list[Tensor]:
-            given: dict[int, Given] = {}
-            with visiting({id(use.probe): self._visit(use, given) for _, use in self.uses}):
-                found = torch.autograd.grad(outputs, probes, list(grads), retain_graph=keep, allow_unused=True)
-            result = []
-            for i, g in enumerate(found):
-                if g is not None:
-                    reached.append(i)
-                    result.append(g)
-            for key, (saved, at) in given.items():
-                kept.append((key, saved, len(at)))
-                result += at
-            return result
+        def back(*grads: Tensor) -> Seen:
+            seen: Seen = {}
+            self.back(functools.partial(self._see, seen, saved), outputs, list(grads), keep)
+            return seen
 
-        values = iter(vmap(back)(*gradients))
-        norms = {i: next(values) for i in reached}
-        later = [(key, saved, [next(values) for _ in range(count)]) for key, saved, count in kept]
-        rows = []
-        for s in range(gradients[0].shape[0]):
-            found = [norms[i][s] if i in norms else None for i in range(len(probes))]
-            rows.append(self._sums(found, {key: (saved, [g[s] for g in at]) for key, saved, at in later}))
-        return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+        leaves, spec = pytree.tree_flatten(vmap(back)(*gradients) if self.uses else {})
+        each = zip(*(leaf.unbind() for leaf in leaves), strict=True)
+        rows = [self._joined(pytree.tree_unflatten(own, spec), saved, []) for own in each]
+        return {key: torch.stack([row[key] for row in rows]) for key in rows[0]} if rows else {}
 
-    def _visit(self, use: Use, given: dict[int, Given]) -> Callable[..., Tensor]:
-        pairs = list(zip(use.slots, use.keys, strict=True))
-        single = [slot for slot, key in pairs if key in self.wanted and key not in self.several]
-        summed = any(key in self.wanted and key in self.several for _, key in pairs)
-
-        def visit(saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-            if summed:
-                given[id(use.probe)] = saved, gradients
+    def _see(self, seen: Seen, saved: dict[int, Tensors], n: int, own: Tensors, gradients: Tensors) -> None:
+        use = self.uses[n][1]
+        pairs = [(slot, key) for slot, key in zip(use.slots, use.keys, strict=True) if key in self.wanted]
+        single = {key: slot for slot, key in pairs if key not in self.several}
+        norms: list[Tensor] = []
+        if single:
             with bind_contextvar(implementation, use.impl):
-                norms = dict(zip(single, use.formula.sqnorms(saved, gradients, single), strict=True)) if single else {}
-            if len(norms) == 1 and len(pairs) == 1:
-                return norms[single[0]].unsqueeze(1)
-            none = use.probe.detach()[:, 0]
-            return torch.stack([norms.get(slot, none).to(none) for slot in use.slots], 1)
+                norms = use.formula.sqnorms(own, gradients, list(single.values()))
+        summed = len(single) < len(pairs)
+        seen[n] = dict(zip(single, norms, strict=True)), list(gradients) if summed else []
+        if summed:
+            saved[n] = own
 
-        return visit
-
-    def _sums(self, found: Sequence[Tensor | None], given: Mapping[int, Given]) -> dict[int, Tensor]:
+    def _joined(
+        self, seen: Seen, saved: Mapping[int, Tensors], alone: Iterable[tuple[int, Share]]
+    ) -> dict[int, Tensor]:
         """Put the norms of all parts of the batch together."""
         result: dict[int, Tensor] = {}
         shares: dict[int, list[Share]] = {}
-        for (rows, use), norms in zip(self.uses, found, strict=False):
-            if norms is None:
-                continue
-            for column, (slot, key) in enumerate(zip(use.slots, use.keys, strict=True)):
-                if key not in self.wanted:
-                    continue
+        for n, (norms, gradients) in sorted(seen.items()):
+            for key, found in norms.items():
+                self._put(result, key, self.uses[n][0], found)
+            for key, share in self.shares(n, saved[n], gradients) if n in saved else ():
                 if key in self.several:
-                    shares.setdefault(key, []).append(Share(rows, use.formula, slot, given[id(use.probe)]))
-                else:
-                    self._put(result, key, rows, norms[:, column])
-        for key, share in self.of_alone(found):
+                    shares.setdefault(key, []).append(share)
+        for key, share in alone:
             shares.setdefault(key, []).append(share)
         for key, each in shares.items():
             self._put(result, key, *self._of_sum(key, each))
@@ -159,7 +134,8 @@ class _Norms(Backward):
         """Return samples, and the squared norms of the sums of their gradients."""
         rows = shares[0].rows
         if len(shares) == 1:
-            return rows, shares[0].sqnorms()
+            (share,) = shares
+            return rows, share.formula.sqnorms(share.saved, share.gradients, [share.slot])[0]
         products = [s.factors()[::-1] for s in shares if s.formula is STRAIGHT and not s.slot]
         tables = [s.factors() for s in shares if isinstance(s.formula, Table)]
         if len(products) + len(tables) == len(shares) and all(share.rows == rows for share in shares):

@@ -191,7 +191,7 @@ class Pass:
 
         def rows(tree: Any) -> Tree:
             values, rebuilt, names = flatten(tree)
-            every = [Rows(call.spread(v, call.physical(v))) if isinstance(v, Tensor) else v for v in values]
+            every = [Rows(call.spread(v)) if isinstance(v, Tensor) else v for v in values]
             return every, rebuilt, names
 
         def one(*tensors: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ which is cheaper.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -32,15 +33,6 @@ class Side:
         #: Rows of a table that are used, if only they are kept.
         self.kept: Tensor | None = None
 
-    @property
-    def device(self) -> torch.device:
-        """Where the gradients are."""
-        return self.shares[0].device
-
-    def positions(self) -> list[int]:
-        """Return the number of positions of each use; 0 for one that is known as a whole."""
-        return [share.positions() for share in self.shares]
-
     def part(self, at: slice) -> Tensor:
         """Return gradients ``(B, ...)`` of a part, as `fastgrad.layers.formula.Formula.part`."""
         found = [(share.rows, upcast(share.part(at))[0]) for share in self.shares]
@@ -48,7 +40,7 @@ class Side:
             return found[0][1]
         total = found[0][1].new_zeros(self.samples, *found[0][1].shape[1:])
         for rows, own in found:
-            total.index_add_(0, _index(rows, total), own)
+            total.index_add_(0, torch.tensor(rows, device=total.device), own)
         return total
 
     def parts(self, samples: int) -> Iterator[slice]:
@@ -65,10 +57,6 @@ class Side:
             yield slice(first, min(first + step, size))
 
 
-def _index(rows: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(rows, device=like.device)
-
-
 def joined(shares: Shares) -> list[Share]:
     """Return shares in which a linear function that is called many times, as over time, is one of many positions."""
     several: dict[tuple[int, ...], list[Share]] = {}
@@ -81,7 +69,7 @@ def joined(shares: Shares) -> list[Share]:
             others += same
         else:
             left, right = (torch.cat(each, 1) for each in zip(*(share.factors() for share in same), strict=True))
-            others.append(Share(list(rows), STRAIGHT, 0, ([right], [left])))
+            others.append(Share(list(rows), STRAIGHT, 0, [right], [left]))
     return others
 
 
@@ -95,7 +83,7 @@ def _compacted(*sides: Side) -> None:
     table = Table(len(used), None)
     for side in sides:
         given = [(share.rows, *next(own)) for share in side.shares]
-        side.shares = [Share(rows, table, 0, ([at.view_as(i)], [g])) for rows, at, (i, g) in given]
+        side.shares = [Share(rows, table, 0, [at.view_as(i)], [g]) for rows, at, (i, g) in given]
         side.shape, side.kept = (len(used), *side.shape[1:]), used
 
 
@@ -116,39 +104,31 @@ def seconds(
 
 def gram(side: Side, other: Side | None = None) -> Tensor:
     """Return inner products ``(B, B')`` of the gradients of two sides, or of one with itself, in float64."""
-    sides = (side, other or side)
-    _compacted(*((side, other) if other else (side,)))
-    first, second = sides
-    positions = first.positions(), second.positions()
-    result = torch.zeros(first.samples, second.samples, dtype=torch.float64, device=first.device)
+    first, second = side, other or side
+    _compacted(first, *([other] if other else []))
+    device = first.shares[0].gradients[0].device
+    result = torch.zeros(first.samples, second.samples, dtype=torch.float64, device=device)
+    positions = [[share.positions() for share in each.shares] for each in (first, second)]
     if all((*positions[0], *positions[1])):
-        apart, formed = seconds(first.shape, (first.samples, second.samples), positions)
-        if apart < formed:
-            return _of_positions(result, first, second)
-    for at in first.parts(first.samples + (0 if other is None else second.samples)):
+        of_pairs, formed = seconds(first.shape, (first.samples, second.samples), (positions[0], positions[1]))
+        if of_pairs < formed:
+            ours, theirs = ([(s.rows, s.factors()) for s in each.shares] for each in (first, second))
+            for (n, (rows, factors)), (m, (columns, others)) in product(enumerate(ours), enumerate(theirs)):
+                if other or m >= n:
+                    found = pairs(factors, others)
+                    places = torch.tensor(rows, device=device)[:, None], torch.tensor(columns, device=device)
+                    result.index_put_(places, found, accumulate=True)
+                    if not other and m > n:
+                        result.mT.index_put_(places, found, accumulate=True)
+            return result
+    for at in first.parts(first.samples + (second.samples if other else 0)):
         own = _rows(first.part(at))
-        result += own @ (own if other is None else _rows(second.part(at))).mT
+        result += own @ (_rows(second.part(at)) if other else own).mT
     return result
 
 
 def _rows(gradients: Tensor) -> Tensor:
     return gradients.reshape(gradients.shape[0], -1)
-
-
-def _of_positions(result: Tensor, first: Side, second: Side) -> Tensor:
-    alike = first is second
-    ours = [(share.rows, *share.factors()) for share in first.shares]
-    theirs = ours if alike else [(share.rows, *share.factors()) for share in second.shares]
-    for n, (rows, *factors) in enumerate(ours):
-        for m, (columns, *others) in enumerate(theirs):
-            if alike and m < n:
-                continue
-            found = pairs(factors, others)
-            places = _index(rows, result)[:, None], _index(columns, result)
-            result.index_put_(places, found, accumulate=True)
-            if alike and m > n:
-                result.mT.index_put_(places, found, accumulate=True)
-    return result
 
 
 def pairs(factors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
@@ -161,9 +141,9 @@ def pairs(factors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
     step = max(1, CHUNK_BYTES // (16 * max(1, t * c * u)))
     found = []
     for i in range(0, b, step):
-        product = _products(left[i : i + step], others[0], dtype).double()
-        product *= _products(right[i : i + step], others[1], dtype)
-        found.append(product.view(-1, t, c, u).sum((1, 3)))
+        each = _products(left[i : i + step], others[0], dtype).double()
+        each *= _products(right[i : i + step], others[1], dtype)
+        found.append(each.view(-1, t, c, u).sum((1, 3)))
     return torch.cat(found)
 
 
@@ -188,7 +168,7 @@ def square_sum(side: Side) -> Tensor:
     """Return the sum over samples of squared gradients, of the parameter's shape."""
     shape = side.shape
     _compacted(side)
-    if side.positions() == [1]:
+    if [share.positions() for share in side.shares] == [1]:
         left, right = (factor.squeeze(1) for factor in side.shares[0].factors())
         square = right.square()
         found = square.new_zeros(side.shape[0], square.shape[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, overload
 
@@ -15,10 +14,7 @@ from fastgrad.engine.backward import Backward, Share
 from fastgrad.engine.products import Side, gram, square_sum
 from fastgrad.engine.structure import Recorded
 from fastgrad.gradients.recorder import active, parameters_of, reached, record
-from fastgrad.layers.call import Use
 from fastgrad.layers.formula import Tensors
-from fastgrad.layers.linear import STRAIGHT
-from fastgrad.layers.recurrent import Recurrent
 from fastgrad.losses import compute_dtype
 from fastgrad.memory import lacks_memory
 from fastgrad.ops.dispatch import full_precision
@@ -198,44 +194,25 @@ class _Pass(Backward):
     def __init__(self, calls: Iterable[Recorded], wanted: Mapping[int, Tensor], outputs: Sequence[Tensor]) -> None:
         super().__init__(calls, wanted)
         self.outputs = outputs
-        counts = Counter(key for _, use in self.uses for key in use.keys)
-        self.later = set(wanted) if self.alone else {key for key, count in counts.items() if count > 1}
 
     @torch.no_grad()
     def run(self, keep: bool, take: Take, *, at_once: bool = True) -> None:
         """Call ``take(id of a parameter, its side)``, with ``at_once`` within the backward pass if possible."""
         held: dict[int, list[Share]] = {}
 
-        def of(key: int, shares: list[Share]) -> Side:
-            return Side(self.wanted[key].shape, self.samples, shares)
+        def give(key: int, shares: list[Share]) -> None:
+            take(key, Side(self.wanted[key].shape, self.samples, shares))
 
-        def visit(rows: list[int], use: Use) -> Callable[[Tensors, Tensors], None]:
-            def see(saved: Tensors, gradients: Tensors) -> None:
-                for key, share in _shares(rows, use, saved, gradients):
-                    if at_once and key in self.wanted and key not in self.later:
-                        take(key, of(key, [share]))
-                    elif key in self.wanted:
-                        held.setdefault(key, []).append(share)
+        def see(n: int, saved: Tensors, gradients: Tensors) -> None:
+            for key, share in self.shares(n, saved, gradients):
+                if at_once and key not in self.several and len(share.rows) == self.samples:
+                    give(key, [share])
+                else:
+                    held.setdefault(key, []).append(share)
 
-            return see
-
-        found = self.back(visit, self.outputs, None, keep) if self.samples else ()
+        alone = self.back(see, self.outputs, None, keep) if self.samples else []
         with full_precision(self.outputs[0].device):
-            for key, share in self.of_alone(found) if found else ():
+            for key, share in alone:
                 held.setdefault(key, []).append(share)
             for key, shares in held.items():
-                take(key, of(key, shares))
-
-
-def _shares(rows: list[int], use: Use, saved: Tensors, gradients: Tensors) -> Iterable[tuple[int, Share]]:
-    """Yield the shares of a use with the ids of their parameters."""
-    if not isinstance(use.formula, Recurrent):
-        yield from (
-            (k, Share(rows, use.formula, s, (saved, gradients))) for k, s in zip(use.keys, use.slots, strict=True)
-        )
-        return
-    # It is computed again once, not for each of its weights.
-    factors = use.formula.replayed(saved, gradients)
-    for key, slot in zip(use.keys, use.slots, strict=True):
-        a, g = factors[slot]
-        yield key, Share(rows, STRAIGHT, int(a is None), ([g if a is None else a], [g]))
+                give(key, shares)

@@ -12,7 +12,6 @@ from torch import Tensor
 from fastgrad._torch import functorch, lowered, next_number, pytree, saved_tensor_hooks
 from fastgrad.layers.formula import Copies, Formula
 from fastgrad.layers.probe import tap
-from fastgrad.losses import compute_dtype
 from fastgrad.ops.dispatch import implementation
 
 
@@ -22,6 +21,11 @@ class NotPerSampleError(ValueError):
 
 #: Why samples run alone that a checkpoint computes again in the backward pass, when vmap is over.
 CHECKPOINT = "a checkpoint computes it again when vmap is over"
+
+
+def mixes_samples(what: str) -> NotPerSampleError:
+    """Return the error for a model of which ``what`` depends on several samples of the batch."""
+    return NotPerSampleError(f"model must not mix the samples of a batch, or there is no gradient per sample; {what}")
 
 
 class Refused(Exception):  # noqa: N818 - the samples run alone instead
@@ -37,10 +41,10 @@ class Refused(Exception):  # noqa: N818 - the samples run alone instead
 
 @dataclass(eq=False)
 class Use:
-    """One function that uses parameters: where its norms leave the backward pass, and by what formula."""
+    """One function that uses parameters: where the backward pass meets it, and by what formula."""
 
-    probe: Tensor  # (B, m) zeros, for m of the function's parameters
-    keys: tuple[int, ...]  # ids of these parameters
+    probe: Tensor  # a zero, by whose id the backward pass finds the use
+    keys: tuple[int, ...]  # ids of the function's parameters that count
     slots: tuple[int, ...]  # their places among the parameters of the formula
     formula: Formula
     impl: str  # which implementation computes norms; backward passes may run in other threads
@@ -107,9 +111,10 @@ class Call:
         """Return tensors ``(B, ...)`` in a tree as those of one sample."""
         return pytree.tree_map_only(Tensor, lambda y: functorch._add_batch_dim(y, 0, self.level), tree)
 
-    def spread(self, value: Tensor, physical: Tensor) -> Tensor:
-        """Return ``physical``, which `physical` gave for ``value``, with a row for each sample in any case."""
-        return physical if self.is_batched(value) else physical.unsqueeze(0).expand(self.samples, *physical.shape)
+    def spread(self, value: Tensor) -> Tensor:
+        """Return the batch ``(B, ...)`` behind a tensor, with equal rows if it is the same for all samples."""
+        own: Tensor = self.physical(value)
+        return own if self.is_batched(value) else own.unsqueeze(0).expand(self.samples, *own.shape)
 
     def on_batch(self, function: Callable[[], Any]) -> Any:
         """Run ``function`` one level lower, where tensors are batches, and wrap what it returns."""
@@ -117,6 +122,33 @@ class Call:
         with lowered():
             out = function()
         return functorch._add_batch_dim(out, 0, self.level) if isinstance(out, Tensor) else self.wrapped(out)
+
+    def apply(
+        self, function: Callable[[Tensor], Tensor], input: Tensor, weights: Sequence[Any], formula: Formula
+    ) -> Any:
+        """Apply a function of ``weights`` to the batch of its ``input``, which its ``formula`` needs as well."""
+
+        def on_batch() -> Any:
+            begin = next_number()
+            x = self.spread(input)
+            return self.tapped([function(x)], [x], weights, formula, begin)[0]
+
+        return self.on_batch(on_batch)
+
+    def apply_to_images(
+        self, function: Callable[[Tensor], Tensor], input: Tensor, weights: Sequence[Any], make: Callable[[int], Any]
+    ) -> Any:
+        """Do the same for n images ``(n, C, *L)`` per sample, folded into the batch; ``make(n)`` gives the formula."""
+
+        def on_batch() -> Any:
+            begin = next_number()
+            x = self.spread(input)
+            images = x.shape[1]
+            x = x.flatten(0, 1)
+            out = self.tapped([function(x)], [x], weights, make(images), begin)[0]
+            return out.unflatten(0, (self.samples, images))
+
+        return self.on_batch(on_batch)
 
     def tapped(
         self,
@@ -136,8 +168,7 @@ class Call:
         if not slots:
             return list(outputs)
         keys = tuple(id(weights[k]) for k in slots)
-        dtype = compute_dtype(outputs[0].dtype)
-        probe = torch.zeros(self.samples, len(slots), dtype=dtype, device=outputs[0].device, requires_grad=True)
+        probe = torch.zeros((), device=outputs[0].device, requires_grad=True)
         self.uses.append(Use(probe, keys, slots, formula, implementation.get()))
         for key in keys:
             self.counts[key] = self.counts.get(key, 0) + 1

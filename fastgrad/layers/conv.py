@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgrad._torch import next_number
 from fastgrad.layers.call import Call
 from fastgrad.layers.formula import Formula, Tensors
 from fastgrad.layers.reduce import sqnorm, upcast
@@ -123,22 +122,14 @@ def conv(
     else:
         pads = (0,) * axes if isinstance(padding, str) else per_axis(padding, axes)
 
-    def on_batch() -> Any:
-        begin = next_number()
-        x = call.physical(input)
-        x = call.spread(input, x)
-        images = x.shape[1]
-        x = x.flatten(0, 1)
-        if written is not None:
-            x = F.pad(x, written)
-        if transposed:
-            out = function(x, weight, bias, steps, pads, extra, groups, gaps)
-        else:
-            out = function(x, weight, bias, steps, pads, gaps, groups)
-        formula = _formula(Options(kernel, steps, pads, gaps, extra, groups, transposed, images), shape)
-        return call.tapped([out], [x], [weight, bias], formula, begin)[0].unflatten(0, (call.samples, images))
+    def run(x: Tensor) -> Tensor:
+        last = (extra, groups, gaps) if transposed else (gaps, groups)
+        return function(x, weight, bias, steps, pads, *last)
 
-    return call.on_batch(on_batch)
+    def make(images: int) -> Convolution:
+        return _formula(Options(kernel, steps, pads, gaps, extra, groups, transposed, images), shape)
+
+    return call.apply_to_images(run, input if written is None else F.pad(input, written), [weight, bias], make)
 
 
 _PLAIN: tuple[Any, ...] = (torch.conv1d, torch.conv2d, torch.conv3d)

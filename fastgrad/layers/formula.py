@@ -19,8 +19,6 @@ class Formula:
 
     #: The kind, as it appears in reports.
     name = ""
-    #: Whether it differentiates, so that output gradients must come one after the other and not under ``vmap``.
-    replays = False
 
     def sqnorms(self, saved: Tensors, gradients: Tensors, slots: Sequence[int]) -> list[Tensor]:
         """Return the squared norms ``(B,)`` of each sample's gradient of the parameters in ``slots``."""

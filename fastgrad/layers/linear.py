@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgrad._torch import next_number
-from fastgrad.layers.call import Call, NotPerSampleError
+from fastgrad.layers.call import Call, Refused, mixes_samples
 from fastgrad.layers.formula import Formula, Tensors
 from fastgrad.layers.reduce import positions_first, sqnorm, upcast
 from fastgrad.ops.conv.sqnorm import linear_sqnorm
@@ -119,34 +118,25 @@ class Table(Formula):
 STRAIGHT, TURNED = Product(turned=False), Product(turned=True)
 
 
-def _product(call: Call, run: Callable[..., Tensor], x: Tensor, w: Tensor, b: Any, formula: Product) -> Any:
-    def on_batch() -> Any:
-        begin = next_number()
-        a = call.spread(x, call.physical(x))
-        return call.tapped([run(a, w, b)], [a], [w, b], formula, begin)[0]
-
-    return call.on_batch(on_batch)
-
-
 def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """Rule for ``torch.nn.functional.linear``."""
     if not call.owns(weight) or weight.dim() != 2 or not call.serves(bias) or call.owns(input):
         return NotImplemented
-    return _product(call, F.linear, input, weight, bias, STRAIGHT)
+    return call.apply(lambda x: F.linear(x, weight, bias), input, [weight, bias], STRAIGHT)
 
 
 def matmul(call: Call, input: Tensor, other: Tensor) -> Any:
     """Rule for ``torch.matmul`` with a parameter on the right."""
     if not call.owns(other) or other.dim() != 2 or call.owns(input) or input.dim() < 1:
         return NotImplemented
-    return _product(call, lambda x, w, _: x @ w, input, other, None, TURNED)
+    return call.apply(lambda x: x @ other, input, [other], TURNED)
 
 
 def addmm(call: Call, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
     """Rule for ``torch.addmm`` with a bias ``(O,)`` and a weight ``(C, O)``."""
     if beta != 1 or alpha != 1 or not call.owns(mat2) or not call.owns(input) or input.dim() != 1 or call.owns(mat1):
         return NotImplemented
-    return _product(call, lambda x, w, b: x @ w + b, mat1, mat2, input, TURNED)
+    return call.apply(lambda x: x @ mat2 + input, mat1, [mat2, input], TURNED)
 
 
 def embedding(
@@ -161,41 +151,19 @@ def embedding(
 ) -> Any:
     """Rule for ``torch.nn.functional.embedding``."""
     if scale_grad_by_freq:
-        raise NotPerSampleError(
-            "model must not mix the samples of a batch, or there is no gradient per sample; an embedding divides "
-            "gradients by counts over the batch (scale_grad_by_freq=True)"
-        )
+        raise mixes_samples("an embedding divides gradients by counts over the batch (scale_grad_by_freq=True)")
     if not call.owns(weight) or max_norm is not None:
         return NotImplemented
     padding = None if padding_idx is None else padding_idx % weight.shape[0]
-
-    def on_batch() -> Any:
-        begin = next_number()
-        index = call.spread(input, call.physical(input))
-        out = F.embedding(index, weight, padding_idx, sparse=sparse)
-        return call.tapped([out], [index], [weight], Table(weight.shape[0], padding), begin)[0]
-
-    return call.on_batch(on_batch)
+    table = Table(weight.shape[0], padding)
+    return call.apply(lambda index: F.embedding(index, weight, padding_idx, sparse=sparse), input, [weight], table)
 
 
-def embedding_bag(
-    call: Call,
-    input: Tensor,
-    weight: Tensor,
-    offsets: Tensor | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2,
-    scale_grad_by_freq: bool = False,
-    mode: str = "mean",
-    sparse: bool = False,
-    *options: Any,
-    **named: Any,
-) -> Any:
-    """Rule for ``torch.nn.functional.embedding_bag`` with sparse gradients, which copies cannot have."""
-    if not sparse or not call.owns(weight) or max_norm is not None or scale_grad_by_freq:
-        return NotImplemented
-    table = call.copy_of(weight)
-    return F.embedding_bag(input, table, offsets, None, norm_type, False, mode, False, *options, **named)
+def embedding_bag(call: Call, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Refuse ``torch.nn.functional.embedding_bag`` with sparse gradients, which copies cannot have."""
+    if kwargs.get("sparse") or args[5:6] == (True,):
+        raise Refused("its bag of embeddings has sparse gradients (sparse=True)")
+    return NotImplemented
 
 
 def sum_sqnorm(products: Sequence[Factors], rows: Sequence[Factors]) -> Tensor:

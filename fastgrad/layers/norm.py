@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgrad._torch import is_batched, next_number
-from fastgrad.layers.call import Call, NotPerSampleError
+from fastgrad._torch import is_batched
+from fastgrad.layers.call import Call, mixes_samples
 from fastgrad.layers.formula import Formula, Tensors
 from fastgrad.layers.reduce import positions_first, sqnorm, upcast
 
@@ -65,22 +65,6 @@ class BatchNorm(Normalisation):
         return [sqnorm((bias if slot else weight).view(samples, channels)) for slot in slots]
 
 
-def _channels(
-    call: Call, input: Tensor, weight: Any, bias: Any, run: Callable[..., Tensor], make: Callable[[int], Formula]
-) -> Any:
-    """Run a normalisation of channels; ``make(images)`` gives its formula."""
-
-    def on_batch() -> Any:
-        begin = next_number()
-        x = call.spread(input, call.physical(input))
-        images = x.shape[1]
-        x = x.flatten(0, 1)
-        out = call.tapped([run(x, weight, bias)], [x], [weight, bias], make(images), begin)[0]
-        return out.unflatten(0, (call.samples, images))
-
-    return call.on_batch(on_batch)
-
-
 def batch_norm(
     call: Call,
     input: Tensor,
@@ -96,16 +80,15 @@ def batch_norm(
     if not call.is_batched(input) or not call.serves(weight, bias) or running_mean is None or running_var is None:
         return NotImplemented
     if training:
-        raise NotPerSampleError(
-            "model must not mix the samples of a batch, or there is no gradient per sample; it normalises with the "
-            "statistics of the batch (batch norm in training mode, or without running statistics; call model.eval())"
+        raise mixes_samples(
+            "it normalises with the statistics of the batch (batch norm in training mode, or without running "
+            "statistics; call model.eval())"
         )
     mean, var = running_mean, running_var
-
-    def run(x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
-        return F.batch_norm(x, mean, var, w, b, False, momentum, eps)
-
-    return _channels(call, input, weight, bias, run, lambda images: BatchNorm(mean, var, eps, images))
+    return call.apply_to_images(
+        lambda x: F.batch_norm(x, mean, var, weight, bias, False, momentum, eps),
+        input, [weight, bias], lambda images: BatchNorm(mean, var, eps, images),
+    )  # fmt: skip
 
 
 def group_norm(
@@ -117,13 +100,7 @@ def group_norm(
     eps: float = 1e-5,
 ) -> Any:
     """Rule for ``torch.nn.functional.group_norm``."""
-    if not call.serves(weight, bias) or call.owns(input):
-        return NotImplemented
-
-    def run(x: Tensor, w: Tensor | None = None, b: Tensor | None = None) -> Tensor:
-        return F.group_norm(x, num_groups, w, b, eps)
-
-    return _channels(call, input, weight, bias, run, lambda images: Normalisation(run, 0, images))
+    return _over_positions(call, input, weight, bias, lambda x, w, b: F.group_norm(x, num_groups, w, b, eps))
 
 
 def instance_norm(
@@ -140,13 +117,20 @@ def instance_norm(
     """Rule for ``torch.nn.functional.instance_norm``, of images that have a dimension for samples."""
     if not use_input_stats:
         return batch_norm(call, input, running_mean, running_var, weight, bias, False, momentum, eps)
-    if not call.serves(weight, bias) or call.owns(input) or running_mean is not None:
+    if running_mean is not None:
         return NotImplemented
+    run = F.instance_norm
+    return _over_positions(call, input, weight, bias, lambda x, w, b: run(x, None, None, w, b, True, momentum, eps))
 
-    def run(x: Tensor, w: Tensor | None = None, b: Tensor | None = None) -> Tensor:
-        return F.instance_norm(x, None, None, w, b, True, momentum, eps)
 
-    return _channels(call, input, weight, bias, run, lambda images: Normalisation(run, 0, images))
+def _over_positions(call: Call, input: Tensor, weight: Any, bias: Any, run: Callable[..., Tensor]) -> Any:
+    """Apply ``run(input, weight, bias)``, a normalisation of channels by statistics of each image."""
+    if not call.serves(weight, bias) or call.owns(input):
+        return NotImplemented
+    return call.apply_to_images(
+        lambda x: run(x, weight, bias), input, [weight, bias],
+        lambda images: Normalisation(lambda x: run(x, None, None), 0, images),
+    )  # fmt: skip
 
 
 def layer_norm(
@@ -177,13 +161,8 @@ def rms_norm(
 def _over_last(
     call: Call, input: Tensor, shape: Sequence[int], weight: Any, bias: Any, run: Callable[..., Tensor]
 ) -> Any:
+    """Apply ``run(input, weight, bias)``, a normalisation over the last dimensions, of this ``shape``."""
     if not call.serves(weight, bias) or call.owns(input):
         return NotImplemented
     formula = Normalisation(lambda a: run(a, None, None), len(shape), 1)
-
-    def on_batch() -> Any:
-        begin = next_number()
-        x = call.spread(input, call.physical(input))
-        return call.tapped([run(x, weight, bias)], [x], [weight, bias], formula, begin)[0]
-
-    return call.on_batch(on_batch)
+    return call.apply(lambda x: run(x, weight, bias), input, [weight, bias], formula)

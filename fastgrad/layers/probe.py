@@ -13,8 +13,8 @@ from torch import Tensor
 from fastgrad._torch import drop_view_base
 from fastgrad.ops.dispatch import full_precision
 
-#: ``(saved tensors, output gradients) -> (B, m)``, the gradient of the probe, or None.
-Visit = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor | None]
+#: A function of saved tensors and output gradients.
+Visit = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
 
 # What backward passes under way ask of probes, by the id of the probe. A pass to an early probe crosses the nodes of
 # later ones, and autograd does not tell a node which of its inputs' gradients are wanted. Backward passes on a GPU
@@ -54,13 +54,13 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        visit, found = _visits.get(id(ctx.probe)), None
+        visit = _visits.get(id(ctx.probe))
         if visit is not None:
             with full_precision(gradients[0].device):
-                found = visit(ctx.saved_tensors, gradients)
+                visit(ctx.saved_tensors, gradients)
         if torch.is_grad_enabled():
             gradients = _Graphed.apply(ctx.probe, *gradients)
-        return (None, None, *gradients, found, *[None] * ctx.saved_count)
+        return (None, None, *gradients, *[None] * (1 + ctx.saved_count))
 
 
 class _Graphed(torch.autograd.Function):
@@ -85,10 +85,10 @@ class _Graphed(torch.autograd.Function):
 def tap(outputs: Sequence[Tensor], saved: Sequence[Tensor], probe: Tensor, *, in_place: bool) -> list[Tensor]:
     """Route a layer's floating-point ``outputs`` through an identity node, and return the node's outputs.
 
-    ``probe`` requires gradients; in a backward pass its visitor, if `visiting` names one, gets ``saved`` and the output
-    gradients, also under ``vmap`` over gradients, and returns the gradient of the probe. ``saved`` is kept by reference
-    and checked for later modification. ``in_place`` passes outputs on without a copy; the operation that made them must
-    not need them for its own backward pass.
+    ``probe`` requires gradients, so that a backward pass to it comes here; its visitor, if `visiting` names one, then
+    gets ``saved`` and the output gradients, also under ``vmap`` over gradients. ``saved`` is kept by reference and
+    checked for later modification. ``in_place`` passes outputs on without a copy; the operation that made them must not
+    need them for its own backward pass.
     """
     saved = [t.detach() for t in saved]
     if in_place:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgrad.losses import compute_dtype
 
@@ -23,8 +23,3 @@ def positions_first(x: Tensor, trailing: int) -> Tensor:
     """Flatten the dimensions between the batch and the last ``trailing`` ones: ``(B, T, *trailing)``; T may be 1."""
     keep = x.dim() - trailing
     return x.unsqueeze(1) if keep == 1 else x.flatten(1, keep - 1)
-
-
-def leaf(x: Tensor) -> Tensor:
-    """Return a leaf with the values of ``x`` that requires gradients, without requires_grad_: ``vmap`` forbids it."""
-    return nn.Parameter(x.detach())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastgrad._torch import pytree
 from fastgrad.layers.call import Call
-from fastgrad.layers.cells import CELLS
+from fastgrad.layers.recurrent import CELLS
 
 
 def on_images(function: Callable[..., Any], call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Any:

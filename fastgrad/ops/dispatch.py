@@ -18,12 +18,13 @@ from torch import Tensor
 
 from fastgrad._torch import is_readable, is_traced, is_transformed
 from fastgrad.checks import KERNEL_DTYPES, one_of
+from fastgrad.ops.tune import KNOWN_ARCHITECTURES
 
 _T = TypeVar("_T")
 
 IMPLEMENTATIONS = ("auto", "triton", "eager")
-#: AMD's GPUs for which the kernels are compiled in every report.
-AMD = ("gfx942", "gfx950")
+#: Major compute capabilities of the NVIDIA GPUs that the kernels are compiled for in every report.
+_MAJOR = {arch.version // 10 for arch in KNOWN_ARCHITECTURES.values() if arch.backend == "cuda"}
 
 
 def _found(name: str) -> bool:
@@ -53,9 +54,11 @@ def _gpu_refusal(index: int | None) -> str | None:
     properties = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
     if torch.version.hip:
         name = str(properties.gcnArchName).split(":")[0]
-        return None if name in AMD else f"on AMD the kernels are for {', '.join(AMD)}, and the device was {name}"
-    # Triton does not use the matrix units of earlier GPUs.
-    return None if properties.major >= 8 else "the kernels need compute capability 8.0"
+        compiled = name in KNOWN_ARCHITECTURES
+    else:
+        name, compiled = f"sm_{properties.major}{properties.minor}", properties.major in _MAJOR
+    known = ", ".join(KNOWN_ARCHITECTURES)
+    return None if compiled else f"the device was {name}, and kernels are compiled for {known}"
 
 
 def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -74,7 +77,7 @@ def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         return _gpus[device.index]
     if device.type == "cpu":
         return None if interpreting() else "the device was cpu, where kernels only run with TRITON_INTERPRET=1"
-    return f"the device was {device.type}, and kernels run on cuda (NVIDIA, and AMD's {' and '.join(AMD)})"
+    return f"the device was {device.type}, and kernels run on cuda"
 
 
 def choose(impl: str, tensor: torch.Tensor, missing: str | None = None) -> str:
@@ -86,8 +89,7 @@ def choose(impl: str, tensor: torch.Tensor, missing: str | None = None) -> str:
         return "eager"
     one_of("impl", impl, IMPLEMENTATIONS)
     # Recorded graphs become files, which run without this package; torch.func cannot differentiate our operators.
-    alone = not torch.compiler.is_compiling() and (is_transformed() or (is_traced() and not opaque_ops.get()))
-    if impl == "auto" and alone:
+    if impl == "auto" and not torch.compiler.is_compiling() and (is_transformed() or is_traced()):
         return "eager"
     refusal = missing or triton_refusal(tensor.device, tensor.dtype)
     if refusal and impl == "triton":
@@ -105,8 +107,6 @@ def bind_contextvar(variable: ContextVar[_T], value: _T) -> Iterator[None]:
         variable.reset(token)
 
 
-#: Whether a graph that is recorded runs in this process: then our operators stay whole, as its nodes.
-opaque_ops: ContextVar[bool] = ContextVar("fastgrad_opaque", default=False)
 #: The ``impl`` that layer rules hand to operators; bound where rules run: backward passes have other threads.
 implementation: ContextVar[str] = ContextVar("fastgrad_impl", default="auto")
 

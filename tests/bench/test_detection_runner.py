@@ -187,7 +187,7 @@ def test_a_page_names_the_strongest_rival_and_what_was_not_run(options: Options,
     path = pages.save("trial", runner.run(TABLE, options), packages=("torch",), folder=tmp_path, facts=facts)
     text = path.read_text()
     assert "| attacks | brightness 1.000 [1.000, 1.000] | 0.000 [0.000, 0.000] |" in text
-    assert "Held out: nothing was tuned on this network; changes that lost on a held-out network were not made." in text
+    assert "Validation: nothing was tuned on this network, but changes that lost on it were not made." in text
     assert "| absent | 2026 | needs maps |" in text
     assert "### Clean data only" in text
     assert json.loads((tmp_path / "trial.json").read_text())["rows"]

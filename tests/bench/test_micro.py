@@ -12,7 +12,8 @@ from python_process import run_python
 
 from bench.clock import peak_bytes
 from bench.micro import test_micro as micro
-from bench.registry import SIZES, Case, Implementation, cases
+from bench.micro.cases import cases
+from bench.registry import SIZES, Case, Implementation
 
 ROOT = pathlib.Path(__file__).parents[2]
 CPU = "cpu"

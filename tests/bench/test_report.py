@@ -77,24 +77,37 @@ def test_numbers_below_ten_thousand_have_no_power_of_ten(form: Any, value: float
     assert form(value) == shown
 
 
-def test_a_share_has_the_interval_of_wilson() -> None:
-    count, z = 100, 1.959964
-    for found in (0, 41, 100):
-        p = found / count
-        centre, half = p + z**2 / (2 * count), z * (p * (1 - p) / count + z**2 / (4 * count**2)) ** 0.5
-        low, high = ((centre + sign * half) / (1 + z**2 / count) for sign in (-1, 1))
-        assert text.share(p, count) == f"{p:.2f} [{abs(low):.2f}, {high:.2f}]"
+def test_shares_have_the_interval_of_wilson() -> None:
+    from scipy.stats import binomtest
+
+    for found in (0, 1, 41, 100):
+        ends = binomtest(found, 100).proportion_ci(method="wilson")
+        assert text.wilson(found, 100) == pytest.approx((ends.low, ends.high), abs=1e-12)
+    assert text.share(0, 100) == "0.00 [0.00, 0.04]"
 
 
 def test_no_message_ends_its_cell() -> None:
     assert text.table([{"note": "expected a | b\ngot c"}]) == "| note |\n| --- |\n| expected a \\| b got c |"
 
 
-def test_no_line_runs_through_the_words_of_a_figure() -> None:
-    colours = figures.colours(["fastgrad", "softmax"])
-    (panel,) = figures.stacked({"head": [("fastgrad", 1.0), ("softmax", 0.9)]}, colours, ".2f", "AUROC").axes
-    assert [label.get_text() for label in panel.texts] == ["head", "1.00", "0.90"]
-    assert all(label.get_bbox_patch().get_facecolor()[:3] == (1, 1, 1) for label in panel.texts)
+def test_a_figure_shows_values_intervals_and_a_line() -> None:
+    value = figures.Value("0.900", 0.9, 0.8, 0.95)
+    groups = {"head": [("fastgrad", [value, None]), ("softmax", [value, value])]}
+    made = figures.dots(groups, "AUROC", line=(0.5, "chance"), titles=["one", "two"])
+    first, second = made.axes
+    assert [text.get_text() for text in first.texts] == ["0.900", "0.900", "head"]
+    assert [label.get_text() for label in first.get_yticklabels()] == ["fastgrad", "softmax"]
+    assert [list(line.get_xdata()) for line in second.lines] == [[0.8, 0.95], [0.9], [0.5, 0.5]]
+    assert made.get_supxlabel() == "AUROC\n(dashed: chance)"
+
+
+def test_one_figure_never_gives_two_names_a_colour() -> None:
+    for name in ("photographs", "attacks", "corruptions", "other-sets", "failure", "adaptive", "network", "last-layer"):
+        made = pages.draw(json.loads((pages.RESULTS / f"{name}.json").read_text()))
+        (first, *_) = made.axes
+        names = {label.get_text() for label in first.get_yticklabels()} if made.get_supxlabel() else set()
+        names |= {line.get_label() for line in first.lines if not line.get_label().startswith("_")}
+        assert len({figures.colour(one) for one in names}) == len(names) > 1, name
 
 
 def test_a_page_is_a_template_over_its_results(folder: pathlib.Path) -> None:
@@ -110,6 +123,20 @@ def test_a_page_is_a_template_over_its_results(folder: pathlib.Path) -> None:
     assert command.stale(folder, []) == []
     (folder / "network.md").write_text(text.replace("4 s", "3 s"))
     assert command.stale(folder, []) == ["network.md"]
+
+
+@pytest.mark.parametrize(
+    ("base", "line"),
+    [
+        ("training step", "| net B=8 | 500 ms | 2 KiB | 0.50 | 1.00 | 8 | refused | wrong | 750 ms | 1.5 s |"),
+        ("network alone", "| net B=8 | fastgrad | 16 | 500 ms | 500 ms to 500 ms | 0.50 | 2 KiB | 750 ms |"),
+    ],
+)
+def test_latencies_of_a_gpu_stand_beside_times_of_graphs(base: str, line: str, folder: pathlib.Path) -> None:
+    timed = [row | ({"latency_s": 1.5 * row["median_s"]} if row["correct"] else {}) for row in CASES]
+    assert line in speed.tables([row | {"relative_to": base} for row in timed])
+    pages.store(folder / "network.json", {"machine": "here", "versions": {}, "revision": "abc", "cases": timed})
+    assert "| latency |" in pages.write("network", folder).read_text()
 
 
 def test_a_changed_figure_is_found(folder: pathlib.Path) -> None:
@@ -130,26 +157,30 @@ def test_an_unknown_value_is_refused(words: str, folder: pathlib.Path) -> None:
         blocks.value(words, folder)
 
 
-def test_a_peer_that_is_faster_is_named_at_the_top() -> None:
-    slower = [dict(row, median_s=0.25) if row["implementation"] == "vmap(grad)" else row for row in CASES]
-    assert speed.standing(CASES).startswith("fastgrad is ahead")
-    assert speed.standing(slower) == "fastgrad is behind in: net B=8: vmap(grad) is 2.00 times faster."
+def _with(name: str, **changed: Any) -> list[dict[str, Any]]:
+    return [row | changed if row["implementation"] == name else row for row in CASES]
 
 
-def test_nothing_is_claimed_of_a_case_in_which_fastgrad_is_not_timed() -> None:
-    wrong = [dict(row, median_s=None) if row["implementation"] == "fastgrad" else row for row in CASES]
-    assert speed.standing(wrong) == "fastgrad is behind in: net B=8: fastgrad is not timed."
+STANDINGS: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "ahead": (CASES, "fastgrad is ahead of every peer in every case below."),
+    "behind": (
+        _with("vmap(grad)", median_s=0.25),
+        "fastgrad is behind in: net B=8: vmap(grad) is 2.00 times faster.",
+    ),
+    "not timed": (_with("fastgrad", median_s=None), "fastgrad is behind in: net B=8: fastgrad is not timed."),
+    "no peer": (CASES[:2], "No peer is measured here."),
+    "textbook": (
+        _with("vmap(grad)", implementation="closed form, textbook", median_s=0.25)[:3],
+        "fastgrad is ahead of every peer that keeps its accuracy.\n\nThe textbook form "
+        "`(||p||^2 - 2 p_k + 1)(||h||^2 + 1)`, eager or compiled, is faster in 1 comparisons, by up to 2 times.",
+    ),
+}
 
 
-def test_where_there_is_no_peer_nothing_is_claimed() -> None:
-    assert speed.standing(CASES[:2]) == "No peer is measured here."
-
-
-def test_textbook_forms_are_named_apart() -> None:
-    rows = [dict(row, implementation="closed form, textbook", median_s=0.25) for row in CASES[2:3]]
-    text = speed.standing([*CASES[:2], *rows])
-    assert text.startswith("fastgrad is ahead of every peer that keeps its accuracy.")
-    assert "is faster in 1 comparisons, by up to 2 times" in text
+@pytest.mark.parametrize("case", STANDINGS)
+def test_the_line_above_a_table_says_who_is_ahead(case: str) -> None:
+    rows, expected = STANDINGS[case]
+    assert speed.standing(rows).startswith(expected)
 
 
 @pytest.fixture
@@ -194,7 +225,7 @@ def test_several_networks_stand_in_one_table_by_group(detection_folder: pathlib.
     lines = blocks.table("attacks a, b | attacks", detection_folder).splitlines()
     assert lines[0].startswith("| group | network | strongest published |")
     assert lines[2].startswith("| attacks | A, tuned on | energy 0.700 ± 0.141 | 0.950 ± 0.071 |")
-    assert lines[3].startswith("| attacks | B, held out | energy 0.500 [0.400, 1.000] |")
+    assert lines[3].startswith("| attacks | B, validation | energy 0.500 [0.400, 1.000] |")
     with pytest.raises(ValueError, match=r"must name groups of a, b; they were \['corruptions'\]"):
         blocks.table("attacks a, b | attacks | corruptions", detection_folder)
 
@@ -204,7 +235,7 @@ def test_one_field_by_network_or_by_case(detection_folder: pathlib.Path, folder:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"networks": {"a": ["A", True], "b": ["B", False]}}))
     words = "attacks by network | mean of attacks | auroc | .2f | energy | fastgrad, budget 1.2"
     assert blocks.table(words, detection_folder).splitlines()[2:] == [
-        "| A, tuned on | 0.70 | 0.95 |", "| B, held out | 0.50 |  |"
+        "| A, tuned on | 0.70 | 0.95 |", "| B, validation | 0.50 |  |"
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"they were \['softmax'\]"):
         blocks.table(words + " | softmax", detection_folder)
@@ -221,17 +252,21 @@ def test_tables_with_rows_of_their_own_have_a_figure(tmp_path: pathlib.Path, nam
         assert image.width == figures.WIDTH
 
 
-def test_the_figure_of_second_answers_shows_the_strongest_without_h() -> None:
-    accuracies = {"network": 0.5, "H on h, gated": 0.6, "H on h": 0.9, "batch norm adapted": 0.7, "SimCLR": 0.4}
-    rows = [{"network": "a", "method": name, "case": "unlike", "accuracy": p} for name, p in accuracies.items()]
+def test_second_answers_show_gains_of_every_case() -> None:
+    gains = {"H on h, gated": 0.1, "H on h": 0.4, "batch norm adapted": -0.2}
+    rows = [
+        {"network": "a", "method": name, "case": "clean", "gain": p, "interval": [p - 0.1, p + 0.1]}
+        for name, p in gains.items()
+    ]
     rows.append({"network": "b", "not run": "no weights"})
     made = detection.second_answers({"rows": rows, "networks": {"a": ["A", True], "b": ["B", True]}})
-    assert [bar.get_width() for bar in made.axes[0].patches] == pytest.approx([50, 60, 70])
+    assert [text.get_text() for text in made.axes[0].texts] == ["+10.0", "-20.0", "A"]
+    assert not made.axes[1].texts
 
 
-def test_the_figure_of_found_attacks_leaves_out_what_misleads_nothing() -> None:
+def test_attacks_that_mislead_nothing_have_no_row() -> None:
     row = {"network": "a", "case": "2/255", "method": "default", "found, selective": 0, "misled, selective": 0}
-    both = row | {"found, AutoAttack": 1, "misled, AutoAttack": 4}
+    both = row | {"found, AutoAttack": 0, "misled, AutoAttack": 4}
     made = detection.found_attacks({"rows": [both], "networks": {"a": "A"}})
-    assert [bar.get_width() for bar in made.axes[0].patches] == [25]
-    assert not detection.found_attacks({"rows": [row], "networks": {"a": "A"}}).axes[0].patches
+    assert [text.get_text() for text in made.axes[0].texts] == ["0 of 4", "A, 2/255, default"]
+    assert detection.found_attacks({"rows": [row], "networks": {"a": "A"}}) is None

@@ -11,7 +11,7 @@ from doc_pages import DOCS, Block, blocks, parameters, programs
 from python_process import run_python
 
 ROOT = DOCS.parent
-RECIPES = sorted(page for page in (DOCS / "contributing").glob("*.md") if page.stem != "site")
+RECIPES = sorted((DOCS / "contributing").glob("*.md"))
 RUN = "import pathlib, sys, doc_pages; doc_pages.run(pathlib.Path(sys.argv[1]))"
 
 

@@ -32,7 +32,7 @@ def test_no_entry_shows_a_python_object() -> None:
 def test_every_command_has_its_help() -> None:
     from fastgrad.commands.cli import COMMANDS
 
-    page = (DOCS / "reference" / "command-line.md").read_text()
+    page = (DOCS / "reference" / "deploy.md").read_text()
     assert set(re.findall(r"<!-- command: (\w+) -->", page)) == set(COMMANDS)
 
 
@@ -43,3 +43,12 @@ def test_every_function_with_a_rule_is_named() -> None:
     names = re.findall(r"`((?:F|torch|Tensor)\.\w+)`", table)
     assert len(set(names)) == len(RULES)
     assert {"F.linear", "F.conv2d", "torch.lstm", "F.max_pool2d"} <= set(names)
+
+
+def test_explained_messages_are_those_of_the_code() -> None:
+    page = (DOCS / "faq.md").read_text().split("## How many")[0]
+    code = "".join(path.read_text() for path in sorted((DOCS.parent / "fastgrad").rglob("*.py")))
+    joined = re.sub(r'"\n\s*f?"', "", code)
+    messages = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(messages) > 10
+    assert [m for m in messages if not all(part in joined for part in m.split(" ... "))] == []

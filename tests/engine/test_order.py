@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from gradient_oracle import loss_norms
 from small_nets import alone, assert_exact, check, features_of_squares, inputs, parts, recorded, routes
 from torch import Tensor, nn
@@ -15,88 +14,45 @@ from torch.nn.utils.rnn import pad_sequence
 
 import fastgrad
 
+X, SEQUENCE = inputs(5, 3), inputs(5, 4, 3)
+
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
 
 
-X, SEQUENCE = inputs(5, 3), inputs(5, 4, 3)
-SORTED = X[X[:, 0].argsort()]
-
-
-def written(x: Tensor, there: Tensor | list[int]) -> Tensor:
+def written(x: Tensor, there: list[int]) -> Tensor:
     rows = torch.zeros_like(x)
-    if isinstance(there, Tensor):
-        rows[there] = x
-        return rows
     for place, row in zip(there, x, strict=True):
         rows[place] = row
     return rows
 
 
-#: How samples come into the order of their first values: from x, the order, its inverse and a matrix of products.
-WAYS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-    "index": lambda x, order, there, p: x[order],
-    "index_select": lambda x, order, there, p: x.index_select(0, order),
-    "rows": lambda x, order, there, p: torch.stack([x[i] for i in order.tolist()]),
-    "slices": lambda x, order, there, p: torch.cat([x[i : i + 1] for i in map(int, order)]),
-    "items": lambda x, order, there, p: x[sorted(range(len(x)), key=lambda i: x[i, 0].item())],
-    "array": lambda x, order, there, p: x[order.numpy()],
-    "padded": lambda x, order, there, p: pad_sequence([x[i][:, None] for i in order.tolist()], True).squeeze(2),
-    "one by one": lambda x, order, there, p: written(x, there.tolist()),
-    "take": lambda x, order, there, p: torch.take(x, order[:, None] * 3 + torch.arange(3)),
-    "embedding": lambda x, order, there, p: F.embedding(order, x),
-    "index_copy": lambda x, order, there, p: torch.zeros_like(x).index_copy(0, there, x),
-    "index_put": lambda x, order, there, p: torch.zeros_like(x).index_put((there,), x),
-    "setitem": lambda x, order, there, p: written(x, there),
-    "scatter": lambda x, order, there, p: torch.zeros_like(x).scatter(0, there[:, None].expand_as(x), x),
-    "einsum": lambda x, order, there, p: torch.einsum("ij,jd->id", p, x),
-    "linear": lambda x, order, there, p: F.linear(p, x.T),
-    "bmm": lambda x, order, there, p: torch.bmm(p[None], x[None])[0],
-    "sum": lambda x, order, there, p: (p.unsqueeze(2) * x).sum(1),
+#: How samples come into the order of their first values: from x, the order and its inverse.
+WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "index": lambda x, order, there: x[order],
+    "rows": lambda x, order, there: torch.stack([x[i] for i in order.tolist()]),
+    "items": lambda x, order, there: x[sorted(range(len(x)), key=lambda i: x[i, 0].item())],
+    "array": lambda x, order, there: x[order.numpy()],
+    "padded": lambda x, order, there: pad_sequence([x[i][:, None] for i in order.tolist()], True).squeeze(2),
+    "one by one": lambda x, order, there: written(x, there.tolist()),
+    "take": lambda x, order, there: torch.take(x, order[:, None] * 3 + torch.arange(3)),
+    "scatter": lambda x, order, there: torch.zeros_like(x).scatter(0, there[:, None].expand_as(x), x),
+    "product": lambda x, order, there: torch.nn.functional.one_hot(order, len(x)).to(x) @ x,
+    "cat": lambda x, order, there: torch.cat(x.flip(0).chunk(2)[::-1]),
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_samples_in_the_order_of_their_values(way: str) -> None:
+def test_samples_in_another_order(way: str) -> None:
     def function(net: Any, x: Tensor) -> Tensor:
-        order = x[:, 0].argsort(stable=True)
+        order = x[:, 0].argsort(stable=True) if way != "cat" else torch.cat(torch.arange(len(x)).flip(0).chunk(2)[::-1])
         there = order.argsort()
-        ordered = WAYS[way](x, order, there, F.one_hot(order, len(x)).to(x))
-        return net.head(torch.tanh(net.layer(ordered)))[there]
+        return net.head(torch.tanh(net.layer(WAYS[way](x, order, there))))[there]
 
-    check(parts(function), (SORTED,), (SORTED.flip(0),), (X[:3],))
-
-
-def experts(net: Any, x: Tensor) -> Tensor:
-    """Two layers, of which each sample uses one."""
-    gate = (x[:, :1] > 0).to(x.dtype)
-    return net.head(gate * net.layer(x) + (1 - gate) * net.other(x))
-
-
-#: By the way there and back.
-MOVED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "flip": (lambda x: x.flip(0), lambda x: x.flip(0)),
-    "flipud": (torch.flipud, torch.flipud),
-    "roll": (lambda x: x.roll(1, 0), lambda x: x.roll(-1, dims=0)),
-    "unbind": (lambda x: torch.stack(x.unbind()[::-1]), lambda x: torch.stack(x.unbind()[::-1])),
-    "cat": (lambda x: torch.cat([x[1:], x[:1]]), lambda x: torch.cat([x[-1:], x[:-1]])),
-    "transposed": (lambda x: x.T.flip(1).T, lambda x: x.T.flip(1).T),
-    "halves": (lambda x: torch.cat(x.chunk(2)[::-1]), lambda x: torch.cat([x[len(x) // 2 :], x[: len(x) // 2]])),
-}
-
-
-@pytest.mark.parametrize("way", MOVED)
-def test_an_expert_of_samples_in_another_order(way: str) -> None:
-    there, back = MOVED[way]
-    even = inputs(4, 3)
-    check(parts(lambda net, x: back(experts(net, there(x)))), (even.abs(),), (even,), (even[:1],))
-
-
-def doubled(net: Any, x: Tensor) -> Tensor:
-    both = net.layer(torch.cat([x, -x])).tanh()
-    return net.head(both[: len(x)] * both[len(x) :])
+    ordered = X[X[:, 0].argsort()]
+    check(parts(function), (ordered,), (ordered.flip(0),), (X[:3],))
 
 
 def unrolled(net: Any, x: Tensor) -> Tensor:
@@ -113,16 +69,16 @@ def encoded(net: Any, x: Tensor) -> Tensor:
     return net.head(windows.tanh().flatten(3).sum((1, 3)))
 
 
-#: Of sequences ``(B, T, 3)``: where the batch goes on its way, and the routes of the layer's weight and the head's.
+#: Of sequences ``(B, T, 3)``: where the batch goes on its way, and the route of the layer's weight.
 PLACES: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "transposed": (lambda net, x: net.head(net.layer(x.transpose(0, 1)).tanh().mean(0)), "rule"),
     "equation": (lambda net, x: net.head(torch.einsum("btd->tbd", net.layer(x)).tanh().sum(0)), "rule"),
     "folded": (lambda net, x: net.head(net.layer(x.reshape(-1, 3)).tanh().view(x.shape).mean(1)), "rule"),
     "repeated": (
-        lambda net, x: net.head(net.layer(x.repeat_interleave(2, 0)).tanh().unflatten(0, (-1, 2)).sum((1, 2))),
-        "rule",
+        lambda net, x: net.head(net.layer(x.repeat_interleave(2, 0)).tanh().unflatten(0, (-1, 2)).sum((1, 2))), "rule",
     ),
-    "doubled": (lambda net, x: doubled(net, x.sum(1)), "rule"),
+    "doubled": (lambda net, x: net.head(net.layer(torch.cat([x, -x])).tanh().unflatten(0, (2, -1)).prod(0).sum(1)),
+                "rule"),
     "unrolled": (unrolled, "sum"),
     "encoded": (encoded, "rule"),
     "cat": (lambda net, x: net.head(net.layer(torch.cat([x, x[:, :1]], axis=1)).tanh()).mean(1), "rule"),  # type: ignore[call-arg]
@@ -130,16 +86,16 @@ PLACES: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "by name": (lambda net, x: net.head(torch.matmul(x.mean(1), other=net.layer.weight)), "rule"),
     "sample by sample": (lambda net, x: torch.cat([net.head(net.layer(row)[None].mean(1)) for row in x]), "rule"),
     "vmap": (lambda net, x: torch.func.vmap(lambda row: net.head(row.mean(0)))(x), "alone"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("way", PLACES)
 def test_the_batch_in_another_place(way: str) -> None:
     function, route = PLACES[way]
     model = parts(function, table=nn.Embedding(9, 3), conv=nn.Conv1d(3, 3, 2))
-    check(model, (SEQUENCE,), (inputs(3, 4, 3),), (inputs(4, 4, 3),), (SEQUENCE[:1],))
-    assert routes(model, SEQUENCE)["layer.weight"] == route
-    assert routes(model, SEQUENCE)["head.weight"] == ("alone" if way == "vmap" else "rule")
+    check(model, (SEQUENCE,), (inputs(3, 4, 3),), (SEQUENCE[:1],))
+    found = routes(model, SEQUENCE)
+    assert (found["layer.weight"], found["head.weight"]) == (route, "alone" if way == "vmap" else "rule")
 
 
 #: What a model returns for hidden states h ``(B, T, 3)``, and losses ``(B,)`` of it.
@@ -197,23 +153,17 @@ def test_outputs_of_all_samples(way: str) -> None:
         if factor is None:
             with pytest.raises(ValueError, match=r"outputs must not depend on output \[1\] .* joins the samples"):
                 fastgrad.grad_sqnorm(total + h.sum(), parameters, retain_graph=True)
-            found = fastgrad.grad_sqnorm(h.square().sum(), parameters)
-        else:
-            found = fastgrad.grad_sqnorm(total, parameters)
+        found = fastgrad.grad_sqnorm(h.square().sum() if factor is None else total, parameters)
     wanted = parts(lambda net, x: net.layer(x).tanh())
     wanted.load_state_dict(model.state_dict())
     assert_exact(torch.stack(found, 1), alone(wanted, (x,)) * (factor or 1.0) ** 2)
 
 
 def test_what_joins_samples_beside_the_logits_is_no_matter() -> None:
-    def function(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        h = torch.tanh(net.layer(x))
-        return net.layer(h), h.var(0, unbiased=False)
-
-    model = parts(function)
+    model = parts(lambda net, x: (net.head(h := torch.tanh(net.layer(x))), h.var(0, unbiased=False)))
     truth = loss_norms((model(row)[0].square().sum() for row in X.split(1)), model)
     assert_exact(features_of_squares(model)(X)[1], truth)
-    expected = torch.tanh(model.layer(X)).var(0, unbiased=False)
+    expected = model(X)[1]
     with fastgrad.clip_gradients(model, 1.0) as clipped:
         out, variance = model(X)
         torch.testing.assert_close(variance, expected)

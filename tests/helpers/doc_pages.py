@@ -18,8 +18,8 @@ FENCE = re.compile(r'^```(\w+)(?: title="([^"]*)")?\n(.*?)^```$', re.DOTALL | re
 
 #: Pages that take more than some seconds, or repeat what another one shows: the documentation's own build runs them.
 SLOW = {
-    "compare-detectors", "endpoint", "file-and-server", "first-score", "index", "introspection",
-    "million-images", "onnx", "other-models", "score", "table", "unreliable-answer", "what-it-sees", "wrong-labels",
+    "blocks-and-scores", "compare-detectors", "file-and-server", "first-score", "index", "introspection",
+    "million-images", "other-models", "production", "tables-endpoints-pages", "what-it-finds",
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """The public surface as text: modules, names, signatures, members of classes, options of commands.
 
 ``python tests/helpers/surface.py`` writes it to ``tests/data/public.json``: its difference is what a change
-does to the interface. ``docs/reference/stability.md`` says what may change when.
+does to the interface. ``docs/reference/index.md`` says what may change when.
 """
 
 from __future__ import annotations

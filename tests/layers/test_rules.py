@@ -190,7 +190,10 @@ def test_layers_have_a_formula(module: nn.Module, shape: tuple[int, ...], name: 
     x = torch.randint(4, shape) if isinstance(module, nn.Embedding) else torch.randn(shape)
     taken = Net(lambda net, x: net.inner(x)[0] if isinstance(net.inner, nn.RNNBase) else net.inner(x), inner=module)
     for route in _routes(taken, x):
-        assert (route.route, route.reason) == ("rule", name) or route.route == name
+        if name == "recurrent":
+            assert route.reason.endswith("linear")
+        else:
+            assert (route.route, route.reason) == ("rule", name) or route.route == name
 
 
 @few

@@ -16,7 +16,7 @@ import fastgrad
 from fastgrad.losses import LOSSES
 from fastgrad.ops import dispatch, last_layer
 from fastgrad.ops.conv.sqnorm import conv_sqnorm, linear_sqnorm
-from fastgrad.ops.dispatch import bind_contextvar, choose, opaque_ops, triton_refusal
+from fastgrad.ops.dispatch import choose
 
 OPS = torch.ops.fastgrad
 
@@ -117,18 +117,34 @@ def test_a_backward_pass_under_autocast_keeps_its_digits(device: torch.device) -
     torch.testing.assert_close(*results, rtol=2e-5, atol=2e-5)
 
 
-def test_gpus_without_compiled_kernels_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("hip", "capability", "name", "served"),
+    [
+        (None, (7, 5), "sm_75", False),
+        (None, (8, 7), "sm_87", True),
+        (None, (12, 1), "sm_121", True),
+        (None, (13, 0), "sm_130", False),
+        ("7", (9, 4), "gfx942", True),
+        ("7", (11, 0), "gfx1100", False),
+    ],
+)
+def test_gpus_without_compiled_kernels(
+    hip: str | None, capability: tuple[int, int], name: str, served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are named, and run the eager form."""
     pytest.importorskip("triton")
+    major, minor = capability
+    properties = SimpleNamespace(major=major, minor=minor, gcnArchName=f"{name}:sramecc+")
+    monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    refusals = []
-    for hip, name, major in ((None, "", 7), (None, "", 8), ("7", "gfx942:sramecc+", 9), ("7", "gfx1100", 11)):
-        properties = SimpleNamespace(major=major, gcnArchName=name)
-        monkeypatch.setattr(torch.version, "hip", hip)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
-        monkeypatch.setattr(dispatch, "_gpus", {})
-        refusals += [triton_refusal(torch.device("cuda", 0), torch.float32) for _ in range(2)]
-    old, other = "the kernels need compute capability 8.0", "on AMD the kernels are for gfx942, gfx950, and the device"
-    assert refusals == [old, old, None, None, None, None, *[f"{other} was gfx1100"] * 2]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(dispatch, "_gpus", {})
+    tensor: Any = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
+    for _ in range(2):  # the second answer is remembered
+        assert choose("auto", tensor) == ("triton" if served else "eager")
+    if not served:
+        with pytest.raises(ValueError, match=f"'triton', but the device was {name}, and kernels are"):
+            choose("triton", tensor)
 
 
 def test_a_kernel_compiled_within_a_capture_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,11 +185,9 @@ def test_a_graph_that_leaves_the_process_holds_no_operator_of_ours(monkeypatch: 
     with FakeTensorMode():
         inputs = [torch.empty(shape, device="cuda") for shape in ((4, 4), (4, 4), (2, 3, 5))]
         recorded = make_fx(Norms())(*inputs)
-        with bind_contextvar(opaque_ops, True):
-            compiled = make_fx(Norms())(*inputs)
         exported = torch.export.export(Norms(), tuple(inputs)).graph_module
-    found = [{str(node.target) for node in graph.graph.nodes} for graph in (recorded, compiled, exported)]
-    assert [sum(target.startswith("fastgrad") for target in targets) for targets in found] == [0, 5, 0]
+    found = [{str(node.target) for node in graph.graph.nodes} for graph in (recorded, exported)]
+    assert not any(target.startswith("fastgrad") for targets in found for target in targets)
 
 
 def test_meta_tensors_of_more_than_two_billion_elements() -> None:

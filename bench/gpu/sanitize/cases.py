@@ -70,7 +70,8 @@ def cases(make: Make = made) -> Iterator[Case]:
     for loss, (sizes, pad), bias in itertools.product(LOSSES[:3], shapes, (False, True)):
         call = prepared(contrasts.linear_contrast_stats, partial(make, pad=pad), *sizes, loss, bias=bias)
         quick_one = sizes == shapes[-1][0] and loss == "bce" and bias
-        yield _case("statistics", loss, sizes, call, quick_one, linear_stats=(TILE, 1))
+        title = "statistics" if bias else "statistics without bias,"
+        yield _case(title, loss, sizes, call, quick_one, linear_stats=(TILE, 1))
 
     for name, (shape, outputs, *each) in CONVOLUTIONS.items():
         along = zip(shape[2:], *each[:4], strict=True)
