@@ -91,7 +91,7 @@ def test_demo_writes_table_and_figure(
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     assert rows[-1][0] == "fastgrad, budget 1.5"
     values = np.array([[float(value) for value in row[1:]] for row in rows[1:]])
-    assert values.shape == (5, 5)
+    assert values.shape == (3, 5)
     assert ((values >= 0) & (values <= 1)).all()
     np.testing.assert_allclose(values[:, -1], values[:, :-1].mean(1), atol=1.1e-3)
     assert float(text.removeprefix("Network: ").partition("%")[0]) > 50
