@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.extraction import Pass
-from fastgrad.blocks.subject import Subject
+from fastgrad.blocks.subject import NO_IMAGE, Subject
 from fastgrad.losses import compute_dtype
 from fastgrad.scores.fitted import Fitted
 from fastgrad.scores.rows import ScoreRows
@@ -41,7 +41,7 @@ class View(Block):
     shapes = "(B, 1)"
 
     def refusal(self, subject: Subject) -> str | None:
-        return subject.lacks_image()
+        return None if subject.image is not None else NO_IMAGE
 
     def price(self, subject: Subject) -> float:
         return 1.0

@@ -23,7 +23,6 @@ from fastgrad.detector.calibrate import Calibrated, DetectorModule, Table, fit_d
 from fastgrad.scores.rows import as_tensor
 
 FeatureInput = ArrayLike | Mapping[str, ArrayLike]
-Given = ArrayLike | None
 
 
 class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]

@@ -68,7 +68,9 @@ def fit(
     device, verbose = two_stage.device, options.verbose
     x = to_device(clean[0].batches[0], device)
     subject = watch(two_stage.model, *arguments(x))
-    blocks = _blocks(two_stage, subject, options.correct)
+    blocks = _blocks(two_stage, subject)
+    if options.correct and subject.head is None:
+        raise ValueError("correct=True needs a model that ends in a linear layer")
     sample = loaders.build_sample(clean, given, subject.classes, two_stage.seed, clone(base), options)
     served = [block for block in blocks if block.refusal(subject) is None]
     # The correction reads h, also where the detector does not.
@@ -99,16 +101,26 @@ def fit(
         table = Table(own, by_name, kinds, groups, held_out, base.log)
         fitted = fit_table(base, table, check_random_state(clone(base).random_state), draft=draft)
         gate = NoisyOr.fit(None, fitted.evidence, challenging, challenging) if options.correct else None
-        log_p, correction, corrected = logits.double().log_softmax(-1), None, None
+        log_p, correction, corrected, kept = logits.double().log_softmax(-1), None, None, list(names)
         if gate is not None:
-            seen = features.blocks[Features.name], logits, gate.log_odds(fitted.evidence), truth, challenging
-            given = Labelled(*(values[labelled] for values in seen), groups[labelled.numpy()])
+            some, odds = labelled.numpy(), gate.log_odds(fitted.evidence)
+            given = Labelled(
+                features.blocks[Features.name][some],
+                logits[some],
+                odds[some],
+                truth[some],
+                challenging[some],
+                groups[some],
+            )
             correction, log_p[labelled], corrected = choose(given, two_stage.seed, draft=draft)
+            gate, kept = (None, kept) if correction is None else (gate, kept + unread)
         risk, why = _risk(log_p, truth, fitted, options.risk)
-        kept = [*names, *(unread if correction is not None else ())]
-        parts = (fitted.module, correction, gate if correction is not None else None, temperature, risk)
-        moved = (part if part is None else part.to(device) for part in parts)
-        return Parts(extraction.of([b for b in extraction.blocks if b.name in kept]), *moved), fitted, (why, corrected)
+        for part in (fitted.module, correction, gate, temperature, risk):
+            if part is not None:
+                part.to(device)
+        own_extraction = extraction.of([block for block in extraction.blocks if block.name in kept])
+        parts = Parts(own_extraction, fitted.module, correction, gate, temperature, risk)
+        return parts, fitted, (why, corrected)
 
     if two_stage.blocks is None:
         price = fit_to_budget(
@@ -124,10 +136,8 @@ def fit(
     return replace(parts, report=report, gains=functools.partial(gains, fitted.table, features.kinds))
 
 
-def _blocks(two_stage: TwoStageModel, subject: Subject, correct: bool) -> list[Block]:
+def _blocks(two_stage: TwoStageModel, subject: Subject) -> list[Block]:
     """Return the blocks that were asked for, or those of the preset."""
-    if correct and subject.head is None:
-        raise ValueError("correct=True needs a model that ends in a linear layer")
     if two_stage.blocks is None:
         names = EXTENDED_BLOCKS if two_stage.budget >= EXTENDED_FROM else DEFAULT_BLOCKS
         return [BLOCKS[name]() for name in names]  # `fit_to_budget` reports those that cannot be served

@@ -99,8 +99,7 @@ class TwoStageModel(nn.Module):
         if isinstance(budget, bool) or not isinstance(budget, (int, float, np.integer, np.floating)) or not budget >= 1:
             raise ValueError(f"budget must be at least 1, the forward pass that gives the logits; it was {budget!r}")
         checks.is_seed(seed)
-        self.model = model
-        self.detector = detector
+        self.model, self.detector = model, detector
         self.budget, self.seed = float(budget), int(seed)
         self.blocks = None if blocks is None else tuple(named_blocks(blocks))
         self.extraction_: Extraction | None = None
@@ -208,9 +207,8 @@ class TwoStageModel(nn.Module):
                 there are many inputs.
             risk: True refuses data without labels, False fits no risk, None fits it if at least 30 labels allow it.
             correct: Whether to learn a correction of the answers to unusual inputs from labels and generated challenges
-                (`fastgrad.introspection.correction`). It is kept only if, on inputs that it was not fitted on, it
-                certainly lowers the log loss and does not lower the accuracy, on clean inputs or on challenges, beyond
-                its interval. Otherwise a warning says by how much. The report shows both accuracies.
+                (`fastgrad.introspection.correction`). It is kept only if it certainly answers inputs that it was not
+                fitted on better; otherwise a warning says by how much. The report shows both accuracies.
             clip: Values of black and white of the images, before ``mean`` and ``std``. None means 0 and 1 with
                 ``mean``, or else the range of the images drawn from ``clean``.
             mean: Per-channel mean that normalised the images.

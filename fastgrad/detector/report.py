@@ -157,22 +157,14 @@ def placements(low: NDArray[np.float64], high: NDArray[np.float64]) -> NDArray[n
 
 
 def probability_suffices(risk: NDArray[np.float64], doubt: NDArray[np.float64], wrong: NDArray[np.bool_]) -> str:
-    """Return words if ``doubt`` ranks ``wrong`` answers as well as the ``risk``, whose AUROC is not certainly higher.
-
-    The interval of the difference is that of DeLong, DeLong and Clarke-Pearson, "Comparing the areas under two or more
-    correlated receiver operating characteristic curves", 1988. All arrays are ``(n,)``.
-    """
+    """Return words if ``doubt`` ranks ``wrong`` answers as well as ``risk``, within its interval; all ``(n,)``."""
     if wrong.all() or not wrong.any():
         return ""
-    own, other = (
-        (placements(score[~wrong], score[wrong]), 1 - placements(score[wrong], score[~wrong]))
-        for score in (risk, doubt)
-    )
-    half = 1.96 * math.sqrt(sum(np.var(a - b) / len(a) for a, b in zip(own, other, strict=True)))
-    gain = float(own[0].mean() - other[0].mean())
-    if gain > half:
+    own, other = (placements(score[~wrong], score[wrong]) for score in (risk, doubt))
+    gain = Interval.of(own - other, np.arange(len(own)))
+    if gain.mean > gain.half:
         return ""
     return (
         "; the answer's probability alone ranks wrong answers to clean inputs as well: AUROC "
-        f"{other[0].mean():.3f}, by the risk {gain:+.3f} +- {half:.3f}"
+        f"{other.mean():.3f}, by the risk {gain.mean:+.3f} +- {gain.half:.3f}"
     )
