@@ -169,7 +169,6 @@ def by_group(document: Row) -> Any:
         return None
     lines = {group: [(m, [_with_ends(found[m][group], merit)]) for m in shown] for group in groups}
     how = "± one standard deviation" if "spread" in found[shown[0]][groups[0]] else "95 % intervals"
-    how += ", quick sizes" if document.get("quick") else ""
     return dots(lines, f"AUROC, {how}", line=(0.5, "chance"), titles=[titled(document, network)])
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrad.blocks.block import CLIP, JOINT, Array, Block, Part, Reading, Settings
+from fastgrad.blocks.block import CLIP, JOINT, Array, Block, Part, Settings
 from fastgrad.blocks.channels import Channels, output_of, sampled
-from fastgrad.blocks.extraction import Pass
+from fastgrad.blocks.forward import Pass, Reading
 from fastgrad.blocks.subject import Subject
 from fastgrad.losses import compute_dtype
 from fastgrad.ops.channel_moments import channel_square_sums

@@ -7,21 +7,19 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from fastgrad.blocks.forward import Pass, Reading
+from fastgrad.blocks.subject import Subject
 from fastgrad.checks import Array as Array
 from fastgrad.scores.fitted import Fitted, FittedList
 from fastgrad.scores.gaussian_mixture import GaussianMixture
 from fastgrad.scores.mahalanobis import Mahalanobis
 from fastgrad.scores.rows import ScoreRows
-
-if TYPE_CHECKING:
-    from fastgrad.blocks.extraction import Pass
-    from fastgrad.blocks.subject import Subject
 
 #: Name of the challenge classifier among the sources of evidence; the other sources are blocks.
 CHALLENGE_CLASSIFIER = "challenges"
@@ -44,24 +42,6 @@ class Settings:
 
     log: bool  # whether to take the logarithms of squared norms
     count: int  # clean samples of the smallest fit; it gives all fits as many components, so that scores compare
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a module saw in the forward pass of a batch, in the order of the logits' rows.
-
-    If a module is called several times, the last call counts.
-
-    Attributes:
-        path: The module's name within the model (empty for the model itself).
-        function: ``(inputs, output) -> (B, ...)``, without gradients, called right after the module has run; positional
-            inputs come before those given by keyword.
-        copied: Whether the result may share memory with what the module saw, which the network may overwrite.
-    """
-
-    path: str
-    function: Callable[[tuple[Any, ...], Any], Tensor]
-    copied: bool = True
 
 
 class Block:

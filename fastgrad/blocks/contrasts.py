@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from fastgrad.blocks.block import Array, Part, Settings
-from fastgrad.blocks.extraction import Pass
 from fastgrad.blocks.features import Features
+from fastgrad.blocks.forward import Pass
 from fastgrad.gradients import contrasts as functional
 from fastgrad.scores.rows import ScoreRows
 

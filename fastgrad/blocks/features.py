@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from fastgrad.blocks.block import JOINT, Array, Block, Part, Reading, Settings
-from fastgrad.blocks.extraction import Pass
+from fastgrad.blocks.block import JOINT, Array, Block, Part, Settings
+from fastgrad.blocks.forward import Pass, Reading
 from fastgrad.blocks.subject import Subject
 from fastgrad.scores.rows import ScoreRows
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgrad.blocks.block import Array, Block, Part, Settings
-from fastgrad.blocks.extraction import Pass
+from fastgrad.blocks.forward import Pass
 from fastgrad.blocks.local_contrast import differences, mean_extremes
 from fastgrad.blocks.subject import NO_IMAGE, Subject, is_image
 from fastgrad.losses import compute_dtype

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgrad.blocks.block import Array, Block, Part, Settings
-from fastgrad.blocks.extraction import Pass
+from fastgrad.blocks.forward import Pass
 from fastgrad.scores.fitted import Fitted
 from fastgrad.scores.rows import ScoreRows
 

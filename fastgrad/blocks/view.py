@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgrad.blocks.block import Array, Block, Part, Settings
-from fastgrad.blocks.extraction import Pass
+from fastgrad.blocks.forward import Pass
 from fastgrad.blocks.subject import NO_IMAGE, Subject
 from fastgrad.losses import compute_dtype
 from fastgrad.scores.fitted import Fitted

@@ -28,8 +28,8 @@ FeatureInput = ArrayLike | Mapping[str, ArrayLike]
 class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
     """Scores how far each sample lies from clean data; higher is less reliable.
 
-    One-class scores of clean data become p-values, two-sided where either side is unusual. With challenges a linear
-    classifier joins them. The weighted sum of the logarithms of all p-values is calibrated once more. The score is
+    One-class scores of clean data become p-values, two-sided where either side is unusual. With challenges, a linear
+    classifier adds a score. The weighted sum of the logarithms of all p-values is calibrated once more. The score is
     ``-log(p)``, where p is the probability that a clean sample looks at least this unusual. A share ``a`` of clean data
     is above ``threshold(a)``, which is -log(a); `fastgrad.detector.calibrate` says how exactly.
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fastgrad._torch import flat_graph
 from fastgrad.blocks import BLOCKS, Activations, Block, Contrasts, Gradients, View, channels, register_block
-from fastgrad.blocks.extraction import Extraction, Pass, arguments
+from fastgrad.blocks.extraction import Extraction, arguments
+from fastgrad.blocks.forward import Pass
 from fastgrad.blocks.subject import Subject, watch
 
 EPS = torch.finfo(torch.float64).eps

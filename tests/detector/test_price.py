@@ -9,7 +9,8 @@ from torch import nn
 
 from fastgrad.batches import take
 from fastgrad.blocks import BLOCKS, Block, Logits
-from fastgrad.blocks.extraction import Extraction, Pass, arguments
+from fastgrad.blocks.extraction import Extraction, arguments
+from fastgrad.blocks.forward import Pass
 from fastgrad.blocks.subject import watch
 from fastgrad.detector import fitting
 from fastgrad.detector.fitting import _blocks
