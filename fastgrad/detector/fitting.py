@@ -68,7 +68,9 @@ def fit(
     device, verbose = two_stage.device, options.verbose
     x = to_device(clean[0].batches[0], device)
     subject = watch(two_stage.model, *arguments(x))
-    blocks = _blocks(two_stage, subject, options.correct)
+    blocks = _blocks(two_stage, subject)
+    if options.correct and subject.head is None:
+        raise ValueError("correct=True needs a model that ends in a linear layer")
     sample = loaders.build_sample(clean, given, subject.classes, two_stage.seed, clone(base), options)
     served = [block for block in blocks if block.refusal(subject) is None]
     # The correction reads h, also where the detector does not.
@@ -134,10 +136,8 @@ def fit(
     return replace(parts, report=report, gains=functools.partial(gains, fitted.table, features.kinds))
 
 
-def _blocks(two_stage: TwoStageModel, subject: Subject, correct: bool) -> list[Block]:
+def _blocks(two_stage: TwoStageModel, subject: Subject) -> list[Block]:
     """Return the blocks that were asked for, or those of the preset."""
-    if correct and subject.head is None:
-        raise ValueError("correct=True needs a model that ends in a linear layer")
     if two_stage.blocks is None:
         names = EXTENDED_BLOCKS if two_stage.budget >= EXTENDED_FROM else DEFAULT_BLOCKS
         return [BLOCKS[name]() for name in names]  # `fit_to_budget` reports those that cannot be served
