@@ -6,18 +6,17 @@ Every plot draws on the given axes, or on a new figure, and returns the axes. No
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from collections.abc import Container, Mapping
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from fastgrad import metrics
-from fastgrad.checks import Array, at_least, extra, is_a, is_number, is_tensor, one_of, shape_is, to_array
+from fastgrad.checks import Array, extra, one_of, to_array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,12 +57,12 @@ def _axes(axes: Axes | None, width: float = 5.0, height: float = 3.4) -> Axes:
 
 
 def _arrays(
-    argument: str, given: Mapping[str, ArrayLike | Tensor], shape: str, dimensions: Container[int], finite: bool = True
+    argument: str, given: Mapping[str, ArrayLike | Tensor], shape: str, dimensions: Container[int]
 ) -> dict[str, Array]:
     """Return the arrays by name, each not empty and of an allowed number of dimensions; errors name the ``shape``."""
     if not isinstance(given, Mapping) or not given:
         raise ValueError(f"{argument} must map at least one name to an array; it was {repr(given)[:80]}")
-    arrays = {name: to_array(f"{argument}[{name!r}]", values, finite=finite) for name, values in given.items()}
+    arrays = {name: to_array(f"{argument}[{name!r}]", values) for name, values in given.items()}
     for name, array in arrays.items():
         if array.ndim not in dimensions or not array.size:
             raise ValueError(f"{argument}[{name!r}] must have shape {shape}, not empty; it was {array.shape}")
@@ -134,91 +133,6 @@ def reliability_diagram(
         axes.scatter(confidence, accuracy, s=area + 4, color=colour)
     axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), aspect="equal")
     axes.legend(loc="upper left", **_PLAIN)
-    return axes
-
-
-def layer_norms(sqnorms: Mapping[str, ArrayLike | Tensor], names: Sequence[str], *, axes: Axes | None = None) -> Axes:
-    """Draw the squared L2 norms of every parameter's gradient: the median, and a band from the 10th to 90th percentile.
-
-    Args:
-        sqnorms: name of a set of samples to squared norms ``(B, P)``.
-        names: the P parameter names, in the order of the columns.
-        axes: where to draw; a new figure if None.
-
-    Raises:
-        TypeError, ValueError: ``names`` is no collection, or a matrix does not have one column per name.
-    """
-    arrays = _arrays("sqnorms", sqnorms, "(B, P)", (2,), finite=False)
-    axes = _axes(axes, 5.0, 4.8)
-    is_a(Collection, names=names)
-    names = list(names)
-    positions = np.arange(len(names))
-    # At most 16 names are written, so that they stay readable.
-    step = -(-len(names) // 16)
-    for colour, (name, matrix) in zip(cycle(COLOURS), arrays.items(), strict=False):
-        shape_is(f"sqnorms[{name!r}]", matrix, (len(matrix), len(names)), "a column per name")
-        low, middle, high = np.quantile(matrix, [0.1, 0.5, 0.9], axis=0)
-        axes.plot(positions, middle, color=colour, lw=1.4, marker="o", ms=3, label=name)
-        axes.fill_between(positions, low, high, color=colour, alpha=0.15, lw=0)
-    axes.set_yscale("log")
-    axes.set(ylabel="squared norm of the gradient", title="squared norms by parameter")
-    axes.set_xticks(positions[::step], names[::step], rotation=90, fontsize=9)
-    axes.margins(x=0.01)
-    axes.legend(**_PLAIN)
-    return axes
-
-
-def manifold(
-    score: Callable[[Tensor], ArrayLike | Tensor],
-    points: Tensor,
-    labels: Tensor,
-    *,
-    margin: float = 0.6,
-    resolution: int = 120,
-    title: str = "",
-    axes: Axes | None = None,
-) -> Axes:
-    """Draw the toy manifold figure: the score of a 2-D classifier's inputs as a map over the plane.
-
-    Args:
-        score: maps points ``(n, 2)`` to uncertainty ``(n,)``.
-        points: training points ``(n, 2)``, drawn on the map.
-        labels: their classes ``(n,)``.
-        margin: how far the map extends beyond the points, as a multiple of their range along each axis.
-        resolution: points of the map along each axis.
-        title: written above the map.
-        axes: where to draw; a new figure if None.
-
-    Raises:
-        TypeError, ValueError: Points are not finite or not two-dimensional, there is not one label and one score per
-            point, or the margin or resolution is not a number.
-    """
-    is_a(Callable, score=score)  # type: ignore[arg-type]
-    is_tensor("points", points)
-    is_tensor("labels", labels)
-    if points.dim() != 2 or points.shape[1] != 2 or not len(points) or not points.isfinite().all():
-        raise ValueError(f"points must be finite, of shape (n, 2), not empty; its shape was {tuple(points.shape)}")
-    shape_is("labels", labels, (len(points),), "one a point")
-    is_number(margin=margin)
-    at_least(2, resolution=resolution)
-    axes = _axes(axes, 4.4, 3.6)
-    low, high = points.amin(0), points.amax(0)
-    # Points on a horizontal or vertical line have no range across it.
-    reach = margin * torch.where(high > low, high - low, 1)
-    xs, ys = (
-        torch.linspace(float(low[i] - reach[i]), float(high[i] + reach[i]), resolution, device="cpu") for i in range(2)
-    )
-    grid = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1).view(-1, 2).to(points)
-    values = to_array("score", score(grid), finite=False)
-    if values.shape != (len(grid),):
-        raise ValueError(f"score must give one number a point, shape ({len(grid)},); it gave {values.shape}")
-    values = values.reshape(resolution, resolution)
-    image = axes.pcolormesh(xs.numpy(), ys.numpy(), values, cmap="viridis", shading="nearest", rasterized=True)
-    axes.figure.colorbar(image, ax=axes, label="uncertainty")
-    for colour, label in zip(cycle(("white", "#E69F00", "#CC79A7", "#56B4E9")), torch.unique(labels), strict=False):
-        inside = to_array("points", points[labels == label])
-        axes.scatter(inside[:, 0], inside[:, 1], s=7, color=colour, edgecolors="black", linewidths=0.3)
-    axes.set(title=title, xticks=[], yticks=[])
     return axes
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -114,91 +115,68 @@ def test_severity_orders_the_distance() -> None:
     assert list(generate_challenges(None, images, names=["noise", "inversion"], severities=[2])) == ["noise-2"]
 
 
-def test_the_model_is_left_as_it_was() -> None:
-    net = small_net()
-    net.train()
-    net[1].eval()
-    net(photos()).sum().backward()
-    before = copy.deepcopy(net.state_dict())
-    grads = [p.grad.clone() for p in net.parameters()]
-    modes = [m.training for m in net.modules()]
+class Merging(nn.Linear):
+    def train(self, mode: bool = True) -> Any:
+        self.weight.data.add_(1 if mode else -1)
+        return super().train(mode)
+
+
+def observing(own: Any, x: torch.Tensor) -> torch.Tensor:
+    """Keeps the range of what it sees, as a network to be quantized does; a first input makes room for it."""
+    own.highest.resize_(3).copy_(x.detach().amax((0, 2, 3)))
+    return own.net(x)
+
+
+def counted(own: Any, x: torch.Tensor) -> torch.Tensor:
+    own.calls = own.calls + 1
+    return own.net(x)
+
+
+def growing(own: Any, x: torch.Tensor) -> torch.Tensor:
+    z = own.net(x)
+    if own.length < z.shape[1]:
+        own.length = z.shape[1]
+        own.table = torch.arange(1.0, own.length + 1)
+    return z * own.table[: z.shape[1]]
+
+
+#: Networks that change themselves when they run, or when their modes change.
+CHANGING: dict[str, Callable[[], nn.Module]] = {
+    "nothing": small_net,
+    "a buffer's values and size": lambda: Net(observing, net=small_net(), highest=nn.Buffer(torch.empty(0))),
+    # Kernels of quantization write without a new version.
+    "quantization": lambda: nn.Sequential(quantization.FusedMovingAvgObsFakeQuantize(), *small_net()),
+    "a buffer": lambda: Net(counted, net=small_net(), calls=nn.Buffer(torch.zeros(()))),
+    "weights with the mode": lambda: nn.Sequential(nn.Flatten(), Merging(768, 5)),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("called", [True, False])
+@pytest.mark.parametrize("changes", CHANGING)
+def test_the_model_is_left_as_it_was(changes: str, called: bool, training: bool) -> None:
+    net = CHANGING[changes]().train(training)
+    list(net.modules())[-1].eval()
+    if called:
+        net(photos()).sum().backward()
+    modes, buffers = [m.training for m in net.modules()], dict(net.named_buffers())
+    values, gradients = ([t.clone() for t in tensors] for tensors in (net.state_dict().values(), grads(net)))
     with torch.no_grad():
-        generate_challenges(net, photos())
+        generate_challenges(net, 0.5 + photos() / 2)
     assert [m.training for m in net.modules()] == modes
-    assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), grads, strict=True))
-    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert all(found is buffers[name] for name, found in net.named_buffers())
+    assert all(map(torch.equal, net.state_dict().values(), values))
+    assert all(map(torch.equal, grads(net), gradients))
     assert all(p.requires_grad for p in net.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in net.modules())
 
 
-def test_buffers_that_evaluation_changes_are_left_as_they_were() -> None:
-    class Observer(nn.Module):
-        """Keeps the range of what it sees, as a network to be quantized does; a first input makes room for it."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("highest", torch.empty(0))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            seen = x.detach().amax((0, 2, 3))
-            self.highest.resize_(3).copy_(seen)
-            return x
-
-    observer = Observer()
-    net = nn.Sequential(observer, *small_net()).eval()
-    generate_challenges(net, photos())
-    assert observer.highest.shape == (0,)
-    net(photos())
-    before = observer.highest.clone()
-    generate_challenges(net, photos())
-    assert torch.equal(observer.highest, before)
-
-
-def test_buffers_that_kernels_of_quantization_write_are_left_as_they_were() -> None:
-    """These write without a new version."""
-    net = nn.Sequential(quantization.FusedMovingAvgObsFakeQuantize(), *small_net()).eval()
-    net(photos())
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    generate_challenges(net, 0.5 + photos() / 2)
-    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
-
-
-def test_buffers_that_a_pass_replaces_return() -> None:
-    class Counting(nn.Module):
-        calls: torch.Tensor
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = small_net()
-            self.register_buffer("calls", torch.zeros(()))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.calls = self.calls + 1
-            return self.net(x)
-
-    model = Counting()
-    before = model.calls
-    generate_challenges(model, photos(), names=["fgsm"])
-    assert model.calls is before
-    assert before == 0
+def grads(net: nn.Module) -> list[torch.Tensor]:
+    return [p.grad for p in net.parameters() if p.grad is not None]
 
 
 def test_a_table_that_grows_stays_as_long_as_its_length_says() -> None:
-
-    class Growing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net, self.length = small_net(), 0
-            self.register_buffer("table", torch.zeros(0), persistent=False)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            z = self.net(x)
-            if self.length < z.shape[1]:
-                self.length = z.shape[1]
-                self.table = torch.arange(1.0, self.length + 1)
-            return z * self.table[: z.shape[1]]
-
-    model = Growing()
+    model = Net(growing, net=small_net(), length=0, table=nn.Buffer(torch.zeros(0), persistent=False))
     generate_challenges(model, photos(), names=["fgsm"])
     assert len(model.table) == model.length > 0
 
@@ -219,18 +197,6 @@ def test_buffers_that_have_no_copy_do_not_matter(buffer: torch.Tensor) -> None:
     net.register_buffer("mask", buffer)
     fgsm(net, photos(), 0.1, torch.Generator(), pixels=PixelRange.of(photos()))
     assert net.mask is buffer
-
-
-def test_modes_change_without_what_a_module_does_on_their_change() -> None:
-    class Merging(nn.Linear):
-        def train(self, mode: bool = True) -> Any:
-            self.weight.data.add_(1 if mode else -1)
-            return super().train(mode)
-
-    net = nn.Sequential(nn.Flatten(), Merging(768, 5))
-    before = net[1].weight.detach().clone()
-    generate_challenges(net, photos(), names=["fgsm"])
-    assert torch.equal(net[1].weight, before)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -489,19 +455,12 @@ def test_attacks_of_all_strengths_are_made_in_one_batch() -> None:
     assert bool((twice[:, 0] != twice[:, 1]).any()), "of other qualities"
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 4])
-@pytest.mark.parametrize("batch", [0, 1, 3])
-def test_any_batch_and_channel_number(batch: int, channels: int) -> None:
-    images = photos(batch, channels, size=9)
-    made = generate_challenges(small_net(channels), images)
-    assert all(c.shape == images.shape and bool(torch.isfinite(c).all()) for c in made.values())
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_dtypes(dtype: torch.dtype) -> None:
-    images = photos().to(dtype)
-    made = generate_challenges(small_net().to(dtype), images, severities=[2])
-    assert all(c.dtype == dtype and bool(torch.isfinite(c).all()) for c in made.values())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("batch", "channels"), [(0, 1), (1, 2), (3, 3), (1, 4), (6, 3)])
+def test_any_batch_channel_number_and_dtype(batch: int, channels: int, dtype: torch.dtype) -> None:
+    images = photos(batch, channels, size=9).to(dtype)
+    made = generate_challenges(small_net(channels).to(dtype), images)
+    assert all(c.shape == images.shape and c.dtype == dtype and c.isfinite().all() for c in made.values())
 
 
 def test_shuffle_moves_every_patch_and_keeps_all_pixels() -> None:
@@ -577,14 +536,6 @@ def test_errors_name_the_argument(kwargs: dict, error: type[Exception], words: s
         generate_challenges(arguments.pop("model"), arguments.pop("images"), **arguments)
 
 
-@pytest.mark.parametrize("given", [{"names": []}, {"first": 1.5}, {"seed": None}, {"each": 0}, {"pixels": (0, 1)}])
-def test_turns_that_are_refused(given: dict) -> None:
-    with pytest.raises((TypeError, ValueError), match=f"{next(iter(given))} must"):
-        iter_challenges(None, photos(), **{"names": ["noise"], **given})
-    with pytest.raises(ValueError, match="images must be finite"):
-        iter_challenges(None, photos() / 0, names=["noise"], pixels=PixelRange.of(photos()))
-
-
 def test_numbers_of_numpy_are_numbers() -> None:
     def made(*numbers: Any) -> list[torch.Tensor]:
         given = dict(zip(("each", "seed", "batch_size"), numbers, strict=True))
@@ -593,15 +544,6 @@ def test_numbers_of_numpy_are_numbers() -> None:
     assert all(torch.equal(a, b) for a, b in zip(made(3, 1, 2), made(*np.array([3, 1, 2])), strict=True))
     black_and_white = generate_challenges(None, photos(), names=["noise-1"], clip=(np.float32(0), np.int64(1)))
     assert torch.equal(black_and_white["noise-1"], generate_challenges(None, photos(), names=["noise-1"])["noise-1"])
-
-
-def test_numbers_that_are_refused() -> None:
-    with pytest.raises(ValueError, match="each must be an integer of at least 1; it was 0"):
-        challenge_cost(0)
-    with pytest.raises(ValueError, match="steps must be an integer of at least 1; it was 0"):
-        pgd(small_net(), photos(), 0.1, torch.Generator(), pixels=PixelRange.of(photos()), steps=0)
-    with pytest.raises(TypeError, match="generator must be a Generator; it was int"):
-        pgd(small_net(), photos(), 0.1, 0, pixels=PixelRange.of(photos()))  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")
@@ -613,17 +555,17 @@ def test_a_frozen_script_has_no_mode_and_is_attacked() -> None:
     assert list(iter_challenges(frozen, photos(), names=["fgsm"]))
 
 
+def attacked(attack: Any, **given: Any) -> Any:
+    arguments = {"model": small_net(), "unit": photos(), "epsilon": 0.1, "generator": torch.Generator().manual_seed(0)}
+    return attack(**{**arguments, "pixels": PixelRange.of(photos(), clip=(0, 1)), **given})
+
+
 @pytest.mark.parametrize("attack", [fgsm, pgd])
 def test_attacks_run_in_evaluation_mode_and_with_gradients(attack: Any) -> None:
-    net, pixels = small_net(), PixelRange.of(photos(), clip=(0, 1))
-
-    def attacked(model: nn.Module) -> torch.Tensor:
-        made: torch.Tensor = attack(model, photos(), 0.1, torch.Generator().manual_seed(0), pixels=pixels)
-        return made
-
-    expected, before = attacked(copy.deepcopy(net).eval()), copy.deepcopy(net.state_dict())
+    net = small_net()
+    expected, before = attacked(attack, model=copy.deepcopy(net).eval()), copy.deepcopy(net.state_dict())
     with torch.inference_mode():
-        assert torch.equal(attacked(net), expected)
+        assert torch.equal(attacked(attack, model=net), expected)
     assert all(module.training for module in net.modules())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
@@ -644,23 +586,36 @@ def test_attacks_run_in_evaluation_mode_and_with_gradients(attack: Any) -> None:
     ],
 )
 def test_attacks_that_are_refused(attack: Any, given: dict, error: type[Exception], words: str) -> None:
-    arguments = {"model": small_net(), "unit": photos(), "epsilon": 0.1, "generator": torch.Generator()}
     with pytest.raises(error, match=words):
-        attack(**{**arguments, "pixels": PixelRange.of(photos()), **given})
+        attacked(attack, **given)
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "error", "words"),
-    [
-        (1, 0, TypeError, "low must be a torch.Tensor"),
-        (torch.zeros(1), 1.0, TypeError, "high must be a torch.Tensor"),
-        (torch.zeros(1), torch.ones(3), ValueError, r"high must have shape \(1,\)"),
-        (torch.zeros(3), torch.tensor([1.0, 0.0, 1.0]), ValueError, "low must be below high everywhere"),
-    ],
-)
-def test_ranges_that_are_none(low: Any, high: Any, error: type[Exception], words: str) -> None:
-    with pytest.raises(error, match=words):
-        PixelRange(low, high)
+def turns(images: Any = None, **given: Any) -> Any:
+    return iter_challenges(None, photos() if images is None else images, **{"names": ["noise"], **given})
+
+
+ONE = torch.zeros(1)
+BAD: list[tuple[Callable[[], Any], str]] = [
+    (lambda: turns(names=[]), "names must"),
+    (lambda: turns(first=1.5), "first must"),
+    (lambda: turns(seed=None), "seed must"),
+    (lambda: turns(each=0), "each must"),
+    (lambda: turns(pixels=(0, 1)), "pixels must"),
+    (lambda: turns(photos() / 0, pixels=PixelRange.of(photos())), "images must be finite"),
+    (lambda: challenge_cost(0), "each must be an integer of at least 1; it was 0"),
+    (lambda: attacked(pgd, steps=0), "steps must be an integer of at least 1; it was 0"),
+    (lambda: attacked(pgd, generator=0), "generator must be a Generator; it was int"),
+    (lambda: PixelRange(1, 0), "low must be a torch.Tensor"),  # type: ignore[arg-type]
+    (lambda: PixelRange(ONE, 1.0), "high must be a torch.Tensor"),  # type: ignore[arg-type]
+    (lambda: PixelRange(ONE, torch.ones(3)), r"high must have shape \(1,\)"),
+    (lambda: PixelRange(torch.zeros(3), torch.tensor([1.0, 0.0, 1.0])), "low must be below high everywhere"),
+]
+
+
+@pytest.mark.parametrize(("call", "words"), BAD)
+def test_what_is_refused(call: Callable[[], Any], words: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=words):
+        call()
 
 
 #: Logits in another form.

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import subprocess
-import sys
 from typing import Any
 
 import pytest
+from python_process import run_python
 
 pytest.importorskip("triton")
 
@@ -17,15 +16,14 @@ ROOT = pathlib.Path(__file__).parent.parent
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 
 
+#: Triton compiles in these processes instead of interpreting.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
 def report(*arguments: str) -> list[dict[str, Any]]:
-    """Rows of ``bench.gpu.compile_report``, run in a process where Triton compiles instead of interpreting."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.gpu.compile_report", "--json", *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    rows: list[dict[str, Any]] = json.loads(done.stdout)["rows"]
+    """Rows of ``bench.gpu.compile_report``."""
+    printed = run_python("-m", "bench.gpu.compile_report", "--json", *arguments, cwd=ROOT, env=ENVIRONMENT)
+    rows: list[dict[str, Any]] = json.loads(printed)["rows"]
     return rows
 
 
@@ -34,23 +32,25 @@ def complaints(rows: list[dict[str, Any]]) -> list[str]:
     return [f"{row['arch']} {row['case']} {row['kernel']}: {row['faults']}" for row in rows if row["faults"]]
 
 
-@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
-def test_one_case_of_every_kernel(arch: str) -> None:
-    rows = report("--quick", "--arch", arch)
+def test_one_case_of_every_kernel() -> None:
+    architectures = ("sm_90", "gfx942")
+    rows = report("--quick", *(word for arch in architectures for word in ("--arch", arch)))
     assert complaints(rows) == []
     kernels = {
         "contrast_rows_kernel", "contrast_stream_kernel", "contrast_moments_kernel", "contrast_finish_kernel",
         "linear_stats_kernel", "stats_finish_kernel", "target_sqnorm_kernel",
     }  # fmt: skip
-    assert {row["kernel"] for row in rows if row["arch"] == arch} >= kernels
+    for arch in architectures:
+        assert {row["kernel"] for row in rows if row["arch"] == arch} >= kernels, arch
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
-def test_one_exponential_a_logit_and_one_instruction_for_it(arch: str) -> None:
+def test_one_exponential_a_logit_and_one_instruction_for_it() -> None:
     """A row of 1,000 logits has 32 in each thread of a warp; the margin takes one exponential more."""
-    rows = report("--only", "contrast_sqnorm B=4096 N=1000 D=512", "--arch", arch)
+    architectures = ("sm_80", "sm_90", "sm_100")
+    only = ("--only", "contrast_sqnorm B=4096 N=1000 D=512")
+    rows = report(*only, *(word for arch in architectures for word in ("--arch", arch)))
     plain = [row for row in rows if row["case"].endswith(" cross_entropy")]
-    assert len(plain) == 2
+    assert sorted(row["arch"] for row in plain) == sorted(2 * architectures)
     for row in plain:
         assert row["exponentials"] == 33
         assert row["roundings"] == row["barriers"] == 0
@@ -59,12 +59,8 @@ def test_one_exponential_a_logit_and_one_instruction_for_it(arch: str) -> None:
 
 
 def test_time_in_python_is_measured_on_a_driver_that_launches_nothing() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.gpu.host"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    times = {name: float(value) for name, value in (line.rsplit(": ", 1) for line in done.stdout.splitlines())}
+    printed = run_python("-m", "bench.gpu.host", cwd=ROOT, env=ENVIRONMENT)
+    times = {name: float(value) for name, value in (line.rsplit(": ", 1) for line in printed.splitlines())}
     assert times["call"] > times["Triton"] > 0
 
 

@@ -79,13 +79,14 @@ print(json.dumps(found))
 
 PLAIN = """
 import torch, fastgrad
+from fastgrad.detector.price import DEFAULT_BLOCKS
 from torch import nn
 torch.manual_seed(0)
 model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
 logits, features = fastgrad.GradientFeatures(model)(torch.rand(4, 3, 8, 8))
 assert features.shape == (4, 4)
 assert fastgrad.contrast_sqnorm(torch.randn(2, 3), torch.randn(2, 5)).shape == (2, 5)
-two_stage = fastgrad.TwoStageModel(model).fit([torch.rand(64, 3, 8, 8)])
+two_stage = fastgrad.TwoStageModel(model, blocks=DEFAULT_BLOCKS).fit([torch.rand(64, 3, 8, 8)])
 assert two_stage(torch.rand(2, 3, 8, 8)).uncertainty.shape == (2,)
 assert main(["doctor"]) == 0
 print("all of it ran")

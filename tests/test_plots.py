@@ -56,31 +56,6 @@ def test_reliability_diagram_plots_the_bins(rng: np.random.Generator, tmp_path: 
     np.testing.assert_array_equal(line.get_ydata(), found.accuracy[found.counts > 0])
 
 
-def test_layer_norms_plot_the_median(rng: np.random.Generator, tmp_path: Path) -> None:
-    norms = rng.lognormal(size=(50, 3))
-    axes = plots.layer_norms({"clean": norms, "noise": 2 * norms}, ["a.weight", "a.bias", "b.weight"])
-    drawn(axes, tmp_path)
-    np.testing.assert_allclose(axes.lines[0].get_ydata(), np.median(norms, 0))
-    assert [t.get_text() for t in axes.get_xticklabels()] == ["a.weight", "a.bias", "b.weight"]
-    with pytest.raises(ValueError, match="column"):
-        plots.layer_norms({"clean": norms}, ["a"])
-
-
-def test_manifold_maps_the_plane(tmp_path: Path) -> None:
-    points = torch.tensor([[0.0, 0.0], [1.0, 2.0], [0.5, 1.0]])
-    axes = plots.manifold(lambda x: x.square().sum(1), points, torch.tensor([0, 1, 1]), resolution=20)
-    drawn(axes, tmp_path)
-    values = axes.collections[0].get_array().reshape(20, 20)
-    xs, ys = torch.linspace(-0.6, 1.6, 20), torch.linspace(-1.2, 3.2, 20)
-    expected = xs.square()[None, :] + ys.square()[:, None]
-    np.testing.assert_allclose(values, expected.numpy(), rtol=1e-5)
-    # On a line, and of a dtype that NumPy lacks.
-    axes = plots.manifold(lambda x: x.sum(1), points.bfloat16() * torch.tensor([1, 0]), torch.ones(3), resolution=3)
-    assert np.ptp(axes.collections[0].get_coordinates()[..., 1]) > 1
-    with pytest.raises(ValueError, match="points"):
-        plots.manifold(lambda x: x, torch.zeros(3, 3), torch.zeros(3))
-
-
 def test_contrast_sparsity_curves(tmp_path: Path) -> None:
     one = torch.zeros(4, 3, 50)
     one[..., 7] = 2.0
@@ -108,18 +83,6 @@ def test_contrast_sparsity_curves(tmp_path: Path) -> None:
         ),
         (lambda: plots.save("axes", "figure.png"), "axes must be one of matplotlib's Axes"),
         (lambda: plots.reliability_diagram(np.ones((3, 2)), [0, 0, 1]), "probabilities must map"),
-        (
-            lambda: plots.layer_norms({"a": np.ones((0, 2))}, ["x", "y"]),
-            r"sqnorms\['a'\] must have shape \(B, P\), not",
-        ),
-        (lambda: plots.layer_norms({"a": np.ones((3, 2))}, 2), "names must be a Collection; it was int"),
-        (lambda: plots.manifold(None, torch.rand(3, 2), torch.zeros(3)), "score must be a Callable; it was NoneType"),
-        (lambda: plots.manifold(len, [[0.0, 1.0]], torch.zeros(1)), "points must be a torch.Tensor; it was list"),
-        (lambda: plots.manifold(len, torch.full((3, 2), torch.nan), torch.zeros(3)), "points must be finite"),
-        (lambda: plots.manifold(len, torch.rand(3, 2), torch.zeros(4)), r"labels must have shape \(3,\)"),
-        (lambda: plots.manifold(len, torch.rand(3, 2), torch.zeros(3), margin="1"), "margin must be a number"),
-        (lambda: plots.manifold(len, torch.rand(3, 2), torch.zeros(3), resolution=1), "resolution must be an integer"),
-        (lambda: plots.manifold(len, torch.rand(3, 2), torch.zeros(3)), r"score must give .* \(14400,\); it gave \(\)"),
         (lambda: plots.contrast_sparsity({"a": 1.0}), r"gradients\['a'\] must have shape \(..., E\)"),
         (lambda: plots.contrast_sparsity({"a": [[1.0, 2.0], [np.nan, 1.0]]}), r"gradients\['a'\] must be finite"),
     ],

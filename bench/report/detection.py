@@ -102,7 +102,7 @@ def attack_kinds(rows: Iterable[Row]) -> list[Row]:
             group = f"attacks {kinds}{AFTER if row['case'].endswith(AFTER) else ''}"
             key = (row["network"], str(row["draw"]), row["method"], row["protocol"], group)
             halves.setdefault(key, []).append(row)
-    found = []
+    found: list[Row] = []
     for (*_, group), own in halves.items():
         values = [row["auroc"] for row in own if "auroc" in row]
         head = {name: own[0][name] for name in ("network", "draw", "method", "protocol")} | {"group": group}
@@ -169,7 +169,6 @@ def by_group(document: Row) -> Any:
         return None
     lines = {group: [(m, [_with_ends(found[m][group], merit)]) for m in shown] for group in groups}
     how = "± one standard deviation" if "spread" in found[shown[0]][groups[0]] else "95 % intervals"
-    how += ", quick sizes" if document.get("quick") else ""
     return dots(lines, f"AUROC, {how}", line=(0.5, "chance"), titles=[titled(document, network)])
 
 
@@ -179,9 +178,10 @@ def _with_ends(cell: Row, merit: str) -> Value:
 
 
 def second_answers(document: Row) -> Any:
-    """Return what each network gains by H and by two methods without H, on clean inputs and on corruptions."""
+    """Return what each network gains by correction, H and two other methods, on clean inputs and on corruptions."""
     groups: dict[str, Lines] = {}
     methods = {
+        "correction": "correction",
         "H on h, gated": "H, gated",
         "last layer, trained again, gated": "last layer again",
         "batch norm adapted": "batch norm adapted",

@@ -6,6 +6,7 @@ Every name stands beside its value, so that no reader depends on colours; a name
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -83,7 +84,7 @@ def dots(groups: Mapping[str, Lines], label: str, *, line: tuple[float, str], ti
                 panel.text(0.99, place, found.text, transform=at, fontsize=TEXT - 2, ha="right", va="center")
         place += 1.5
     if len(titles) == 1:
-        made.suptitle(titles[0], fontsize=TEXT)  # over the whole width
+        made.suptitle(textwrap.fill(titles[0], 66), fontsize=TEXT)  # over the whole width
     for panel, title in zip(panels, titles, strict=True):
         panel.axvline(line[0], color="black", linewidth=1, linestyle="--", zorder=0)
         panel.set(ylim=(place - 0.8, -0.8), facecolor="none")

@@ -13,65 +13,13 @@ from torch import Tensor, nn
 
 from fastgrad import checks
 from fastgrad._torch import is_traced, original, outside_of_compilation, pytree
-from fastgrad.batches import as_call, batch_size, logits_of, one_for_none
-from fastgrad.blocks.block import Block, Reading
+from fastgrad.batches import as_call, batch_size, one_for_none
+from fastgrad.blocks.block import Block
+from fastgrad.blocks.forward import Pass
 from fastgrad.blocks.subject import Subject, watch
-from fastgrad.evaluation import Evaluated, Hook
 from fastgrad.memory import keep_freed_memory
 
 Inputs = Tensor | Mapping[str, Any]
-
-
-class Pass:
-    """A forward pass of B ``samples``, and what the blocks of an extraction read in it."""
-
-    def __init__(self, extraction: Extraction, subject: Subject, args: Any, kwargs: Any, samples: int) -> None:
-        if subject.mask is not None and subject.mask not in kwargs:
-            raise ValueError(f"inputs must have {subject.mask!r}, as those of fit had")
-        mask = None if subject.mask is None else kwargs[subject.mask]
-        self.extraction, self.subject, self.log = extraction, subject, extraction.log
-        self.args, self.kwargs, self.samples = args, kwargs, samples
-        self._network = Evaluated(extraction.model)
-        self._readings = {block.name: block.readings(subject, mask) for block in extraction.blocks}
-        self._values: dict[Reading, Tensor] = {}
-        readings = [reading for each in self._readings.values() for reading in each]
-        hooks = [(self._network.model.get_submodule(reading.path), self._hook(reading)) for reading in readings]
-        #: ``(B, N)``.
-        self.logits = logits_of(self._network.run(args, kwargs, hooks))
-        for reading in readings:
-            if reading not in self._values:
-                raise RuntimeError(f"the forward pass did not call {reading.path!r}, which was to be read")
-
-    def _hook(self, reading: Reading) -> Hook:
-        def read(inputs: tuple[Any, ...], output: Any) -> None:
-            value = reading.function(inputs, output)
-            if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != self.samples:
-                was = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(
-                    f"the reading of {reading.path!r} must be a tensor with one row for each of {self.samples} "
-                    f"samples; it was {was}"
-                )
-            self._values[reading] = value.detach().clone() if reading.copied else value
-
-        return read
-
-    def readings(self, name: str) -> list[Tensor]:
-        """Return what a block's readings saw, in the block's order."""
-        return [self._values[reading] for reading in self._readings[name]]
-
-    def image(self) -> Tensor:
-        """Return the one image tensor among the inputs."""
-        place = self.subject.image
-        assert place is not None  # or the block would have refused
-        image: Tensor = self.args[place] if isinstance(place, int) else self.kwargs[place]
-        return image
-
-    def again(self, image: Tensor) -> Tensor:
-        """Return logits ``(B, N)`` of the same batch with another image, from one more forward pass."""
-        place = self.subject.image
-        args = tuple(image if i == place else value for i, value in enumerate(self.args))
-        kwargs = {name: image if name == place else value for name, value in self.kwargs.items()}
-        return logits_of(self._network.run(args, kwargs))
 
 
 class Extraction:
@@ -113,7 +61,12 @@ class Extraction:
             if empty:
                 args, kwargs = one_for_none((args, kwargs))
             subject = self.subject(args, kwargs)
-            found = Pass(self, subject, args, kwargs, 1 if empty else samples)
+            if subject.mask is not None and subject.mask not in kwargs:
+                raise ValueError(f"inputs must have {subject.mask!r}, as those of fit had")
+            mask = None if subject.mask is None else kwargs[subject.mask]
+            readings = {block.name: block.readings(subject, mask) for block in self.blocks}
+            samples = max(samples, 1)
+            found = Pass(self.model, readings, subject, args, kwargs, samples, log=self.log, kept=self.kept)
             logits, values = found.logits, {block.name: self._values(block, found) for block in self.blocks}
         return (logits[:0], {n: v[:0] for n, v in values.items()}) if empty else (logits, values)
 

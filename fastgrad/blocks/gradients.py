@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgrad.batches import copied
 from fastgrad.blocks.block import Array, Block, Part, Settings
-from fastgrad.blocks.extraction import Pass
+from fastgrad.blocks.forward import Pass
 from fastgrad.blocks.subject import Subject
 from fastgrad.gradients.features import GradientFeatures
 
@@ -36,11 +36,10 @@ class Gradients(Block):
         return 1 + 2.5 * len(self.signals)
 
     def values(self, found: Pass) -> Tensor:
-        own, kept = found.extraction, found.extraction.kept
-        if self.name not in kept:
-            kept[self.name] = GradientFeatures(own.model, signals=self.signals, log=own.log)
+        if self.name not in found.kept:
+            found.kept[self.name] = GradientFeatures(found.model, signals=self.signals, log=found.log)
         args, kwargs = copied((found.args, found.kwargs))
-        features: Tensor = kept[self.name](*args, **kwargs)[1]
+        features: Tensor = found.kept[self.name](*args, **kwargs)[1]
         return features
 
     @classmethod

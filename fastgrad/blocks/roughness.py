@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrad.blocks.block import Array, Block, Part, Reading, Settings
+from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.channels import output_of
-from fastgrad.blocks.extraction import Pass
+from fastgrad.blocks.forward import Pass, Reading
 from fastgrad.blocks.local_contrast import differences, mean_extremes
 from fastgrad.blocks.subject import Subject
 from fastgrad.losses import compute_dtype

@@ -59,8 +59,8 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         TypeError: If ``model`` is not an ordinary ``torch.nn.Module``, or holds scripted modules, complex parameters or
             parts of parameters.
         ValueError: If it has batch norm in training mode, was compiled in place, is replicated on several devices, or
-            lies on a device without values (meta) or without float64 (mps). The first call on inputs of a structure
-            raises it for a model whose samples interact, or which draws random numbers in evaluation mode.
+            is on the meta device or on one without float64 (mps). The first call on inputs of a structure raises it for
+            a model whose samples interact, or which draws random numbers in evaluation mode.
 
     Example::
 

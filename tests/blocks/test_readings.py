@@ -11,8 +11,8 @@ from small_nets import Net
 from torch import Tensor, nn
 
 from fastgrad.blocks import Block
-from fastgrad.blocks.block import Reading
-from fastgrad.blocks.extraction import Extraction, Pass
+from fastgrad.blocks.extraction import Extraction
+from fastgrad.blocks.forward import Pass, Reading
 from fastgrad.blocks.subject import watch
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from serve_client import image
 
 for needed in ("pyarrow", "PIL", "tqdm"):
