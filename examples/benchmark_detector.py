@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fastgrad
 
 Score = Callable[[Tensor], Tensor]
-#: Named blocks have no cost limit: this network is tiny.
+#: Named blocks have no cost limit, which so small a network would exceed.
 BLOCKS = ["logits", "activations", "image"]
 
 

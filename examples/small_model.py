@@ -48,7 +48,7 @@ def export(path: Path) -> Path:
     """Fit the detector on images that the network was not trained on; write one file."""
     images, labels = digits()
     model = trained(images[:900], labels[:900])
-    # Named blocks have no cost limit: each call's fixed cost weighs much beside so small a network.
+    # Named blocks have no cost limit: on so small a network, the fixed cost of each call would exceed it.
     blocks = ["logits", "activations", "image"]
     two_stage = fastgrad.TwoStageModel(model, blocks=blocks).fit([(images[900:1500], labels[900:1500])])
     names = [str(digit) for digit in range(10)]

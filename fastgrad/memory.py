@@ -25,7 +25,7 @@ def keep_freed_memory() -> None:
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Whether memory ran out, which says nothing about the model and may not happen again."""
+    """Whether an error says that memory ran out, which says nothing about the model and may not happen again."""
     words = ("out of memory", "allocate memory", "not enough memory")
-    told = isinstance(error, RuntimeError) and any(each in str(error).lower() for each in words)
-    return told or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    says_so = isinstance(error, RuntimeError) and any(each in str(error).lower() for each in words)
+    return says_so or isinstance(error, (MemoryError, torch.OutOfMemoryError))

@@ -13,8 +13,8 @@ class Prediction(NamedTuple):
     Attributes:
         logits: ``(B, N)``, the network's own.
         probabilities: ``(B, N)``: how likely each class is. The softmax, with a temperature if fitted with labels. With
-            an introspective classifier ``(1 - g) p_network + g p_classifier``, where ``g`` is the probability that the
-            input is a challenge, or 1 if none was fitted.
+            a correction ``(1 - g) p_network + g p_corrected``, where ``g`` is the probability that the input is a
+            challenge.
         uncertainty: ``(B,)``: how atypical the input is; higher is less reliable. It is -log of the probability that a
             clean input looks at least this unusual, not a probability of error. Infinite where it cannot be computed.
         risk: ``(B,)``: the probability that the answer is wrong, for clean and unusual inputs; None if fitted without

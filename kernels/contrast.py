@@ -2,14 +2,14 @@
 
     out[b, k] = ||delta^(k)(z_b)||^2 (||h_b||^2 + bias)        float32, or its logarithm
 
-Three ways to the same numbers, chosen by ``fastgrad.ops.tune``:
+``fastgrad.ops.tune`` chooses one of three ways to the same numbers:
 
 - ``contrast_rows_kernel``: a program owns whole rows, which stay on chip; the logits are read once.
 - ``contrast_stream_kernel``: a program owns one row and sweeps it twice, moments first.
 - ``contrast_moments_kernel`` then ``contrast_finish_kernel``: few long rows, each shared by several programs.
 
-``ALIGN_*`` are powers of two that divide the row strides, and strides are passed divided by them. A stride of 1000
-elements is a multiple of 8, but only a factor that the compiler sees makes 16-byte accesses legal.
+``ALIGN_*`` are powers of two that divide the row strides, which are passed divided by them. A stride of 1000 elements
+is a multiple of 8, but the compiler emits 16-byte accesses only if it sees that factor.
 """
 
 import triton
@@ -21,7 +21,7 @@ from .moments import contrast_values, load_block, merge_parts, store_part, sweep
 
 @triton.jit
 def features_factor(square, N, BIAS: tl.constexpr, LOG: tl.constexpr, MEAN: tl.constexpr):
-    """Return ``(||h||^2 + bias)``, over N^2 for losses averaged over classes; its logarithm with ``LOG``."""
+    """Return ``||h||^2 + bias``, divided by N^2 if the loss is averaged over classes, or with ``LOG`` its logarithm."""
     if BIAS:
         square = square + 1.0
     if MEAN:

@@ -7,8 +7,8 @@
 - ``gram_kernel``: the same number as ``sum_{t,t'} (a_t . a_t')(g_t . g_t')`` for a linear layer; a program owns a tile
   of position pairs, of which only those with t <= t' are formed.
 
-``out`` has one place per program, so that the result does not depend on timing. Positions are ``(d, h, w)`` triples;
-missing axes have size 1. Tiles run along channels, so channels-last operands are read with the widest loads.
+Every program writes its own element of ``out``, so the result does not depend on timing. Positions are ``(d, h, w)``
+triples, in which missing axes have size 1. Tiles run along channels, so that loads of channels-last operands are wide.
 """
 
 import triton

@@ -3,9 +3,9 @@
     out[b] = minimum, maximum, mean, softmax expectation and predicted class' value of ``contrast``'s norms of row b
 
 - ``linear_stats_kernel``: a program owns ``BLOCK_M`` rows and walks through some tiles of ``x W^T + b``. It rounds each
-  to the logits' dtype and reduces *the rounded values* to moments (see ``losses``), so that the result is that of the
-  matrix never written.
-- ``stats_finish_kernel``: a program merges all parts of a row, as a tree, in an order that does not depend on timing.
+  to the logits' dtype and reduces *the rounded values* to moments (see ``losses``): the result is the same as that of
+  logits written to memory.
+- ``stats_finish_kernel``: a program merges all parts of a row in a tree, whose order does not depend on timing.
 """
 
 import triton
@@ -22,7 +22,7 @@ def product_tile(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Return one tile of ``x W^T`` in float32; rows are given as pointers."""
+    """Return one tile of ``x W^T`` in float32, from pointers to the rows of x and W."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, D, BLOCK_K):
         ks = k + tl.arange(0, BLOCK_K)
@@ -77,7 +77,7 @@ def linear_stats_kernel(
             z += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
         inside = valid[:, None] & (cols < N)[None, :]
         z = tl.where(inside, z.to(x_ptr.dtype.element_ty).to(tl.float32), float("-inf"))
-        # Half a tile at a time: its exponentials and their products fit the registers beside the tile.
+        # Beside a tile, the registers hold the exponentials and products of half of it.
         z_left, z_right = halves(z, BLOCK_M, BLOCK_N)
         inside_left, inside_right = halves(inside, BLOCK_M, BLOCK_N)
         moments = add_tile(moments, z_left, inside_left, LOSS, False, True)

@@ -29,7 +29,7 @@ def add_tile(moments, z, valid, LOSS: tl.constexpr, LOG: tl.constexpr, STATS: tl
 def load_block(
     ptrs, stride, n, stop, valid, BLOCK_N: tl.constexpr, other: tl.constexpr, KEEP: tl.constexpr = False
 ):  # fmt: skip
-    """Load columns ``[n, n + BLOCK_N)`` of rows at ``ptrs``, float32, and which exist; ``KEEP`` keeps them cached."""
+    """Return columns ``[n, n + BLOCK_N)`` of rows in float32, and which of them exist; ``KEEP`` keeps them cached."""
     cols = n + tl.arange(0, BLOCK_N)
     inside = valid[:, None] & (cols < stop)[None, :]
     at = ptrs[:, None] + cols.to(tl.int64)[None, :] * stride
@@ -63,7 +63,7 @@ def store_part(at, plane, mask, moments, features):
 def merge_parts(
     at, parts, plane, LOSS: tl.constexpr, LOG: tl.constexpr, STATS: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
-    """Merge what ``store_part`` wrote for a row, up to ``PARTS`` parts next to each other: ``(moments, features)``."""
+    """Return ``(moments, features)`` of a row from the parts, at most ``PARTS``, that ``store_part`` wrote."""
     empty = columns(empty_moments(1, LOSS, STATS))
     COUNT: tl.constexpr = len(empty)
     part = tl.arange(0, PARTS)[None, :]

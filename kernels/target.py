@@ -3,8 +3,8 @@
     out[b] = ||delta(z_b, y_b)||^2 (||h_b||^2 + bias)          float32, or its logarithm
 
 ``KIND`` names the target: ``ones`` and ``uniform`` (y = 1 and y = 1/N for every class), ``predicted`` and ``indices``
-(one-hot). A program owns ``ROWS`` rows and sweeps them up to three times; rows that fit one block come from the cache
-after the first. Targets that differ from class to class have an eager form alone.
+(one-hot). A program owns ``ROWS`` rows and sweeps them up to three times, the second and third time from the cache.
+Soft targets, which differ from class to class, have only an eager form.
 """
 
 import triton
@@ -46,7 +46,7 @@ def cross_entropy_constant(
 
 
 @triton.jit
-def log_of_ones(zs, stride_zn, N, valid, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+def log_sum_for_ones(zs, stride_zn, N, valid, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
     """Return the logarithm of the sum of ``sigmoid(-z_j)^2``, computed in log space."""
     low = tl.zeros([ROWS], tl.float32) + float("inf")
     for n in range(0, N, BLOCK_N):
@@ -61,7 +61,7 @@ def log_of_ones(zs, stride_zn, N, valid, ROWS: tl.constexpr, BLOCK_N: tl.constex
 
 
 @triton.jit
-def elementwise(
+def sum_of_squares(
     zs, stride_zn, N, valid, KIND: tl.constexpr, LOSS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     """Return the sum of ``delta_j^2``, for losses where ``delta_j`` depends only on ``z_j`` and the target."""
@@ -91,9 +91,9 @@ def target_value(
         value = square_top * shift * shift + constant
         value = tl.log(value) + scale if LOG else value * (scale * scale)
     elif IN_LOG and LOG:
-        value = log_of_ones(zs, stride_zn, N, valid, ROWS, BLOCK_N)
+        value = log_sum_for_ones(zs, stride_zn, N, valid, ROWS, BLOCK_N)
     else:
-        value = elementwise(zs, stride_zn, N, valid, KIND, LOSS, ROWS, BLOCK_N)
+        value = sum_of_squares(zs, stride_zn, N, valid, KIND, LOSS, ROWS, BLOCK_N)
     return tl.log(value) if LOG and (not IN_LOG) else value
 
 
@@ -111,7 +111,7 @@ def target_sqnorm_kernel(
     features = square_sum(h_ptr + rows * stride_hb * ALIGN_H, valid, 0, D, stride_hd, ROWS, BLOCK_D)
     factor = features_factor(features, N, BIAS, LOG, MEAN)
     zs = z_ptr + rows * stride_zb * ALIGN_Z
-    # The compiler drops this sweep for losses that do not read its moments.
+    # The compiler drops this sweep where nothing reads its moments.
     moments = sweep_moments(zs, stride_zn, 0, N, valid, LOSS, LOG, ROWS, BLOCK_N)
     if (KIND == "predicted") or (KIND == "indices"):
         coefficients = contrast_coefficients(moments, LOSS, LOG)

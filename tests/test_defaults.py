@@ -6,6 +6,7 @@ import ast
 import contextlib
 import copy
 import pathlib
+import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -24,11 +25,12 @@ IMAGES = torch.rand(40, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(40) % 3
 
 
-def fitted(classifier: fastgrad.IntrospectiveClassifier | None) -> list[Tensor]:
+def fitted(correct: bool) -> list[Tensor]:
     blocks: list[str] = ["logits", "activations", "image", "gradients"]
-    model = fastgrad.TwoStageModel(NETWORK, blocks=blocks, classifier=classifier, seed=1)
-    model.fit([(IMAGES, LABELS)], verbose=False)
-    if classifier is None:
+    model = fastgrad.TwoStageModel(NETWORK, blocks=blocks, seed=1)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # there is nothing to correct
+        model.fit([(IMAGES, LABELS)], correct=correct, verbose=False)
+    if not correct:
         model.report(gains=True)
     return [value for value in model(IMAGES[:5]) if value is not None]
 
@@ -50,9 +52,16 @@ def contrasts() -> list[Tensor]:
     return [fastgrad.contrast_sqnorm(h, z, log=log) for log in (False, True)]
 
 
+def classified() -> list[Tensor]:
+    h, labels = IMAGES.flatten(1)[:, :8], LABELS.numpy()
+    classifier = fastgrad.IntrospectiveClassifier(max_epochs=2, hidden=(4,)).fit(h, labels)
+    return [torch.from_numpy(classifier.predict_proba(h))]
+
+
 WORK: dict[str, Callable[[], list[Tensor]]] = {
-    "detector": lambda: fitted(None),
-    "classifier": lambda: fitted(fastgrad.IntrospectiveClassifier(max_epochs=2, hidden=(4,))),
+    "detector": lambda: fitted(False),
+    "correction": lambda: fitted(True),
+    "classifier": classified,
     "challenges": lambda: list(generate_challenges(NETWORK, IMAGES[:4], names=list(CHALLENGES)).values()),
     "features": lambda: list(fastgrad.GradientFeatures(NETWORK, target=lambda z: z.argmax(1))(IMAGES[:5])),
     "record": recorded,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastgrad import IntrospectiveClassifier, TwoStageModel
+from fastgrad import TwoStageModel
 from fastgrad.challenges.tokens import FAR, SHARES, TOKEN_CHALLENGES, ids_of, iter_token_challenges
 
 PAD, BEGIN, END = 1, 2, 3
@@ -283,9 +283,9 @@ def test_a_detector_of_texts_learns_from_their_challenges(form: str) -> None:
     assert "challenges" in two_stage.explain(batches(form)[0]).evidence
 
 
-def test_an_introspective_classifier_is_trained_on_challenges_of_texts() -> None:
+def test_a_correction_learns_from_challenges_of_texts() -> None:
     model, x = Reader().eval(), torch.tensor(texts())
     data = [(x, torch.arange(40) % 2)]
-    two_stage = TwoStageModel(model, blocks=["logits"], classifier=IntrospectiveClassifier(max_epochs=2)).fit(data)
-    assert two_stage.gate_ is not None
+    with pytest.warns(UserWarning, match="of 40 clean inputs right by the network"):
+        two_stage = TwoStageModel(model, blocks=["logits"]).fit(data, correct=True)
     assert torch.isfinite(two_stage(x).probabilities).all()

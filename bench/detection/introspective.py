@@ -1,8 +1,9 @@
 """Introspection where it gains: a second answer from what the last layer reads, trained on generated challenges.
 
-H learns the clean image's label from clean images and from challenges made from them. Its answer joins the network's by
-the gate of `TwoStageModel`, the probability that the image is a challenge; by their mean; or not at all. Baselines are
-the last layer trained again on the same images, and batch norm with adapted statistics.
+*Correction* is that of `TwoStageModel`, whose zero is the network alone. H learns the clean image's label from clean
+images and from challenges made from them. Its answer joins the network's by the gate of `TwoStageModel`, which is the
+probability that the image is a challenge; by their mean; or not at all. Baselines are the last layer trained again on
+the same images, and batch norm with adapted statistics.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -30,7 +32,9 @@ from bench.detection.subject import BATCH, Fit, Seen, Subject
 from bench.detection.train import HELD_OUT, fit_layer
 from fastgrad import IntrospectiveClassifier, TwoStageModel, contrast_sqnorm
 from fastgrad.batches import take
+from fastgrad.detector import fitting
 from fastgrad.detector.price import DEFAULT_BLOCKS
+from fastgrad.introspection.correction import Choice, Labelled, choose, mixed
 from fastgrad.metrics import ece
 
 #: Splits of images that the network was not trained on, clean images of each, clean test images, images of each kind.
@@ -75,9 +79,17 @@ def probabilities(model: nn.Module, images: Tensor) -> Tensor:
 def answered(subject: Subject, tests: Mapping[str, Seen], seed: int) -> Answers:
     """Return probabilities by method and case, for all methods fitted on one split."""
     fit = Fit(subject)
-    # The detector and its gate are those of `TwoStageModel.fit`; H is trained below on each of its possible inputs.
-    H = IntrospectiveClassifier(max_epochs=1)
-    two_stage = fitted(fit, DEFAULT_BLOCKS, classifier=H, challenges_per_input=3, max_samples=len(fit.clean.images))
+    # Detector, gate and correction are those of `TwoStageModel.fit`; H is trained below on each of its possible inputs.
+    chosen: list[Choice] = []
+
+    def choice(data: Labelled, seed: int, *, draft: bool) -> Choice:
+        """Let the model keep a correction and thus its gate, whatever is chosen."""
+        chosen.append(choose(data, seed))
+        return choose(data, seed, draft=True)
+
+    with mock.patch.object(fitting, "choose", choice):
+        two_stage = fitted(fit, DEFAULT_BLOCKS, correct=True, challenges_per_input=3, max_samples=len(fit.clean.images))
+    correction = chosen[-1].correction
     kept = subject.kept("inputs/generated/fit", dict)
     groups = torch.from_numpy(kept["groups"])
     labels = subject.parts["fit"][1][groups]
@@ -94,8 +106,12 @@ def answered(subject: Subject, tests: Mapping[str, Seen], seed: int) -> Answers:
     found: Answers = {}
     for case, seen in tests.items():
         values = blocks_of(seen.subject, f"{case}/test", seen.images, (*DEFAULT_BLOCKS, "features"))
-        first, gate = gated(two_stage, values)
+        first, odds = gated(two_stage, values)
+        gate = odds.sigmoid().unsqueeze(1)
         found.setdefault(NETWORK, {})[case] = first
+        logits = two_stage.temperature_(values["logits"])
+        other = first if correction is None else mixed(first.log(), correction(values["features"], logits), odds).exp()
+        found.setdefault("correction", {})[case] = other
         read = reads(values, subject.layer)
         answers = {f"H on {name}": torch.from_numpy(H.predict_proba(read[name])).float() for name, H in second.items()}
         answers["last layer, trained again"] = again(values["features"]).softmax(1)
@@ -108,9 +124,9 @@ def answered(subject: Subject, tests: Mapping[str, Seen], seed: int) -> Answers:
 
 @torch.no_grad()
 def gated(two_stage: TwoStageModel, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the network's calibrated probabilities ``(n, N)``, and the probabilities ``(n, 1)`` of a challenge."""
+    """Return the network's calibrated probabilities ``(n, N)``, and the log odds ``(n,)`` of a challenge."""
     odds = two_stage.gate_.log_odds(two_stage.detector_.explain(dict(values))[1])
-    return two_stage.temperature_(values["logits"]).softmax(1).float(), odds.sigmoid().float().unsqueeze(1)
+    return two_stage.temperature_(values["logits"]).softmax(1).float(), odds.float()
 
 
 def measure(options: Options, network: str, sizes: tuple[int, int, int, int]) -> list[dict[str, Any]]:

@@ -89,9 +89,7 @@ def _read(subject: Subject, images: Tensor, names: Sequence[str]) -> dict[str, A
     return {name: torch.cat([part[name] for part in parts]).float().numpy() for name in parts[0]}
 
 
-def fitted(
-    fit: Fit, names: Sequence[str], challenges: Any = "generate", classifier: Any = None, **options: Any
-) -> TwoStageModel:
+def fitted(fit: Fit, names: Sequence[str], challenges: Any = "generate", **options: Any) -> TwoStageModel:
     """Return a model fitted on those of the named blocks that the network can serve; the cache keeps their values."""
     subject = fit.subject
     clean, labels = subject.parts["fit"]
@@ -99,7 +97,7 @@ def fitted(
     blocks = [block for block in (MADE[name]() for name in names) if block.refusal(known) is None]
     where, read_anew = "clean" if challenges is None else fit.case or "generated", collect.read
 
-    def read(extraction: Extraction, device: Any, batches: Any) -> collect.Features:
+    def read(extraction: Extraction, device: Any, batches: Any) -> collect.FeatureTable:
         def shown() -> dict[str, Any]:
             # The inputs themselves are collected instead of blocks.
             made = read_anew(lambda x: (x.flatten(1)[:, :1], {"inputs": x}), device, batches)
@@ -109,9 +107,9 @@ def fitted(
         inputs = torch.from_numpy(made["inputs"]).to(clean.dtype)
         wanted = [*(block.name for block in extraction.blocks), "logits"]
         values = blocks_of(subject, f"{where}/fit", inputs, wanted)
-        return collect.Features(values, values["logits"], made["kinds"], made["groups"])
+        return collect.FeatureTable(values, values["logits"], made["kinds"], made["groups"])
 
-    two_stage = TwoStageModel(fit.subject.model, blocks=blocks, seed=subject.draw, classifier=classifier)
+    two_stage = TwoStageModel(fit.subject.model, blocks=blocks, seed=subject.draw)
     with mock.patch.object(collect, "read", read), torch.enable_grad():
         two_stage.fit(fit.loader(clean, labels), challenges, **options)
     return two_stage

@@ -1,1 +1,1 @@
-"""The kernels on GPUs: times on a device, and compiled and interpreted code without one."""
+"""Checks of the kernels: times on a GPU; compiled and interpreted code without one."""

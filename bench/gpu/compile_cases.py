@@ -31,8 +31,8 @@ class Case(NamedTuple):
         name: Name in the tables.
         inputs: Its tensors, which no kernel may write.
         call: Runs the launcher on them.
-        quick: Whether every test run takes this case for its kernel and path, and a device times it.
-        wide: Whether rows are multiples of 16 bytes: 16-byte loads and stores must then appear.
+        quick: Whether every test run compiles it, as the case of its kernel and path, and a device times it.
+        wide: Whether rows are multiples of 16 bytes, which must then be loaded and stored 16 bytes at a time.
         products: Multiplications on the matrix units.
     """
 
@@ -55,7 +55,7 @@ def as_if_on(architecture: Architecture) -> Any:
 
 
 def configured(**configs: object) -> Any:
-    """Replace functions of `tune`, by name, so that they return these configurations; also decorates calls."""
+    """Let functions of `tune`, by name, return these configurations; a context manager, and a decorator of calls."""
     return mock.patch.dict(vars(tune), {name: mock.Mock(return_value=config) for name, config in configs.items()})
 
 
@@ -120,7 +120,7 @@ def cases(make: Make = meta) -> Iterator[Case]:
     yield one(4096, 1000, 512, HALF, "bce", kind="ones", log=True, quick=True)
     yield one(256, 128256, 4096, HALF, "brier", log=True, kind="indices")
     yield from _layers(make)
-    # Sizes of 1 are constants to the compiler, and take other branches of the language.
+    # The compiler takes sizes of 1 for constants.
     ones = (1, 1, 1, SINGLE, "mse")
     yield norms(*ones, log=True, mean=True)
     yield statistics(*ones, mean=True)

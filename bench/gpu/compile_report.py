@@ -1,11 +1,11 @@
-"""Compile every kernel for GPUs that need not be there, and read the machine code.
+"""Compile every kernel for GPUs that this machine need not have, and read the machine code.
 
     python -m bench.gpu.compile_report                        # table on the terminal
     python -m bench.gpu.compile_report --out                  # also bench/results/compile.json and compile.md
     python -m bench.gpu.compile_report --only contrast --arch sm_90
 
-A case calls a launcher on meta tensors. Triton compiles each of its launches as on a device, and launches none. The
-figures of the table are read from the machine code.
+A case calls a launcher on meta tensors. Triton compiles each launch as it would on a device, but does not run it. The
+table's figures are read from the machine code.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from unittest import mock
 if os.environ.get("TRITON_INTERPRET") == "1":
     raise ImportError("kernels are compiled in a process without TRITON_INTERPRET=1, which would interpret them")
 
-# Triton 3.4 asks for ROCm's linker, later ones bring their own. Only the assembly is read here, which comes before.
+# Triton 3.4 needs ROCm's linker, which later versions include. Only the assembly is read here, which comes before it.
 os.environ.setdefault("TRITON_HIP_LLD_PATH", shutil.which("true") or "")
 
 import triton
@@ -43,10 +43,10 @@ from fastgrad.ops import tune
 PRODUCTS = {"linear_stats_kernel", "direct_kernel", "gram_kernel"}
 #: Kernels that write whole rows; the others write one number per row or tile.
 WIDE_STORES = {"contrast_rows_kernel", "contrast_stream_kernel", "contrast_finish_kernel"}
-#: What is read from machine code: the largest number behind a word, and how often a word occurs.
+#: What is read from machine code: the largest number after a word, and how often a word occurs.
 LARGEST = {
     "cubin": {"registers": r"\bREG:(\d+)", "local": r"\b(?:STACK|LOCAL):(\d+)"},
-    # Scalar registers spill into lanes of vector registers; memory is touched only by what "local" counts.
+    # Scalar registers spill into lanes of vector registers; "local" counts what goes to memory.
     "amdgcn": {
         "registers": r"\.vgpr_count:\s+(\d+)", "spills": r"\.vgpr_spill_count:\s+(\d+)",
         "local": r"\.private_segment_fixed_size:\s+(\d+)",
@@ -89,7 +89,7 @@ class Launch(NamedTuple):
 
 
 def compiled(call: Callable[[], object], arch: str) -> list[Launch]:
-    """Return the launches that a call makes on an architecture, compiled by Triton's own launcher."""
+    """Return the launches of a call on an architecture, compiled by Triton's own launcher."""
     JITFunction, launches = triton.runtime.jit.JITFunction, []
     run = JITFunction.run
 
@@ -123,13 +123,13 @@ def _disassembled(cubin: bytes) -> str:
 
 
 def faults(row: dict[str, Any], wide: bool) -> list[str]:
-    """Return which promises made for every kernel a row breaks; ``wide``: its rows are multiples of 16 bytes."""
+    """Return which promises about kernels a row breaks; ``wide``: its rows of logits are multiples of 16 bytes."""
     found = []
     if row["spills"] or row["local"]:
         found.append(f"{row['spills']} spills, {row['local']} bytes of local memory")
     limit = tune.KNOWN_ARCHITECTURES[row["arch"]].shared_memory
     if row["shared"] > limit:
-        found.append(f"{row['shared']} bytes of shared memory, {limit} there")
+        found.append(f"{row['shared']} of {limit} bytes of shared memory")
     if row["kernel"] in PRODUCTS and not row["matrix"]:
         found.append("no matrix instruction")
     if wide and not row["wide_loads"] and row["kernel"] != "stats_finish_kernel":
@@ -142,7 +142,7 @@ def faults(row: dict[str, Any], wide: bool) -> list[str]:
 def report(only: str, archs: list[str], quick: bool) -> list[dict[str, Any]]:
     """Compile the cases whose name matches ``only`` somewhere; return a row for each launch."""
     rows: list[dict[str, Any]] = []
-    # Equal kernels are read once.
+    # Disassembling takes time, and many launches share a kernel.
     found: dict[str, dict[str, int]] = {}
     wanted = [case for case in cases() if re.search(only, case.name) and (case.quick or not quick)]
     for arch, case in itertools.product(archs, wanted):

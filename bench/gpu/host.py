@@ -1,8 +1,9 @@
-"""Microseconds that a call spends in Python before its kernel starts: on a driver that compiles, but launches nothing.
+"""Microseconds that a call spends in Python before its kernel starts, on a driver that compiles but launches nothing.
 
 python -m bench.gpu.host
 
-Small batches wait for these; a CUDA graph hides them. PyTorch's softmax of as many numbers on the CPU stands beside.
+They bound small batches, unless a CUDA graph removes them. PyTorch's softmax of the same logits on the CPU is printed,
+too.
 """
 
 from __future__ import annotations

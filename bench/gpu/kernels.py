@@ -1,4 +1,4 @@
-"""Each kernel's share of the device's measured rates, and its time over the one predicted in the compile report.
+"""Each kernel's share of the device's measured rates, and its time over the compile report's prediction.
 
 python -m bench.gpu.kernels --out DIR [--tiny]       # writes DIR/kernels.json
 python -m bench.gpu.kernels --once [--tiny]          # one launch of each, for a profiler or a sanitizer
@@ -46,7 +46,7 @@ def repeats(case: Case, times: int) -> int:
 
 
 def measure(case: Case, floor: dict[str, Any]) -> dict[str, Any]:
-    """Return the times of a case in a graph and called alone, its shares of the measured rates, and of the model's."""
+    """Return a case's time in a graph, the latency of a call, its shares of measured rates, and its predicted time."""
     result = case.call()
     moved = sum(t.nbytes for t in (*case.inputs, *(result if isinstance(result, tuple) else (result,))))
     taken = clock.deciles(clock.timed(case.call, DEVICE, graph=True, calls=3))

@@ -1,8 +1,8 @@
-"""How long a launch should take, from counts that need no device: ``gpu.sh`` puts the measured time beside it.
+"""Predict how long a launch takes from counts that need no device; ``gpu.sh`` divides the measured time by it.
 
     launch + a program's own chain + the longest of: bytes over bandwidth, instructions over issue slots, products
 
-Nothing here has been fitted to a measurement; what would prove it wrong is a kernel that takes twice as long.
+Nothing here has been fitted to a measurement. A kernel that takes twice as long proves the model wrong.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastgrad.ops.tune import cdiv
 
 
 class Rates(NamedTuple):
-    """Rates of a device: bytes, cycles and half-precision products of its matrix units in a microsecond."""
+    """What a device does in a microsecond: bytes, cycles, and half-precision products of its matrix units."""
 
     bytes: float
     cycles: float
@@ -30,7 +30,7 @@ RATES = {
     "sm_90": Rates(3.0e6, 1750, 0.3 * 989e6),
     "sm_100": Rates(7.0e6, 1850, 0.3 * 2250e6),
 }
-#: A launch within a graph; loads, reductions and stores of one program, which nothing hides.
+#: Microseconds of a launch within a graph, and of one program's loads, reductions and stores, which nothing hides.
 LAUNCH, CHAIN = tune.LAUNCH, tune.PROGRAM
 #: Threads, registers and programs that a processor holds; those with less shared memory hold fewer threads.
 WARPS, FEWER_WARPS, REGISTERS, PROGRAMS = 64, 48, 1 << 16, 32
@@ -66,7 +66,7 @@ def costs(row: Mapping[str, Any], programs: int, given: Mapping[str, Any], produ
     if row["arch"] in RATES and kernel.startswith(("contrast", "target", "linear", "stats")):
         rate = RATES[row["arch"]]
         moved = sum({id(t): t.nbytes for t in given.values() if isinstance(t, Tensor)}.values())
-        # One processor alone reaches some 1.5 of its share of the bandwidth.
+        # A processor may take up to 1.5 times its share of the bandwidth.
         share = min(1.0, 1.5 * programs / arch.processors)
         issued = row["instructions"] * row["warps"] * programs * max(1, found["steps"] / 2)
         busy = arch.processors * min(1.0, programs / arch.processors)

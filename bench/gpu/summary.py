@@ -1,4 +1,4 @@
-"""``summary.md`` of a GPU run: every step's outcome, the floors, each kernel's share of them, the cases.
+"""Write ``summary.md`` of a GPU run: the outcome of every step, the floors, each kernel's share of them, the cases.
 
 python -m bench.gpu.summary --out DIR --step NAME=STATUS ...
 """

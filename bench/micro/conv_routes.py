@@ -1,4 +1,4 @@
-"""Time every route on every convolution of the model zoo: is the cost model's pick the fastest?
+"""Time every route on every convolution of the model zoo, to see whether the cost model picks the fastest.
 
     python -m bench.micro.conv_routes        # bench/results/conv-routes.json and .md
 
@@ -25,7 +25,7 @@ from fastgrad.ops.conv.geometry import canonical
 from fastgrad.ops.conv.sqnorm import conv_sqnorm, shape_of
 
 BATCH, IMAGE, HOPELESS = 16, 64, 12.0
-#: torchvision's name of each model, and its arguments beside ``weights=None``.
+#: torchvision's name of each model, and its arguments except ``weights=None``.
 MODELS: dict[str, dict[str, Any]] = {
     "resnet18": {}, "densenet121": {}, "mobilenet_v3_small": {}, "efficientnet_b0": {}, "shufflenet_v2_x1_0": {},
     "googlenet": {"aux_logits": False, "init_weights": False}, "vgg11_bn": {}, "squeezenet1_1": {},
@@ -78,7 +78,7 @@ def measured(key: tuple[Any, ...], models: list[str]) -> dict[str, Any]:
 
 
 def measure() -> list[dict[str, Any]]:
-    # The worst pick first.
+    # Worst picks come first.
     return sorted(starmap(measured, convolutions().items()), key=lambda row: -row["ratio"])
 
 

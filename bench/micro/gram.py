@@ -1,8 +1,8 @@
 """Inner products of per-sample gradients: the matrix of a batch, and products with one vector.
 
-Every implementation computes the ``(B, B)`` matrix of the same loss; the training step is the yardstick. Errors are
-those of the entries of the first and the last row against float64 gradients of samples alone, relative to the product
-of the two norms. TorchJD's autogram refuses batch norm and recurrent layers unless it goes back once per sample.
+Every implementation computes the ``(B, B)`` matrix of the same loss; the training step is the yardstick. The first and
+the last row are compared with products of single samples' float64 gradients; errors are relative to the product of the
+two norms. TorchJD's autogram refuses batch norm and recurrent layers unless it goes back once per sample.
 
 The networks are those of TorchJD's own benchmark, from torchvision, at 32 or 64 pixels, and ours.
 """

@@ -1,4 +1,4 @@
-"""The measured networks, in plain torch, so that they need no other package.
+"""The measured networks, in plain PyTorch, so that they need no other package.
 
 Published shapes: ResNet-18/50 (He et al. 2016), DenseNet-121 from torchvision, ViT-B/16 (Dosovitskiy et al. 2021), a
 GPT-like decoder that classifies a sequence by its last token. Activations are modules and projections are

@@ -16,10 +16,12 @@ from bench.report import blocks, pages
 from bench.report.pages import RESULTS
 
 ROOT = Path(__file__).parents[2]
+PAGES = ("results", "explanation/kernels", "explanation/what-it-finds", "should-i-use-it")
 DOCUMENTS = [
-    ROOT / name
-    for name in ("README.md", "docs/results.md", "docs/explanation/what-it-finds.md", "docs/should-i-use-it.md")
-] + sorted((ROOT / "docs" / "results").glob("*.md"))
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in PAGES),
+    *sorted((ROOT / "docs" / "results").glob("*.md")),
+]
 
 
 def stale(folder: Path = RESULTS, documents: Sequence[Path] = DOCUMENTS) -> list[str]:

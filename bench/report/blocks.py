@@ -11,8 +11,8 @@
   fastgrad's. For several networks the groups follow: ``attacks resnet18, vit | attacks | attacks after JPEG``.
 - ``NAME by network | CASE | FIELD | FORMAT | METHOD | METHOD ...`` is one field of one case: a row for each network, a
   column for each method. ``NAME by case | NETWORK | ...`` has a row for each case; of speed, without a network.
-- A value is ``FILE | CASE or NETWORK: CASE | IMPLEMENTATION or METHOD | FIELD | FORMAT``, over draws the mean. In a row
-  of a table ``;`` stands in place of ``|``, which would end the cell.
+- A value is ``FILE | CASE or NETWORK: CASE | IMPLEMENTATION, METHOD or ARCHITECTURE | FIELD | FORMAT``, over draws the
+  mean. In a row of a table ``;`` stands in place of ``|``, which would end the cell.
 """
 
 from __future__ import annotations
@@ -85,7 +85,11 @@ def value(words: str, folder: Path = RESULTS) -> str:
     name, case, method, key, form = parts
     network, _, case = case.rpartition(": ")
     document = load(name, folder)
-    found = _figure(document.get("cases", document.get("rows")), network, case, method, key, form)
+    rows = document.get("cases", document.get("rows"))
+    if "merit" in document:
+        # Halves of the attacks are means that no row holds.
+        rows = [*rows, *({**row, "case": f"mean of {row['group']}"} for row in detection.attack_kinds(rows))]
+    found = _figure(rows, network, case, method, key, form)
     if found is None:
         raise ValueError(f"a value must name a case and an implementation of {name}; it was {words!r}")
     return found
@@ -95,7 +99,7 @@ def _figure(rows: list[dict[str, Any]], network: str, case: str, method: str, ke
     found = [
         row for row in rows
         if str(row.get("case", row.get("batch"))) == case and network in ("", row.get("network"))
-        and method in (row.get("implementation"), row.get("method"), row.get("form"))
+        and method in map(row.get, ("implementation", "method", "form", "arch"))
     ]  # fmt: skip
     if not found:
         return None

@@ -178,9 +178,10 @@ def _with_ends(cell: Row, merit: str) -> Value:
 
 
 def second_answers(document: Row) -> Any:
-    """Return what each network gains by H and by two methods without H, on clean inputs and on corruptions."""
+    """Return what each network gains by correction, H and two other methods, on clean inputs and on corruptions."""
     groups: dict[str, Lines] = {}
     methods = {
+        "correction": "correction",
         "H on h, gated": "H, gated",
         "last layer, trained again, gated": "last layer again",
         "batch norm adapted": "batch norm adapted",

@@ -74,7 +74,7 @@ def standing(cases: Sequence[Row]) -> str:
         text += (
             f"\n\nThe textbook form `(||p||^2 - 2 p_k + 1)(||h||^2 + 1)`, eager or compiled, is faster in "
             f"{len(textbook)} comparisons, by up to {max(textbook):.2g} times. It has no correct digit for "
-            "samples that the network is sure of, and is not timed where the inputs hold such a sample."
+            "samples that the network is sure of, and is *wrong* where its error on such a sample is too large."
         )
     return text
 

@@ -16,7 +16,7 @@ from fastgrad.blocks.forward import Pass, Reading
 from fastgrad.blocks.subject import Subject
 from fastgrad.losses import compute_dtype
 from fastgrad.ops.channel_moments import channel_square_sums
-from fastgrad.scores.rows import Rows
+from fastgrad.scores.rows import ScoreRows
 
 
 class Activations(Block):
@@ -55,7 +55,7 @@ class Activations(Block):
         yield cls.distance(blocks, settings)
 
     @classmethod
-    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
+    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> ScoreRows:
         return cls.rows(blocks, settings, clip=CLIP, **JOINT)
 
 

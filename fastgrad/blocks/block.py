@@ -16,10 +16,10 @@ from torch import Tensor
 from fastgrad.blocks.forward import Pass, Reading
 from fastgrad.blocks.subject import Subject
 from fastgrad.checks import Array as Array
-from fastgrad.scores.fitted import Fitted, Sequence
+from fastgrad.scores.fitted import Fitted, FittedList
 from fastgrad.scores.gaussian_mixture import GaussianMixture
 from fastgrad.scores.mahalanobis import Mahalanobis
-from fastgrad.scores.rows import Rows
+from fastgrad.scores.rows import ScoreRows
 
 #: Name of the challenge classifier among the sources of evidence; the other sources are blocks.
 CHALLENGE_CLASSIFIER = "challenges"
@@ -31,9 +31,9 @@ _COMPONENTS, _DIMENSIONS = 8, 16
 #: Principal components of h and of activations that the challenge classifier sees, and the columns beside them: most of
 #: what a challenge changes lies in directions in which clean data do not vary. AUROC with and without the columns:
 #: EfficientNet-Lite0 .906 and .902 (1,024 columns .903, all 21,008 .906), ResNet-20, attacks after JPEG, .640 and .617.
-JOINT = {"dimensions": 64, "beside": 4096}
+JOINT = {"dimensions": 64, "extra_columns": 4096}
 #: Name, rows and fitted module of a one-class score; its option ``two_sided=True`` makes low values unusual, too.
-Part = tuple[str, Rows, Fitted]
+Part = tuple[str, ScoreRows, Fitted]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Block:
         """Refuse a name that a part of a detector cannot have."""
         super().__init_subclass__()
         name = getattr(cls, "name", "")
-        if "." in name or name == CHALLENGE_CLASSIFIER or hasattr(Sequence(), name):
+        if "." in name or name == CHALLENGE_CLASSIFIER or hasattr(FittedList(), name):
             raise ValueError(
                 f"name of a block must have no dot and be none of PyTorch's or fastgrad's; it was {name!r}"
             )
@@ -98,15 +98,15 @@ class Block:
         yield from ()
 
     @classmethod
-    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
+    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> ScoreRows:
         """Return what the challenge classifier sees of the block, standardised."""
         return cls.rows(blocks, settings)
 
     @classmethod
-    def rows(cls, blocks: Mapping[str, Array], settings: Settings, **how: Any) -> Rows:
-        """Return the block's standardised columns, for norms of their logarithms; ``how`` goes to `Rows.fit`."""
+    def rows(cls, blocks: Mapping[str, Array], settings: Settings, **how: Any) -> ScoreRows:
+        """Return the block's standardised columns, for norms of their logarithms; ``how`` goes to `ScoreRows.fit`."""
         norms = cls.squared_norms
-        return Rows.fit(blocks, cls.name, norms=norms, log=norms and settings.log, **how)
+        return ScoreRows.fit(blocks, cls.name, norms=norms, log=norms and settings.log, **how)
 
     @classmethod
     def distance(cls, blocks: Mapping[str, Array], settings: Settings, **how: Any) -> Part:

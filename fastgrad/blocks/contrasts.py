@@ -10,7 +10,7 @@ from fastgrad.blocks.block import Array, Part, Settings
 from fastgrad.blocks.features import Features
 from fastgrad.blocks.forward import Pass
 from fastgrad.gradients import contrasts as functional
-from fastgrad.scores.rows import Rows
+from fastgrad.scores.rows import ScoreRows
 
 
 class Contrasts(Features):
@@ -31,5 +31,5 @@ class Contrasts(Features):
         yield cls.mixture(blocks, settings, rank=True)
 
     @classmethod
-    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
+    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> ScoreRows:
         return cls.rows(blocks, settings, rank=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastgrad.blocks.block import JOINT, Array, Block, Part, Settings
 from fastgrad.blocks.forward import Pass, Reading
 from fastgrad.blocks.subject import Subject
-from fastgrad.scores.rows import Rows
+from fastgrad.scores.rows import ScoreRows
 
 
 class Features(Block):
@@ -29,7 +29,7 @@ class Features(Block):
         return found.readings(self.name)[0]
 
     @classmethod
-    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
+    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> ScoreRows:
         return cls.rows(blocks, settings, **JOINT)
 
     @classmethod

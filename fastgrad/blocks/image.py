@@ -10,7 +10,7 @@ from torch import Tensor
 from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.forward import Pass
 from fastgrad.blocks.local_contrast import differences, mean_extremes
-from fastgrad.blocks.subject import Subject, is_image
+from fastgrad.blocks.subject import NO_IMAGE, Subject, is_image
 from fastgrad.losses import compute_dtype
 
 #: Largest number of pixels read: more say no more about a distribution.
@@ -25,7 +25,7 @@ class Image(Block):
     shapes = "(B, K)"
 
     def refusal(self, subject: Subject) -> str | None:
-        return subject.lacks_image()
+        return None if subject.image is not None else NO_IMAGE
 
     def values(self, found: Pass) -> Tensor:
         return image_statistics(found.image())

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.forward import Pass
 from fastgrad.scores.fitted import Fitted
-from fastgrad.scores.rows import Rows
+from fastgrad.scores.rows import ScoreRows
 
 #: Number of highest logits that the challenge classifier reads, in descending order.
 _HIGHEST = 10
@@ -61,11 +61,11 @@ class Logits(Block):
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        yield "energy", Rows.fit(blocks, cls.name, standardise=False), Energy(two_sided=True)
+        yield "energy", ScoreRows.fit(blocks, cls.name, standardise=False), Energy(two_sided=True)
         if blocks[cls.name].shape[1] > 1:
-            yield "margin", Rows.fit(blocks, cls.name, top=2, standardise=False), Margin()
+            yield "margin", ScoreRows.fit(blocks, cls.name, top=2, standardise=False), Margin()
 
     @classmethod
-    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
+    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> ScoreRows:
         """Return the highest logits in descending order: the classifier must not depend on the order of classes."""
         return cls.rows(blocks, settings, top=_HIGHEST)

@@ -16,6 +16,8 @@ from fastgrad.blocks import channels
 from fastgrad.blocks.channels import Channels
 from fastgrad.evaluation import Evaluated, Hook, RandomState, agree, buffers_kept
 
+#: Why blocks of the input image cannot be served.
+NO_IMAGE = "the input is not one image (B, C, H, W), at least 3 x 3"
 #: Writing one value costs about as much as this many operations of a matrix product.
 _WRITE = 16
 
@@ -31,10 +33,6 @@ class Subject:
     image: int | str | None  # index or keyword of the one image tensor (B, C, H, W); None for none or several
     mask: str | None  # keyword of the input that marks the positions of a text (B, T)
     first: str | None = None  # the module that returns the first normalised, or else convolved, maps (B, C, H, W)
-
-    def lacks_image(self) -> str | None:
-        """Return why blocks of the input image cannot be served, or None if they can."""
-        return None if self.image is not None else "the input is not one image (B, C, H, W), at least 3 x 3"
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Subject:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgrad import checks
 from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.forward import Pass
-from fastgrad.blocks.subject import Subject
+from fastgrad.blocks.subject import NO_IMAGE, Subject
 from fastgrad.losses import compute_dtype
 from fastgrad.scores.fitted import Fitted
-from fastgrad.scores.rows import Rows
+from fastgrad.scores.rows import ScoreRows
 
 #: Divergences below this are rounding of the two softmaxes.
 _LEAST = 1e-6
+#: Share of height and width that a view keeps.
+_KEPT = 0.9
 
 
 class Plain(Fitted):
@@ -33,24 +33,15 @@ class View(Block):
     """``log(KL(p(x) || p(view of x)) + 1e-6)``, ``(B, 1)``: one more forward pass, on the enlarged centre of the image.
 
     The answer to an attack, or to an input between two classes, rarely survives a small change of geometry.
-
-    Args:
-        zoom: Share of height and width that the view keeps; it cuts off at least one pixel.
+    The view keeps nine tenths of height and width, and cuts off at least one pixel.
     """
 
     name = "view"
     alarm = "an answer that changes when the image is enlarged a little"
     shapes = "(B, 1)"
 
-    def __init__(self, zoom: float = 0.9) -> None:
-        checks.lies_in("[0.5, 1)", zoom=zoom)
-        self.zoom = float(zoom)
-
-    def options(self) -> dict[str, Any]:
-        return {"zoom": self.zoom}
-
     def refusal(self, subject: Subject) -> str | None:
-        return subject.lacks_image()
+        return None if subject.image is not None else NO_IMAGE
 
     def price(self, subject: Subject) -> float:
         return 1.0
@@ -58,7 +49,7 @@ class View(Block):
     def of(self, images: Tensor) -> Tensor:
         """Return the view of ``images`` ``(B, C, H, W)``, in the same shape."""
         height, width = images.shape[-2:]
-        h, w = (max(1, min(round(length * self.zoom), length - 1)) for length in (height, width))
+        h, w = (max(1, min(round(_KEPT * length), length - 1)) for length in (height, width))
         top, left = (height - h) // 2, (width - w) // 2
         part = images[..., top : top + h, left : left + w]
         return F.interpolate(part, size=(height, width), mode="bilinear", align_corners=False)
@@ -73,4 +64,4 @@ class View(Block):
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        yield cls.name, Rows.fit(blocks, cls.name, standardise=False), Plain()
+        yield cls.name, ScoreRows.fit(blocks, cls.name, standardise=False), Plain()

@@ -18,7 +18,7 @@ from fastgrad.ops.dispatch import full_precision
 
 
 @torch.inference_mode(False)  # this also turns gradients on
-def reached(model: nn.Module, images: Tensor) -> bool:
+def gradients_reach(model: nn.Module, images: Tensor) -> bool:
     """Whether gradients of the logits reach the images; ``torch.no_grad`` or integers inside the model stop them."""
     point = images.detach().clone().requires_grad_()
     # Warnings that an operation on integers passes no gradient say only what is asked here.

@@ -127,7 +127,7 @@ def challenge_cost(each: int = 3, *, names: Sequence[str] | None = None) -> floa
     passes = 0.0
     for turn in range(len(attacked)):
         made: dict[Any, float] = {}
-        for kind, strength in map(_row, of_turn(attacked, turn, each)):
+        for kind, strength in map(_row, kinds_for(attacked, turn, each)):
             # As in `_altered`, JPEG reuses the attack just made if the strength is the same.
             if not kind.jpeg or made.get(kind.function) != strength:
                 passes += kind.passes
@@ -152,7 +152,7 @@ def _turns(full: Sequence[str]) -> tuple[list[str], list[str], float]:
     return attacked, others, ATTACKED if attacked and others else float(bool(attacked))
 
 
-def of_turn(kinds: Sequence[_T], turn: int, each: int) -> list[_T]:
+def kinds_for(kinds: Sequence[_T], turn: int, each: int) -> list[_T]:
     """Return the ``each`` kinds of the input whose turn it is."""
     return [kinds[place % len(kinds)] for place in range(turn * each, (turn + 1) * each)]
 
@@ -204,7 +204,7 @@ def iter_challenges(
     for number in range(first, first + len(inputs)):
         before = int(share * number)
         under_attack = int(share * (number + 1)) > before
-        turn = of_turn(attacked, before, each) if under_attack else of_turn(others, number - before, each)
+        turn = kinds_for(attacked, before, each) if under_attack else kinds_for(others, number - before, each)
         for name in turn:
             # All strengths of an attack are made together.
             groups[_row(name)[0].function if under_attack else name].append((number - first, name))

@@ -75,22 +75,22 @@ class PixelRange:
             raise ValueError("images must hold at least one batch; they held none")
         for batch in batches:
             check_images(batch)
-        like, told = batches[0], _told(batches[0], clip, mean, std)
+        like, declared = batches[0], _declared_range(batches[0], clip, mean, std)
         filled = [batch for batch in batches if batch.numel()]
         if not filled:
-            return told or cls(like.new_zeros((1, 1, 1, 1)), like.new_ones((1, 1, 1, 1)))
+            return declared or cls(like.new_zeros((1, 1, 1, 1)), like.new_ones((1, 1, 1, 1)))
         # For each image, because a loader may mix ranges.
         smallest = torch.cat([batch.amin((2, 3)) for batch in filled])
         largest = torch.cat([batch.amax((2, 3)) for batch in filled])
         low, high = (value.view(1, -1, 1, 1) for value in (smallest.amin(0), largest.amax(0)))
-        if told is not None:
-            room = _ROUNDING * (told.high - told.low)
-            if bool((low < told.low - room).any()) or bool((high > told.high + room).any()):
+        if declared is not None:
+            room = _ROUNDING * (declared.high - declared.low)
+            if bool((low < declared.low - room).any()) or bool((high > declared.high + room).any()):
                 raise ValueError(
-                    f"images must lie in the range that clip, mean and std give, {_words(told.low, told.high)}; they "
-                    f"reached {_words(low, high)}"
+                    f"images must lie in the range that clip, mean and std give, "
+                    f"{_words(declared.low, declared.high)}; they reached {_words(low, high)}"
                 )
-            return told
+            return declared
         # A largest value in (1, 16] is an overshoot or four bits: a whole sample of bytes has brighter pixels.
         if low.min() < 0 or 1 < high.max() <= 16 or high.max() > 255:
             flat = high <= low
@@ -105,7 +105,7 @@ class PixelRange:
         return cls(like.new_zeros((1, 1, 1, 1)), like.new_full((1, 1, 1, 1), white))
 
 
-def _told(
+def _declared_range(
     like: Tensor, clip: tuple[float, float] | None, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> PixelRange | None:
     """Return the range that the arguments give, or None."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastgrad.batches import batch_size, take
-from fastgrad.challenges.generate import of_turn
+from fastgrad.challenges.generate import kinds_for
 
 IDS, MASK, SEGMENTS = "input_ids", "attention_mask", "token_type_ids"
 #: Shares of an input's tokens that are altered, mild to severe. With components of activations alone, shares of .05 to
@@ -103,7 +103,7 @@ def iter_token_challenges(
     names = [name for name in TOKEN_CHALLENGES if corpus.padding is not None or name != "omission"]
     turns = [(name, share) for name in names for share in SHARES]
     turns = [turns[place] for place in rng.permutation(len(turns))]
-    wanted = {number: of_turn(turns, place, each) for place, number in enumerate(chosen)}
+    wanted = {number: kinds_for(turns, place, each) for place, number in enumerate(chosen)}
     first = 0
     for x in batches:
         own = range(first, first + batch_size(x))

@@ -32,7 +32,7 @@ from fastgrad.detector.challenge_classifier import ChallengeClassifier, JointRow
 from fastgrad.detector.constants import CAP, STEPS, WEIGHT
 from fastgrad.detector.inputs import Blocks, take
 from fastgrad.scores.conformal import PValues, weighted
-from fastgrad.scores.fitted import Fitted, Sequence
+from fastgrad.scores.fitted import Fitted, FittedList
 
 
 class Score(Fitted):
@@ -57,7 +57,7 @@ class DetectorModule(Fitted):
     looks at least this unusual. It is infinite if a score is NaN because a block failed.
     """
 
-    scores: Sequence
+    scores: FittedList
     p_values: PValues
     final: PValues
     calibration_scores: Tensor
@@ -173,14 +173,14 @@ def fit_scores(table: Table, chosen: NDArray[np.bool_], count: int, *, steps: in
                 raise ValueError(f"blocks must name their scores apart; {source!r} and another one both have {name!r}")
             scores[name] = Score(rows=rows, score=score, source=source, weight=1.0)
     if (chosen & (table.kinds > 0)).any():
-        joint = JointRows(parts=Sequence(**{name: table.known[name].joint(clean, settings) for name in clean}))
+        joint = JointRows(parts=FittedList(**{name: table.known[name].joint(clean, settings) for name in clean}))
         joined = torch.cat([joint(take(table.blocks, part)).float() for part in _parts(chosen)])
         classifier = ChallengeClassifier.fit(joined, table.kinds[chosen], table.classes, steps=steps)
         scores[CHALLENGE_CLASSIFIER] = Score(rows=joint, score=classifier, source=CHALLENGE_CLASSIFIER, weight=WEIGHT)
     return scores
 
 
-def deal(table: Table, folds: int, random: np.random.RandomState) -> NDArray[np.intp]:
+def assign_folds(table: Table, folds: int, random: np.random.RandomState) -> NDArray[np.intp]:
     """Return the fold ``(n,)`` of each sample, one fold per source; -1 for the sources of samples held out."""
     apart = np.isin(table.groups, table.groups[table.held_out])
     clean = np.unique(table.groups[(table.kinds == 0) & ~apart])
@@ -192,21 +192,21 @@ def deal(table: Table, folds: int, random: np.random.RandomState) -> NDArray[np.
     fold = np.full(int(table.groups.max()) + 1, -1)
     for sources in (clean, others):
         fold[random.permutation(sources)] = np.arange(len(sources)) % count
-    dealt = np.where(apart, -1, fold[table.groups])
-    challenged = dealt[table.kinds > 0]
+    folded = np.where(apart, -1, fold[table.groups])
+    challenged = folded[table.kinds > 0]
     if len(challenged) and len(np.setdiff1d(challenged, [-1])) < 2:
         raise ValueError(
             "challenges must come from more sources, so that those of one fold leave some to fit on; "
             f"the {len(challenged)} left none"
         )
-    return dealt
+    return folded
 
 
 def with_p_values(scores: Mapping[str, Score], raw: Tensor, counted: NDArray[np.bool_]) -> DetectorModule:
     """Return a detector with p-values among the ``counted`` of ``raw`` scores ``(K, n)``; its sum is uncalibrated."""
     two_sided = [bool(score.score.options.get("two_sided")) for score in scores.values()]
     p_values = PValues.fit(raw[:, torch.from_numpy(counted)], two_sided)
-    return DetectorModule(scores=Sequence(**scores), p_values=p_values)
+    return DetectorModule(scores=FittedList(**scores), p_values=p_values)
 
 
 def fit_detector(table: Table, folds: int, random: np.random.RandomState, *, draft: bool = False) -> Calibrated:
@@ -214,7 +214,7 @@ def fit_detector(table: Table, folds: int, random: np.random.RandomState, *, dra
 
     A ``draft`` has the same parts and price, from one fit on all folds and a classifier that has learned nothing.
     """
-    fold = deal(table, folds, random)
+    fold = assign_folds(table, folds, random)
     fitting, clean = fold >= 0, table.kinds == 0
     # A fit without a fold scores that fold; the fit on all folds, number -1, scores samples in none and new samples.
     fold = np.full_like(fold, -1) if draft else fold

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from fastgrad.detector.constants import INVERSE_PENALTY, LIMIT, STEPS
 from fastgrad.ops.dispatch import full_precision
-from fastgrad.scores.fitted import Fitted, Sequence
+from fastgrad.scores.fitted import Fitted, FittedList
 from fastgrad.scores.rows import clipped
 
 
 class JointRows(Fitted):
     """Rows of several blocks side by side, ``(B, d)``."""
 
-    parts: Sequence
+    parts: FittedList
 
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """Return standardised rows, clipped at 50 standard deviations."""

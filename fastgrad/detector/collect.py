@@ -16,7 +16,7 @@ from fastgrad._torch import pytree
 from fastgrad.batches import bar, batch_size, bytes_of, carrying, pieces, split_batch, take, to_device
 from fastgrad.blocks.extraction import Extraction, Inputs
 from fastgrad.challenges import CHALLENGES, PixelRange, iter_challenges
-from fastgrad.challenges.attacks import reached
+from fastgrad.challenges.attacks import gradients_reach
 from fastgrad.detector.constants import CHALLENGED_TOGETHER
 
 
@@ -25,12 +25,12 @@ class Drawn:
     """Inputs drawn uniformly from a loader."""
 
     batches: list[Inputs]  # on the CPU; those of one batch have one shape
-    beside: list[Any]  # what came beside each input: a label, the kind of a challenge, or None
+    tags: list[Any]  # what came with each input: a label, the kind of a challenge, or None
     keys: list[int]  # a hash of each input; equal inputs have the same
     seen: int  # how many inputs the loader gave
 
     def __len__(self) -> int:
-        return len(self.beside)
+        return len(self.tags)
 
     def images(self) -> list[Tensor]:
         """Return the batches if all are floating images ``(B, C, H, W)``, else none."""
@@ -50,7 +50,7 @@ def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bo
         x, given = split_batch(name, batch)
         count = batch_size(x)
         size = max(size, count)
-        beside, (leaves, structure) = _beside(name, given, count), pytree.tree_flatten(x)
+        tags, (leaves, structure) = _tags(name, given, count), pytree.tree_flatten(x)
         carriers = carrying(leaves, count)
         # Inputs of one kind can share a batch: keys have the same order, rows the same shape, and all else is equal.
         kind = str([structure, *map(_kind, leaves, carriers)])
@@ -60,7 +60,7 @@ def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bo
             if place < limit:
                 row = take(x, slice(i, i + 1), count, carriers)
                 row = pytree.tree_map_only(Tensor, lambda t: t.detach().cpu().clone(), row)
-                kept[place : place + 1] = [(seen, kind, carriers, row, beside[i])]
+                kept[place : place + 1] = [(seen, kind, carriers, row, tags[i])]
     if not kept:
         raise ValueError(
             f"{name} must hold at least one batch; it was empty (an iterator can be read once: give a loader or list)"
@@ -98,14 +98,13 @@ class Sample:
     labels: NDArray[np.int64]  # (n,), -1 for none
     sources: NDArray[np.intp]  # (n,): equal inputs have the same number, and stay on one side of each fit
     held_out: NDArray[np.bool_]  # (n,): those that only calibrate
-    fresh: NDArray[np.bool_]  # (n,): those that no introspective classifier is trained on; they calibrate it
     each: int  # challenges to generate from each input that is not held out; 0 for none
     pixels: PixelRange | None  # of images
     tokens: Sequence[Batch] = ()  # challenges of token ids, which need no network
     normalisation: list[list[float]] | None = None  # mean and standard deviation by channel, if the user gave them
 
 
-def _beside(name: str, value: Any, count: int) -> list[Any]:
+def _tags(name: str, value: Any, count: int) -> list[Any]:
     if value is None or isinstance(value, Mapping):
         return [None] * count
     given = value.tolist() if isinstance(value, (Tensor, np.ndarray)) else value
@@ -126,7 +125,7 @@ def _kind(leaf: Any, carries: bool) -> Any:
 
 def labels_of(name: str, drawn: Drawn, classes: int) -> NDArray[np.int64]:
     """Return checked class indices ``(n,)``; all -1 if the loader gave no labels."""
-    given = [value for value in drawn.beside if value is not None]
+    given = [value for value in drawn.tags if value is not None]
     if not given:
         return np.full(len(drawn), -1)
     wanted = f"{name} must give (x, labels), labels class indices from 0 to {classes - 1}, or inputs x alone"
@@ -151,7 +150,7 @@ def labels_of(name: str, drawn: Drawn, classes: int) -> NDArray[np.int64]:
 
 
 @dataclasses.dataclass
-class Features:
+class FeatureTable:
     """What was read of clean inputs and challenges; rows of clean inputs come first, in their order."""
 
     blocks: dict[str, Tensor]  # (n, ...) by name
@@ -160,7 +159,7 @@ class Features:
     groups: NDArray[np.intp]  # the clean input that each is or was made from; -1 for the user's challenges
 
 
-#: Inputs, the kind of each and the number of its source, both as `Features` has them.
+#: Inputs, the kind of each and the number of its source, both as `FeatureTable` has them.
 Batch = tuple[Inputs, Sequence[str], Sequence[int]]
 
 
@@ -172,7 +171,7 @@ def drawn_batches(sample: Sample, verbose: bool | None) -> Iterator[Batch]:
         yield x, [""] * count, range(first, first + count)
         first += count
     if sample.challenges is not None:
-        tags = iter(sample.challenges.beside)
+        tags = iter(sample.challenges.tags)
         for x in bar(sample.challenges.batches, "challenges", verbose):
             count = batch_size(x)
             kinds = ["challenge" if tag is None else f"kind {tag}" for tag in itertools.islice(tags, count)]
@@ -190,7 +189,7 @@ def generated_batches(
         return
     first, pixels = 0, PixelRange(sample.pixels.low.to(device), sample.pixels.high.to(device))
     rows = [row for x in sample.clean[0].images() for row in x.split(1)]
-    attacked = reached(model, rows[0].to(device))
+    attacked = gradients_reach(model, rows[0].to(device))
     names = [name for name, kind in CHALLENGES.items() if attacked or not kind.passes]
     parts: list[NDArray[np.intp]] = []
     fitting = np.flatnonzero(~sample.held_out[: len(rows)])
@@ -206,7 +205,7 @@ def generated_batches(
         first += len(inputs)
 
 
-def read(extraction: Extraction, device: torch.device, batches: Iterable[Batch]) -> Features:
+def read(extraction: Extraction, device: torch.device, batches: Iterable[Batch]) -> FeatureTable:
     """Read the blocks of all batches; raise ValueError if the network gives no answer or a block is not finite."""
     parts: list[tuple[Tensor, dict[str, Tensor]]] = []
     kinds: list[str] = []
@@ -228,7 +227,7 @@ def read(extraction: Extraction, device: torch.device, batches: Iterable[Batch])
         parts.append((logits.float().cpu(), {name: value.float().cpu() for name, value in blocks.items()}))
         kinds += own_kinds
         groups += sources
-    return Features(
+    return FeatureTable(
         {name: torch.cat([blocks[name] for _, blocks in parts]) for name in parts[0][1]},
         torch.cat([logits for logits, _ in parts]),
         np.array(kinds),

@@ -35,13 +35,11 @@ MOST_CLEAN = 2000
 EACH, MOST_CHALLENGES = 3, 3000
 #: Clean inputs whose challenges are made together: an attack is fast on large batches.
 CHALLENGED_TOGETHER = 256
-#: Share of the labelled clean inputs that an introspective classifier is not trained on: they calibrate it.
-UNSEEN = 0.2
 #: With fewer clean inputs, a false-alarm rate of .05 cannot be promised.
 FEWEST_CLEAN = 20
 #: Images that span less than this share of the range from black to white contradict it: unit images read as bytes do.
 LEAST_SPREAD = 0.01
-#: With fewer labelled clean inputs, there is no temperature and no risk.
+#: With fewer labelled clean inputs, there is no temperature, no risk and no correction.
 FEWEST_LABELLED = 30
 #: Largest number of L-BFGS steps for the risk; a dozen are usually enough.
 RISK_STEPS = 200

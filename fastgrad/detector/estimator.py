@@ -22,15 +22,14 @@ from fastgrad.detector import constants, inputs
 from fastgrad.detector.calibrate import Calibrated, DetectorModule, Table, fit_detector
 from fastgrad.scores.rows import as_tensor
 
-Features = ArrayLike | Mapping[str, ArrayLike]
-Given = ArrayLike | None
+FeatureInput = ArrayLike | Mapping[str, ArrayLike]
 
 
 class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
     """Scores how far each sample lies from clean data; higher is less reliable.
 
-    One-class scores of clean data become p-values, two-sided where either side is unusual. With challenges a linear
-    classifier joins them. The weighted sum of the logarithms of all p-values is calibrated once more. The score is
+    One-class scores of clean data become p-values, two-sided where either side is unusual. With challenges, a linear
+    classifier adds a score. The weighted sum of the logarithms of all p-values is calibrated once more. The score is
     ``-log(p)``, where p is the probability that a clean sample looks at least this unusual. A share ``a`` of clean data
     is above ``threshold(a)``, which is -log(a); `fastgrad.detector.calibrate` says how exactly.
 
@@ -70,7 +69,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
 
     def fit(
         self,
-        X: Features,
+        X: FeatureInput,
         y: ArrayLike | None = None,
         *,
         kinds: ArrayLike | None = None,
@@ -102,7 +101,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         self.module_ = fit_table(self, Table(blocks, BLOCKS, codes, numbers, calibrating, self.log), random).module
         return self
 
-    def decision_function(self, X: Features) -> Array:
+    def decision_function(self, X: FeatureInput) -> Array:
         """Return the uncertainty ``(B,)``: -log of the p-value. Higher is less reliable; compare with `threshold`."""
         module, blocks = self.to_module(), self._blocks(X, reset=False)
         # Some samples at a time, so that a large set needs little memory.
@@ -110,7 +109,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         result: Array = torch.cat([module(dict(zip(blocks, part, strict=True))) for part in parts]).numpy()
         return result
 
-    def predict(self, X: Features) -> NDArray[Any]:
+    def predict(self, X: FeatureInput) -> NDArray[Any]:
         """Return labels ``(B,)``: the second of ``classes_`` above the threshold, else the first."""
         checks.lies_in("(0, 1)", false_alarm_rate=self.false_alarm_rate)
         flagged = self.decision_function(X) > -np.log(self.false_alarm_rate)
@@ -126,7 +125,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         """
         return self.to_module().threshold(self.false_alarm_rate if false_alarm_rate is None else false_alarm_rate)
 
-    def score(self, X: Features, y: ArrayLike) -> float:
+    def score(self, X: FeatureInput, y: ArrayLike) -> float:
         """Return the AUROC of `decision_function` for labels ``y``, which model selection maximises."""
         from sklearn.metrics import roc_auc_score
 
@@ -142,7 +141,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
             )
         return float(roc_auc_score(values == self.classes_[1], scores))
 
-    def explain(self, X: Features) -> dict[str, Array]:
+    def explain(self, X: FeatureInput) -> dict[str, Array]:
         """Return the evidence ``(B,)`` by name of block, and of the challenge classifier as ``"challenges"``.
 
         A block's evidence is the sum of the capped, weighted -log p of its scores. `decision_function` increases with
@@ -165,7 +164,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         tags.classifier_tags = ClassifierTags(multi_class=False)
         return tags
 
-    def _blocks(self, X: Features, *, reset: bool) -> dict[str, Tensor]:
+    def _blocks(self, X: FeatureInput, *, reset: bool) -> dict[str, Tensor]:
         """Return X as named blocks, checked against those seen in `fit` unless ``reset``."""
         # One of SciPy's sparse formats is a dictionary, too.
         if isinstance(X, Mapping) and not issparse(X):

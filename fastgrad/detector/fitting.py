@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from sklearn.base import clone
 from sklearn.utils import check_random_state
 from torch import Tensor
@@ -29,11 +28,10 @@ from fastgrad.detector.collect import Sample
 from fastgrad.detector.estimator import UncertaintyDetector, fit_table
 from fastgrad.detector.inputs import Blocks, check_blocks, kinds_of
 from fastgrad.detector.price import DEFAULT_BLOCKS, EXTENDED_BLOCKS, EXTENDED_FROM, PriceReport, fit_to_budget
-from fastgrad.detector.report import Gain, Report, gains
-from fastgrad.detector.risk import NoisyOr, Risk, doubt, log_probabilities
+from fastgrad.detector.report import Gain, Report, gains, probability_suffices
+from fastgrad.detector.risk import NoisyOr, Risk, doubt, tempered
 from fastgrad.evaluation import RandomState, agree, refuse_devices
-from fastgrad.introspection import IntrospectiveClassifier
-from fastgrad.introspection.network import IntrospectiveNetwork
+from fastgrad.introspection.correction import Correction, Labelled, choose
 from fastgrad.scores.rows import as_tensor
 from fastgrad.scores.temperature import Temperature
 
@@ -41,7 +39,7 @@ if TYPE_CHECKING:
     from fastgrad.detector.model import TwoStageModel
 
 #: The modules that a fit makes; those that it does not need are None.
-FITTED = ("detector", "classifier", "gate", "temperature", "risk")
+FITTED = ("detector", "correction", "gate", "temperature", "risk")
 #: Two computations of a block agree up to its square root: networks in half precision round to some hundredths.
 _ROUNDING = 2.5e-3
 
@@ -52,7 +50,7 @@ class Parts:
 
     extraction: Extraction
     detector: DetectorModule
-    classifier: IntrospectiveNetwork | None
+    correction: Correction | None
     gate: NoisyOr | None
     temperature: Temperature | None
     risk: Risk | None
@@ -70,44 +68,57 @@ def fit(
     device, verbose = two_stage.device, options.verbose
     x = to_device(clean[0].batches[0], device)
     subject = watch(two_stage.model, *arguments(x))
-    blocks = _blocks(two_stage, subject)
-    sample = loaders.checked(
-        clean, given, subject.classes, two_stage.seed, clone(base), options, answered=two_stage.classifier is not None
-    )
+    blocks = _blocks(two_stage, subject, options.correct)
+    sample = loaders.build_sample(clean, given, subject.classes, two_stage.seed, clone(base), options)
     served = [block for block in blocks if block.refusal(subject) is None]
-    # The classifier reads h, also where the detector does not.
-    unread = [Features.name] if two_stage.classifier is not None else []
-    beside = [Features() for name in unread if all(block.name != name for block in served)]
+    # The correction reads h, also where the detector does not.
+    unread = [Features.name] if options.correct else []
+    added = [Features() for name in unread if all(block.name != name for block in served)]
     # Logarithms of norms cannot underflow, but the user's detector may expect the norms themselves.
-    extraction = Extraction(two_stage.model, [*served, *beside], log=not base.log, known=subject)
+    extraction = Extraction(two_stage.model, [*served, *added], log=not base.log, known=subject)
     _require_own(extraction, x)
     generated = collect.generated_batches(sample, two_stage.model, device, two_stage.seed, verbose)
     features = collect.read(extraction, device, itertools.chain(collect.drawn_batches(sample, verbose), generated))
     # A challenge has the label of the clean input it was made from; inputs held out have no challenges.
     labels = np.where(features.groups >= 0, sample.labels[features.groups], -1)
     held_out = (features.kinds == "") & sample.held_out[features.groups]
-    challenging, labelled = torch.from_numpy(features.kinds != ""), torch.from_numpy(labels >= 0)
+    challenging, truth = torch.from_numpy(features.kinds != ""), torch.from_numpy(labels)
+    labelled = truth >= 0
     temperature, known = None, labelled & ~challenging
     if known.sum() >= constants.FEWEST_LABELLED:
-        temperature = Temperature.fit(features.logits[known], torch.from_numpy(labels)[known]).to(device)
-    classifier = _classifier(two_stage, features, labels, sample.fresh)
-    # If the classifier was trained on challenges, its share of an answer is learned.
-    gated = classifier is not None and bool((challenging & labelled).any())
+        temperature = Temperature.fit(features.logits[known], truth[known])
+    logits = tempered(features.logits, temperature)
     by_name: Blocks = {**BLOCKS, **{block.name: block for block in blocks}}
     arrays = check_blocks({block.name: features.blocks[block.name] for block in served}, by_name, log=base.log)
     groups = groups_of(np.where(features.groups >= 0, sample.sources[features.groups], -1), len(labels))
     kinds, read = kinds_of(features.kinds, challenging.numpy()), {name: as_tensor(x) for name, x in arrays.items()}
 
-    def complete(names: tuple[str, ...], *, draft: bool) -> tuple[Parts, Calibrated, str]:
-        """Return parts with these blocks, what their detector was fitted on, and where their risk comes from."""
+    def complete(names: tuple[str, ...], *, draft: bool) -> tuple[Parts, Calibrated, tuple[str, str | None]]:
+        """Return parts with these blocks, what their detector was fitted on, and words about risk and correction."""
         own = {name: value for name, value in read.items() if name in names}
         table = Table(own, by_name, kinds, groups, held_out, base.log)
         fitted = fit_table(base, table, check_random_state(clone(base).random_state), draft=draft)
-        gate = NoisyOr.fit(None, fitted.evidence, challenging, challenging).to(device) if gated else None
-        log_p = functools.partial(log_probabilities, temperature=temperature, classifier=classifier, gate=gate)
-        risk, why = _risk(log_p, features, labels, sample.fresh, fitted, options.risk, device)
-        kept = extraction.of([block for block in extraction.blocks if block.name in (*names, *unread)])
-        return Parts(kept, fitted.module.to(device), classifier, gate, temperature, risk), fitted, why
+        gate = NoisyOr.fit(None, fitted.evidence, challenging, challenging) if options.correct else None
+        log_p, correction, corrected, kept = logits.double().log_softmax(-1), None, None, list(names)
+        if gate is not None:
+            some, odds = labelled.numpy(), gate.log_odds(fitted.evidence)
+            given = Labelled(
+                features.blocks[Features.name][some],
+                logits[some],
+                odds[some],
+                truth[some],
+                challenging[some],
+                groups[some],
+            )
+            correction, log_p[labelled], corrected = choose(given, two_stage.seed, draft=draft)
+            gate, kept = (None, kept) if correction is None else (gate, kept + unread)
+        risk, why = _risk(log_p, truth, fitted, options.risk)
+        for part in (fitted.module, correction, gate, temperature, risk):
+            if part is not None:
+                part.to(device)
+        own_extraction = extraction.of([block for block in extraction.blocks if block.name in kept])
+        parts = Parts(own_extraction, fitted.module, correction, gate, temperature, risk)
+        return parts, fitted, (why, corrected)
 
     if two_stage.blocks is None:
         price = fit_to_budget(
@@ -118,15 +129,15 @@ def fit(
         # Blocks that were named are kept at any price.
         names, predicted = tuple(block.name for block in blocks), 1 + sum(block.price(subject) for block in blocks)
         price = PriceReport(names, predicted, math.nan, (), math.inf, math.nan, batch_size(x), math.nan)
-    parts, fitted, why = complete(price.blocks, draft=False)
-    gain = functools.partial(gains, fitted.table, features.kinds)
-    return replace(parts, report=_report(sample, features, price, fitted, why), gains=gain)
+    parts, fitted, (why, corrected) = complete(price.blocks, draft=False)
+    report = replace(_report(sample, features, price, fitted, why), correction=corrected)
+    return replace(parts, report=report, gains=functools.partial(gains, fitted.table, features.kinds))
 
 
-def _blocks(two_stage: TwoStageModel, subject: Subject) -> list[Block]:
+def _blocks(two_stage: TwoStageModel, subject: Subject, correct: bool) -> list[Block]:
     """Return the blocks that were asked for, or those of the preset."""
-    if two_stage.classifier is not None and subject.head is None:
-        raise ValueError("the introspective classifier needs a model that ends in a linear layer")
+    if correct and subject.head is None:
+        raise ValueError("correct=True needs a model that ends in a linear layer")
     if two_stage.blocks is None:
         names = EXTENDED_BLOCKS if two_stage.budget >= EXTENDED_FROM else DEFAULT_BLOCKS
         return [BLOCKS[name]() for name in names]  # `fit_to_budget` reports those that cannot be served
@@ -159,70 +170,33 @@ def _require_own(extraction: Extraction, x: Inputs) -> None:
             )
 
 
-def _classifier(
-    two_stage: TwoStageModel, features: collect.Features, labels: NDArray[np.int64], fresh: NDArray[np.bool_]
-) -> IntrospectiveNetwork | None:
-    """Return the classifier, trained on clean inputs and challenges, and calibrated on others of them."""
-    if two_stage.classifier is None:
-        return None
-
-    def rows(sources: NDArray[np.bool_]) -> tuple[Tensor, NDArray[np.int64], NDArray[np.intp]]:
-        places = np.flatnonzero((labels >= 0) & sources[features.groups])
-        # h alone: on three networks of CIFAR-10, contrast rows gained less on challenges.
-        return features.blocks[Features.name][torch.from_numpy(places)], labels[places], features.groups[places]
-
-    h, targets, groups = rows(~fresh)
-    classifier: IntrospectiveClassifier = clone(two_stage.classifier)
-    classifier.fit(h, targets, groups=groups)
-    if fresh.any():
-        classifier.calibrate(*rows(fresh)[:2])
-    return classifier.to_module().to(two_stage.device)
-
-
-def _risk(
-    log_probabilities: functools.partial[Tensor],
-    features: collect.Features,
-    labels: NDArray[np.int64],
-    fresh: NDArray[np.bool_],
-    fitted: Calibrated,
-    asked: bool | None,
-    device: torch.device,
-) -> tuple[Risk | None, str]:
-    """Return the risk, from labelled clean inputs that the answer was not trained on and from their challenges."""
+def _risk(log_p: Tensor, truth: Tensor, fitted: Calibrated, asked: bool | None) -> tuple[Risk | None, str]:
+    """Return the risk of answers ``log_p`` ``(n, N)``, from labels ``truth``, and what it was learned from."""
     if asked is False:
         return None, "none: not asked for"
-    if (labels < 0).all():
-        return None, "none: no labels" if features.logits.shape[1] > 1 else "none: the network has one logit"
-    usable = (labels >= 0) & fresh[features.groups]
-    usual = int((usable & (features.kinds == "")).sum())
-    if usual < constants.FEWEST_LABELLED:
-        given = f"{usual} labelled clean inputs that the answer was not trained on"
-        return None, f"none: {given} are too few; it needs {constants.FEWEST_LABELLED}"
-    chosen = torch.from_numpy(usable)
-    evidence, h = fitted.evidence[chosen], features.blocks.get(Features.name)
-    h = None if h is None else h[chosen].to(device)
-    log_p = log_probabilities(features.logits[chosen].to(device), h, evidence.to(device)).cpu()
-    truth, kinds = torch.from_numpy(labels)[chosen], torch.from_numpy(fitted.table.kinds)[chosen]
+    chosen, kinds = truth >= 0, torch.from_numpy(fitted.table.kinds)
+    if not chosen.any():
+        return None, "none: no labels" if log_p.shape[1] > 1 else "none: the network has one logit"
+    if (usual := int((chosen & (kinds == 0)).sum())) < constants.FEWEST_LABELLED:
+        return None, f"none: {usual} labelled clean inputs are too few; it needs {constants.FEWEST_LABELLED}"
+    log_p, truth, kinds = log_p[chosen], truth[chosen], kinds[chosen]
     wrong = log_p.argmax(-1) != truth
-    risk = Risk.fit(doubt(log_p), evidence, fitted.log_p[chosen], wrong, kinds)
-    alone = features.logits[chosen].argmax(-1) != truth
-    answered = log_probabilities.keywords["classifier"] is not None
-
-    def errors(rows: Tensor) -> str:
-        # Both are given, because a classifier trained on few inputs answers worse than the network.
-        beside = f", {int(alone[rows].sum())} by the network alone" if answered else ""
-        return f"{int(wrong[rows].sum())} answered wrongly{beside}"
-
+    known = doubt(log_p), fitted.evidence[chosen], fitted.log_p[chosen]
+    risk, clean = Risk.fit(*known, wrong, kinds), kinds == 0
+    # The risk was fitted on these answers: if even so it ranks them no better, it does not on new ones.
+    suffices = probability_suffices(*(values[clean].numpy() for values in (risk(*known), known[0], wrong)))
     made = int((kinds > 0).sum())
     others = (
-        f"and {made} of their challenges, {errors(kinds > 0)}"
+        f"and {made} of their challenges, {int(wrong[kinds > 0].sum())} answered wrongly"
         if made
         else "without generated challenges that have labels: unusual inputs do not raise it"
     )
-    return risk.to(device), f"from {usual} clean inputs, {errors(kinds == 0)}; {others}"
+    return risk, f"from {usual} clean inputs, {int(wrong[clean].sum())} answered wrongly; {others}{suffices}"
 
 
-def _report(sample: Sample, features: collect.Features, price: PriceReport, fitted: Calibrated, risk: str) -> Report:
+def _report(
+    sample: Sample, features: collect.FeatureTable, price: PriceReport, fitted: Calibrated, risk: str
+) -> Report:
     made, counts = np.unique(features.kinds[features.kinds != ""], return_counts=True)
     challenges = dict(zip(made.tolist(), counts.tolist(), strict=True))
     # Challenges of token ids are made without the model.

@@ -30,6 +30,7 @@ class FitOptions:
     max_samples: int
     challenges_per_input: int | None
     risk: bool | None
+    correct: bool
     clip: tuple[float, float] | None
     mean: Sequence[float] | None
     std: Sequence[float] | None
@@ -76,28 +77,22 @@ def draw_all(options: FitOptions, seed: int, fraction: float | None) -> tuple[li
     return clean, given
 
 
-def checked(
+def build_sample(
     drawn: list[Drawn],
     given: Drawn | None,
     classes: int,
     seed: int,
     detector: UncertaintyDetector,
     options: FitOptions,
-    *,
-    answered: bool,
 ) -> Sample:
-    """Check what was drawn and decide what is held out and challenged; ``answered``: whether a classifier answers."""
+    """Check what was drawn, and decide what is held out and challenged."""
     clean, *others = drawn
     count = len(clean)
     labels = collect.labels_of("clean", clean, classes)
-    unlabelled = all(value is None for one in drawn for value in one.beside)
-    if (unlabelled and options.risk) or (labels[0] < 0 and answered):
-        what = "risk=True" if unlabelled and options.risk else "the classifier"
-        raise ValueError(f"clean must give (x, labels) for {what}; it gave inputs alone: without labels leave it out")
-    if answered and len(missing := np.setdiff1d(np.arange(classes), labels)):
+    if options.correct and (labels[0] < 0 or not isinstance(options.challenges, str)):
         raise ValueError(
-            f"labels must take every value from 0 to {classes - 1}, the network's classes, to fit the "
-            f"classifier; {missing[:10].tolist()} were not there"
+            "correct=True needs challenges='generate' and clean (x, labels), from whose challenges it learns; there "
+            f"were {'no labels' if labels[0] < 0 else 'other challenges or none'}"
         )
     first: dict[int, int] = {}
     sources = np.array([first.setdefault(key, len(first)) for one in drawn for key in one.keys])
@@ -107,18 +102,10 @@ def checked(
     else:
         random = check_random_state(detector.random_state)
         held_out = held_out_of(None, np.zeros(count, bool), sources, detector.calibration_fraction, random)
-    labelled = labels >= 0
-    fresh = np.ones(len(labels), bool)
-    if answered:
-        unseen = np.random.default_rng(seed).random(len(labels)) < constants.UNSEEN
-        fresh = labelled & (np.isin(sources, sources[held_out]) | unseen[sources])
-        if fresh.sum() < constants.FEWEST_LABELLED or len(np.unique(labels[labelled & ~fresh])) < classes:
-            fresh[:] = False
-    if options.risk and (usual := int((labelled & fresh).sum())) < constants.FEWEST_LABELLED:
-        raise ValueError(
-            f"risk=True needs at least {constants.FEWEST_LABELLED} labelled inputs that the answer was not trained on; "
-            f"there were {usual}"
-        )
+    labelled = int((labels >= 0).sum())
+    if (options.risk or options.correct) and labelled < constants.FEWEST_LABELLED:
+        what = "risk=True" if options.risk else "correct=True"
+        raise ValueError(f"{what} needs at least {constants.FEWEST_LABELLED} inputs with labels; there were {labelled}")
     images = clean.images()
     pixels = _pixels(drawn, options)
     each, tokens = 0, list[collect.Batch]()
@@ -129,18 +116,18 @@ def checked(
         tokens = [] if images else _token_challenges(clean, ~held_out[:count], each, seed)
     different, least = len(np.setdiff1d(sources[:count], sources[count:])), constants.FEWEST_CLEAN
     if different < least:
-        beside = " that calibration does not give" if others else ""
-        raise ValueError(f"clean must give at least {least} different inputs{beside}; it gave {different}")
+        suffix = " that calibration does not give" if others else ""
+        raise ValueError(f"clean must give at least {least} different inputs{suffix}; it gave {different}")
     normalisation = options.normalisation(images[0].shape[1]) if images else None
-    return Sample(drawn, given, labels, sources, held_out, fresh, each, pixels, tokens, normalisation)
+    return Sample(drawn, given, labels, sources, held_out, each, pixels, tokens, normalisation)
 
 
 def _pixels(drawn: list[Drawn], options: FitOptions) -> PixelRange | None:
     """Return black and white of the images, or None if the inputs are not images."""
-    told = any(value is not None for value in (options.clip, options.mean, options.std))
+    declared = any(value is not None for value in (options.clip, options.mean, options.std))
     images = drawn[0].images()
     if not images:
-        if told:
+        if declared:
             raise ValueError("clip, mean and std need images (B, C, H, W); clean gave other inputs")
         return None
     if not all(bool(x.isfinite().all()) for x in images):
@@ -148,7 +135,7 @@ def _pixels(drawn: list[Drawn], options: FitOptions) -> PixelRange | None:
     if all(bool((x.amax((2, 3)) == x.amin((2, 3))).all()) for x in images):
         raise ValueError("clean must give images that show something; every one was constant")
     # A range is not read from images of the calibration loader.
-    ranged = [x for one in (drawn if told else drawn[:1]) for x in one.images()]
+    ranged = [x for one in (drawn if declared else drawn[:1]) for x in one.images()]
     pixels = PixelRange.of(ranged, clip=options.clip, mean=options.mean, std=options.std)
     if isinstance(options.challenges, str):
         ends = [float(end) for x in ranged for end in pixels.to_unit(x).aminmax()]

@@ -1,4 +1,4 @@
-"""Network, blocks, detector, classifier and risk as one module."""
+"""Network, blocks, detector, correction and risk as one module."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ from fastgrad.blocks.subject import Subject
 from fastgrad.detector import UncertaintyDetector, constants, fitting, loaders, storage
 from fastgrad.detector.calibrate import DetectorModule
 from fastgrad.detector.report import Gain, Report
-from fastgrad.detector.risk import NoisyOr, Risk, doubt, log_probabilities
+from fastgrad.detector.risk import NoisyOr, Risk, doubt, tempered
 from fastgrad.evaluation import buffers_kept, device_of, refuse_scripted
-from fastgrad.introspection import IntrospectiveClassifier
-from fastgrad.introspection.network import IntrospectiveNetwork
+from fastgrad.introspection.correction import Correction, mixed
 from fastgrad.prediction import Prediction
 from fastgrad.scores.temperature import Temperature
 
@@ -60,19 +59,15 @@ class TwoStageModel(nn.Module):
             ``.logits``, or the first item of a tuple.
         detector: An `UncertaintyDetector` whose parameters are used; it is not changed. One that is already fitted on
             named blocks needs no `fit`. None for the default one.
-        classifier: An `IntrospectiveClassifier` that answers unusual inputs; it is not changed. `fit` trains a copy on
-            h, the input of the last layer, for clean inputs and challenges, with the labels of the clean inputs. One
-            that is already fitted, on h or on pairs of h and logits, needs no `fit` and answers all inputs. None for
-            the softmax.
         budget: Cost limit of an answer, in forward passes of this network as measured by `fit`. The forward pass that
             gives the logits is the first. ``math.inf`` for no limit.
         blocks: Names or instances of the blocks, without a cost limit; None for the preset of the budget.
-        seed: Seed of all random numbers; a given detector or classifier keeps its own ``random_state``.
+        seed: Seed of all random numbers; a given detector keeps its own ``random_state``.
 
     Attributes:
         detector_: The fitted `DetectorModule`.
-        classifier_: The fitted network of the classifier, or None.
-        gate_: The probability that an input is a challenge, from its evidence; None if the classifier answers all.
+        correction_: The correction of the answers to unusual inputs, or None.
+        gate_: The probability that an input is a challenge, from its evidence; None without a correction.
         temperature_: The temperature of the softmax, fitted on labels, or None.
         risk_: The probability that the answer is wrong, from its own probability and the evidence, or None.
         report_: The `Report` of the last fit, or None.
@@ -91,7 +86,6 @@ class TwoStageModel(nn.Module):
         model: nn.Module,
         *,
         detector: UncertaintyDetector | None = None,
-        classifier: IntrospectiveClassifier | None = None,
         budget: float = 1.2,
         blocks: Sequence[str | Block] | None = None,
         seed: int = 0,
@@ -100,41 +94,28 @@ class TwoStageModel(nn.Module):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; it was {type(model).__name__}")
         refuse_scripted(model)
-        kinds = {"detector": UncertaintyDetector, "classifier": IntrospectiveClassifier}
-        for (name, kind), value in zip(kinds.items(), (detector, classifier), strict=True):
-            if value is not None and not isinstance(value, kind):
-                raise TypeError(f"{name} must be an {kind.__name__} or None; it was {type(value).__name__}")
+        if detector is not None and not isinstance(detector, UncertaintyDetector):
+            raise TypeError(f"detector must be an UncertaintyDetector or None; it was {type(detector).__name__}")
         if isinstance(budget, bool) or not isinstance(budget, (int, float, np.integer, np.floating)) or not budget >= 1:
             raise ValueError(f"budget must be at least 1, the forward pass that gives the logits; it was {budget!r}")
         checks.is_seed(seed)
-        self.model = model
-        self.detector, self.classifier = detector, classifier
+        self.model, self.detector = model, detector
         self.budget, self.seed = float(budget), int(seed)
         self.blocks = None if blocks is None else tuple(named_blocks(blocks))
         self.extraction_: Extraction | None = None
         self.detector_: DetectorModule | None = None
-        self.classifier_: IntrospectiveNetwork | None = None
+        self.correction_: Correction | None = None
         self.gate_: NoisyOr | None = None
         self.temperature_: Temperature | None = None
         self.risk_: Risk | None = None
         self.report_: Report | None = None
         self._gains: Callable[[], dict[str, Gain]] | None = None
-        # Fitted arguments are copied, so that this module and the user's do not share state.
+        # A fitted argument is copied, so that this module and the user's do not share state.
         if detector is not None and hasattr(detector, "module_"):
             known: dict[str, Block] = {block.name: block for block in self.blocks or ()}
             own = [known.get(key) or BLOCKS[key]() for key in detector.shapes_]
             self.extraction_ = Extraction(model, own, log=not detector.log)
             self.detector_ = copy.deepcopy(detector.module_).to(self.device)
-        if classifier is not None and hasattr(classifier, "network_"):
-            labels = classifier.classes_
-            if not np.array_equal(labels, np.arange(len(labels))):
-                raise ValueError(
-                    "classifier must be fitted on labels that are the network's class indices, none missing from 0 on; "
-                    f"they were {labels.tolist()[:20]}"
-                )
-            self.classifier_ = copy.deepcopy(classifier.to_module()).to(self.device)
-            if self.extraction_ is not None and all(b.name != Features.name for b in self.extraction_.blocks):
-                self.extraction_ = Extraction(model, [*self.extraction_.blocks, Features()], log=self.extraction_.log)
 
     @property
     def device(self) -> torch.device:
@@ -173,8 +154,10 @@ class TwoStageModel(nn.Module):
         logits, blocks = extraction(x)
         with torch.no_grad():
             uncertainty, evidence, kinds = detector.explain(blocks)
-            mixed = (self.temperature_, self.classifier_, self.gate_)
-            log_p = log_probabilities(logits, blocks.get(Features.name), evidence, *mixed)
+            calibrated = tempered(logits, self.temperature_)
+            log_p = calibrated.log_softmax(-1)
+            if self.correction_ is not None and self.gate_ is not None:
+                log_p = mixed(log_p, self.correction_(blocks[Features.name], calibrated), self.gate_.log_odds(evidence))
             doubts = doubt(log_p)
             risk = None if self.risk_ is None else self.risk_(doubts, evidence, kinds).to(log_p.dtype)
             prediction = Prediction(logits, log_p.exp(), uncertainty.to(log_p.dtype), risk)
@@ -200,6 +183,7 @@ class TwoStageModel(nn.Module):
         max_samples: int = constants.MOST_CLEAN,
         challenges_per_input: int | None = None,
         risk: bool | None = None,
+        correct: bool = False,
         clip: tuple[float, float] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -222,6 +206,9 @@ class TwoStageModel(nn.Module):
             challenges_per_input: How many challenges are generated from one clean input. None means three, or fewer if
                 there are many inputs.
             risk: True refuses data without labels, False fits no risk, None fits it if at least 30 labels allow it.
+            correct: Whether to learn a correction of the answers to unusual inputs from labels and generated challenges
+                (`fastgrad.introspection.correction`). It is kept only if it certainly answers inputs that it was not
+                fitted on better; otherwise a warning says by how much. The report shows both accuracies.
             clip: Values of black and white of the images, before ``mean`` and ``std``. None means 0 and 1 with
                 ``mean``, or else the range of the images drawn from ``clean``.
             mean: Per-channel mean that normalised the images.
@@ -238,9 +225,11 @@ class TwoStageModel(nn.Module):
                 logits. The network or a block mixes samples of a batch.
                 All of it is checked before the first challenge is read.
         """
-        checks.is_bool(**{name: v for name, v in (("risk", risk), ("verbose", verbose)) if v is not None})
+        checks.is_bool(
+            **{name: v for name, v in (("risk", risk), ("verbose", verbose)) if v is not None}, correct=correct
+        )
         options = loaders.FitOptions(
-            clean, challenges, calibration, max_samples, challenges_per_input, risk, clip, mean, std, verbose
+            clean, challenges, calibration, max_samples, challenges_per_input, risk, correct, clip, mean, std, verbose
         )
         with buffers_kept(self.model):
             parts = fitting.fit(self, options, self._with)

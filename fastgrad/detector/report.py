@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from fastgrad.blocks.block import CHALLENGE_CLASSIFIER
 from fastgrad.challenges import CHALLENGES
-from fastgrad.detector.calibrate import Table, deal, fit_scores, values_of, with_p_values
+from fastgrad.detector.calibrate import Table, assign_folds, fit_scores, values_of, with_p_values
 from fastgrad.detector.challenge_classifier import ChallengeClassifier
 from fastgrad.detector.constants import CAP, WEIGHT
 from fastgrad.detector.price import PriceReport
+from fastgrad.introspection.correction import Interval
 from fastgrad.scores.conformal import PValues, weighted
 
 
@@ -40,6 +41,8 @@ class Report:
         calibrating: Clean inputs behind the false-alarm rates; ``1 / (calibrating + 1)`` is the smallest they promise.
         exact: Whether nothing was fitted on these inputs.
         risk: What the risk was learned from, or why there is none.
+        correction: Accuracy of the network and of the corrected answers, by fits without each input; None if no
+            correction was asked for.
         gains: What each block adds, by name; None until it is asked for.
         normalisation: Mean and standard deviation by channel that normalised unit images, from ``clip``, ``mean`` and
             ``std`` of `fit`; None if the range was read from the images, or if inputs are not images.
@@ -53,6 +56,7 @@ class Report:
     calibrating: int
     exact: bool
     risk: str
+    correction: str | None = None
     gains: dict[str, Gain] | None = None
     normalisation: list[list[float]] | None = None
 
@@ -89,6 +93,7 @@ class Report:
             f"false alarms  from {1 / (self.calibrating + 1):.2g} on: {self.calibrating} clean inputs, {form}",
             f"risk          {self.risk}",
         ]
+        lines += [] if self.correction is None else [f"correction    {self.correction}"]
         if self.gains is not None:
             lines.append("gain in AUROC on kinds of challenge left out of training")
             lines += [f"  {name:20} {gain.auroc:+.3f} +- {gain.interval:.3f}" for name, gain in self.gains.items()]
@@ -111,7 +116,7 @@ def gains(table: Table, kinds: NDArray[np.str_]) -> dict[str, Gain]:
             f"{list(table.blocks)}, {list(map(str, families))}"
         )
     sets = {"": list(table.blocks), **{name: [b for b in table.blocks if b != name] for name in table.blocks}}
-    fold = deal(table, 2, np.random.RandomState(0))
+    fold = assign_folds(table, 2, np.random.RandomState(0))
     placed: dict[str, list[NDArray[np.float64]]] = {name: [] for name in sets}
     sources: list[NDArray[np.intp]] = []
     for number in (0, 1):
@@ -134,16 +139,32 @@ def gains(table: Table, kinds: NDArray[np.str_]) -> dict[str, Gain]:
                 log_p = PValues.fit(resemblance[:, torch.from_numpy(clean)], [False])(resemblance)
                 total = sum(evidence[block] for block in chosen if block in evidence)
                 total = (total + weighted(log_p, CAP, [WEIGHT])[0]).numpy()
-                # The share of clean samples that each challenge lies above, ties counted half: their mean is the AUROC.
-                ordered = np.sort(total[clean])
-                below, upto = (np.searchsorted(ordered, total[challenged], side) for side in ("left", "right"))
-                placed[name].append((below + upto) / (2 * len(ordered)))
+                placed[name].append(placements(total[clean], total[challenged]))
     _, source = np.unique(np.concatenate(sources), return_inverse=True)
     joined = {name: np.concatenate(values) for name, values in placed.items()}
     result = {}
     for name in table.blocks:
-        difference = joined[""] - joined[name]
         # Challenges of one source are not independent samples.
-        error = np.sqrt(np.square(np.bincount(source, difference - difference.mean())).sum()) / len(difference)
-        result[name] = Gain(float(difference.mean()), float(1.96 * error))
+        result[name] = Gain(*Interval.of(joined[""] - joined[name], source))
     return result
+
+
+def placements(low: NDArray[np.float64], high: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the share of ``low`` below each of ``high``, ties counted half; their mean is the AUROC."""
+    ordered = np.sort(low)
+    below, upto = (np.searchsorted(ordered, high, side) for side in ("left", "right"))
+    return (below + upto) / (2 * len(ordered))
+
+
+def probability_suffices(risk: NDArray[np.float64], doubt: NDArray[np.float64], wrong: NDArray[np.bool_]) -> str:
+    """Return words if ``doubt`` ranks ``wrong`` answers as well as ``risk``, within its interval; all ``(n,)``."""
+    if wrong.all() or not wrong.any():
+        return ""
+    own, other = (placements(score[~wrong], score[wrong]) for score in (risk, doubt))
+    gain = Interval.of(own - other, np.arange(len(own)))
+    if gain.mean > gain.half:
+        return ""
+    return (
+        "; the answer's probability alone ranks wrong answers to clean inputs as well: AUROC "
+        f"{other.mean():.3f}, by the risk {gain.mean:+.3f} +- {gain.half:.3f}"
+    )

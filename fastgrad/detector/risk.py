@@ -20,10 +20,8 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from fastgrad.detector.constants import FLOOR, RISK_STEPS
-from fastgrad.introspection.network import IntrospectiveNetwork
 from fastgrad.losses import compute_dtype
 from fastgrad.scores.fitted import Fitted
 from fastgrad.scores.temperature import Temperature
@@ -125,33 +123,10 @@ def misleading(evidence: Tensor, log_p: Tensor, rates: Tensor) -> Tensor:
     return torch.cat([evidence[:, :-1], (wrong / (1 - wrong) / FLOOR).log1p().unsqueeze(1)], 1)
 
 
-def log_probabilities(
-    logits: Tensor,
-    h: Tensor | None,
-    evidence: Tensor,
-    temperature: Temperature | None,
-    classifier: IntrospectiveNetwork | None,
-    gate: NoisyOr | None,
-) -> Tensor:
-    """Return log probabilities ``(B, N)``: the network's and the classifier's, mixed by the gate.
-
-    The classifier reads ``h``, the gate ``evidence`` ``(B, S)``; without a gate, the classifier answers every input.
-    """
+def tempered(logits: Tensor, temperature: Temperature | None) -> Tensor:
+    """Return ``logits`` ``(B, N)`` in at least float32, divided by the temperature if there is one."""
     precise = logits.to(compute_dtype(logits.dtype))
-    network = precise if temperature is None else temperature(precise)
-    first: Tensor = network.log_softmax(-1)
-    if classifier is None:
-        return first
-    assert h is not None  # a model with a classifier reads it
-    second = classifier.answer(h.to(precise.dtype), precise).log_softmax(-1)
-    if second.shape[1] != first.shape[1]:
-        raise ValueError(
-            f"classifier must be fitted on every class of the network, {first.shape[1]}; it has {second.shape[1]}"
-        )
-    if gate is None:
-        return second
-    odds = gate.log_odds(evidence).to(first.dtype).unsqueeze(-1)
-    return torch.logaddexp(first + logsigmoid(-odds), second + logsigmoid(odds))
+    return precise if temperature is None else temperature(precise)
 
 
 def doubt(log_probabilities: Tensor) -> Tensor:

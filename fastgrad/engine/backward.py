@@ -1,4 +1,4 @@
-"""One backward pass through recorded calls, and what it shows of each sample's gradients of parameters."""
+"""One backward pass through recorded calls: what each use of a parameter adds to each sample's gradient."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ See = Callable[[int, Tensors, Tensors], None]
 
 
 class Backward:
-    """What recorded calls, all of as many samples, know of the gradients of ``wanted``, parameters by their ids."""
+    """The uses of ``wanted`` parameters, by their ids, in recorded calls that have the same number of samples."""
 
     def __init__(self, calls: Iterable[Recorded], wanted: Mapping[int, Tensor]) -> None:
         self.calls, self.wanted = list(calls), wanted

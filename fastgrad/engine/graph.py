@@ -1,4 +1,4 @@
-"""The autograd graph behind outputs: which recorded calls it reaches, and which parameters it uses outside of them."""
+"""The autograd graph behind outputs: the recorded calls it reaches, and the parameters it uses outside of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OURS = frozenset({"_TapBackward", "_GraphedBackward", "_ReturnedBackward", "_Mi
 
 
 class _Returned(torch.autograd.Function):
-    """``x -> x``: the node of an output of a recorded call, which lives as long as the graph."""
+    """``x -> x``: a node that keeps the recorded call alive as long as the graph of its output."""
 
     @staticmethod
     def forward(ctx: Any, call: object, x: Tensor) -> Tensor:
@@ -33,15 +33,15 @@ class _Returned(torch.autograd.Function):
         return None, gradient
 
 
-def returned(call: object, output: Tensor) -> Tensor:
-    """Return an output of a call, by whose node the call is found, on the same memory if that lies side by side."""
+def mark_returned(call: object, output: Tensor) -> Tensor:
+    """Return an output whose node leads to the call; it shares the memory of a contiguous ``output``."""
     own = torch.ops.aten._unsafe_view.default(output, output.shape) if output.is_contiguous() else output.clone()
     result: Tensor = _Returned.apply(call, own)
     return result
 
 
 class _Mixed(torch.autograd.Function):
-    """An output that is computed from all samples: it has a value, and no gradient per sample."""
+    """An output that joins samples: it has a value but no gradient per sample."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, name: str, anchor: Tensor) -> Tensor:
@@ -61,20 +61,20 @@ def _joined(node: Any) -> ValueError:
 
 
 def mixed(value: Tensor, name: str) -> Tensor:
-    """Return an output of all samples, from which no gradient may be taken."""
+    """Return an output that joins samples, from which no gradient may be taken."""
     result: Tensor = _Mixed.apply(value, name, value.new_zeros((), requires_grad=True))
     return result
 
 
 def call_of(node: Any) -> Any:
-    """Return the call whose output a node gave, or None."""
+    """Return the recorded call whose output this node is, or None."""
     return node.call if type(node).__name__ == "_ReturnedBackward" else None
 
 
 def nodes(outputs: Iterable[Any], *, inside: bool = False, stops: Iterable[Any] = ()) -> Iterator[Any]:
     """Yield the nodes of the graph of ``outputs`` (tensors or nodes), up to ``stops``.
 
-    Those within calls are left out, unless the walk is to go ``inside``.
+    Nodes within recorded calls are left out unless ``inside`` is True.
     """
     waiting: list[Any] = [out.grad_fn if isinstance(out, Tensor) else out for out in outputs]
     seen = set(stops)
@@ -88,7 +88,7 @@ def nodes(outputs: Iterable[Any], *, inside: bool = False, stops: Iterable[Any] 
         waiting += [following for following, _ in node.next_functions] if call is None else call.inputs
 
 
-def uses(outputs: Iterable[Any]) -> tuple[dict[int, Any], set[int]]:
+def calls_and_leaves(outputs: Iterable[Any]) -> tuple[dict[int, Any], set[int]]:
     """Return the calls that outputs reach, by id, and the ids of the leaves that they use outside of calls.
 
     ValueError if they reach an output that joins samples.
@@ -143,7 +143,7 @@ def _within(number: int, ranges: list[tuple[int, int]]) -> bool:
     return at >= 0 and number < ranges[at][1]
 
 
-def foreign(outputs: Iterable[Tensor]) -> bool:
-    """Whether a function of autograd that is not this package's lies behind outputs; its backward may be anything."""
+def has_custom_function(outputs: Iterable[Tensor]) -> bool:
+    """Whether a custom ``autograd.Function`` lies behind outputs; its backward pass may do anything."""
     kinds = (type(node) for node in nodes(outputs, inside=True))
     return any(issubclass(kind, BackwardCFunction) and kind.__name__ not in _OURS for kind in kinds)

@@ -1,4 +1,4 @@
-"""Where the batch lies in what a model returns: from one result for each sample to the result of the batch."""
+"""Which dimension of a model's outputs is the batch: from one result per sample to the result of the batch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 from fastgrad._torch import pytree
 from fastgrad.evaluation import agree
 
-#: Leaves, what puts other leaves in their place, and the leaves' names.
+#: Leaves, a function that rebuilds the tree from other leaves, and the leaves' names.
 Tree = tuple[list[Any], Callable[[Sequence[Any]], Any], list[str]]
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A tensor of which each sample has its own: ``(B, *shape)``, where ``shape`` is what the model saw."""
+class Stacked:
+    """The tensors of all samples, ``(B, *shape)``, where ``shape`` is the one that the model saw."""
 
     values: Tensor
 
@@ -35,7 +35,7 @@ class Layout:
     kind: str
     dim: int = 0
 
-    def joined(self, rows: Tensor) -> Tensor:
+    def join(self, rows: Tensor) -> Tensor:
         """Return the tensor of the batch from ``(B, *shape)``."""
         if len(rows) == 1:
             return rows[0]
@@ -45,8 +45,8 @@ class Layout:
             return rows
         return rows[0] if self.kind == "same" else rows.sum(0) if self.kind == "sum" else rows.mean(0)
 
-    def apart(self, batch: Tensor, samples: int) -> Tensor | None:
-        """Return the rows ``(B, ...)`` of a tensor of the batch; None if it has none."""
+    def split(self, batch: Tensor, samples: int) -> Tensor | None:
+        """Return a tensor of the batch as ``(B, ...)``; None if it has no row for each sample."""
         if samples == 1:
             return batch.unsqueeze(0)
         if self.kind == "rows":
@@ -58,12 +58,12 @@ class Layout:
 SAME, MIXED = Layout("same"), Layout("mixed")
 
 
-def usual(shape: Sequence[int]) -> Layout | None:
-    """Return the layout of a tensor of this shape for each sample, if there is nothing to compare with."""
+def default_layout(shape: Sequence[int]) -> Layout | None:
+    """Return the likely layout of a tensor that has this shape for one sample, without a comparison."""
     return Layout("rows") if len(shape) and shape[0] == 1 else None
 
 
-def find(rows: Tensor, batch: Tensor, precision: float | None) -> Layout:
+def find_layout(rows: Tensor, batch: Tensor, precision: float | None) -> Layout:
     """Return the layout in which ``(B, *shape)`` agrees with the ``batch``'s own result; `MIXED` if it agrees in none.
 
     ``precision`` is the relative rounding error of the coarsest numbers; None compares shapes alone.
@@ -81,7 +81,7 @@ def find(rows: Tensor, batch: Tensor, precision: float | None) -> Layout:
     if tuple(batch.shape) == shape:
         found += [SAME] if _alike(rows) else []
         found += [Layout("sum"), Layout("mean")] if rows.is_floating_point() else []
-    fitting = (each for each in found if precision is None or agree(each.joined(rows), batch, precision))
+    fitting = (each for each in found if precision is None or agree(each.join(rows), batch, precision))
     return next(fitting, MIXED)
 
 
@@ -100,9 +100,9 @@ def is_object(value: object) -> bool:
 
 
 def flatten(tree: Any, above: tuple[int, ...] = ()) -> Tree:
-    """Return the leaves of a tree, what puts other leaves in their place, and the leaves' names.
+    """Return the leaves of a tree, a function that rebuilds it from other leaves, and the leaves' names.
 
-    Objects that hold tensors in attributes are trees as well; ``above`` are the ids of those around.
+    Objects with tensors in attributes are trees as well; ``above`` are the ids of the objects around this one.
     """
     paths, spec = pytree.tree_flatten_with_path(tree)
     leaves: list[Any] = []

@@ -1,4 +1,4 @@
-"""What a model's functions meet while it runs under vmap on one sample: rules, copies of parameters, read values."""
+"""The mode that follows a model under vmap: it applies rules, copies parameters and splits the batch by values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastgrad.layers import ENTERED, RULES
 from fastgrad.layers.call import CHECKPOINT, Call, Refused
 
 
-class Split(Exception):  # noqa: N818 - a way to go on, not an error
+class Split(Exception):  # noqa: N818 - the batch is split, nothing is wrong
     """The model read a value that is not the same for all samples; ``values`` ``(B, n)`` has a row for each."""
 
     def __init__(self, values: Tensor) -> None:
@@ -39,22 +39,22 @@ _ATTRIBUTES = (
     "shape", "dtype", "device", "is_cuda", "ndim", "layout", "grad", "is_leaf", "is_sparse", "is_meta",
     "is_nested", "data", "is_quantized", "is_mps", "is_cpu",
 )  # fmt: skip
-#: Functions that say nothing of a parameter's values, or cut its gradient.
+#: Functions whose results do not depend on values of a parameter, or which cut its gradient.
 _HARMLESS = {getattr(Tensor, name) for name in _METHODS} | {getter(name) for name in _ATTRIBUTES}
 _HARMLESS |= {torch.is_floating_point, torch.zeros_like, torch.ones_like, torch.empty_like, torch.is_tensor}
 _HARMLESS |= {nn.init.zeros_, nn.init.ones_}
-#: Seen from outside, tensors of one sample require no gradients.
+#: Inside vmap, tensors of one sample seem to require no gradients.
 _REQUIRES_GRAD = {getter("requires_grad")}
-#: Gradients that a model takes inside its forward pass, and what may change gradients on their way back.
+#: Functions that take gradients inside a forward pass, and functions that register hooks.
 _DIFFERENTIATES = {torch.autograd.grad, Tensor.backward}
 _HOOKS = {Tensor.register_hook, getter("grad_fn")}
-#: Functions that make tensors by the sizes they are given.
-_MADE = {torch.zeros, torch.ones, torch.empty, torch.full}
-_MADE |= {Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full}
-_MADE |= {torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like}
-#: Functions that draw random numbers by the sizes they are given.
-_DRAWN = {torch.rand, torch.randn, torch.randint, torch.normal, torch.rand_like, torch.randn_like, torch.randint_like}
-_DRAWN |= {torch.randperm}
+#: Functions that create tensors of given sizes.
+_CREATES = {torch.zeros, torch.ones, torch.empty, torch.full}
+_CREATES |= {Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full}
+_CREATES |= {torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like}
+#: Functions that draw random numbers of given sizes.
+_DRAWS = {torch.rand, torch.randn, torch.randint, torch.normal, torch.rand_like, torch.randn_like, torch.randint_like}
+_DRAWS |= {torch.randperm}
 _SEQUENCES = (list, tuple, dict)
 
 
@@ -63,7 +63,7 @@ class PerSample(TorchFunctionMode):
 
     def __init__(self, call: Call, seen: list[weakref.ref[Tensor]] | None = None) -> None:
         super().__init__()
-        #: References to all tensors that functions gave, if hooks may keep some of them.
+        #: References to all results, if hooks may keep some of them.
         self._call, self._seen = call, seen
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -95,8 +95,8 @@ class PerSample(TorchFunctionMode):
                 raise Refused("a hook may change its gradients (register_hook)", hooked=True)
         if func in _READS:
             return self._read(func, *args)
-        if func in _DRAWN or (call.spread_made and func in _MADE):
-            return self._made(func, args, kwargs)
+        if func in _DRAWS or (call.batch_new_tensors and func in _CREATES):
+            return self._create(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _with_copies(self, args: Any, kwargs: Any) -> Any:
@@ -120,17 +120,17 @@ class PerSample(TorchFunctionMode):
         with lowered():
             return func(values[0], *rest)
 
-    def _made(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Make a tensor one level lower: with a row for each sample where it is made for a batch of one sample."""
+    def _create(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Create a tensor one level lower, with a row for each sample if it is meant for the batch."""
         call = self._call
         if functorch.maybe_current_level() != call.level or any(map(call.is_batched, args)):
             return func(*args, **kwargs)
         with lowered():
             one = func(*args, **kwargs)
-        if func in _DRAWN and one.shape[:1] != (1,):
+        if func in _DRAWS and one.shape[:1] != (1,):
             return one
         with lowered():
-            if func in _DRAWN:
+            if func in _DRAWS:
                 count = call.samples if call.rows is None else call.whole
                 every = torch.cat([one, *(func(*args, **kwargs) for _ in range(count - 1))]).unsqueeze(1)
                 every = every if call.rows is None else every.index_select(0, call.rows.to(every.device))

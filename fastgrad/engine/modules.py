@@ -1,4 +1,4 @@
-"""Modules that are one function to the engine: their ``forward`` runs on the batch, and a user's rule gives norms."""
+"""Modules with a registered rule: their ``forward`` runs on the whole batch, and the rule gives norms."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Redirect:
         return self._call(self._module, self._forward, args, kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Have copies and pickles of the module hold its own ``forward``, because nothing would restore it there."""
+        """Give copies and pickles of the module its own ``forward``, because nothing would restore it there."""
         return (getattr, (self._module, "forward")) if self._own is None else (functools.partial, (self._own,))
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -47,7 +47,7 @@ _calls = threading.local()
 
 @contextlib.contextmanager
 def replaced(model: nn.Module, call: Call) -> Iterator[None]:
-    """Run modules that have a rule of the user's on the batch of ``call`` as a whole, in this thread."""
+    """Run modules with a registered rule on the whole batch of ``call``, in this thread."""
     if not MODULES:
         yield
         return

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgrad._torch import pytree, vmap
 from fastgrad.engine.backward import Backward, Share
-from fastgrad.engine.products import Side
+from fastgrad.engine.products import ParameterUses
 from fastgrad.engine.structure import Recorded
 from fastgrad.evaluation import agree
 from fastgrad.layers.formula import Tensors
@@ -24,14 +24,9 @@ Seen = dict[int, tuple[dict[int, Tensor], list[Tensor]]]
 
 
 def squared_norms(
-    calls: Iterable[Recorded],
-    outputs: Sequence[Tensor],
-    gradients: Sequence[Tensor] | None,
-    wanted: Mapping[int, Tensor],
-    *,
-    batched: bool = False,
-    keep: bool = False,
-) -> dict[int, Tensor]:
+    calls: Iterable[Recorded], outputs: Sequence[Tensor], gradients: Sequence[Tensor] | None,
+    wanted: Mapping[int, Tensor], *, batched: bool = False, keep: bool = False,
+) -> dict[int, Tensor]:  # fmt: skip
     """Return squared norms ``(B,)`` by parameter, of those that outputs depend on; ``(S, B)`` for batched gradients.
 
     Arguments are as in `torch.autograd.grad`; ``keep`` keeps the graph for another call. All calls have B samples.
@@ -48,12 +43,12 @@ class _Norms(Backward):
         assert gradients is not None
         count = gradients[0].shape[0]
         # A checkpoint around a call computes it again, and functions of the user's may not be for vmap.
-        foreign = any(recorded.structure.foreign or recorded.hooked for recorded in self.calls)
+        foreign = any(recorded.structure.custom_backward or recorded.hooked for recorded in self.calls)
         if count == 1 or self.alone or foreign:
             each = [self._one(outputs, [g[i] for g in gradients], keep or i < count - 1) for i in range(count)]
             return {key: torch.stack([found[key] for found in each]) for key in each[0]} if each else {}
         structures = [recorded.structure for recorded in self.calls]
-        if all(structure.batches for structure in structures):
+        if all(structure.batched_backward for structure in structures):
             return self._together(outputs, gradients, keep)
         try:
             found = self._together(outputs, gradients, keep=True)
@@ -66,7 +61,7 @@ class _Norms(Backward):
             # Some backward passes of PyTorch do not take several gradients, such as batch norm's of two dtypes.
             foreign = True
         for structure in structures:
-            structure.foreign, structure.batches = structure.foreign or foreign, not foreign
+            structure.custom_backward, structure.batched_backward = structure.custom_backward or foreign, not foreign
         return self.run(outputs, gradients, batched, keep) if foreign else found
 
     def _one(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor] | None, keep: bool) -> dict[int, Tensor]:
@@ -140,6 +135,6 @@ class _Norms(Backward):
         tables = [s.factors() for s in shares if isinstance(s.formula, Table)]
         if len(products) + len(tables) == len(shares) and all(share.rows == rows for share in shares):
             return rows, sum_sqnorm(products, tables)
-        side = Side(self.wanted[key].shape, self.samples, shares)
+        side = ParameterUses(self.wanted[key].shape, self.samples, shares)
         norms = [sqnorm(side.part(at)) for at in side.parts(self.samples)]
         return list(range(self.samples)), torch.stack(norms).sum(0)

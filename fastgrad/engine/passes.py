@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastgrad._torch import StopRecomputation, has_global_hooks, hooks_of, pytree, vmap
 from fastgrad.batches import batch_size, same_class
-from fastgrad.engine.layout import Rows, Tree, flatten, is_object
+from fastgrad.engine.layout import Stacked, Tree, flatten, is_object
 from fastgrad.engine.mode import PerSample, Split
 from fastgrad.engine.modules import replaced
 from fastgrad.engine.state import Place, State
@@ -28,24 +28,24 @@ from fastgrad.memory import lacks_memory
 
 @dataclass
 class Outcome:
-    """What one part of a batch gave: outputs and changed attributes, as `Rows` of its samples or other values."""
+    """The result of one part of a batch: outputs and changed attributes, whose tensors are `Stacked`."""
 
     index: Tensor | None  # which samples; None for all
     part: Call | Alone
     output: Tree
     attributes: dict[Place, Tree]
-    #: Tensors of one sample that someone, such as a hook, kept, and the batches behind them.
+    #: Tensors of one sample that outlived the call, for example in a hook's list, and the batches behind them.
     kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 class Plain(TorchFunctionMode):
-    """Looks at results and writes, and keeps PyTorch's attention from its fused paths, as `PerSample` does."""
+    """Watches results and writes of an ordinary call, and like `PerSample` keeps attention from its fused paths."""
 
     def __init__(self, parameters: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.bytes, self.precision = 0, 0.0
         self._places = {p.data_ptr(): p for p in parameters}
-        #: By its id, each of the ``parameters`` that was written to, and what it was.
+        #: By id, each parameter that was written to, and its earlier value.
         self.written: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -63,10 +63,10 @@ class Plain(TorchFunctionMode):
 
 
 class Pass:
-    """A call of ``forward``, that of ``model``; ``parameters`` are those whose gradients count, by id.
+    """A call of ``forward``, the forward pass of ``model``; ``parameters`` are those with wanted gradients, by id.
 
-    With ``undo`` the model is left as it was, and ``forward`` is a call of the model with its hooks. ``modules`` are
-    the model's, with their paths.
+    With ``undo`` the model is left as it was, and ``forward`` calls the model together with its hooks. ``modules`` are
+    the modules of ``model`` with their paths.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Pass:
         self.hooks = sum(len(table) for _, module in self.modules for table in hooks_of(module))
 
     def key(self) -> Any:
-        """Return the structure of the inputs and of the model."""
+        """Return a key for the structure of the inputs and the state of the model."""
         inputs = tuple(
             (x.dim(), x.dtype, bool(x.dim()) and x.shape[0] == self.samples, x.requires_grad)
             if isinstance(x, Tensor)
@@ -111,27 +111,30 @@ class Pass:
 
     def ordinary(self) -> tuple[Plain, Tree]:
         """Call the model on the whole batch; its outputs have no graph."""
-        # As in the call itself, gradients are enabled: hooks of tensors cannot be registered without.
+        # Gradients are enabled, as in the call itself, because hooks of tensors need them.
         args, kwargs = self.call_of(self.copied_leaves())
         with warnings.catch_warnings(), Plain(self.parameters.values()) as plain:
             warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
             values, rebuilt, names = flatten(self.forward(*args, **kwargs))
-        # Autocast keeps casts of parameters, and these belong to another graph.
+        # Autocast caches casts of parameters, and these belong to another graph.
         torch.clear_autocast_cache()
         return plain, ([v.detach() if isinstance(v, Tensor) else v for v in values], rebuilt, names)
 
     def outcomes(self, structure: Structure, state: State) -> list[Outcome]:
-        """Run all samples: together, in groups of those with which the model reads the same values, or alone."""
+        """Run all samples: together, in groups with the same values wherever the model reads a value, or alone."""
         found: list[Outcome] = []
         waiting: list[Tensor | None] = [None]
-        if not structure.alone and self._hooks_gradients():
-            structure.alone, structure.foreign = "a hook may change its gradients (full backward hook)", True
+        if not structure.alone_reason and self._hooks_gradients():
+            structure.alone_reason, structure.custom_backward = (
+                "a hook may change its gradients (full backward hook)",
+                True,
+            )
         while waiting:
             index = waiting.pop(0)
             leaves, again = self._taken(structure, index), False
             with state.own_buffers() if self.undo or found or index is not None else contextlib.nullcontext():
                 try:
-                    if structure.alone:
+                    if structure.alone_reason:
                         found += self._alone(structure, state, leaves, index)
                     else:
                         found.append(self._together(structure, state, leaves, index))
@@ -145,7 +148,7 @@ class Pass:
                 except Exception as error:
                     if lacks_memory(error):
                         raise
-                    if structure.alone:
+                    if structure.alone_reason:
                         raise self._of_samples(error, state) from error
                     _other_way(structure, error)
                     waiting, found, again = [None], [], True
@@ -154,7 +157,7 @@ class Pass:
         return found
 
     def _of_samples(self, error: Exception, state: State) -> Exception:
-        """Return the error to raise where a sample alone fails: the model's own, if the batch fails as well."""
+        """Return the error to raise if a sample alone fails: the model's own error if the batch fails as well."""
         state.restore()
         try:
             self.ordinary()
@@ -162,12 +165,12 @@ class Pass:
             return error
         state.restore()
         return NotPerSampleError(
-            "model must run on each sample alone, as a batch of one; it runs on the batch, but on one sample it raised "
+            "model must run on each sample alone, as a batch of one; it runs on the batch, but one sample raised "
             f"{type(error).__name__}: {error}"
         )
 
     def _hooks_gradients(self) -> bool:
-        """Whether modules that the call runs have hooks of gradients."""
+        """Whether a module that runs inside the call has hooks of gradients."""
         modules = [m for _, m in self.modules if m is not self.model or self.undo] if self.hooks else []
         return has_global_hooks(backward=True) or any(m._backward_hooks or m._backward_pre_hooks for m in modules)
 
@@ -185,13 +188,13 @@ class Pass:
         # A tensor that is given twice stays one object: attention checks whether query and key are identical.
         unique = {id(leaves[i]): leaves[i] for i in carried}
         count = self.samples if index is None else len(index)
-        call = Call(self.parameters, count, index, self.samples, structure.spread_made)
+        call = Call(self.parameters, count, index, self.samples, structure.batch_new_tensors)
         seen: list[weakref.ref[Tensor]] | None = [] if self.hooks or has_global_hooks() else None
         made: list[Outcome] = []
 
         def rows(tree: Any) -> Tree:
             values, rebuilt, names = flatten(tree)
-            every = [Rows(call.spread(v)) if isinstance(v, Tensor) else v for v in values]
+            every = [Stacked(call.spread(v)) if isinstance(v, Tensor) else v for v in values]
             return every, rebuilt, names
 
         def one(*tensors: Tensor) -> Tensor:
@@ -219,8 +222,8 @@ class Pass:
             own = [x[i : i + 1] if c else x for x, c in zip(leaves, structure.carriers, strict=True)]
             own = [copy.copy(x) if isinstance(x, (set, list, dict)) else x for x in own]
             with state.own_buffers():
-                # A checkpoint computes with the parameters that the model holds then.
-                thaws = self.undo or structure.alone != CHECKPOINT
+                # When a checkpoint computes again, it uses the parameters that the model holds at that time.
+                thaws = self.undo or structure.alone_reason != CHECKPOINT
                 part = Alone(self.model, self.parameters if thaws else {})
                 yield self._sample(
                     part, state, own, torch.tensor([i], device="cpu") if index is None else index[i : i + 1]
@@ -229,10 +232,10 @@ class Pass:
     def _sample(self, part: Alone, state: State, leaves: list[Any], index: Tensor) -> Outcome:
         def rows(tree: Any) -> Tree:
             values, rebuilt, names = flatten(tree)
-            # Views of their own: outputs that are computed from other outputs are no way to these.
+            # Views, so that the gradient of one output does not include paths through another.
             values = [v.view_as(v) if isinstance(v, Tensor) and v.requires_grad else v for v in values]
             part.outputs += [v for v in values if isinstance(v, Tensor) and v.requires_grad]
-            return [Rows(v.unsqueeze(0)) if isinstance(v, Tensor) else v for v in values], rebuilt, names
+            return [Stacked(v.unsqueeze(0)) if isinstance(v, Tensor) else v for v in values], rebuilt, names
 
         args, kwargs = self.call_of(leaves)
         with part.swapped():
@@ -241,16 +244,16 @@ class Pass:
 
 
 def _other_way(structure: Structure, error: Exception) -> None:
-    """Note how to run a model that cannot run under vmap as it is."""
-    structure.foreign |= isinstance(error, Refused) and error.hooked
+    """Note how to run a model that vmap refused."""
+    structure.custom_backward |= isinstance(error, Refused) and error.hooked
     text = str(error).partition("\n")[0]
-    if not structure.spread_made and "vmap" in text and "inplace" in text.replace("in-place", "inplace"):
-        structure.spread_made = True
+    if not structure.batch_new_tensors and "vmap" in text and "inplace" in text.replace("in-place", "inplace"):
+        structure.batch_new_tensors = True
     else:
-        structure.alone = text or type(error).__name__
+        structure.alone_reason = text or type(error).__name__
 
 
 def _written(state: State, rows: Callable[[Any], Tree]) -> dict[Place, Tree]:
     """Return the changed attributes that hold tensors."""
     found = {place: rows(value) for place, value in state.changes().items()}
-    return {place: tree for place, tree in found.items() if any(isinstance(leaf, Rows) for leaf in tree[0])}
+    return {place: tree for place, tree in found.items() if any(isinstance(leaf, Stacked) for leaf in tree[0])}

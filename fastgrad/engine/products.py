@@ -1,9 +1,8 @@
 """Inner products of samples' gradients of one parameter, and sums of their squares.
 
-A gradient is a sum over uses of the parameter, and one use's is ``sum_t l_t r_t^T`` over its positions, or known as a
-whole. Either pairs of positions are multiplied, ``<G_i, G_j> = sum_{t,t'} (l_it . l_jt') (r_it . r_jt')``, or gradients
-are formed, of all samples and as much of the parameter as fits a chunk, so that each is computed once. `seconds` tells
-which is cheaper.
+A gradient is a sum over uses of the parameter. The term of one use is ``sum_t l_t r_t^T`` over its positions, or only
+known as a whole. There are two ways: products of positions, ``<G_i, G_j> = sum_{t,t'} (l_it . l_jt') (r_it . r_jt')``,
+and gradients of all samples, formed for as much of the parameter as fits a chunk. `seconds` predicts the cheaper one.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ CHUNK_BYTES = 24 * 2**20
 Shares = Sequence[Share]
 
 
-class Side:
+class ParameterUses:
     """All uses of a parameter of this ``shape`` in the gradients of ``samples`` samples."""
 
     def __init__(self, shape: Sequence[int], samples: int, shares: Shares) -> None:
         self.shape, self.samples, self.shares = tuple(shape), samples, joined(shares)
-        #: Rows of a table that are used, if only they are kept.
+        #: The rows of a table that are used, if only these are kept.
         self.kept: Tensor | None = None
 
     def part(self, at: slice) -> Tensor:
@@ -44,7 +43,7 @@ class Side:
         return total
 
     def parts(self, samples: int) -> Iterator[slice]:
-        """Yield the parts in which gradients of so many samples fit a chunk."""
+        """Yield parts of the parameter whose gradients, for so many samples, fit a chunk."""
         dim = 0 if len(self.shape) < 3 else 1
         size, each = (self.shape[dim], 4 * self.samples) if self.shape else (1, 1)
         for other in (*self.shape[:dim], *self.shape[dim + 1 :]):
@@ -58,7 +57,7 @@ class Side:
 
 
 def joined(shares: Shares) -> list[Share]:
-    """Return shares in which a linear function that is called many times, as over time, is one of many positions."""
+    """Join the calls of one linear function, for example over time, into one with many positions."""
     several: dict[tuple[int, ...], list[Share]] = {}
     others: list[Share] = []
     for share in shares:
@@ -73,8 +72,8 @@ def joined(shares: Shares) -> list[Share]:
     return others
 
 
-def _compacted(*sides: Side) -> None:
-    """Keep the rows that are used, of a parameter that is nothing but a table."""
+def _compacted(*sides: ParameterUses) -> None:
+    """Reduce a parameter that is only used as a table to the rows that are used."""
     if not all(isinstance(share.formula, Table) for side in sides for share in side.shares):
         return
     pairs = [share.factors() for side in sides for share in side.shares]
@@ -102,7 +101,7 @@ def seconds(
     return each + 20 * CALL * len(positions[0]) * len(positions[1]), formed + 10 * CALL
 
 
-def gram(side: Side, other: Side | None = None) -> Tensor:
+def gram(side: ParameterUses, other: ParameterUses | None = None) -> Tensor:
     """Return inner products ``(B, B')`` of the gradients of two sides, or of one with itself, in float64."""
     first, second = side, other or side
     _compacted(first, *([other] if other else []))
@@ -134,7 +133,7 @@ def _rows(gradients: Tensor) -> Tensor:
 def pairs(factors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
     """Return ``(b, b')`` sums over all pairs of positions, in float64, from factors ``(b, T, .)`` and ``(b', T', .)``.
 
-    Of several positions the terms may cancel, so that they are computed in float64 as well.
+    With several positions the terms may cancel, so they are computed in float64 as well.
     """
     (left, right), (b, t), (c, u) = factors, factors[1].shape[:2], others[1].shape[:2]
     dtype = right.dtype if t == u == 1 else torch.float64
@@ -164,7 +163,7 @@ def _squared(gradients: Tensor) -> Tensor:
     return total
 
 
-def square_sum(side: Side) -> Tensor:
+def square_sum(side: ParameterUses) -> Tensor:
     """Return the sum over samples of squared gradients, of the parameter's shape."""
     shape = side.shape
     _compacted(side)

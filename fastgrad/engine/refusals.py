@@ -1,8 +1,6 @@
-"""Refuse models before any work, if their gradients are not whole or their samples depend on each other."""
+"""Refuse models whose parameters are not whole or whose samples depend on each other, before any work."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from torch import nn
 
@@ -26,7 +24,7 @@ def refuse_parts(model: nn.Module) -> None:
         if found:
             raise TypeError(
                 f"model must hold whole parameters; {name or 'model'!r} was a {found[0]} (FSDP, tensor parallelism), "
-                "of which each process holds a part. Use DistributedDataParallel, or norms before the model is sharded"
+                "of which each process holds a part. Use DistributedDataParallel, or take norms before sharding"
             )
         if isinstance(part, nn.Parameter) and part.is_complex():
             raise TypeError(
@@ -36,7 +34,7 @@ def refuse_parts(model: nn.Module) -> None:
 
 
 def refuse_mixing(model: nn.Module, *, training: bool) -> None:
-    """Raise ValueError for a layer that uses statistics of the batch; with ``training``, in the modules' own modes."""
+    """Raise ValueError for a layer that uses statistics of the batch; with ``training``, also because of its mode."""
     mixes = "normalises with the statistics of the batch"
     for path, module in model.named_modules():
         name, norm = path or type(model).__name__, isinstance(module, BatchNorm)
@@ -49,12 +47,3 @@ def refuse_mixing(model: nn.Module, *, training: bool) -> None:
         else:
             continue
         raise ValueError(f"model must not mix the samples of a batch, or there is no gradient per sample; its {how}")
-
-
-def refuse_untracked(parameters: Sequence[str]) -> None:
-    """Raise ValueError where a forward pass used ``parameters`` that no module of the model gave it."""
-    if parameters:
-        raise ValueError(
-            f"model must reach {parameters[0]!r} through an attribute of one of its modules; it used it from elsewhere "
-            "(a closure, a global name, a tensor that an earlier call kept), where its gradients are not seen"
-        )

@@ -1,4 +1,4 @@
-"""How each parameter's norms were computed, in words that a user can act on."""
+"""Reports of how each parameter's norms were computed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def routes_of(recorded: Recorded, names: Mapping[int, str]) -> list[Route]:
                 if len(kinds) > len(formulas.get(key, [])):
                     formulas[key] = kinds
     return [
-        Route(name, *_route(formulas.get(key, []), recorded.structure.alone if alone else ""))
+        Route(name, *_route(formulas.get(key, []), recorded.structure.alone_reason if alone else ""))
         for key, name in names.items()
     ]
 

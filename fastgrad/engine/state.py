@@ -1,4 +1,4 @@
-"""What a model's modules hold beside parameters: kept before a run, compared with what it left, and put back."""
+"""Snapshots of attributes, buffers and random states of a model: taken before a run, compared with, restored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastgrad.engine.layout import is_object
 from fastgrad.evaluation import RandomState, evaluation_copy
 
 _MUTABLE = (list, dict, set, deque)
-#: Entries of a module's ``__dict__`` that no forward pass writes, but for a first one that adds hooks or layers.
+#: Entries of a module's ``__dict__`` that only a first forward pass writes, if it adds hooks or layers.
 _TABLES = frozenset(
     {
         "_parameters", "_modules", "_backward_pre_hooks", "_backward_hooks", "_forward_hooks",
@@ -36,40 +36,40 @@ Place = tuple[int, str, str]
 Buffer = tuple[str, str]
 
 
-def copied(value: Any) -> Any:
+def copy_containers(value: Any) -> Any:
     """Return a copy of lists, dicts, sets and deques, also inside each other; anything else as it is."""
     kind = type(value)
     if kind is list:
-        return [copied(item) for item in value]
+        return [copy_containers(item) for item in value]
     if kind is dict:
-        return {key: copied(item) for key, item in value.items()}
+        return {key: copy_containers(item) for key, item in value.items()}
     if not isinstance(value, _MUTABLE):
         return value
     made: Any = copy.copy(value)
     if isinstance(value, dict):
         for key, item in value.items():
-            made[key] = copied(item)
+            made[key] = copy_containers(item)
     return made
 
 
-def same(value: Any, other: Any) -> bool:
+def holds_same(value: Any, other: Any) -> bool:
     """Whether two values hold the same objects."""
     if value is other:
         return True
     if type(value) is not type(other):
         return False
     if isinstance(value, (list, deque)):
-        return len(value) == len(other) and all(map(same, value, other))
+        return len(value) == len(other) and all(map(holds_same, value, other))
     if isinstance(value, dict):
-        return value.keys() == other.keys() and all(same(item, other[key]) for key, item in value.items())
+        return value.keys() == other.keys() and all(holds_same(item, other[key]) for key, item in value.items())
     return isinstance(value, set) and value == other
 
 
 class State:
-    """What a model's modules hold, and the state of the random numbers, as they are now.
+    """A snapshot of what a model's modules hold, and of the states of random generators.
 
     ``modules`` come with their paths. Attributes of ``objects``, such as caches among a call's inputs, count like those
-    of modules. Buffers that a run may write to in place are ``written``, None for all: their values are kept as well.
+    of modules. Values of buffers in ``written``, or of all for None, are kept as well: runs may write in place.
     """
 
     def __init__(
@@ -79,9 +79,9 @@ class State:
         objects: Iterable[object] = (),
     ) -> None:
         self._modules = modules
-        # The first run on inputs of a structure looks at everything.
+        # The first run on inputs of a new structure looks at everything.
         self._skipped = _FIXED if written is None else _FIXED | _TABLES
-        #: Each holder of attributes, these, and copies of those that may be written to.
+        #: Each holder, its attributes, and copies of the containers among them.
         self._held: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []
         #: Whether attributes hold tensors of an earlier call's graph, through which parameters may be used.
         self.holds_graphs = False
@@ -90,7 +90,7 @@ class State:
             held, inner = {name: now[name] for name in now.keys() - self._skipped}, {}
             for name, value in held.items():
                 if isinstance(value, _MUTABLE):
-                    inner[name] = copied(value)
+                    inner[name] = copy_containers(value)
                     self.holds_graphs = self.holds_graphs or _graphed(value)
                 elif isinstance(value, Tensor):
                     self.holds_graphs = self.holds_graphs or value.grad_fn is not None
@@ -102,12 +102,12 @@ class State:
             for name, value in table.items()
             if (written is None or (path, name) in written) and isinstance(value, Tensor) and not value.is_inference()
         )
-        #: Buffers and other tensors in attributes, with what held them and what they were.
+        #: For each buffer or tensor in an attribute: the table that holds it, the tensor, its version and its value.
         self._versions = {
             (path, name): (table, value, value._version, value.detach().clone())
             for table, name, path, value in (tensors if written is None or written else ())
         }
-        #: Copies that take the place of buffers for a while.
+        #: Copies that replace buffers for a while.
         self._own: dict[int, Tensor] = {}
         self._random = RandomState(module for _, module in modules)
 
@@ -121,7 +121,7 @@ class State:
 
     @contextlib.contextmanager
     def own_buffers(self) -> Iterator[None]:
-        """Have the model write to copies of the buffers that are kept, so that no graph holds the originals."""
+        """Replace the kept buffers by copies inside, so that no graph holds the originals."""
         kept = [(table, name, held, value.clone()) for (_, name), (table, held, _, value) in self._versions.items()]
         self._own.update({id(own): own for _, _, _, own in kept})
         for table, name, _, own in kept:
@@ -133,7 +133,7 @@ class State:
                 table[name] = held
 
     def changes(self) -> dict[Place, Any]:
-        """Return the attributes that differ, with their present values; `ABSENT` for those that are gone."""
+        """Return the attributes that differ, with their present values, `ABSENT` if deleted."""
         found: dict[Place, Any] = {}
         for at, (holder, held, inner) in enumerate(self._held):
             now = vars(holder)
@@ -142,7 +142,7 @@ class State:
                 value = now[name]
                 if id(value) in self._own:
                     continue
-                if held.get(name, ABSENT) is value and (name not in inner or same(inner[name], value)):
+                if held.get(name, ABSENT) is value and (name not in inner or holds_same(inner[name], value)):
                     continue
                 if name == "_buffers" and isinstance(holder, nn.Module):
                     before = inner[name]
@@ -169,11 +169,11 @@ class State:
         return ".".join(filter(None, (path, key or table)))
 
     def before(self, place: Place) -> Any:
-        """Return what an attribute was, a copy if it was a list, dict or set."""
+        """Return the earlier value of an attribute; a copy of a list, dict or set."""
         at, table, key = place
         _, held, inner = self._held[at]
         value = inner.get(table, held.get(table, ABSENT))
-        return copied(value.get(key, ABSENT) if key else value)
+        return copy_containers(value.get(key, ABSENT) if key else value)
 
     def write(self, place: Place, value: Any) -> None:
         """Write an attribute: lists, dicts and sets keep their identity."""
@@ -194,7 +194,7 @@ class State:
             (now.extend if isinstance(now, deque) else now.update)(value)
 
     def restore(self, *, numbers: bool = True) -> None:
-        """Put everything back as it was."""
+        """Restore everything."""
         for place in self.changes():
             self.write(place, self.before(place))
         for _, held, version, value in self._versions.values():
@@ -222,7 +222,7 @@ def detach_plain(x: Tensor) -> Tensor:
     return x.clone().detach() if x.is_inference() else x.detach()
 
 
-def evaluated(model: nn.Module) -> nn.Module:
+def evaluation_model(model: nn.Module) -> nn.Module:
     """Return ``model`` if it is in evaluation mode and a graph can use its tensors, or else such a copy."""
     for module in model.modules():
         tensors = (*module._parameters.values(), *module._buffers.values())

@@ -1,4 +1,4 @@
-"""What is known of a model for inputs of one structure, and what a run leaves behind."""
+"""What the engine remembers: of a model for inputs of one structure, and of one run until its graph is gone."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from fastgrad.layers.call import Call
 
 @dataclass(eq=False)
 class Structure:
-    """What the first run on inputs of a structure has shown."""
+    """What the first run on inputs of one structure has shown."""
 
-    carriers: tuple[bool, ...] = ()  # which inputs have a row for each sample
-    layouts: list[Layout | None] = field(default_factory=list)  # of each output; None for what is no tensor
+    carriers: tuple[bool, ...] = ()  # which inputs carry the batch
+    layouts: list[Layout | None] = field(default_factory=list)  # of each output; None for values that are not tensors
     names: list[str] = field(default_factory=list)  # of each output
     attributes: dict[Place, list[Layout | None]] = field(default_factory=dict)
     written: frozenset[Buffer] = frozenset()  # buffers and other tensors of modules that a call writes to
     holders: list[Any] = field(default_factory=list)  # objects of modules whose attributes a call may write
     writes: bool = False  # whether a call changes attributes, buffers or random numbers
-    ordinary: bool = False  # whether only an ordinary call changes them as it should
-    spread_made: bool = False  # see `fastgrad.layers.call.Call`
-    alone: str = ""  # why samples run alone
-    bytes_of_element: float = 0.0  # of what functions gave for each number of the inputs
-    #: Whether gradients may not be in proportion to those of the outputs: functions of autograd, or hooks.
-    foreign: bool = False
-    batches: bool = False  # whether several gradients are known to go back together
+    needs_ordinary_call: bool = False  # whether only an ordinary call writes them correctly
+    batch_new_tensors: bool = False  # see `fastgrad.layers.call.Call`
+    alone_reason: str = ""  # why samples run one by one; empty if they do not
+    bytes_of_element: float = 0.0  # bytes of all functions' results per number in the inputs
+    #: Whether gradients may not be proportional to those of the outputs, because of custom functions or hooks.
+    custom_backward: bool = False
+    batched_backward: bool = False  # whether several gradients can go back in one pass
 
 
 class Alone:
-    """One sample that ran as it is: its gradients are those of its own ``outputs``.
+    """One sample that ran without vmap; autograd gives its gradients from its own ``outputs``.
 
-    Frozen parameters were ``thawed`` for it, by their ids.
+    ``thawed`` are copies of frozen parameters that require gradients, by the ids of the originals.
     """
 
     def __init__(self, model: nn.Module, parameters: Mapping[int, Tensor]) -> None:
@@ -50,7 +50,7 @@ class Alone:
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:
-        """Have the model use these copies of frozen parameters, which require gradients."""
+        """Have the model use the thawed copies inside."""
         tables = [module._parameters for module in self._model.modules()] if self.thawed else []
         places = [(table, name, p) for table in tables for name, p in table.items() if id(p) in self.thawed]
         try:
@@ -68,19 +68,19 @@ class Recorded:
 
     parameters: Mapping[int, Tensor]
     samples: int
-    #: Which samples, None for all in order, and how they ran.
+    #: For each part of the batch: which samples (None for all in order), and how they ran.
     parts: list[tuple[Tensor | None, Call | Alone]]
     structure: Structure
     #: Nodes of the graph behind the call's inputs.
     inputs: list[Any] = field(default_factory=list)
     #: Sequence numbers of the operations of the ordinary call that a first run made.
-    ordinary: range = range(0)
-    #: Puts back what the call wrote, for a call that leaves the model as it was.
+    ordinary_numbers: range = range(0)
+    #: Restores what the call wrote, if it has to leave the model as it was.
     restore: Callable[[], None] | None = None
 
     @property
     def hooked(self) -> bool:
-        """Whether tensors that the call saved go through hooks, as those of a checkpoint around it."""
+        """Whether hooks, such as those of a checkpoint around the call, see the tensors that it saved."""
         return any(isinstance(part, Call) and part.hooks is not None for _, part in self.parts)
 
     def close(self) -> None:

@@ -34,7 +34,7 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
     compute the losses in float32 where the model runs in half precision.
 
     Args:
-        model: The model to be called inside; as for `record`.
+        model: The model to be called inside, with the same conditions as for `record`.
         max_norm: The largest L2 norm that a sample's gradient keeps, over all trainable parameters together. A mapping
             from names of parameters or modules to norms clips groups separately. A parameter belongs to the longest
             name that is a prefix of its own. Each group costs a backward pass.
@@ -77,7 +77,7 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
         return type(self), (self.model, self._limits[""] if self._joint else self._limits)
 
     def _note(self, output: Any, recorded: Recorded) -> None:
-        """Keep the outputs, from which the losses are computed."""
+        """Keep the outputs, from which the losses will be computed."""
         super()._note(output, recorded)
         leaves, layouts = flatten(output)[0], recorded.structure.layouts or [None] * len(flatten(output)[0])
         self._outputs = [
@@ -85,7 +85,11 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
             for leaf, layout in zip(leaves, layouts, strict=True)
             if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
         ]
-        self._count, self._samples, self._foreign = self._count + 1, recorded.samples, recorded.structure.foreign
+        self._count, self._samples, self._foreign = (
+            self._count + 1,
+            recorded.samples,
+            recorded.structure.custom_backward,
+        )
 
     def _forget(self) -> None:
         """Begin a new step."""
@@ -100,7 +104,7 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
 
         Args:
             losses: ``(B,)``, one per sample (``reduction="none"``), each computed from that sample's row of the output
-                of the one call since the last `backward`. A factor on all losses, as of a mean or of loss scaling,
+                of the one call since the last `backward`. A factor on all losses, such as 1/B or a loss scale,
                 also scales the norms.
 
         Returns:
@@ -159,12 +163,12 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
     @staticmethod
     def _require_proportion(sqnorms: Sequence[Tensor], twice: Sequence[Tensor]) -> None:
         """Raise ValueError unless the norms of twice the losses are twice as large."""
-        for once, other in zip(sqnorms, twice, strict=True):
-            allowed = _UNITS * torch.finfo(once.dtype).eps * once
-            if bool(((other / 4 - once).abs() > allowed).any()):
+        for plain, doubled in zip(sqnorms, twice, strict=True):
+            allowed = _UNITS * torch.finfo(plain.dtype).eps * plain
+            if bool(((doubled / 4 - plain).abs() > allowed).any()):
                 raise ValueError(
-                    "model must have gradients in proportion to its losses, to be clipped by a factor on these; they "
-                    "were not, as behind a hook or a function of autograd that clamps them"
+                    "model must have gradients in proportion to its losses, so that factors on these clip them; they "
+                    "were not, for example because a hook or a custom function clamps them"
                 )
 
 
@@ -222,12 +226,12 @@ def _require_separate(model: nn.Module, losses: Tensor, outputs: Sequence[tuple[
     )
     for i, g, h in zip(order, plain, scaled, strict=True):
         layout = outputs[i][1]
-        if layout is None or (apart := layout.apart(g, samples)) is None:
+        if layout is None or (rows := layout.split(g, samples)) is None:
             raise ValueError(
                 "losses must be computed from outputs that carry the batch in one dimension; they depend on one of "
                 f"shape {tuple(g.shape)}, in which it was not found"
             )
-        own, other = (x.reshape(samples, -1) for x in (apart, layout.apart(h, samples)) if x is not None)
+        own, other = (x.reshape(samples, -1) for x in (rows, layout.split(h, samples)) if x is not None)
         if own.is_complex():
             own, other = (torch.view_as_real(x).flatten(1) for x in (own, other))
         expected = own * factors.to(own).unsqueeze(1)

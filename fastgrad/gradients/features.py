@@ -18,7 +18,7 @@ from fastgrad.engine.norms import squared_norms
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.routes import Route, routes_of
 from fastgrad.engine.run import known_structure, run
-from fastgrad.engine.state import State, detach_plain, evaluated
+from fastgrad.engine.state import State, detach_plain, evaluation_model
 from fastgrad.engine.structure import Recorded, Structure
 from fastgrad.gradients.contrasts import check_target
 from fastgrad.ops.dispatch import IMPLEMENTATIONS, bind_contextvar, choose, implementation
@@ -153,7 +153,7 @@ class GradientFeatures:
             samples = batch_size(args, kwargs)
             target = self._of_batch(target, samples)
             try:
-                model = evaluated(self.model)
+                model = evaluation_model(self.model)
             except ValueError:
                 refuse_parts(self.model)  # parameters may have become parts since
                 raise
@@ -173,7 +173,7 @@ class GradientFeatures:
             return torch.cat([logits for logits, _ in parts]), torch.cat([features for _, features in parts])
 
     def _of_batch(self, target: Tensor | None, samples: int) -> Tensor | None:
-        """Return the targets of a call, checked as far as possible without logits."""
+        """Return the targets of a call, checked as far as this is possible without logits."""
         if target is None:
             return None
         if self.contrast or self.joint:
@@ -194,13 +194,8 @@ class GradientFeatures:
         return routes_of(self._latest, dict(zip(self._keys, self.names, strict=True)))
 
     def _pass(
-        self,
-        model: nn.Module,
-        modules: Sequence[tuple[str, nn.Module]],
-        args: Any,
-        kwargs: Any,
-        target: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+        self, model: nn.Module, modules: Sequence[tuple[str, nn.Module]], args: Any, kwargs: Any, target: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Run one forward and backward pass of an undivided batch."""
         names = self._names()
         # A copy holds other parameters where those of the model were made in inference mode.
@@ -227,7 +222,7 @@ class GradientFeatures:
             return losses.contrast_delta(z, loss=self.signals[0][0], reduction=self.reduction).movedim(-2, 0)
         deltas = []
         for loss, given in self.signals:
-            value = _checked(given if target is None else target, logits)
+            value = _target_rows(given if target is None else target, logits)
             deltas.append(losses.delta(z, value, loss=loss, reduction=self.reduction))
         return torch.stack(deltas)
 
@@ -270,7 +265,7 @@ def signal_sqnorms(
     """
     # If the backward pass is linear in delta, scaling delta to unit size keeps every intermediate square in range.
     scale = delta.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(delta.dtype).tiny)
-    if recorded.structure.foreign:
+    if recorded.structure.custom_backward:
         scale = torch.ones_like(scale)
     unit = (delta / scale).to(output.dtype)
     found: dict[int, Tensor] = {}
@@ -287,7 +282,7 @@ def signal_sqnorms(
 
 
 def _logits(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    """Call a model; other outputs than its logits are no matter."""
+    """Call a model and return its logits; other outputs may be anything."""
     return logits_of(model(*args, **kwargs))
 
 
@@ -304,7 +299,7 @@ def _check_target(target: object, names: Sequence[str]) -> None:
         )
 
 
-def _checked(target: Target, logits: Tensor) -> str | Tensor:
+def _target_rows(target: Target, logits: Tensor) -> str | Tensor:
     """Return a target for each row of ``logits``, checked before any kernel reads an index without a class."""
     value = target(logits) if callable(target) else target
     if isinstance(value, int):

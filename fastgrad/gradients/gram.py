@@ -11,46 +11,38 @@ from torch import Tensor, nn
 from fastgrad import checks
 from fastgrad._torch import outside_of_compilation
 from fastgrad.engine.backward import Backward, Share
-from fastgrad.engine.products import Side, gram, square_sum
+from fastgrad.engine.products import CHUNK_BYTES, ParameterUses, gram, square_sum
 from fastgrad.engine.structure import Recorded
-from fastgrad.gradients.recorder import active, parameters_of, reached, record
+from fastgrad.gradients.recorder import active, calls_behind, parameters_of, record
 from fastgrad.layers.formula import Tensors
 from fastgrad.losses import compute_dtype
 from fastgrad.memory import lacks_memory
 from fastgrad.ops.dispatch import full_precision
 
-Take = Callable[[int, Side], None]
+Take = Callable[[int, ParameterUses], None]
 _Outputs = Tensor | Sequence[Tensor]
 _Parameters = nn.Parameter | Sequence[nn.Parameter]
 
 
 @overload
 def grad_gram(
-    outputs: _Outputs,
-    params: _Parameters,
-    *,
-    each: Literal[False] = ...,
-    other: _Outputs | None = ...,
+    outputs: _Outputs, params: _Parameters, *, each: Literal[False] = ..., other: _Outputs | None = ...,
     retain_graph: bool | None = ...,
-) -> Tensor: ...
+) -> Tensor: ...  # fmt: skip
 @overload
 def grad_gram(
     outputs: _Outputs, params: _Parameters, *, each: Literal[True], other: _Outputs | None = ...,
     retain_graph: bool | None = ...,
 ) -> tuple[Tensor, ...]: ...  # fmt: skip
 def grad_gram(
-    outputs: Tensor | Sequence[Tensor],
-    params: nn.Parameter | Sequence[nn.Parameter],
-    *,
-    each: bool = False,
-    other: Tensor | Sequence[Tensor] | None = None,
-    retain_graph: bool | None = None,
-) -> Tensor | tuple[Tensor, ...]:
-    """Return the inner products of all pairs of samples' gradients, exactly, where gradients are not stored.
+    outputs: Tensor | Sequence[Tensor], params: nn.Parameter | Sequence[nn.Parameter], *, each: bool = False,
+    other: Tensor | Sequence[Tensor] | None = None, retain_graph: bool | None = None,
+) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
+    """Return the exact inner products of all pairs of samples' gradients, without storing the gradients.
 
     Entry (i, j) is ``<g_i, g_j>``, summed over ``params``. A linear function's share is ``(A A^T) * (D D^T)``, from
-    inputs A and output gradients D; of several positions, the cheaper of products of positions and of gradients that
-    are formed a part of the parameter at a time. Samples that ran alone keep their gradients meanwhile.
+    inputs A and output gradients D. With several positions, either products of positions are taken or gradients are
+    formed for a part of the parameter at a time, whichever is cheaper. Samples that ran alone keep their gradients.
 
     Args:
         outputs: As in `grad_sqnorm`: a loss that is a *sum* over samples, or any tensors computed from the recorded
@@ -86,20 +78,16 @@ def grad_gram(
 
 
 def _grams(
-    recording: record,
-    outputs: Sequence[Tensor],
-    wanted: Sequence[Tensor],
-    other: Sequence[Tensor] | None,
-    each: bool,
+    recording: record, outputs: Sequence[Tensor], wanted: Sequence[Tensor], other: Sequence[Tensor] | None, each: bool,
     keep: bool,
-) -> dict[int, Tensor]:
+) -> dict[int, Tensor]:  # fmt: skip
     """Return matrices by the ids of parameters, or with key 0 their sum."""
     asked = parameters_of(recording, wanted)
     row = _Pass(_calls(recording, outputs, asked, "outputs"), asked, outputs)
     column = row if other is None else _Pass(_calls(recording, other, asked, "other"), asked, other)
-    count = len(asked) if each else 1
     keys, dtype = list(asked) if each else [0], compute_dtype(*(p.dtype for p in wanted))
     devices = {key: asked.get(key, wanted[0]).device for key in keys}
+    held: dict[int, ParameterUses] = {}
     try:
         sums = {key: torch.zeros(row.samples, column.samples, dtype=torch.float64, device=devices[key]) for key in keys}
 
@@ -112,11 +100,10 @@ def _grams(
         else:
             # The side of fewer samples waits for the other's gradients.
             waits, comes = (row, column) if row.samples <= column.samples else (column, row)
-            held: dict[int, Side] = {}
             shared = {id(call) for call in row.calls} & {id(call) for call in column.calls}
             waits.run(keep or bool(shared), held.__setitem__, at_once=False)
 
-            def meet(key: int, side: Side) -> None:
+            def meet(key: int, side: ParameterUses) -> None:
                 if key in held:
                     found = gram(held[key], side)
                     add(key, found if waits is row else found.mT)
@@ -125,9 +112,11 @@ def _grams(
     except Exception as error:
         if not lacks_memory(error):
             raise
+        kept = (t.nbytes for side in held.values() for share in side.shares for t in (*share.saved, *share.gradients))
         raise MemoryError(
             f"outputs must have so few samples that inner products fit into memory; those of {row.samples} and "
-            f"{column.samples} samples take {count * row.samples * column.samples * 8} bytes"
+            f"{column.samples} samples take {len(keys) * row.samples * column.samples * 8} bytes, and work on them "
+            f"about {2 * CHUNK_BYTES + sum(kept)} more"
         ) from error
     return {key: total.to(compute_dtype(asked[key].dtype) if each else dtype) for key, total in sums.items()}
 
@@ -166,7 +155,7 @@ def _square_sums(
     asked = parameters_of(recording, wanted)
     sums = {key: torch.zeros_like(p, dtype=compute_dtype(p.dtype), requires_grad=False) for key, p in asked.items()}
 
-    def add(key: int, side: Side) -> None:
+    def add(key: int, side: ParameterUses) -> None:
         sums[key] += square_sum(side).to(sums[key])
 
     _Pass(_calls(recording, outputs, asked, "outputs"), asked, outputs).run(keep, add)
@@ -176,7 +165,7 @@ def _square_sums(
 def _calls(recording: record, outputs: Sequence[Tensor], asked: Iterable[int], name: str) -> list[Recorded]:
     """Return the recorded model's calls that outputs reach, all of one number of samples."""
     names = {id(p): name for name, p in recording.model.named_parameters()}
-    every = reached(recording, outputs, {key: names[key] for key in asked}, name)
+    every = calls_behind(recording, outputs, {key: names[key] for key in asked}, name)
     calls = [call for call in every if not call.samples or call.parameters.keys() & names.keys()]
     if not calls:
         raise ValueError(f"{name} must be computed from calls of the recorded model; those were calls of another one")
@@ -189,7 +178,7 @@ def _calls(recording: record, outputs: Sequence[Tensor], asked: Iterable[int], n
 
 
 class _Pass(Backward):
-    """A backward pass that hands all uses of a parameter over as soon as they are known."""
+    """A backward pass that hands over all uses of a parameter as soon as they are complete."""
 
     def __init__(self, calls: Iterable[Recorded], wanted: Mapping[int, Tensor], outputs: Sequence[Tensor]) -> None:
         super().__init__(calls, wanted)
@@ -201,7 +190,7 @@ class _Pass(Backward):
         held: dict[int, list[Share]] = {}
 
         def give(key: int, shares: list[Share]) -> None:
-            take(key, Side(self.wanted[key].shape, self.samples, shares))
+            take(key, ParameterUses(self.wanted[key].shape, self.samples, shares))
 
         def see(n: int, saved: Tensors, gradients: Tensors) -> None:
             for key, share in self.shares(n, saved, gradients):

@@ -54,7 +54,7 @@ class NoiseScale:
 
         Raises:
             TypeError, ValueError: For anything else, or if ``batch_sqnorm`` is too large for a sum of gradients of
-                these norms, as with another loss or other parameters.
+                these norms, which another loss or other parameters would explain.
         """
         checks.is_float("sqnorms", sqnorms)
         if sqnorms.dim() != 1 or len(sqnorms) < 2:

@@ -36,9 +36,7 @@ _TRANSFORMED = (
     "a call that torch.func transforms (vmap, jacrev). Make that in the forward of a module of your own, and "
     "record this"
 )
-_FIRST = (
-    "the ordinary call that a first call is compared with, as through a list that a hook adds to. Keep the latest alone"
-)
+_FIRST = "the ordinary call that a first call is compared with, such as from a hook's list. Use only the latest entry"
 _Recording = TypeVar("_Recording", bound="record")
 
 
@@ -61,8 +59,8 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         TypeError: If ``model`` is not an ordinary ``torch.nn.Module``, or holds scripted modules, complex parameters or
             parts of parameters.
         ValueError: If it has batch norm in training mode, was compiled in place, is replicated on several devices, or
-            lies on a device without values (meta) or without float64 (mps). The first call on inputs of a structure
-            raises it for a model whose samples interact, or which draws random numbers in evaluation mode.
+            is on the meta device or on one without float64 (mps). The first call on inputs of a structure raises it for
+            a model whose samples interact, or which draws random numbers in evaluation mode.
 
     Example::
 
@@ -113,7 +111,7 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         return self
 
     def __exit__(self, *error: object) -> None:
-        # Another thread may leave the context, as when it collects an abandoned generator.
+        # Another thread may leave the context, for example when it collects an abandoned generator.
         stack, modules = self._entered.pop()
         stack.remove(self)
         self.batches.clear()
@@ -146,10 +144,10 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         return output
 
     def _note(self, output: Any, recorded: Recorded) -> None:
-        """Take note of a call."""
+        """Remember a call."""
         self.batches.add(recorded.samples)
-        if recorded.ordinary:
-            self.outside.append((recorded.ordinary, _FIRST))
+        if recorded.ordinary_numbers:
+            self.outside.append((recorded.ordinary_numbers, _FIRST))
 
     def _call_transformed(self, forward: Any, args: Any, kwargs: Any) -> Any:
         """Run a call without probes and note its operations, including those of calls within it."""
@@ -236,22 +234,20 @@ def parameters_of(recording: record, wanted: Sequence[Tensor]) -> dict[int, Tens
 
 
 def recorded_sqnorms(
-    recording: record,
-    outputs: Sequence[Tensor],
-    wanted: Sequence[Tensor],
-    gradients: Sequence[Tensor] | None,
-    batched: bool,
-    keep: bool,
-) -> tuple[Tensor, ...]:
-    """Compute `grad_sqnorm` for a given recording."""
+    recording: record, outputs: Sequence[Tensor], wanted: Sequence[Tensor], gradients: Sequence[Tensor] | None,
+    batched: bool, keep: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Compute `grad_sqnorm` for a recording."""
     asked = parameters_of(recording, wanted)
     names = {id(p): name for name, p in recording.model.named_parameters()}
-    calls = reached(recording, outputs, {key: names[key] for key in asked})
+    calls = calls_behind(recording, outputs, {key: names[key] for key in asked})
     rows = {recorded.samples for recorded in calls}
     leading = (gradients[0].shape[0],) if batched and gradients is not None else ()
     found: dict[int, Tensor] = {}
-    for samples in rows:
-        for key, norms in _norms_of(samples, calls, outputs, gradients, asked, batched, keep or len(rows) > 1).items():
+    for samples in rows - {0}:
+        own = [recorded for recorded in calls if recorded.samples == samples]
+        norms_of = squared_norms(own, outputs, gradients, asked, batched=batched, keep=keep or len(rows) > 1)
+        for key, norms in norms_of.items():
             if key in found:
                 raise ValueError(
                     f"params must take part in calls of one number of samples; {names[key]!r} took part in calls of "
@@ -270,22 +266,7 @@ def recorded_sqnorms(
     return tuple(found[id(p)] for p in wanted)
 
 
-def _norms_of(
-    samples: int,
-    calls: Sequence[Recorded],
-    outputs: Sequence[Tensor],
-    gradients: Sequence[Tensor] | None,
-    asked: Mapping[int, Tensor],
-    batched: bool,
-    keep: bool,
-) -> dict[int, Tensor]:
-    if not samples:
-        return {}
-    own = [recorded for recorded in calls if recorded.samples == samples]
-    return squared_norms(own, outputs, gradients, asked, batched=batched, keep=keep)
-
-
-def reached(
+def calls_behind(
     recording: record, outputs: Sequence[Tensor], names: Mapping[int, str], argument: str = "outputs"
 ) -> list[Recorded]:
     """Return the recorded calls that ``outputs``, an ``argument`` of the caller, reach.
@@ -294,10 +275,10 @@ def reached(
     call that ``torch.func`` transforms, or if a term of theirs reaches both a call and, outside of calls, one of these
     parameters. A term without calls, such as a weight decay, is allowed: it has no gradient per sample.
     """
-    calls, outside = graph.uses(outputs)
+    calls, outside = graph.calls_and_leaves(outputs)
     for numbers, what in (pair for each in dict.fromkeys((*_active.stack, recording)) for pair in each.outside):
         inside = [node for node in graph.nodes(outputs) if number_of(node) in numbers]
-        if used := graph.uses(inside)[1] & names.keys():
+        if used := graph.calls_and_leaves(inside)[1] & names.keys():
             raise ValueError(
                 f"{argument} must depend on {names[used.pop()]!r} through recorded calls of the model; they reach it "
                 f"in {what}"
@@ -309,11 +290,11 @@ def reached(
             f"{argument} must be computed from calls of the recorded model, with gradients enabled; they reach none"
         )
     for nodes in graph.terms(outputs) if outside & names.keys() else ():
-        called, used = graph.uses(nodes)
+        called, used = graph.calls_and_leaves(nodes)
         if called and (used := used & names.keys()):
             raise ValueError(
                 f"{argument} must depend on {names[min(used, key=list(names).index)]!r} through calls of the "
-                "recorded model or of its modules alone; it is used outside of them as well, as in another method than "
-                "forward. Call that from the forward of a module of your own, and record this"
+                "recorded model or of its modules alone; it is used outside of them as well, such as in another method "
+                "than forward. Call that from the forward of a module of your own, and record this"
             )
     return list(calls.values())

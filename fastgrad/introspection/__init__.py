@@ -1,4 +1,4 @@
-"""The introspective classifier: a second answer from the last layer's contrasts."""
+"""Second answers: from the last layer's contrasts, and as a correction of the network's logits."""
 
 from fastgrad.introspection.classifier import IntrospectiveClassifier
 

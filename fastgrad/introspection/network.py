@@ -43,11 +43,6 @@ class IntrospectiveNetwork(Fitted):
         with full_precision(rows.device):
             return class_logits(parameters, inputs, self.options["activation"], self.options["loss"])
 
-    def answer(self, features: Tensor, logits: Tensor) -> Tensor:
-        """Return class logits from ``features`` alone if the network was fitted on them, else from contrast rows."""
-        alone = self.get_buffer("weight0").shape[1] == features.shape[-1]
-        return self.forward(features, None if alone else logits)
-
 
 def class_logits(parameters: Sequence[Tensor], inputs: Inputs, activation: str, loss: str) -> Tensor:
     """Return class logits ``(B, classes)`` of rows ``(B, N*D)``, or of features and logits without storing rows.

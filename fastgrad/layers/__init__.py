@@ -1,8 +1,8 @@
-"""Rules of functions: how a function runs on a batch, and what its parameters' gradients are for each sample.
+"""Rules of functions: how a function runs on the batch, and the formula of its parameters' gradients for each sample.
 
-Every rule is ``rule(call, *args, **kwargs)`` with the function's own arguments, and returns what the function returns,
-or NotImplemented where it does not serve: then the function runs under ``vmap``, with a copy of its parameters for each
-sample, as exact but slower.
+Every rule is ``rule(call, *args, **kwargs)`` with the function's own arguments, and returns what the function returns.
+A rule that does not apply returns NotImplemented; the function then runs under ``vmap`` with a copy of its parameters
+for each sample, which is as exact but slower.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One batch of samples that take one path through a model: what its functions are given, and where parameters act."""
+"""One batch of samples that take one path through a model, and each use that its functions make of parameters."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fastgrad.ops.dispatch import implementation
 
 
 class NotPerSampleError(ValueError):
-    """The model has no gradient per sample, which no other way of running it would change."""
+    """The model has no gradient per sample, however it is run."""
 
 
-#: Why samples run alone that a checkpoint computes again in the backward pass, when vmap is over.
-CHECKPOINT = "a checkpoint computes it again when vmap is over"
+#: The reason to run samples one by one if a checkpoint recomputes them in the backward pass.
+CHECKPOINT = "a checkpoint computes it again after vmap is over"
 
 
 def mixes_samples(what: str) -> NotPerSampleError:
@@ -29,9 +29,9 @@ def mixes_samples(what: str) -> NotPerSampleError:
 
 
 class Refused(Exception):  # noqa: N818 - the samples run alone instead
-    """What the model does cannot be followed on the batch; the message says what it is.
+    """The model does something that cannot be followed on the batch; the message says what.
 
-    ``hooked`` says whether gradients may not be in proportion to those of the outputs.
+    ``hooked`` says whether a hook may make gradients disproportionate to those of the outputs.
     """
 
     def __init__(self, message: str, *, hooked: bool = False) -> None:
@@ -54,7 +54,7 @@ class Use:
 class Call:
     """The uses of parameters in one run of a model on ``samples`` samples, under one level of vmap.
 
-    Rules of functions get it first. ``parameters`` are those whose gradients count, by id.
+    Rules get it as their first argument. ``parameters`` are those whose gradients are wanted, by id.
     """
 
     parameters: Mapping[int, Tensor]
@@ -62,8 +62,8 @@ class Call:
     #: Which samples of a batch of ``whole`` these are; None for all.
     rows: Tensor | None = None
     whole: int = 0
-    #: Whether tensors that the model makes itself hold a row for each sample, because it writes samples into them.
-    spread_made: bool = False
+    #: Whether tensors that the model creates hold a row for each sample, because it writes samples into them.
+    batch_new_tensors: bool = False
     uses: list[Use] = field(default_factory=list)
     #: By the id of a parameter, the number of its uses.
     counts: dict[int, int] = field(default_factory=dict)
@@ -80,11 +80,11 @@ class Call:
         self.level = functorch.maybe_current_level()
 
     def owns(self, value: object) -> bool:
-        """Whether a value is a parameter whose gradient counts."""
+        """Whether a value is a parameter whose gradient is wanted."""
         return isinstance(value, Tensor) and id(value) in self.parameters
 
     def serves(self, *weights: Any) -> bool:
-        """Whether each is such a parameter, absent, or the same for all samples and without a gradient."""
+        """Whether each weight is a wanted parameter, None, or a constant that all samples share."""
         return all(w is None or self.owns(w) or not (self.is_batched(w) or w.requires_grad) for w in weights)
 
     def is_batched(self, value: object) -> bool:
@@ -112,7 +112,7 @@ class Call:
         return pytree.tree_map_only(Tensor, lambda y: functorch._add_batch_dim(y, 0, self.level), tree)
 
     def spread(self, value: Tensor) -> Tensor:
-        """Return the batch ``(B, ...)`` behind a tensor, with equal rows if it is the same for all samples."""
+        """Return the batch ``(B, ...)`` behind a tensor; the rows of a constant are equal."""
         own: Tensor = self.physical(value)
         return own if self.is_batched(value) else own.unsqueeze(0).expand(self.samples, *own.shape)
 
@@ -126,7 +126,7 @@ class Call:
     def apply(
         self, function: Callable[[Tensor], Tensor], input: Tensor, weights: Sequence[Any], formula: Formula
     ) -> Any:
-        """Apply a function of ``weights`` to the batch of its ``input``, which its ``formula`` needs as well."""
+        """Apply a function of ``weights`` to the batch of its ``input``; its ``formula`` needs only that input."""
 
         def on_batch() -> Any:
             begin = next_number()
@@ -138,7 +138,7 @@ class Call:
     def apply_to_images(
         self, function: Callable[[Tensor], Tensor], input: Tensor, weights: Sequence[Any], make: Callable[[int], Any]
     ) -> Any:
-        """Do the same for n images ``(n, C, *L)`` per sample, folded into the batch; ``make(n)`` gives the formula."""
+        """Do the same for n images ``(n, C, *L)`` per sample, folded into the batch; ``make(n)`` is the formula."""
 
         def on_batch() -> Any:
             begin = next_number()
@@ -151,18 +151,12 @@ class Call:
         return self.on_batch(on_batch)
 
     def tapped(
-        self,
-        outputs: Sequence[Tensor],
-        saved: Sequence[Tensor],
-        weights: Sequence[Any],
-        formula: Formula,
-        begin: int,
-        *,
-        in_place: bool = True,
-    ) -> list[Tensor]:
-        """Route outputs ``(B, ...)`` of a function of ``weights`` through a tap, and note the use.
+        self, outputs: Sequence[Tensor], saved: Sequence[Tensor], weights: Sequence[Any], formula: Formula, begin: int,
+        *, in_place: bool = True,
+    ) -> list[Tensor]:  # fmt: skip
+        """Pass outputs ``(B, ...)`` of a function of ``weights`` through a tap, and record the use.
 
-        ``saved`` is what the formula needs beside output gradients; ``begin`` the sequence number before the function.
+        ``saved`` are the tensors that the formula needs; ``begin`` is the sequence number before the function ran.
         """
         slots = tuple(k for k, w in enumerate(weights) if w is not None and id(w) in self.parameters)
         if not slots:

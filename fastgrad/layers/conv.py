@@ -96,18 +96,10 @@ def _same(kernel: Ints, dilation: Ints) -> tuple[Ints, tuple[int, ...] | None]:
 
 
 def conv(
-    function: Callable[..., Tensor],
-    axes: int,
-    transposed: bool,
-    call: Call,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: str | int | Sequence[int] = 0,
-    *rest: Any,
+    function: Callable[..., Tensor], axes: int, transposed: bool, call: Call, input: Tensor, weight: Tensor,
+    bias: Tensor | None = None, stride: int | Sequence[int] = 1, padding: str | int | Sequence[int] = 0, *rest: Any,
     **options: Any,
-) -> Any:
+) -> Any:  # fmt: skip
     """Rule for all convolutions: ``function`` of ``axes`` dimensions."""
     if not call.owns(weight) or not call.serves(bias) or call.owns(input) or input.dim() != axes + 2:
         return NotImplemented

@@ -1,4 +1,4 @@
-"""From what a function was given and its output gradients to the gradients of its parameters, sample by sample."""
+"""Per-sample gradients of a function's parameters, from its inputs and output gradients."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Tensors = Sequence[Tensor]
 
 
 class Formula:
-    """How one kind of function turns saved tensors and output gradients into gradients of its parameters.
+    """How one kind of function turns saved tensors and output gradients into its parameters' gradients.
 
-    All tensors have a row for each of B samples. Parameters are known by their place, their ``slot``.
+    All tensors have a row for each of B samples. A ``slot`` is the place of a parameter in the function's weights.
     """
 
     #: The kind, as it appears in reports.
@@ -46,14 +46,14 @@ class Formula:
     def factors(self, saved: Tensors, gradients: Tensors, slot: int) -> tuple[Tensor, Tensor]:
         """Return ``(B, T, R)`` and ``(B, T, C)``, whose outer products, summed over T, are the gradient ``(B, R, C)``.
 
-        ``R`` is the parameter's dimension 0 and ``C`` all others. Rows of which a single entry is one and all others
-        are zero may be its indices, integers ``(B, T)``.
+        ``R`` is the parameter's dimension 0 and ``C`` all others. One-hot vectors may be given as their indices,
+        integers ``(B, T)``.
         """
         raise NotImplementedError
 
 
 class Copies(Formula):
-    """Of a parameter of which each sample has a copy: its output gradient is the sample's own gradient."""
+    """A parameter of which each sample has a copy: the gradient of the copy is the sample's own gradient."""
 
     name = "copies"
 

@@ -1,4 +1,4 @@
-"""Normalisations: the weight's gradient is the sum over positions of ``g * xhat``, the bias's that of ``g``."""
+"""Normalisations: the gradient of the weight is the sum of ``g * xhat`` over positions, that of the bias of ``g``."""
 
 from __future__ import annotations
 
@@ -66,16 +66,9 @@ class BatchNorm(Normalisation):
 
 
 def batch_norm(
-    call: Call,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Any:
+    call: Call, input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
+    bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> Any:  # fmt: skip
     """Rule for ``torch.nn.functional.batch_norm`` with running statistics; without, it may standardise weights."""
     if not call.is_batched(input) or not call.serves(weight, bias) or running_mean is None or running_var is None:
         return NotImplemented
@@ -92,28 +85,18 @@ def batch_norm(
 
 
 def group_norm(
-    call: Call,
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
+    call: Call, input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
     eps: float = 1e-5,
-) -> Any:
+) -> Any:  # fmt: skip
     """Rule for ``torch.nn.functional.group_norm``."""
     return _over_positions(call, input, weight, bias, lambda x, w, b: F.group_norm(x, num_groups, w, b, eps))
 
 
 def instance_norm(
-    call: Call,
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
+    call: Call, input: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None,
+    weight: Tensor | None = None, bias: Tensor | None = None, use_input_stats: bool = True, momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Any:
+) -> Any:  # fmt: skip
     """Rule for ``torch.nn.functional.instance_norm``, of images that have a dimension for samples."""
     if not use_input_stats:
         return batch_norm(call, input, running_mean, running_var, weight, bias, False, momentum, eps)
@@ -134,25 +117,17 @@ def _over_positions(call: Call, input: Tensor, weight: Any, bias: Any, run: Call
 
 
 def layer_norm(
-    call: Call,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Any:
+    call: Call, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None,
+    bias: Tensor | None = None, eps: float = 1e-5,
+) -> Any:  # fmt: skip
     """Rule for ``torch.nn.functional.layer_norm``."""
     run = F.layer_norm
     return _over_last(call, input, normalized_shape, weight, bias, lambda x, w, b: run(x, normalized_shape, w, b, eps))
 
 
 def rms_norm(
-    call: Call,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> Any:
+    call: Call, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None,
+) -> Any:  # fmt: skip
     """Rule for ``torch.nn.functional.rms_norm``."""
     run = F.rms_norm
     return _over_last(call, input, normalized_shape, weight, None, lambda x, w, _: run(x, normalized_shape, w, eps))

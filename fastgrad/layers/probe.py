@@ -1,4 +1,4 @@
-"""An identity node whose backward pass hands a layer's output gradients to whoever asks for them."""
+"""An identity node whose backward pass hands a function's output gradients to a visitor."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from fastgrad.ops.dispatch import full_precision
 #: A function of saved tensors and output gradients.
 Visit = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
 
-# What backward passes under way ask of probes, by the id of the probe. A pass to an early probe crosses the nodes of
-# later ones, and autograd does not tell a node which of its inputs' gradients are wanted. Backward passes on a GPU
-# run in other threads, so this belongs to the process.
+# The visitors of backward passes under way, by the id of the probe. A pass to an early probe crosses the nodes of later
+# ones, and autograd does not tell a node which of its inputs' gradients are wanted. Backward passes on a GPU run in
+# other threads, so the table belongs to the process.
 _visits: dict[int, Visit] = {}
 _lock = threading.Lock()
 
@@ -75,7 +75,7 @@ class _Graphed(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         if id(ctx.probe) in _visits:
             raise ValueError(
-                "outputs must not be computed from gradients that passed the recorded model (create_graph=True, as for "
+                "outputs must not be computed from gradients that passed the recorded model (create_graph=True, as in "
                 "a gradient penalty): its layers then have a part in them of which no gradient per sample is known. "
                 "Take these gradients in the forward of a module of your own, and record this"
             )

@@ -1,4 +1,4 @@
-"""Rules of a user's own, for modules that are one function to the engine."""
+"""Rules that users register for modules, which the engine then treats as one function."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def rule_of(module: nn.Module) -> ModuleRule | None:
 
 
 class OfModule(Formula):
-    """The formula of a module with a rule of the user's; gradients themselves come from autograd, sample by sample."""
+    """The formula of a module with a registered rule; gradients themselves come from autograd, sample by sample."""
 
     def __init__(self, module: nn.Module, rule: ModuleRule) -> None:
         self._module, self._rule, self.name = module, rule, rule.name

@@ -1,4 +1,4 @@
-"""Functions without parameters that are faster, or only right, on the batch as a whole than under vmap."""
+"""Functions without parameters that run on the whole batch, because vmap would be slower or wrong."""
 
 from __future__ import annotations
 
@@ -46,15 +46,9 @@ def dropout(call: Call, input: Tensor, p: float = 0.5, training: bool = True, in
 
 
 def attention(
-    call: Call,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    **options: Any,
-) -> Any:
+    call: Call, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, **options: Any,
+) -> Any:  # fmt: skip
     """Rule for ``torch.nn.functional.scaled_dot_product_attention``.
 
     Under vmap it would pick a fused kernel without a derivative for its mask, not seeing that the mask needs one.
@@ -77,7 +71,7 @@ def attention(
 
 
 def _entered(function: Any) -> Callable[..., Any]:
-    """Return a function of ``torch.nn.functional`` that does not ask modes, so that they see what it calls."""
+    """Return a function of ``torch.nn.functional`` that skips modes itself, so that they see the functions inside."""
     names = {**function.__globals__, "has_torch_function": lambda tensors: False}
     inner = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     inner.__kwdefaults__ = function.__kwdefaults__
@@ -106,7 +100,7 @@ def equal(input: Tensor, other: Tensor) -> bool:
     return input.shape == other.shape and bool((input == other).all())
 
 
-#: Functions that use parameters or read values inside, by functions that have rules or are known to read.
+#: Functions that use parameters or read values inside, and what runs in their place so that the mode sees this.
 ENTERED: dict[Callable[..., Any], Callable[..., Any]] = {
     F.multi_head_attention_forward: _entered(F.multi_head_attention_forward),
     **CELLS,

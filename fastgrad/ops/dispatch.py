@@ -28,7 +28,7 @@ _MAJOR = {arch.version // 10 for arch in KNOWN_ARCHITECTURES.values() if arch.ba
 
 
 def _found(name: str) -> bool:
-    """Whether a module can be found, without importing it; a broken or blocked one cannot."""
+    """Whether a module can be found, without importing it. A broken or blocked one cannot."""
     try:
         return importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):
@@ -43,12 +43,12 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-#: What `_gpu_refusal` said of each device: asking takes longer than a launch.
+#: The answers of `_gpu_refusal` by device: asking takes longer than a launch.
 _gpus: dict[int | None, str | None] = {}
 
 
 def _gpu_refusal(index: int | None) -> str | None:
-    """Return why the kernels are not for a GPU, or None if they are, or if there is none to ask."""
+    """Return why a GPU cannot run the kernels, or None if it can or there is none."""
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
@@ -88,7 +88,7 @@ def choose(impl: str, tensor: torch.Tensor, missing: str | None = None) -> str:
     if impl == "eager" or (impl == "auto" and (tensor.device.type != "cuda" or torch.compiler.is_exporting())):
         return "eager"
     one_of("impl", impl, IMPLEMENTATIONS)
-    # Recorded graphs become files, which run without this package; torch.func cannot differentiate our operators.
+    # A recorded graph becomes a file, which runs without this package; torch.func cannot differentiate our operators.
     if impl == "auto" and not torch.compiler.is_compiling() and (is_transformed() or is_traced()):
         return "eager"
     refusal = missing or triton_refusal(tensor.device, tensor.dtype)
@@ -107,12 +107,12 @@ def bind_contextvar(variable: ContextVar[_T], value: _T) -> Iterator[None]:
         variable.reset(token)
 
 
-#: The ``impl`` that layer rules hand to operators; bound where rules run: backward passes have other threads.
+#: The ``impl`` that layer rules hand to operators. It is bound where rules run, as backward passes have other threads.
 implementation: ContextVar[str] = ContextVar("fastgrad_impl", default="auto")
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Suspend autocast, which is for the network: norms are summed in full precision in any context of the caller."""
+    """Suspend the caller's autocast, which is meant for the network: norms are summed in full precision."""
     reduced = torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if reduced else contextlib.nullcontext()
 
@@ -147,9 +147,9 @@ def operator(
 ) -> Callable[..., _T]:  # fmt: skip
     """Define an operator with the signature and the derivative of ``eager``, which the backward pass runs again.
 
-    ``name`` is also the name of its launcher in `fastgrad.ops.triton.contrasts`; ``fake`` returns results without
-    values, and ``missing`` why there is no kernel for arguments of theirs. Return ``function(*arguments, impl)``, which
-    calls ``eager`` itself or the operator, as `choose` says.
+    Its launcher in `fastgrad.ops.triton.contrasts` has the same ``name``. From the operator's arguments, ``fake``
+    returns results without values, and ``missing`` why they have no kernel, if so. Return
+    ``function(*arguments, impl)``, which calls ``eager`` itself or the operator, whichever `choose` names.
     """
     kernel, qualified = launcher("contrasts", name), f"fastgrad::{name}"
 
@@ -165,7 +165,7 @@ def operator(
         wanted, again = ctx.needs_input_grad[: len(ctx.others)], torch.is_grad_enabled()
         inputs = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
         with torch.enable_grad(), full_precision(inputs[0].device):
-            # One argument may depend on another, or be the same tensor, so the derivative is taken by views of each.
+            # One argument may depend on another, or be the same tensor, so each is differentiated through its own view.
             inputs = [x.view_as(x) if want else x for x, want in zip(inputs, wanted, strict=True)]
             sources = [x for x, want in zip(inputs, wanted, strict=True) if want]
             outputs: Any = eager(*inputs)
@@ -184,7 +184,7 @@ def operator(
         if choose(impl, inputs[0], missing(*inputs)) == "triton":
             tensors = [x for x in inputs if isinstance(x, Tensor)]
             recorded = not is_readable(*tensors) or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
-            # Nobody has to see the operator: the way through PyTorch's dispatcher takes as long as the launch.
+            # Nothing records the operator here, and PyTorch's dispatcher would take as long as the launch.
             run = overload if recorded else kernel
         if not torch.is_autocast_enabled(inputs[0].device.type):
             return run(*inputs)

@@ -21,9 +21,9 @@ from fastgrad.ops.dispatch import full_precision, operator
 _CHUNK = 1 << 22
 # Rows are worked on in pieces of at most this many elements (1 MiB), which stay in the cache of one core.
 _CACHED = 1 << 18
-# A single row up to this length takes less time in NumPy, in one thread.
+# NumPy takes less time for a single row up to this length.
 _FEW = 1 << 14
-# The least arguments of exponentials: what is smaller counts for nothing beside 1, and denormal numbers take longer.
+# Lower bounds of the exponentials' arguments: smaller terms vanish beside 1, and denormal numbers are slow.
 _LEAST = {torch.float32: -87.33, torch.float64: -708.0}
 
 
@@ -62,10 +62,10 @@ def _cross_entropy(features: Tensor, logits: Tensor, bias: bool, mean: bool) -> 
 
 
 def _rows(factor: Tensor, logits: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return ``factor (P + 2 (1 - e_k) / a)`` of rows, with ``e = exp(z - max z)``, ``a = sum e``, P of the largest.
+    """Return ``factor (P + 2 (1 - e_k) / a)`` of rows, with ``e = exp(z - max z)`` and ``a = sum e``.
 
-    No term is negative, so nothing cancels, and P stands alone where ``e_k`` is 1. It follows from the sums of e and
-    e^2 without one maximum. All is done in the memory of the result.
+    No term is negative, so nothing cancels. P, the value of the largest logit, follows from the sums of e and e^2
+    without one maximum. All passes write to the memory of the result.
     """
     least = _LEAST[factor.dtype]
     e = torch.sub(logits, logits.amax(-1, keepdim=True).to(factor.dtype), out=out).clamp_(min=least).exp_()
@@ -82,7 +82,7 @@ def _rows(factor: Tensor, logits: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _one_row(h: Tensor, z: Tensor, dtype: torch.dtype, extra: int, divisor: int) -> Tensor:
-    """Return the norms of one row: NumPy's calls and Python's numbers cost a fifth of PyTorch's, or less."""
+    """Return the norms of one row by calls of NumPy, which cost at most a fifth of PyTorch's."""
     out = torch.softmax(z, -1, dtype=dtype)
     p = out.numpy()[0]
     top = p.argmax()
@@ -103,7 +103,7 @@ def _one_row(h: Tensor, z: Tensor, dtype: torch.dtype, extra: int, divisor: int)
 def _target(
     features: Tensor, logits: Tensor, target: Tensor | None, kind: str, loss: str, bias: bool, log: bool, mean: bool
 ) -> Tensor:
-    """Return the norms of one label per sample, ``(B,)``, by definition. ``kind`` names a label without tensor."""
+    """Return the norms ``(B,)`` of a label per sample by their definition; ``kind`` names a label without a tensor."""
     rows = max(1, _CACHED // 4 // max(logits.shape[-1], 1))
     if logits.device.type == "cpu" and is_readable(logits, features) and not is_transformed() and len(logits) > rows:
         labels = [None] * -(-len(logits) // rows) if target is None else target.split(rows)
@@ -135,8 +135,8 @@ def _linear_stats(features: Tensor, weight: Tensor, bias: Tensor | None, loss: s
 def rows_linear(features: Tensor, diagonal: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Apply a linear layer ``(U, N * D)`` to contrast rows ``diagonal (B, N) * features (B, D)``: ``(B, U)``.
 
-    Many rows are never formed. The features are multiplied by the weight seen as ``(U N, D)``, some units at a time,
-    and the classes are summed with the diagonal as weights: as many operations. float64 for float64, else float32.
+    Large rows are never formed: the features are multiplied by the weight seen as ``(U N, D)``, some units at a time,
+    and the diagonal weights the sum over classes. The result is float64 for float64, else float32.
     """
     dtype = compute_dtype(features.dtype)
     h, d = features.to(dtype), diagonal.to(dtype)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-#: Constants of a kernel and what its compiler is told, as its launch takes them.
+#: Keyword arguments of a launch: the kernel's constants and the compiler's options.
 Options = dict[str, Any]
 
 
@@ -22,7 +22,7 @@ class Architecture:
     shared_memory: int  # bytes one program may use
 
 
-#: What the kernels are compiled for in every report. Other processors of these families differ in number alone.
+#: Every report compiles the kernels for these. Other GPUs of the families differ in the number of processors.
 KNOWN_ARCHITECTURES = {
     "sm_80": Architecture("cuda", 80, 108, 163 << 10),
     "sm_86": Architecture("cuda", 86, 84, 99 << 10),
@@ -38,11 +38,13 @@ INTERPRETER = Architecture("cpu", 0, 1, 1 << 20)
 
 # The longest row that stays in the registers of one program: 32 logits in each of 512 threads.
 LONGEST_ROW = 16384
-# Estimates for an H100, in microseconds: what a program spends beside its logits, what another launch costs, and how
-# many logits a program reads and writes if its processor has another one. `bench.gpu.compile_report` shows them.
+# Estimates for an H100: microseconds that a program takes apart from its logits, and another launch; logits that a
+# program reads and writes in a microsecond while another one shares its processor.
 PROGRAM, LAUNCH, LOGITS = 1.0, 2.0, 1750
-# The most programs that share a row: the next launch merges their parts at once.
+# Programs that share a row, at most: the next launch merges their parts in one step.
 MOST_SPLITS = 64
+# Parts of a row of statistics, at most, which one program merges.
+MOST_PARTS = 1024
 
 
 def power_of_two(n: int) -> int:
@@ -93,17 +95,17 @@ def contrast(B: int, N: int, D: int, loss: str, arch: Architecture) -> tuple[Opt
             warps = max(1, warps // 2)  # 64 threads each
         block_d = _block(D, max(16, 2048 // rows))
         return {"ROWS": rows, "BLOCK_N": block, "BLOCK_D": block_d, "num_warps": warps}, 1
-    # Rows that are no multiple of 16 bytes take registers for addresses, which squares of unbounded logits and brier
-    # have not left in eight warps. Sigmoids and squares need a few more before sm_90, squares also since sm_100.
-    parted = N % 8 != 0
-    plain = loss == "cross_entropy"
-    block = 8192 if plain and not parted else 2048 if loss == "brier" and arch.version >= 100 else 4096
-    crowded = parted or (arch.version < 90 and loss != "brier")
+    # Rows that are no multiple of 16 bytes take registers for addresses, of which brier and the squares of unbounded
+    # logits leave too few in eight warps. Sigmoids and squares need more before sm_90, squares also since sm_100.
+    unaligned = N % 8 != 0
+    softmax = loss == "cross_entropy"
+    block = 8192 if softmax and not unaligned else 2048 if loss == "brier" and arch.version >= 100 else 4096
+    crowded = unaligned or (arch.version < 90 and loss != "brier")
     crowded = crowded or (arch.version >= 100 and loss == "mse")
-    warps = 16 if crowded and not plain and arch.backend == "cuda" else 8
-    if parted and loss == "bce" and arch.version == 90:
+    warps = 16 if crowded and not softmax and arch.backend == "cuda" else 8
+    if unaligned and loss == "bce" and arch.version == 90:
         block, warps = 2048, 8
-    # A processor has room for two programs. The last of them to run should not run alone.
+    # A processor holds two programs, and the last wave should not be nearly empty.
     places = 2 * arch.processors
 
     def cost(splits: int) -> float:
@@ -140,15 +142,15 @@ def linear_stats(
         if wide:
             block_k = 32 if block_m == 64 else 64
     if arch.backend == "cuda":
-        before, after = arch.version < 90, arch.version >= 100
+        before_sm_90, since_sm_100 = arch.version < 90, arch.version >= 100
         if block_m == 128:
-            # Moments of wider tiles do not fit the registers: before sm_90 the product's operands take many, and since
-            # sm_100 a thread holds whole rows. Triton before 3.9 lacks some for bce.
-            block_n = 64 if before or after or loss in ("mse", "bce") else 128
+            # The moments of wider tiles do not fit the registers: before sm_90 the product's operands take many, and
+            # since sm_100 a thread holds whole rows. For bce, Triton before 3.9 needs more of them.
+            block_n = 64 if before_sm_90 or since_sm_100 or loss in ("mse", "bce") else 128
         elif block_m == 64 and wide:
             # The three products of float32 hold three pairs of operands.
             block_n = 32
-        elif block_m == 16 and before and loss == "bce":
+        elif block_m == 16 and before_sm_90 and loss == "bce":
             block_k = 64
     # Tiles shrink, the longer side first, until there is one for every processor.
     while max(block_m, block_n) > 16 and cdiv(B, block_m) * cdiv(N, block_n) < arch.processors:
@@ -160,6 +162,9 @@ def linear_stats(
         warps = min(warps, 4)  # eight warps run out of registers there
     while block_k > 16 and block_k // 2 >= D:
         block_k //= 2
+    if arch.backend == "hip":
+        # Each of the 64 threads of a warp loads 16 bytes of either operand.
+        warps = min(warps, max(1, min(block_m, block_n) * block_k * dtype.itemsize // 1024))
     stage = (block_m + block_n) * block_k * dtype.itemsize
     # AMD's pipeline keeps the stage after next in registers, so two stages take the shared memory of one.
     stages = 2 if arch.backend == "hip" else max(1, min(4, (arch.shared_memory - 4096) // stage))
@@ -169,8 +174,8 @@ def linear_stats(
         # A quarter of a tile's time goes into starting a program.
         return cdiv(tiles_m * cdiv(tiles_n, tiles), arch.processors) * (tiles + 0.25)
 
-    waves = range(2, 9)
-    tiles = min((max(1, cdiv(tiles_m * tiles_n, wave * arch.processors)) for wave in waves), key=cost)
+    least = cdiv(tiles_n, MOST_PARTS)
+    tiles = min((max(least, cdiv(tiles_m * tiles_n, wave * arch.processors)) for wave in range(2, 9)), key=cost)
     return {
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "PRECISION": _precision(dtype, arch),
         "num_warps": warps, "num_stages": stages,
@@ -194,8 +199,8 @@ def target(B: int, N: int, D: int, arch: Architecture) -> Options:
 def layer_direct(C: int, O: int, T: int, dtype: torch.dtype, arch: Architecture) -> Options:  # noqa: E741
     """Choose the tile of the weight gradient for C input and O output channels per group, and the positions of a step.
 
-    The accumulator is the whole of a program's state, so it is as large as registers allow; float32 operands
-    take twice the space and, with IEEE products, no tensor cores.
+    The accumulator is all that a program keeps, so it is as large as the registers allow. Operands in float32 take
+    twice the space.
     """
     wide = dtype == torch.float32
     block_o, block_c = _block(O, 64 if wide else 128), _block(C, 64 if wide else 128)

@@ -66,7 +66,7 @@ class Fitted(nn.Module):
         }
 
 
-class Sequence(Fitted):
+class FittedList(Fitted):
     """An ordered list of named `Fitted` modules that can be stored."""
 
     def __iter__(self) -> Any:

@@ -25,14 +25,14 @@ WIDE = 1024
 _LEAST = 1e4
 
 
-class Rows(Fitted):
+class ScoreRows(Fitted):
     """Rows ``(B, d)`` for a score, from the named blocks.
 
     Options: ``block``, the block's name; ``rank``, whether to order its class axis by logit rank, and ``by_logits``,
     whether by the block of logits instead of the norms of the last parameter; ``log``, whether to take logarithms;
     ``top``, how many of the largest entries to keep, in descending order (0: all, in their own order); ``clip``, the
-    limit of standardised values, or None; ``beside``, the largest number of columns, evenly spaced, to append to the
-    projection, weighted so that together they have its variance.
+    limit of standardised values, or None; ``extra_columns``, the largest number of columns, evenly spaced, to append
+    to the projection, weighted so that together they have its variance.
     """
 
     mean: Tensor  # (d,), of the clean rows after the logarithm
@@ -53,10 +53,18 @@ class Rows(Fitted):
         standardise: bool = True,
         clip: float | None = None,
         dimensions: int | None = None,
-        beside: int = 0,
-    ) -> Rows:
+        extra_columns: int = 0,
+    ) -> ScoreRows:
         """Fit on clean ``blocks``, squared norms if ``norms``; ``dimensions``: at most so many whitened components."""
-        rows = cls(block=block, rank=rank, log=log, top=top, by_logits="logits" in blocks, clip=clip, beside=beside)
+        rows = cls(
+            block=block,
+            rank=rank,
+            log=log,
+            top=top,
+            by_logits="logits" in blocks,
+            clip=clip,
+            extra_columns=extra_columns,
+        )
         flat = rows.flat({name: as_tensor(array) for name, array in blocks.items()})
         mean, scale = torch.zeros_like(flat[0]), torch.ones_like(flat[0])
         # Of squared norms, the logarithm turns the relative error into an absolute one; storing it rounds once more.
@@ -119,9 +127,9 @@ class Rows(Fitted):
             return rows
         with full_precision(rows.device):
             components = (rows.to(self.projection.dtype) @ self.projection).double() - self.shift
-        if not self.options["beside"]:
+        if not self.options["extra_columns"]:
             return components
-        columns = rows[:, :: -(-len(self.mean) // self.options["beside"])]
+        columns = rows[:, :: -(-len(self.mean) // self.options["extra_columns"])]
         return torch.cat([components, columns * math.sqrt(components.shape[1] / columns.shape[1])], 1)
 
 

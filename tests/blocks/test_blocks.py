@@ -140,10 +140,10 @@ def test_the_logarithms_are_finite_where_norms_underflow() -> None:
     assert all(torch.isfinite(value).all() for value in values.values())
 
 
-@pytest.mark.parametrize(("zoom", "size"), [(0.9, 3), (0.9, 4), (0.99, 32), (0.5, 3)])
-def test_a_view_of_small_images_is_another_image(zoom: float, size: int) -> None:
+@pytest.mark.parametrize("size", [3, 4, 32])
+def test_a_view_of_small_images_is_another_image(size: int) -> None:
     images = torch.rand(2, 3, size, size + 1, generator=torch.Generator().manual_seed(0))
-    view = View(zoom).of(images)
+    view = View().of(images)
     assert view.shape == images.shape
     assert float((view - images).abs().amax((1, 2, 3)).min()) > 0.01
 
@@ -151,7 +151,7 @@ def test_a_view_of_small_images_is_another_image(zoom: float, size: int) -> None
 def test_view_is_a_divergence_under_the_same_network() -> None:
     net, _ = residual()
     x = torch.randn(4, 3, 20, 30, dtype=torch.float64)
-    logits, values = Extraction(net, [View(zoom=0.9)])(x)
+    logits, values = Extraction(net, [View()])(x)
     cropped = F.interpolate(x[:, :, 1:19, 1:28], size=(20, 30), mode="bilinear", align_corners=False)
     first, second = logits.log_softmax(-1), net(cropped).detach().log_softmax(-1)
     expected = torch.log((first.exp() * (first - second)).sum(-1, keepdim=True) + 1e-6)
@@ -222,11 +222,9 @@ def test_a_block_of_ones_own_is_known_by_its_name() -> None:
     with pytest.raises(TypeError, match=r"made without arguments; Needing needs \['level'\]"):
         register_block(type("Needing", (Block,), {"name": "needing", "__init__": lambda self, level: None}))
     # A file would forget the level.
-    for base in (Block, View):
-        make = {"name": "forgetting", "__init__": lambda self, zoom=0.8, level=1: setattr(self, "zoom", zoom)}
-        missing = r"\['level'\]" if base is View else r"\['level', 'zoom'\]"
-        with pytest.raises(TypeError, match=rf"its arguments from options\(\); Forgetting has none for {missing}"):
-            register_block(type("Forgetting", (base,), make))
+    make = {"name": "forgetting", "__init__": lambda self, level=1, size=2: None, "options": lambda self: {"size": 2}}
+    with pytest.raises(TypeError, match=r"its arguments from options\(\); Forgetting has none for \['level'\]"):
+        register_block(type("Forgetting", (Block,), make))
     assert not {"needing", "forgetting"} & set(BLOCKS)
     for name in ("my.block", "training", "forward", "challenges"):
         with pytest.raises(ValueError, match=f"name of a block must .*; it was '{name}'"):
@@ -252,14 +250,6 @@ def test_nothing_of_the_model_is_changed_also_after_an_error(name: str) -> None:
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert all(p.grad is None for p in net.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
-
-
-def test_bad_options_are_named() -> None:
-    with pytest.raises(ValueError, match=r"zoom must lie in .*; it was 1"):
-        View(zoom=1)
-    with pytest.raises(TypeError, match=r"zoom must be a number; it was '0\.9'"):
-        View(zoom="0.9")  # type: ignore[arg-type]
-    assert json.loads(json.dumps(View(np.float32(0.75)).options())) == {"zoom": 0.75}
 
 
 class Positions(nn.Module):

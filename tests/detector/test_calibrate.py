@@ -12,7 +12,7 @@ from scipy.stats import betabinom
 from fastgrad import TwoStageModel, UncertaintyDetector
 from fastgrad.blocks import BLOCKS
 from fastgrad.detector import estimator
-from fastgrad.detector.calibrate import DetectorModule, Table, deal, values_of
+from fastgrad.detector.calibrate import DetectorModule, Table, assign_folds, values_of
 from fastgrad.detector.report import gains
 
 LOGITS = np.random.default_rng(1).normal(size=(8, 5))
@@ -48,14 +48,16 @@ def test_a_source_is_in_one_fold(count: int) -> None:
     order = rng.permutation(len(groups))
     groups, kinds = groups[order], kinds[order]
     nobody = np.zeros(len(groups), bool)
-    fold = deal(Table({}, BLOCKS, kinds, groups, nobody, False), 5, np.random.RandomState(0))
+    fold = assign_folds(Table({}, BLOCKS, kinds, groups, nobody, False), 5, np.random.RandomState(0))
     assert set(fold) == set(range(min(5, count)))
     for source in range(count):
         assert len(set(fold[groups == source])) == 1
     sizes = np.bincount(fold[kinds == 0])
     assert sizes.max() - sizes.min() <= 1
     # What is held out is in no fold, nor are the challenges made from it.
-    apart = deal(Table({}, BLOCKS, kinds, groups, (groups < 2) & (kinds == 0), False), 5, np.random.RandomState(0))
+    apart = assign_folds(
+        Table({}, BLOCKS, kinds, groups, (groups < 2) & (kinds == 0), False), 5, np.random.RandomState(0)
+    )
     assert ((apart == -1) == (groups < 2)).all()
 
 

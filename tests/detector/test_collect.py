@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastgrad import IntrospectiveClassifier, TwoStageModel
+from fastgrad import TwoStageModel
 from fastgrad.blocks import Logits
 from fastgrad.blocks.extraction import Extraction
 from fastgrad.challenges import CHALLENGES, PixelRange
@@ -43,8 +43,8 @@ def test_inputs_are_drawn_uniformly_from_the_whole_loader() -> None:
         assert (len(drawn), drawn.seen) == (60, 500)
         values = torch.cat([x for x in drawn.batches if isinstance(x, Tensor)])[:, 0]
         assert values.tolist() == sorted(set(values.tolist()))  # in the loader's order, none twice
-        assert drawn.beside == [int(value) // 50 for value in values]
-        counts.update(drawn.beside)
+        assert drawn.tags == [int(value) // 50 for value in values]
+        counts.update(drawn.tags)
     # 2,400 draws from ten classes: chi-squared with 9 degrees of freedom, its 99.9 % quantile.
     assert sum((counts[i] - 240) ** 2 / 240 for i in range(10)) < 27.9
 
@@ -85,7 +85,7 @@ def test_every_kind_of_challenge_is_made_of_the_inputs_that_fit(batch: int, monk
     drawn = collect.draw("clean", images(240).split(batch), 240, 0)
     device, chosen = torch.device("cpu"), np.arange(240) < 200
     pixels = PixelRange.of(drawn.images())
-    sample = collect.Sample([drawn], None, np.full(240, -1), np.arange(240), ~chosen, chosen, 3, pixels)
+    sample = collect.Sample([drawn], None, np.full(240, -1), np.arange(240), ~chosen, 3, pixels)
     batches = (collect.drawn_batches(sample, False), collect.generated_batches(sample, model, device, 0, False))
     features = collect.read(Extraction(model, [Logits()]), device, itertools.chain(*batches))
     made = features.kinds != ""
@@ -125,8 +125,8 @@ BAD: dict[str, tuple[Callable[[TwoStageModel], Any], str]] = {
     "one-hot": (lambda m: m.fit(pairs(CLEAN, torch.eye(3).long().repeat(20, 1))), r"of shape \(3,\) each and int64"),
     "some labels": (lambda m: m.fit([*pairs(CLEAN[:40]), CLEAN[40:]]), "20 of 60 inputs had no label"),
     "other count": (lambda m: m.fit([(CLEAN, torch.arange(5))]), "a batch had 60 inputs and 5"),
-    "risk": (lambda m: m.fit([CLEAN], risk=True), r"give \(x, labels\) for risk=True; it gave inputs alone"),
-    "risk of few": (lambda m: m.fit(pairs(CLEAN[:25]), risk=True), "at least 30 labelled inputs .*; there were 25"),
+    "risk": (lambda m: m.fit([CLEAN], risk=True), "risk=True needs at least 30 inputs with labels; there were 0"),
+    "risk of few": (lambda m: m.fit(pairs(CLEAN[:25]), risk=True), "at least 30 inputs with labels; there were 25"),
     "constant": (lambda m: m.fit([torch.ones(60, 3, 4, 4)]), "images that show something; every one was constant"),
     "infinite": (lambda m: m.fit([CLEAN / 0]), "finite images"),
     "range": (lambda m: m.fit([CLEAN * 255], clip=(0, 1)), "must lie in the range that clip, mean and std give"),
@@ -186,9 +186,11 @@ def test_what_the_answer_needs_is_refused_before_any_challenge_is_made(monkeypat
         raise AssertionError("a challenge was made")
 
     monkeypatch.setattr(collect, "iter_challenges", never)
-    classifier = IntrospectiveClassifier(max_epochs=1)
-    with pytest.raises(ValueError, match=r"risk=True needs .* that the answer was not trained on; there were 0"):
-        TwoStageModel(network(), classifier=classifier, blocks=["logits"]).fit(pairs(CLEAN), risk=True)
+    for options in ({"risk": True}, {"correct": True}):
+        with pytest.raises(
+            ValueError, match=rf"{next(iter(options))}=True needs at least 30 inputs with labels; there were 29"
+        ):
+            TwoStageModel(network(), blocks=["logits"]).fit(pairs(CLEAN[:29]), **options)
     masked = nn.Sequential(network(), nn.Threshold(-0.15, -math.inf))
     with pytest.raises(ValueError, match=r"clean and calibration must give .* blocks are finite; \['logits'\]"):
         TwoStageModel(masked, blocks=["logits"]).fit([CLEAN])
@@ -220,18 +222,20 @@ def test_a_network_without_an_answer_is_not_calibrated(value: float) -> None:
 
 def test_labels_of_the_calibration_count_for_the_risk() -> None:
     model = TwoStageModel(network(), blocks=["logits"]).fit(pairs(CLEAN[:25]), None, pairs(CLEAN[25:]), risk=True)
-    assert str(model.report()).endswith("without generated challenges that have labels: unusual inputs do not raise it")
+    assert "without generated challenges that have labels: unusual inputs do not raise it" in str(model.report())
     assert "from 60 clean inputs" in str(model.report())
     model.fit([CLEAN[:25]], None, pairs(CLEAN[25:]), risk=True)
     assert "from 35 clean inputs" in str(model.report())
 
 
-def test_the_classifier_needs_labels_of_every_class() -> None:
-    model = TwoStageModel(network(), classifier=IntrospectiveClassifier(), blocks=["logits"])
-    with pytest.raises(ValueError, match="for the classifier; it gave inputs alone"):
-        model.fit([CLEAN])
-    with pytest.raises(ValueError, match=r"labels must take every value from 0 to 2.*\[2\] were not there"):
-        model.fit(pairs(CLEAN, torch.arange(60) % 2))
+def test_a_correction_needs_labels_and_generated_challenges() -> None:
+    model = TwoStageModel(network(), blocks=["logits"])
+    for clean, challenges, had in (
+        ([CLEAN], "generate", "no labels"),
+        (pairs(CLEAN), None, "other challenges or none"),
+    ):
+        with pytest.raises(ValueError, match=f"correct=True needs challenges='generate' .* {had}"):
+            model.fit(clean, challenges, correct=True)
     with pytest.raises(TypeError, match="clean must be a loader of batches; it was Tensor"):
         model.fit(CLEAN)
 
@@ -246,7 +250,7 @@ def test_without_labels_there_is_no_risk_and_the_report_says_so() -> None:
     assert "none: not asked for" in str(model.report())
     model = TwoStageModel(network(), blocks=["logits"]).fit(pairs(CLEAN[:29]), None)
     assert [model.risk_, model.temperature_] == [None, None]
-    said = "none: 29 labelled clean inputs that the answer was not trained on are too few; it needs 30"
+    said = "none: 29 labelled clean inputs are too few; it needs 30"
     assert said in str(model.report())
     model = TwoStageModel(nn.Sequential(network(), nn.Linear(3, 1)), blocks=["logits"]).fit([CLEAN], None)
     assert "none: the network has one logit" in str(model.report())

@@ -17,13 +17,13 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 import fastgrad
-from fastgrad import IntrospectiveClassifier, TwoStageModel, UncertaintyDetector
+from fastgrad import TwoStageModel, UncertaintyDetector
 from fastgrad.blocks import BLOCKS, Block, Features, Gradients, Image, View, register_block
 from fastgrad.blocks.extraction import Extraction, arguments
 from fastgrad.blocks.subject import watch
 from fastgrad.challenges import challenge_cost
 from fastgrad.deploy.file.package import ModelPackage
-from fastgrad.detector import constants, fitting, storage
+from fastgrad.detector import fitting, storage
 
 CLASSES = 4
 ALL = ["logits", "features", "activations", "gradients", "view", "image"]
@@ -58,9 +58,11 @@ def loader(count=200, seed=0, labels=True):
 
 @pytest.fixture(scope="module")
 def fitted():
-    network = small_network()
-    classifier = IntrospectiveClassifier(max_epochs=2, hidden=(8,))
-    return TwoStageModel(network, classifier=classifier, budget=math.inf).fit(loader(200), verbose=False)
+    # Labels that the network does not know, but h does: a correction is kept.
+    network, x = small_network(), images(200)
+    labels = (x[:, 0].mean((1, 2)) > 0.5).long() + 2 * (x[:, 1].mean((1, 2)) > 0.5).long()
+    pairs = list(zip(x.split(50), labels.split(50), strict=True))
+    return TwoStageModel(network, budget=math.inf).fit(pairs, correct=True, verbose=False)
 
 
 def test_gives_a_named_tuple_and_leaves_the_network_alone(fitted):
@@ -184,7 +186,7 @@ def test_a_range_that_was_told_is_a_normalisation(clip, expected):
 def test_a_new_process_knows_every_stored_part():
     code = (
         "import fastgrad; fastgrad.TwoStageModel; from fastgrad.scores.fitted import Fitted; "
-        "assert {'IntrospectiveNetwork', 'Temperature', 'NoisyOr', 'Risk'} <= set(Fitted.kinds)"
+        "assert {'Correction', 'Temperature', 'NoisyOr', 'Risk'} <= set(Fitted.kinds)"
     )
     run_python("-c", code)
 
@@ -376,108 +378,31 @@ def test_threads_share_one_module(fitted):
         assert all(torch.equal(a, b) for a, b in zip(expected, results, strict=True))
 
 
-def test_what_the_classifier_was_not_trained_on_calibrates_it():
-    """Labels that say nothing: trained on by heart, right about one time in four on others, and saying so."""
-    generator = torch.Generator().manual_seed(0)
-
-    def labelled(count, seed):
-        labels = torch.randint(0, CLASSES, (count,), generator=generator)
-        return list(zip(images(count, seed).split(50), labels.split(50), strict=True))
-
-    classifier = IntrospectiveClassifier(
-        hidden=(64,), activation="relu", max_epochs=60, patience=60, learning_rate=1e-2
-    )
-    for others in (labelled(200, 2), None):
-        model = TwoStageModel(small_network(), classifier=classifier, blocks=["logits"])
-        model.fit(labelled(300, 1), None, others)
-        sure = torch.cat([model(x).probabilities.amax(1) for x, _ in labelled(200, 3)]).mean()
-        # An honest answer is one in four; without a temperature it is far more certain.
-        assert sure < 0.55
-        # Three of four answers are wrong.
-        assert 0.6 < float(model(images(50, 4)).risk.mean()) < 0.9
-    # What the user passed is as it was.
-    assert not hasattr(classifier, "network_")
-
-
-@pytest.mark.parametrize("share", [None, 0.5])
-def test_what_calibrates_the_classifier_trains_it_under_no_other_number(share, monkeypatch):
-    """Inputs that come twice, once among those held out."""
-    seen = {}
-
-    def watch(name, plain):
-        def watched(self, rows, *given, **named):
-            seen[name] = {row.numpy().tobytes() for row in rows}
-            return plain(self, rows, *given, **named)
-
-        monkeypatch.setattr(IntrospectiveClassifier, name, watched)
-
-    watch("fit", IntrospectiveClassifier.fit)
-    watch("calibrate", IntrospectiveClassifier.calibrate)
-    x, labels = images(100, 1), torch.arange(100) % CLASSES
-    detector = UncertaintyDetector(log=False, calibration_fraction=share)
-    classifier = IntrospectiveClassifier(hidden=(8,), max_epochs=1)
-    model = TwoStageModel(small_network(), detector=detector, classifier=classifier, blocks=["logits"])
-    twice = [(x, labels), (x, labels)]
-    model.fit(twice if share else twice[:1], None, None if share else [(x[:40], labels[:40])])
-    assert min(map(len, seen.values())) >= 30
-    assert not seen["fit"] & seen["calibrate"]
-
-
-def test_the_report_says_what_the_classifier_costs(monkeypatch):
-    """One that has seen few inputs answers worse than the network: errors of both stand side by side."""
-    monkeypatch.setattr(constants, "UNSEEN", 0.0)
-    network, labels = small_network().eval(), torch.arange(200) % CLASSES
-    clean, others = ([(images(200, seed), labels)] for seed in (1, 2))
-    classifier = IntrospectiveClassifier(max_epochs=2, hidden=(8,))
-    model = TwoStageModel(network, classifier=classifier, blocks=["logits"]).fit(clean, None, others)
-    x, y = others[0]
-    wrong, alone = int((model(x).probabilities.argmax(1) != y).sum()), int((network(x).argmax(1) != y).sum())
-    assert wrong != alone
-    said = f"from 200 clean inputs, {wrong} answered wrongly, {alone} by the network alone; without generated"
-    assert model.report_.risk.startswith(said)
-
-
-def test_the_gate_mixes_network_and_classifier():
-    labels = torch.arange(120) % CLASSES
-    classifier = IntrospectiveClassifier(hidden=(8,), max_epochs=2)
-    model = TwoStageModel(small_network(), classifier=classifier, blocks=["logits", "features"])
-    model.fit([(images(120, 1), labels)])
-    assert [block.name for block in model.extraction_.blocks] == ["logits", "features"]
+def test_the_gate_mixes_network_and_correction(fitted):
     x = torch.cat([images(20, 2), images(20, 3) * 4 - 1])
-    answer = model(x)
-    logits, blocks = model.extraction_(x)
-    logits = logits.double()
-    evidence = model.detector_.explain(blocks)[1]
-    g = torch.sigmoid(evidence @ model.gate_.weight + model.gate_.bias).unsqueeze(1)
-    second = model.classifier_(blocks["features"].double()).softmax(1)
-    expected = (1 - g) * model.temperature_(logits).softmax(1) + g * second
-    torch.testing.assert_close(answer.probabilities.double(), expected, rtol=1e-4, atol=1e-6)
+    answer = fitted(x)
+    logits, blocks = fitted.extraction_(x)
+    logits, h = fitted.temperature_(logits.double()), blocks["features"].double()
+    g = torch.sigmoid(fitted.gate_.log_odds(fitted.detector_.explain(blocks)[1])).unsqueeze(1)
+    second = (logits + h @ fitted.correction_.weight + fitted.correction_.bias).softmax(1)
+    torch.testing.assert_close(
+        answer.probabilities.double(), (1 - g) * logits.softmax(1) + g * second, rtol=1e-4, atol=1e-6
+    )
     assert 0 < float(g.min()) < float(g.max()) < 1
-    # What is beyond all evidence is answered by the classifier.
-    model.gate_.bias = torch.tensor(torch.inf, dtype=torch.float64)
-    torch.testing.assert_close(model(x).probabilities.double(), second, rtol=1e-4, atol=1e-6)
+    assert float((second - logits.softmax(1)).abs().max()) > 0.1
 
 
-def test_the_classifier_learns_from_challenges_with_the_label_of_their_source(monkeypatch):
-    seen = {}
-    plain = IntrospectiveClassifier.fit
-
-    def fit(self, rows, y, groups):
-        seen["rows"], seen["labels"], seen["groups"] = rows, y, groups
-        return plain(self, rows, y, groups=groups)
-
-    monkeypatch.setattr(IntrospectiveClassifier, "fit", fit)
-    labels = torch.arange(120) % CLASSES
-    classifier = IntrospectiveClassifier(hidden=(8,), max_epochs=2)
-    for challenges, factor in (("generate", 4), (None, 1)):
-        model = TwoStageModel(small_network(), classifier=classifier, blocks=["logits"])
-        model.fit([(images(120, 1), labels)], challenges, challenges_per_input=3 if challenges else None)
-        assert seen["rows"].shape[1] == model.model[-1].in_features  # h alone
-        # Too few to keep some for calibration: all are trained on.
-        assert np.bincount(seen["labels"]).tolist() == [factor * 120 // CLASSES] * CLASSES
-        # A clean input and its challenges are one source.
-        assert np.bincount(seen["groups"]).tolist() == [factor] * 120
-        assert (model.gate_ is None) == (challenges is None)
+def test_a_correction_of_labels_that_say_nothing_is_not_kept():
+    labels = torch.randint(0, CLASSES, (120,), generator=torch.Generator().manual_seed(0))
+    model = TwoStageModel(small_network(), blocks=["logits"])
+    with pytest.warns(UserWarning, match=r"no correction certainly answers better.*of 120 clean .* of 360 challenges"):
+        model.fit([(images(120, 1), labels)], challenges_per_input=3, correct=True)
+    assert [model.correction_, model.gate_, len(model.extraction_.blocks)] == [None, None, 1]
+    said = str(model.report())
+    assert "correction" in said
+    assert "points); " in said
+    x = images(9, 5)
+    torch.testing.assert_close(model(x).probabilities, model.temperature_(model.extraction_(x)[0]).softmax(1))
 
 
 def test_the_report_says_price_samples_and_promises(fitted):
@@ -557,7 +482,7 @@ def test_a_limit_binds():
 
 
 def test_asked_for_blocks_are_kept_whatever_they_cost():
-    two_stage = TwoStageModel(small_network(), blocks=["logits", View(zoom=0.8), "gradients"])
+    two_stage = TwoStageModel(small_network(), blocks=["logits", View(), "gradients"])
     two_stage.fit(loader(120, labels=False), None)
     assert two_stage.detector_.sources == two_stage.report().kept == ["logits", "view", "gradients"]
     assert torch.isfinite(two_stage(images(5)).uncertainty).all()
@@ -566,9 +491,9 @@ def test_asked_for_blocks_are_kept_whatever_they_cost():
 def test_a_fit_in_inference_mode_is_the_fit_outside():
     fits = []
     for inference in (False, True):
-        model, classifier = small_network(), IntrospectiveClassifier(max_epochs=2, hidden=(8,))
-        with torch.inference_mode(inference):
-            fits.append(TwoStageModel(model, classifier=classifier, blocks=["logits"]).fit(loader(60)))
+        model = small_network()
+        with torch.inference_mode(inference), warnings.catch_warnings(action="ignore"):
+            fits.append(TwoStageModel(model, blocks=["logits"]).fit(loader(60), correct=True))
     assert not any(value.is_inference() for value in fits[1].state_dict().values())
     torch.testing.assert_close(fits[1](images(5)), fits[0](images(5)), rtol=0, atol=0)
 
@@ -635,11 +560,9 @@ def test_what_the_user_passed_is_honoured_and_not_changed(tmp_path):
     stored = two_stage.save(tmp_path / "model.safetensors")
     assert TwoStageModel.load(stored, two_stage.model).threshold() == two_stage.threshold()
     detector.fit({"logits": torch.randn(60, CLASSES)})
-    classifier = IntrospectiveClassifier(hidden=(), max_epochs=1).fit(torch.randn(60, 8), torch.arange(60) % CLASSES)
-    buffers = [copy.deepcopy(module.state_dict()) for module in (detector.module_, classifier.network_)]
-    TwoStageModel(small_network(), detector=detector, classifier=classifier).half()
-    for module, own in zip((detector.module_, classifier.network_), buffers, strict=True):
-        assert all(module.state_dict()[name].dtype == value.dtype for name, value in own.items())
+    own = copy.deepcopy(detector.module_.state_dict())
+    TwoStageModel(small_network(), detector=detector).half()
+    assert all(detector.module_.state_dict()[name].dtype == value.dtype for name, value in own.items())
 
 
 @dataclasses.dataclass
@@ -798,8 +721,8 @@ def test_autocast_is_for_the_network_alone():
     blocks = ["logits", "activations", "image"]
 
     def fit():
-        classifier = IntrospectiveClassifier(max_epochs=2, hidden=(8,))
-        return TwoStageModel(network, classifier=classifier, blocks=blocks).fit(loader(40), verbose=False)
+        with warnings.catch_warnings(action="ignore"):
+            return TwoStageModel(network, blocks=blocks).fit(loader(40), correct=True, verbose=False)
 
     plain = fit()
     with torch.autocast("cpu", torch.bfloat16):

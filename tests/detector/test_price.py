@@ -17,7 +17,7 @@ from fastgrad.detector.fitting import _blocks
 from fastgrad.detector.model import TwoStageModel
 from fastgrad.detector.price import DEFAULT_BLOCKS, EXTENDED_BLOCKS, _seconds, fit_to_budget, price
 from fastgrad.detector.report import Report
-from fastgrad.introspection import IntrospectiveClassifier
+from fastgrad.introspection.correction import choose
 
 
 @pytest.fixture(autouse=True)
@@ -125,12 +125,14 @@ def test_the_answer_itself_is_measured_and_the_model_stays_as_it_was(counting, i
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("classifier", [None, IntrospectiveClassifier(max_epochs=1)])
-def test_a_fit_measures_the_parts_that_its_user_will_call(monkeypatch, classifier):
+@pytest.mark.parametrize("correct", [False, True])
+def test_a_fit_measures_the_parts_that_its_user_will_call(monkeypatch, correct):
     measured = []
     monkeypatch.setattr("fastgrad.detector.price.price", lambda _, run, *__: (measured.append(run), (1.0, 0.0))[1])
+    # Whatever the correction is, it is kept.
+    monkeypatch.setattr(fitting, "choose", lambda data, seed, draft: choose(data, seed, draft=True))
     x = torch.rand(60, 3, 8, 8)
-    two_stage = TwoStageModel(network(), classifier=classifier).fit([(x, torch.arange(60) % 4)], verbose=False)
+    two_stage = TwoStageModel(network()).fit([(x, torch.arange(60) % 4)], correct=correct, verbose=False)
 
     def parts(model):
         return {name: value.dim() for name, value in model.state_dict().items()}
@@ -140,29 +142,26 @@ def test_a_fit_measures_the_parts_that_its_user_will_call(monkeypatch, classifie
     assert [block.name for block in draft.extraction_.blocks] == [b.name for b in two_stage.extraction_.blocks]
     answer = draft(take(x, slice(0, 5), 60))
     assert torch.equal(answer.logits, two_stage(x[:5]).logits)
-    assert (answer.risk is None) == (two_stage.risk_ is None) == (classifier is not None)
+    assert (answer.risk is None) == (two_stage.risk_ is None)
+    assert (draft.correction_ is None) != correct
 
 
 def test_dropped_blocks_cause_no_further_fit(monkeypatch):
-    trained, fitted = [], []
-
-    class Counting(IntrospectiveClassifier):
-        def fit(self, *args, **kwargs):
-            trained.append(self)
-            return super().fit(*args, **kwargs)
-
+    fitted, drafts = [], []
+    monkeypatch.setattr(
+        fitting, "choose", lambda data, seed, draft: (drafts.append(draft), choose(data, seed, draft=True))[1]
+    )
     plain = fitting.fit_table
     monkeypatch.setattr("fastgrad.detector.price.price", lambda *_: (9.0, 0.0))
     monkeypatch.setattr(
         fitting, "fit_table", lambda *given, draft: (fitted.append(draft), plain(*given, draft=draft))[1]
     )
     x = torch.rand(60, 3, 8, 8)
-    two_stage = TwoStageModel(network(), classifier=Counting(max_epochs=1))
+    two_stage = TwoStageModel(network())
     with pytest.warns(RuntimeWarning, match="which is kept alone"):
-        two_stage.fit([(x, torch.arange(60) % 4)], verbose=False)
+        two_stage.fit([(x, torch.arange(60) % 4)], correct=True, verbose=False)
     assert len(two_stage.report().price.dropped) == len(DEFAULT_BLOCKS) - 1
-    assert len(trained) == 1
-    assert fitted == [True] * len(DEFAULT_BLOCKS) + [False]
+    assert drafts == fitted == [True] * len(DEFAULT_BLOCKS) + [False]
     assert two_stage.gate_ is not None
 
 

@@ -13,7 +13,7 @@ import torch
 from sklearn.exceptions import NotFittedError
 from torch import nn
 
-from fastgrad import IntrospectiveClassifier, TwoStageModel, UncertaintyDetector
+from fastgrad import TwoStageModel, UncertaintyDetector
 from fastgrad.blocks import Logits
 
 ROWS = np.random.default_rng(0).random((60, 6))
@@ -68,12 +68,6 @@ class Centred(nn.Module):
         return (x - x.mean()) / x.std()
 
 
-def classifying(labels: Any) -> TwoStageModel:
-    """A model of a detector and a classifier that were fitted before, the latter on these ``labels`` of 60 inputs."""
-    classifier = IntrospectiveClassifier(hidden=(), max_epochs=1).fit(ROWS[:, :4], labels)
-    return TwoStageModel(NET, detector=fitted({"logits": ROWS[:, :4]}), classifier=classifier)
-
-
 def scripted() -> nn.Module:
     traced: nn.Module = torch.jit.trace(NET, IMAGES)
     return traced
@@ -123,10 +117,6 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "label count": (lambda: fitted().score(ROWS, [0, 1]), ValueError, "y must have one label per row"),
     "model": (lambda: TwoStageModel("resnet18"), TypeError, r"model must be a torch\.nn\.Module"),  # type: ignore[arg-type]
     "detector": (lambda: TwoStageModel(NET, detector=NET), TypeError, "detector must be"),  # type: ignore[arg-type]
-    "classifier": (lambda: TwoStageModel(NET, classifier=fitted()), TypeError, "classifier must be"),  # type: ignore[arg-type]
-    "words": (lambda: classifying(["b", "a"] * 30), ValueError, r"class indices, .* they were \['a', 'b'\]"),
-    "a gap": (lambda: classifying([0, 1, 3] * 20), ValueError, r"class indices, .* they were \[0, 1, 3\]"),
-    "classes": (lambda: classifying([0, 1, 2] * 20)(IMAGES), ValueError, "every class of the network, 4; it has 3"),
     "another network's": (lambda: TwoStageModel(NET, detector=fitted())(IMAGES), ValueError, "'gradients' must have"),
     "seed": (lambda: TwoStageModel(NET, seed=-1), ValueError, "seed must be an integer"),
     "no fit": (lambda: TwoStageModel(NET)(IMAGES), RuntimeError, "must be fitted first"),
@@ -154,15 +144,9 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "risk": (lambda: TwoStageModel(NET).fit([IMAGES], None, risk="yes"), TypeError, "risk must be .* 'yes'"),  # type: ignore[arg-type]
     "verbose": (lambda: TwoStageModel(NET).fit([IMAGES], None, verbose=2), TypeError, "verbose must be .* 2"),  # type: ignore[arg-type]
     "no score": (lambda: TwoStageModel(NET, blocks=[Silent()]).fit([IMAGES], None), ValueError, "at least one score"),
-    "risk of few": (
-        lambda: TwoStageModel(NET, classifier=IntrospectiveClassifier(max_epochs=1)).fit(
-            [(IMAGES, LABELS)], None, risk=True
-        ),
-        ValueError, "risk=True needs at least .* labelled inputs that the answer was not trained on; there were 0",
-    ),
-    "classifier without a layer": (
-        lambda: TwoStageModel(HEAD, classifier=IntrospectiveClassifier()).fit([(IMAGES, LABELS)]),
-        ValueError, "classifier needs a model that ends in a linear layer",
+    "correction without a layer": (
+        lambda: TwoStageModel(HEAD).fit([(IMAGES, LABELS)], correct=True),
+        ValueError, "correct=True needs a model that ends in a linear layer",
     ),
     "scripted": (lambda: TwoStageModel(nn.Sequential(scripted())), TypeError, "ordinary modules; '0' was a"),
     "large seed": (lambda: TwoStageModel(NET, seed=2**32), ValueError, "seed must be below .* it was 4294967296"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
+from fastgrad.detector.report import probability_suffices
 from fastgrad.detector.risk import NoisyOr, Risk, doubt, misleading
 
 
@@ -124,3 +127,22 @@ def test_what_is_no_number_is_a_risk_of_one() -> None:
 def test_doubt_is_accurate_where_the_answer_is_certain() -> None:
     logits = torch.tensor([[0.0, -40.0]], dtype=torch.float64)
     torch.testing.assert_close(doubt(logits.log_softmax(1)), torch.tensor([np.exp(-40.0)]).double(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("risk", "doubt", "said"),
+    [
+        ((0, 1), (0, 2), "ranks wrong answers to clean inputs as well: AUROC 0.9"),
+        ((0, 2), (0, 2), r"by the risk \+0\.000 \+- 0\.000"),
+        ((0, 2), (0, 0), "^$"),
+    ],
+)
+def test_where_the_probability_ranks_errors_as_well_the_report_says_so(
+    risk: tuple[float, float], doubt: tuple[float, float], said: str
+) -> None:
+    wrong = np.arange(400) < 100
+    noise = np.random.default_rng(0).normal(size=400)
+    # The same noise on both, and a step at the errors.
+    own, other = (noise + np.where(wrong, high, low) for low, high in (risk, doubt))
+    assert re.search(said, probability_suffices(own, other, wrong))
+    assert not probability_suffices(noise, noise, np.zeros(400, bool))

@@ -19,6 +19,12 @@ def test_there_are_pages_to_run() -> None:
     assert {page.stem for page in DOCS.rglob("*.md")} >= SLOW
 
 
+def test_no_line_begins_with_a_value() -> None:
+    """A comment at the beginning of a line ends the paragraph."""
+    pages = [DOCS.parent / "README.md", *DOCS.rglob("*.md")]
+    assert [page for page in pages if re.search(r"\S\n\s*<!-- value: ", page.read_text())] == []
+
+
 # Of Opacus' accountant: the order that bounds best is the largest it tries.
 @pytest.mark.filterwarnings("ignore:Optimal order is the")
 # Of Lightning: it asks PyTorch in an old way, and advises more workers.

@@ -53,15 +53,11 @@ CHOSEN: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
     "attribute": (modes, [{"mode": mode} for mode in MODES]),
     "early exits": (exits, [{"depth": n, "helped": yes} for n, yes in [(2, False), (3, False), (1, True), (3, True)]]),
     "bare": (bare, [{"way": way} for way in ("none", "mul", "sum", "matmul", "none", "mul")]),
-    "another view": (
-        lambda net, x: net.head(x @ (net.matrix.as_strided((3, 3), (1, 3)) if net.on else net.matrix)),
-        [{"on": on} for on in (False, True, False)],
-    ),
-    "a parameter of two": (
-        lambda net, x: net.head(x * net.layer(net.scale[None] if net.on else net.shift)),
-        [{"on": on} for on in (True, False, True)],
-    ),
-}
+    "another view": (lambda net, x: net.head(x @ (net.matrix.as_strided((3, 3), (1, 3)) if net.on else net.matrix)),
+        [{"on": on} for on in (False, True, False)]),
+    "a parameter of two": (lambda net, x: net.head(x * net.layer(net.scale[None] if net.on else net.shift)),
+        [{"on": on} for on in (True, False, True)]),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CHOSEN)
@@ -120,7 +116,7 @@ READ: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "mask": lambda net, x: net.head(torch.stack([(row[row > 0] ** 2).sum() * net.scale for row in x])),
     "nonzero": lambda net, x: net.head(x.index_select(1, x[0].nonzero()[:, 0]) @ net.matrix),
     "switched off": lambda net, x: net.head(net.layer(x)) if x[0, 0] > 0 else x[:, :2] * 1.0,
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", READ)

@@ -44,31 +44,25 @@ def crops(net: Any, x: Tensor) -> Tensor:
 
 #: Functions, and what the refusal says.
 REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
-    "mean": (
-        lambda net, x: net.head(x - x.mean(0)),
-        APART + "for one sample alone, its output is another than in the batch",
-    ),
+    "mean": (lambda net, x: net.head(x - x.mean(0)),
+        APART + "for one sample alone, its output differs from that in the batch"),
     "detached": (lambda net, x: net.head(x / x.abs().max().detach()), APART),
     "size": (lambda net, x: net.head(x) / len(x), APART),
     "neighbours": (lambda net, x: net.head(x.roll(1, 0)), APART),
     "branch": (lambda net, x: net.head(net.layer(x) if x.abs().max() > 2 else x), APART),
-    "by name": (
-        lambda net, x: {"logits": net.head(x - x.mean(0)), "h": net.layer(x)},
-        f"({APART}|outputs must not depend on output .*joins the samples)",
-    ),
+    "by name": (lambda net, x: {"logits": net.head(x - x.mean(0)), "h": net.layer(x)},
+        f"({APART}|outputs must not depend on output .*joins the samples)"),
     "in float32": (lambda net, x: net.head((x - x.float().mean(0)).double()), APART),
     "in bfloat16": (lambda net, x: net.head(x.bfloat16().double() - x.bfloat16().mean(0)), APART),
     "attention over samples": (lambda net, x: net.head((x @ x.T).softmax(1) @ x), APART),
-    "random": (
-        lambda net, x: net.head(x + torch.randn(2, len(x), 3).double().sum(0)),
-        "It also draws random numbers in evaluation mode",
-    ),
+    "random": (lambda net, x: net.head(x + torch.randn(2, len(x), 3).double().sum(0)),
+        "It also draws random numbers in evaluation mode"),
     "own generator": (lambda net, x: net.head(x * torch.rand(3, generator=net.own)), APART),
     "number of outputs": (lambda net, x: list(net.head(x).unbind(0)), APART),
     "no row": (lambda net, x: net.head(x).norm(), APART),
     "products": (lambda net, x: net.head(x) @ net.head(x).mT, APART),
     "crops": (crops, "model must run on each sample alone, as a batch of one; .* RuntimeError: unflatten"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("way", REFUSED)
@@ -89,13 +83,10 @@ def test_samples_that_meet_are_refused(way: str, samples: int) -> None:
 
 #: Functions whose samples meet only after something changed, and what that is.
 LATER: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any], Any]]] = {
-    "attribute": (
-        lambda net, x: net.head(nn.functional.normalize(net.layer(x), dim=net.dim)), lambda net: setattr(net, "dim", 0),
-    ),
-    "weight": (
-        lambda net, x: net.head(((h := net.layer(x).tanh()) - h.mean(0)) @ net.matrix),
-        lambda net: nn.init.normal_(net.head.weight),
-    ),
+    "attribute": (lambda net, x: net.head(nn.functional.normalize(net.layer(x), dim=net.dim)), lambda net: setattr(net,
+        "dim", 0)),
+    "weight": (lambda net, x: net.head(((h := net.layer(x).tanh()) - h.mean(0)) @ net.matrix),
+        lambda net: nn.init.normal_(net.head.weight)),
 }  # fmt: skip
 
 

@@ -30,9 +30,8 @@ LEAVES: dict[str, tuple[str, str]] = {
     "grouped convolution": layer("nn.Conv1d(4, 4, 3, padding=2, dilation=2, groups=2)", _CHANNELS),
     "circular convolution": layer("nn.Conv1d(4, 4, 3, padding=1, padding_mode='circular')", _CHANNELS),
     "convolution 2d": layer("nn.Conv2d(2, 2, 3, padding=1)", _IMAGE),
-    "convolution 3d": layer(
-        "nn.Conv3d(1, 1, 3, padding=1)", "self.{n}(h.unflatten(2, (2, 2)).unsqueeze(1)).squeeze(1).flatten(2)"
-    ),
+    "convolution 3d": layer("nn.Conv3d(1, 1, 3, padding=1)",
+        "self.{n}(h.unflatten(2, (2, 2)).unsqueeze(1)).squeeze(1).flatten(2)"),
     "transposed convolution": layer("nn.ConvTranspose1d(4, 4, 3, padding=1)", _CHANNELS),
     "layer norm": layer("nn.LayerNorm(4)"),
     "RMS norm": layer("nn.RMSNorm(4)"),
@@ -43,31 +42,22 @@ LEAVES: dict[str, tuple[str, str]] = {
     "positions": layer("nn.Embedding(9, 4)", "h + self.{n}(torch.arange(T))"),
     "bag": layer("nn.EmbeddingBag(5, 4)", "h + self.{n}((h * 3).round().long().abs().amax(2) % 5).unsqueeze(1)"),
     "attention": layer("nn.MultiheadAttention(4, 2, batch_first=True)", "self.{n}(h, h, h)[0]"),
-    "attention with a mask": layer(
-        "nn.MultiheadAttention(4, 2, batch_first=True)", "self.{n}(h, h, h, attn_mask=c['mask'], need_weights=False)[0]"
-    ),
-    "attention, batch second": layer(
-        "nn.MultiheadAttention(4, 2, bias=False, add_bias_kv=True)",
-        "self.{n}(h.transpose(0, 1), h.transpose(0, 1), h.transpose(0, 1))[0].transpose(0, 1)",
-    ),
+    "attention with a mask": layer("nn.MultiheadAttention(4, 2, batch_first=True)",
+        "self.{n}(h, h, h, attn_mask=c['mask'], need_weights=False)[0]"),
+    "attention, batch second": layer("nn.MultiheadAttention(4, 2, bias=False, add_bias_kv=True)",
+        "self.{n}(h.transpose(0, 1), h.transpose(0, 1), h.transpose(0, 1))[0].transpose(0, 1)"),
     "transformer layer": layer("nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)", "self.{n}(h)"),
     "LSTM": layer("nn.LSTM(4, 4, batch_first=True)", "self.{n}(h)[0]"),
     "GRU both ways": layer("nn.GRU(4, 2, bidirectional=True)", "self.{n}(h.transpose(0, 1))[0].transpose(0, 1)"),
     "GRU's last state": layer("nn.GRU(4, 4, batch_first=True)", "h + self.{n}(h)[1].transpose(0, 1)"),
     # Cells and layers unrolled over the sequence.
-    "GRU cell": (
-        "self.{n} = nn.GRUCell(4, 4)",
+    "GRU cell": ("self.{n} = nn.GRUCell(4, 4)",
         "s, o = h[:, 0] * 0, []\nfor t in range(T):\n    s = self.{n}(h[:, t], s)\n    o.append(s)\n"
-        "h = torch.stack(o, 1)",
-    ),
-    "LSTM cell": (
-        "self.{n} = nn.LSTMCell(4, 4)",
-        "s = None\nfor t in range(T):\n    s = self.{n}(h[:, t], s)\nh = h + s[0].unsqueeze(1)",
-    ),
-    "unrolled linear": (
-        "self.{n} = nn.Linear(4, 4)",
-        "s = h[:, 0]\nfor t in range(T):\n    s = torch.tanh(self.{n}(s) + h[:, t])\nh = h * s.unsqueeze(1)",
-    ),
+        "h = torch.stack(o, 1)"),
+    "LSTM cell": ("self.{n} = nn.LSTMCell(4, 4)",
+        "s = None\nfor t in range(T):\n    s = self.{n}(h[:, t], s)\nh = h + s[0].unsqueeze(1)"),
+    "unrolled linear": ("self.{n} = nn.Linear(4, 4)",
+        "s = h[:, 0]\nfor t in range(T):\n    s = torch.tanh(self.{n}(s) + h[:, t])\nh = h * s.unsqueeze(1)"),
     # Layers without rules, reparametrized layers, parameters without layers.
     "bilinear": layer("nn.Bilinear(4, 4, 4)", "self.{n}(h, h.flip(2))"),
     "weight norm": layer("nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))"),
@@ -80,48 +70,32 @@ LEAVES: dict[str, tuple[str, str]] = {
     "einsum": bare("2, 4, 2", "torch.einsum('btd,kdo->btko', h, self.{n}).flatten(2)"),
     "table by index": bare("9, 4", "h + self.{n}[:T]"),
     "standardized weight": bare("4, 4", "nn.functional.linear(h, (self.{n} - self.{n}.mean()) / self.{n}.std())"),
-    "pruned weight": (
-        "self.{n} = nn.Linear(4, 4)\nself.register_buffer('{n}m', torch.ones(4, 4).tril())",
-        "h = nn.functional.linear(h, self.{n}.weight * self.{n}m, self.{n}.bias)",
-    ),
+    "pruned weight": ("self.{n} = nn.Linear(4, 4)\nself.register_buffer('{n}m', torch.ones(4, 4).tril())",
+        "h = nn.functional.linear(h, self.{n}.weight * self.{n}m, self.{n}.bias)"),
     "functional use": layer("nn.Linear(4, 4)", "nn.functional.linear(h, self.{n}.weight)"),
     "used in two ways": layer("nn.Linear(4, 4)", "self.{n}(h) + nn.functional.linear(h, self.{n}.weight.t())"),
     "unused": ("self.{n} = nn.Linear(4, 4)", "pass"),
     "frozen": layer("nn.Linear(4, 4).requires_grad_(False)"),
-    "LoRA": (
-        "self.{n} = nn.Linear(4, 4).requires_grad_(False)\nself.{n}a = nn.Linear(4, 2, bias=False)\n"
-        "self.{n}b = nn.Parameter(torch.randn(4, 2))",
-        "h = self.{n}(h) + self.{n}a(h) @ self.{n}b.T",
-    ),
-    "list and dictionary": layer(
-        "nn.ModuleDict({{'a': nn.Linear(4, 4), 'b': nn.ModuleList([nn.Linear(4, 4)])}})",
-        "self.{n}['a'](h) if c['mode'] == 'a' else self.{n}['b'][0](h)",
-    ),
+    "LoRA": ("self.{n} = nn.Linear(4, 4).requires_grad_(False)\nself.{n}a = nn.Linear(4, 2, bias=False)\n"
+        "self.{n}b = nn.Parameter(torch.randn(4, 2))", "h = self.{n}(h) + self.{n}a(h) @ self.{n}b.T"),
+    "list and dictionary": layer("nn.ModuleDict({{'a': nn.Linear(4, 4), 'b': nn.ModuleList([nn.Linear(4, 4)])}})",
+        "self.{n}['a'](h) if c['mode'] == 'a' else self.{n}['b'][0](h)"),
     "parameter list": layer("nn.ParameterList([torch.randn(4), torch.randn(4)])", "h * self.{n}[c['depth'] % 2]"),
-    "parts called by hand": (
-        "self.{n} = nn.Sequential(nn.Linear(4, 4), nn.Tanh())",
-        "for part in self.{n}:\n    h = part(h)",
-    ),
-    "functional call": layer(
-        "nn.Linear(4, 4)", "torch.func.functional_call(self.{n}, dict(self.{n}.named_parameters()), (h,))"
-    ),
-    "layer with a hook on its input": (
-        "self.{n} = nn.Linear(4, 4)\nself.{n}.register_forward_pre_hook(lambda module, args: (2 * args[0],))",
-        "h = self.{n}(h)",
-    ),
-    "embedding scaled by frequency": layer(
-        "nn.Embedding(5, 4, scale_grad_by_freq=True)", "h + self.{n}((h * 3).round().long().abs().amax(2) % 5)"
-    ),
+    "parts called by hand": ("self.{n} = nn.Sequential(nn.Linear(4, 4), nn.Tanh())",
+        "for part in self.{n}:\n    h = part(h)"),
+    "functional call": layer("nn.Linear(4, 4)",
+        "torch.func.functional_call(self.{n}, dict(self.{n}.named_parameters()), (h,))"),
+    "layer with a hook on its input": ("self.{n} = nn.Linear(4, 4)\n"
+        "self.{n}.register_forward_pre_hook(lambda module, args: (2 * args[0],))",
+        "h = self.{n}(h)"),
+    "embedding scaled by frequency": layer("nn.Embedding(5, 4, scale_grad_by_freq=True)",
+        "h + self.{n}((h * 3).round().long().abs().amax(2) % 5)"),
     # Experts.
-    "experts by mask": (
-        "self.{n} = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])",
+    "experts by mask": ("self.{n} = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])",
         "o = torch.zeros_like(h)\nfor i, e in enumerate(self.{n}):\n    m = (h[..., 0] > 0) == bool(i)\n"
-        "    o[m] = e(h[m])\nh = o",
-    ),
-    "experts of samples": (
-        "self.{n} = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])",
-        "m = (h[:, :1, :1] > 0).to(h.dtype)\nh = m * self.{n}[0](h) + (1 - m) * self.{n}[1](h)",
-    ),
+        "    o[m] = e(h[m])\nh = o"),
+    "experts of samples": ("self.{n} = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])",
+        "m = (h[:, :1, :1] > 0).to(h.dtype)\nh = m * self.{n}[0](h) + (1 - m) * self.{n}[1](h)"),
     "experts by bmm": bare("3, 4, 4", "torch.bmm(h, self.{n}[(h[:, 0, 0] > 0).long()])"),
     "experts by einsum": bare("2, 4, 4", "torch.einsum('btd,edo,bte->bto', h, self.{n}, h[..., :2].softmax(-1))"),
     # Steps without parameters.
@@ -129,27 +103,21 @@ LEAVES: dict[str, tuple[str, str]] = {
     "ReLU in place": ("", "h = nn.functional.relu_(h * 1.0)"),
     "in place": ("", "h = h + 0\nh += 0.5\nh.mul_(0.9)"),
     "view written to": ("", "h = h.clone()\nh[:, :, :2] = torch.sigmoid(h[:, :, 2:])"),
-    "activation after a layer, in place": (
-        "self.{n} = nn.Linear(4, 4)\nself.{n}r = nn.ReLU(inplace=True)",
-        "h = self.{n}r(self.{n}(h))",
-    ),
+    "activation after a layer, in place": ("self.{n} = nn.Linear(4, 4)\nself.{n}r = nn.ReLU(inplace=True)",
+        "h = self.{n}r(self.{n}(h))"),
     "dropout": ("", "h = nn.functional.dropout(h, 0.5, self.training)"),
     "detached": ("", "h = h + torch.tanh(h).detach()"),
     "buffer": ("self.register_buffer('{n}', torch.rand(4))", "h = h * self.{n}"),
     "gradient scaled": ("", "h = h * 1.0\nif h.requires_grad:\n    h.register_hook(lambda g: 2 * g)"),
     "masked sequence": ("", "h = c['mask'].logical_not().to(h.dtype).softmax(-1) @ h"),
-    "buffer counted": (
-        "self.register_buffer('{n}', torch.zeros(()))",
-        "if self.training:\n    self.{n} += 1\nh = h * self.{n}.cos()",
-    ),
-    "buffer assigned": (
-        "self.register_buffer('{n}', torch.zeros(()))",
-        "self.{n} = self.{n} + 1\nh = h * self.{n}.cos()",
-    ),
+    "buffer counted": ("self.register_buffer('{n}', torch.zeros(()))",
+        "if self.training:\n    self.{n} += 1\nh = h * self.{n}.cos()"),
+    "buffer assigned": ("self.register_buffer('{n}', torch.zeros(()))",
+        "self.{n} = self.{n} + 1\nh = h * self.{n}.cos()"),
     "function of one's own": ("", "h = Scaled.apply(h)"),
     "attribute counted": ("self.{n} = 0", "self.{n} += 1\nh = h * (1 + self.{n} % 2)"),
     "samples mixed": ("", "h = h - 0.1 * h.mean(0, keepdim=True)"),
-}
+}  # fmt: skip
 
 #: Steps around a block of steps, whose call is ``{call}``.
 WRAPPERS: dict[str, tuple[str, str]] = {
@@ -180,7 +148,7 @@ WRAPPERS: dict[str, tuple[str, str]] = {
     "batch in halves": ("", "h = torch.cat([self.{b}(p, c) for p in h.split(max(1, (B + 1) // 2))])"),
     "hook": ("self.{b}.register_forward_hook(lambda module, args, output: output * 0.5)", "h = {call}"),
     "part of the layers twice": ("", "h = {call} + self.{b}(h * 0.5, c)"),
-}
+}  # fmt: skip
 
 #: What the first step makes of ``x``, by the kind of input.
 INPUTS: dict[str, tuple[str, str]] = {
@@ -188,7 +156,7 @@ INPUTS: dict[str, tuple[str, str]] = {
     "lifted features": ("self.lift = nn.Linear(4, 4)", "h = self.lift(x)"),
     "tokens": ("self.lift = nn.Embedding(7, 4)", "h = self.lift(x)"),
     "tokens of a padded table": ("self.lift = nn.Embedding(7, 4, padding_idx=0)", "h = self.lift(x)"),
-}
+}  # fmt: skip
 
 #: Logits z (B, 3) from h.
 HEADS: dict[str, tuple[str, str]] = {
@@ -197,14 +165,14 @@ HEADS: dict[str, tuple[str, str]] = {
     "largest": ("self.head = nn.Linear(4, 3)", "z = self.head(h.amax(1))"),
     "functional": ("self.head = nn.Parameter(torch.randn(3, 4))", "z = nn.functional.linear(h, self.head).sum(1)"),
     "none": ("", "z = h.mean(1)[:, :3]"),
-}
+}  # fmt: skip
 
 #: What the model returns.
 OUTPUTS: dict[str, str] = {
     "logits": "return z",
     "dictionary": "return {'logits': z, 'hidden': h}",
     "tuple": "return z, [h, {'twice': 2 * z}]",
-}
+}  # fmt: skip
 
 #: What ``__init__`` does at its end with two linear layers ``{a}`` and ``{b}`` of the tree.
 TIES: dict[str, str] = {
@@ -212,7 +180,7 @@ TIES: dict[str, str] = {
     "bias shared": "{a}.bias = {b}.bias",
     "weight frozen": "{a}.weight.requires_grad_(False)",
     "weight in a list": "self.held = [{a}.weight]",
-}
+}  # fmt: skip
 
 #: What happens between calls, on the session of `fuzz.session`.
 ACTIONS: dict[str, str] = {

@@ -42,88 +42,54 @@ EVALUATION = "session.model.eval()"
 #: What was found, shrunk, and what each call gives now.
 FOUND: dict[str, tuple[Program, list[str]]] = {
     "rows in reverse": found(around("reversed batch", "linear"), right("record", B=2)),
-    "rows in reverse, behind a norm of one number, one of whose gradients is rounding": found(
-        around("reversed batch", "group norm"), right("record", B=2, big=True)
-    ),
+    "rows in reverse, behind a norm of one number, one of whose gradients is rounding": found(around("reversed batch",
+        "group norm"), right("record", B=2, big=True)),
     "rows sorted": found(around("sorted batch", "attention with a mask"), right("features", B=4, T=4)),
     "twice the rows": found(around("batch doubled", "LSTM"), right("record")),
     "every row twice": found(around("batch repeated", "attention"), right("features")),
-    "the batch where another dimension should be": found(
-        around("batch second", "GRU's last state"), right("clip"), refused("clip", B=3)
-    ),
+    "the batch where another dimension should be": found(around("batch second", "GRU's last state"), right("clip"),
+        refused("clip", B=3)),
     "folded, at two lengths": found(around("folded", "layer norm"), right("record"), right("record", B=2, T=2)),
     "positions of a folded batch": found(around("folded", "positions"), right("features")),
-    "samples that interact, alone first": found(
-        Step("samples mixed"), right("clip"), refused("clip", B=2), input="tokens"
-    ),
-    "an attribute that forward writes": found(
-        Step("attribute counted"), Step("linear"), right("record"), right("record")
-    ),
+    "samples that interact, alone first": found(Step("samples mixed"), right("clip"), refused("clip", B=2),
+        input="tokens"),
+    "an attribute that forward writes": found(Step("attribute counted"), Step("linear"), right("record"),
+        right("record")),
     "tokens gathered by expert": found(Step("experts by mask"), right("features", B=2), right("clip", B=2, T=3)),
     "a mask as long as the batch": found(Step("attention with a mask"), right("features", B=4, T=4, mask=True)),
     "an output without gradients": found(right("record"), right("clip"), head="functional", output="tuple"),
     "positions of one, beside a bare weight": found(Step("standardized weight"), Step("positions"), right("features")),
     "several gradients through a checkpoint": found(around("checkpoint", "attention"), right("record", batched=True)),
-    "several gradients through a function of one's own": found(
-        Step("function of one's own"), around("batch doubled", "PReLU"), right("record", batched=True)
-    ),
-    "a branch on the size of the batch": found(
-        around("branch on batch size", "linear"), refused("features", B=4), right("record", B=3)
-    ),
-    "a branch that the last sample opens": found(
-        around("branch on input", "spectral norm"), refused("features", B=4, big=True)
-    ),
-    "rows in reverse, of which some have no gradient": found(
-        around("reversed batch", "experts of samples"), right("record", B=2), right("features", B=2)
-    ),
-    "indices counted over the batch": found(
-        Step("embedding scaled by frequency"), refused("features"), refused("record", B=4)
-    ),
-    "a checkpoint around a table by index": found(
-        around("checkpoint", "table by index"), right("features"), right("features", B=3, T=2)
-    ),
-    "a mask of one row, on a second path": found(
-        around("branch on mode", "attention with a mask"),
-        Step("linear"),
-        right("record", mask=True),
-        EVALUATION,
-        right("record", mask=True),
-    ),
-    "a norm of the first sample in a sorted batch, which changes nothing": found(
-        Step("convolution 3d"),
-        Step("RMS norm"),
-        Step("sorted batch", (around("first sample", "RMS norm"),)),
-        right("record"),
-        right("features", B=4),
-        head="none",
-        seed=6245,
-    ),
-    "a layer called for each half of the batch": found(
-        around("batch in halves", "linear"), right("record", B=5, T=2), right("features", B=4)
-    ),
-    "a layer called for each sample": found(
-        around("sample by sample", "bilinear"),
-        right("record", B=3, T=2),
-        right("clip", B=2),
-        right("record"),
-        right("features", T=2),
-    ),
-    "a branch that changes a sample's numbers by 5e-6 alone": found(
-        around("branch on input", "batch norm"), around("twice", "linear"), right("record", B=2, big=True)
-    ),
-    "a branch of a sample alone that counts in a buffer": found(
-        Step("block", (around("branch on data", "buffer counted"),)),
-        refused("clip", B=2),
-        head="functional",
-        seed=9401,
-    ),
-    "attention in evaluation mode, computed again without gradients": found(
-        around("batch repeated", "scale", "attention"), EVALUATION, right("clip")
-    ),
-    "a gate of another sample": found(
-        around("batch second", "functional use", "experts of samples"), refused("record", B=3)
-    ),
-}
+    "several gradients through a function of one's own": found(Step("function of one's own"), around("batch doubled",
+        "PReLU"), right("record", batched=True)),
+    "a branch on the size of the batch": found(around("branch on batch size", "linear"), refused("features", B=4),
+        right("record", B=3)),
+    "a branch that the last sample opens": found(around("branch on input", "spectral norm"), refused("features", B=4,
+        big=True)),
+    "rows in reverse, of which some have no gradient": found(around("reversed batch", "experts of samples"),
+        right("record", B=2), right("features", B=2)),
+    "indices counted over the batch": found(Step("embedding scaled by frequency"), refused("features"),
+        refused("record", B=4)),
+    "a checkpoint around a table by index": found(around("checkpoint", "table by index"), right("features"),
+        right("features", B=3, T=2)),
+    "a mask of one row, on a second path": found(around("branch on mode", "attention with a mask"), Step("linear"),
+        right("record", mask=True), EVALUATION, right("record", mask=True)),
+    "a norm of the first sample in a sorted batch, which changes nothing": found(Step("convolution 3d"),
+        Step("RMS norm"), Step("sorted batch", (around("first sample", "RMS norm"),)), right("record"),
+        right("features", B=4), head="none", seed=6245),
+    "a layer called for each half of the batch": found(around("batch in halves", "linear"), right("record", B=5, T=2),
+        right("features", B=4)),
+    "a layer called for each sample": found(around("sample by sample", "bilinear"), right("record", B=3, T=2),
+        right("clip", B=2), right("record"), right("features", T=2)),
+    "a branch that changes a sample's numbers by 5e-6 alone": found(around("branch on input", "batch norm"),
+        around("twice", "linear"), right("record", B=2, big=True)),
+    "a branch of a sample alone that counts in a buffer": found(Step("block", (around("branch on data",
+        "buffer counted"),)), refused("clip", B=2), head="functional", seed=9401),
+    "attention in evaluation mode, computed again without gradients": found(around("batch repeated", "scale",
+        "attention"), EVALUATION, right("clip")),
+    "a gate of another sample": found(around("batch second", "functional use", "experts of samples"), refused("record",
+        B=3)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FOUND)

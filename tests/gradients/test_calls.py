@@ -36,45 +36,8 @@ def test_targets_of_a_call(model: nn.Sequential, chunk_size: int | None, target:
     extractor = fastgrad.GradientFeatures(model, loss="cross_entropy", chunk_size=chunk_size)
     truth = true_norms(model, (X,), lambda i, z: losses.delta(z, target[i : i + 1], loss="cross_entropy"))
     torch.testing.assert_close(extractor(X, target=target)[1], truth)
-
-
-@pytest.mark.parametrize("index", [1, torch.tensor(1)])
-def test_a_function_may_give_one_index_for_all(model: nn.Sequential, index: int | Tensor) -> None:
-    (_, expected), (_, found) = (fastgrad.GradientFeatures(model, target=t)(X) for t in (index, lambda _: index))
-    assert torch.equal(found, expected)
-
-
-@pytest.mark.parametrize(
-    ("target", "error", "message"),
-    [
-        (Y[:3], ValueError, r"target must have shape \(6,\) or \(6, N\).*it was \(3,\)"),
-        (torch.zeros(6), ValueError, r"shape \(6,\) or \(6, N\).*it was \(6,\) of torch.float32"),
-        (Y + 1, ValueError, "target must hold class indices from 0 to 1; it held 2"),
-        (Y - 1, ValueError, "target must hold class indices from 0 to 1; it held -1"),
-        (Y.bool(), TypeError, "target must hold class indices"),
-        ([0] * 6, TypeError, "target must be a torch.Tensor"),
-    ],
-)
-def test_targets_that_are_refused(model: nn.Sequential, target: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        fastgrad.GradientFeatures(model)(X, target=target)
-
-
-@pytest.mark.parametrize(
-    ("target", "error", "message"),
-    [
-        (True, TypeError, "target must be a name, an index"),
-        (7, ValueError, "target must hold class indices from 0 to 1; it held 7"),
-        (lambda _: "zeros", ValueError, "target must be one of"),
-        (lambda z: z[:2].sum(1), ValueError, r"target must have shape \(6, 2\).*it was \(2,\)"),
-        (Y, ValueError, r"target must be one for all samples.*extractor\(x, target=y\)"),
-    ],
-)
-def test_targets_for_all_samples_that_are_refused(
-    model: nn.Sequential, target: Any, error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        fastgrad.GradientFeatures(model, target=target)(X)
+    one, *same = (fastgrad.GradientFeatures(model, target=t)(X)[1] for t in (1, lambda _: 1, lambda _: torch.tensor(1)))
+    assert all(torch.equal(one, other) for other in same)
 
 
 def masked(net: Any, x: Tensor, mask: Tensor) -> Tensor:
@@ -108,12 +71,12 @@ def test_memory_of_a_long_recording_is_flat(model: nn.Sequential) -> None:
 
 
 def test_towers_of_two_batch_sizes(model: nn.Sequential) -> None:
-    unused = nn.ModuleDict({"a": model, "b": nn.Linear(3, 2).double(), "c": nn.Linear(2, 2).double()})
-    with fastgrad.record(unused):
-        loss = unused["a"](X).sum() + unused["b"](X[:2]).sum()
-        a, b = fastgrad.grad_sqnorm(loss, [model[0].bias, unused["b"].bias], retain_graph=True)
+    towers = nn.ModuleDict({"a": model, "b": nn.Linear(3, 2).double(), "c": nn.Linear(2, 2).double()})
+    with fastgrad.record(towers):
+        loss = towers["a"](X).sum() + towers["b"](X[:2]).sum()
+        a, b = fastgrad.grad_sqnorm(loss, [model[0].bias, towers["b"].bias], retain_graph=True)
         with pytest.raises(ValueError, match=r"batches of 2 and 6 samples; 'c.bias' takes part in none"):
-            fastgrad.grad_sqnorm(loss, [unused["c"].bias])
+            fastgrad.grad_sqnorm(loss, [towers["c"].bias])
     assert (a.shape, b.shape) == ((6,), (2,))
 
 
@@ -147,68 +110,38 @@ def test_copies_and_pickles(model: nn.Sequential, copied: Callable[[Any], Any]) 
                 torch.testing.assert_close(other.backward(loss), joined)
 
 
-class Scaled(nn.Module):
-    """Changes what it is given, and what it gives, around its ``forward``; ``square`` uses a parameter directly."""
-
-    def __init__(self, *, square: bool) -> None:
-        super().__init__()
-        self.layer = nn.Linear(3, 2)
-        self.weight = nn.Parameter(torch.eye(2)) if square else None
+class Scaled(nn.Sequential):
+    """Changes what it is given, and what it gives, around its ``forward``."""
 
     def __call__(self, x: Tensor) -> Any:
         return super().__call__(1.5 * x) * 2
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.layer(x).tanh()
-        return h if self.weight is None else h @ self.weight
 
-
-@pytest.mark.parametrize("square", [False, True])
-def test_what_a_class_does_around_its_forward_is_done_once(square: bool) -> None:
-    torch.manual_seed(0)
-    model = Scaled(square=square).double()
-    truth = true_norms(model, (X,), lambda i, z: 2 * z)
-    found, output = norms_and_output(model)
-    torch.testing.assert_close(output, model(X))
-    torch.testing.assert_close(found, truth)
+#: What is done to all modules: how it is registered, and what it does.
+GLOBAL: dict[str, tuple[Any, Any]] = {
+    "none": (lambda hook: module.register_module_forward_hook(hook), lambda *_: None),
+    "output": (module.register_module_forward_hook, lambda _, __, output: 1.5 * output),
+    "input": (module.register_module_forward_pre_hook, lambda _, args: (1.5 * args[0],)),
+    "gradient": (module.register_module_full_backward_pre_hook, lambda _, grads: tuple(2 * g for g in grads)),
+}
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook")
-@pytest.mark.parametrize(
-    ("register", "hook"),
-    [
-        (module.register_module_forward_hook, lambda _, __, output: 1.5 * output),
-        (module.register_module_forward_pre_hook, lambda _, args: (1.5 * args[0],)),
-        (module.register_module_full_backward_pre_hook, lambda _, grads: tuple(2 * g for g in grads)),
-    ],
-)
-def test_hooks_of_all_modules_run_once(model: nn.Sequential, register: Any, hook: Any) -> None:
+@pytest.mark.parametrize("kind", GLOBAL)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_what_is_done_around_a_forward_is_done_once(model: nn.Sequential, kind: str, *, scaled: bool) -> None:
+    register, hook = GLOBAL[kind]
+    model = Scaled(*model) if scaled else model
     handle = register(hook)
     try:
         truth = true_norms(model, (X,), lambda i, z: 2 * z)
-        found, output = norms_and_output(model)
+        with fastgrad.record(model):
+            output = model(X)
+            found = fastgrad.grad_sqnorm(output.square().sum(), list(model.parameters()))
         torch.testing.assert_close(output, model(X))
     finally:
         handle.remove()
-    torch.testing.assert_close(found, truth)
-
-
-def norms_and_output(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Norms ``(B, P)`` of a sum of squares in ``record``, and what the model returned there."""
-    with fastgrad.record(model):
-        output = model(X)
-        sqnorms = fastgrad.grad_sqnorm(output.square().sum(), list(model.parameters()))
-    return torch.stack(sqnorms, 1), output
-
-
-def test_what_a_hook_kept_of_the_ordinary_call(model: nn.Sequential) -> None:
-    """A first call runs the model as usual first; a list of the user's holds what that gave as well."""
-    kept: list[Tensor] = []
-    model[0].register_forward_hook(lambda _, __, output: kept.append(output))
-    with fastgrad.record(model):
-        output = model(X)
-        with pytest.raises(ValueError, match="outputs must"):
-            fastgrad.grad_sqnorm(kept[0].square().sum() + output.sum(), list(model.parameters()))
+    torch.testing.assert_close(torch.stack(found, 1), truth)
 
 
 def test_a_loss_may_be_computed_in_another_thread(model: nn.Sequential) -> None:

@@ -72,16 +72,6 @@ def test_top_class_is_found_wherever_it_is(N: int) -> None:
     assert ((got - exact).abs() / exact).max() <= 1e-5
 
 
-def test_strides_do_not_matter() -> None:
-    h, z = torch.randn(7, 4).t(), torch.randn(4, 22)[:, ::2]
-    expected = fastgrad.contrast_sqnorm(h.contiguous(), z.contiguous())
-    # Another layout sums in another order.
-    torch.testing.assert_close(fastgrad.contrast_sqnorm(h, z), expected, rtol=16 * EPS, atol=0)
-    before = z.clone()
-    fastgrad.contrast_sqnorm(h, z)
-    assert torch.equal(z, before)
-
-
 def test_statistics_equal_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(last_layer, "_CHUNK", 25)
     for loss in LOSSES:
@@ -106,6 +96,10 @@ def test_rows(loss: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
         full.square().sum((-1, -2)), fastgrad.contrast_sqnorm(h, z, loss=loss, bias=False), rtol=1e-9, atol=1e-12
     )
     diagonal = fastgrad.contrast_rows(h, z, loss=loss)
+    if loss in ("bce", "mse"):  # whose rows are those of the gradient for ones
+        w = weight.clone().requires_grad_()
+        value = oracles.loss_value(linear(h[0, :1], w, b), torch.ones(1, 11).double(), loss).sum()
+        torch.testing.assert_close(diagonal[0, 0], torch.autograd.grad(value, w)[0])
     torch.testing.assert_close(diagonal, full.diagonal(dim1=-3, dim2=-2).transpose(-1, -2))
     V, c = torch.randn(5, 77, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
     for offset in (c, None):
@@ -135,25 +129,6 @@ def test_a_layer_over_rows_a_unit_at_a_time(dtype: torch.dtype, monkeypatch: pyt
             torch.testing.assert_close(found.double(), value, rtol=0, atol=unit * float(value.abs().max()))
 
 
-@pytest.mark.parametrize("loss", ["bce", "mse"])
-def test_rows_are_those_of_the_all_ones_gradient(loss: str) -> None:
-    h, weight, b = head(1, dtype=torch.float64)
-    w = weight.clone().requires_grad_()
-    z = linear(h, w, b)
-    (gradient,) = torch.autograd.grad(oracles.loss_value(z, torch.ones_like(z), loss).sum(), w)
-    torch.testing.assert_close(fastgrad.contrast_rows(h, z.detach(), loss=loss)[0], gradient)
-
-
-def test_one_bad_row_stays_one_bad_row() -> None:
-    h, z = torch.randn(4, 3), torch.randn(4, 300)
-    clean = fastgrad.contrast_sqnorm(h, z)
-    z[1, 5], h[2, 0] = float("nan"), float("inf")
-    got = fastgrad.contrast_sqnorm(h, z)
-    assert torch.equal(got[[0, 3]], clean[[0, 3]])
-    assert not got[1].isfinite().any()
-    assert not got[2].isfinite().any()
-
-
 def test_rows_alone_in_a_batch_and_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     h, z = torch.randn(6, 3), torch.randn(6, 2000)
     z[0] = 0
@@ -170,6 +145,22 @@ def test_rows_alone_in_a_batch_and_in_pieces(monkeypatch: pytest.MonkeyPatch) ->
         wanted = exact if norms.shape == z.shape else exact.gather(-1, z.argmax(-1, keepdim=True))
         # A square of a number below 1e-38 is lost.
         torch.testing.assert_close(norms.double(), wanted, rtol=32 * EPS, atol=1e-37)
+
+
+def test_bad_rows_strides_and_labels() -> None:
+    """A row that is not finite stays alone; strides and integer dtypes of labels do not matter."""
+    h, z = torch.randn(3, 4).t(), torch.randn(4, 600)[:, ::2]
+    before, clean = z.clone(), fastgrad.contrast_sqnorm(h, z)
+    # Another layout sums in another order.
+    torch.testing.assert_close(fastgrad.contrast_sqnorm(h.contiguous(), z.contiguous()), clean, rtol=16 * EPS, atol=0)
+    for dtype in (torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.uint64):
+        found = fastgrad.target_sqnorm(h, z, torch.arange(4).to(dtype))
+        torch.testing.assert_close(found, clean[:, :4].diagonal())
+    assert torch.equal(z, before)
+    z[1, 5], h[2, 0] = float("nan"), float("inf")
+    got = fastgrad.contrast_sqnorm(h, z)
+    assert torch.equal(got[[0, 3]], clean[[0, 3]])
+    assert not got[[1, 2]].isfinite().any()
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -198,34 +189,23 @@ def _everything(h: torch.Tensor, weight: torch.Tensor, b: torch.Tensor, V: torch
     )
 
 
-def test_autocast_reduces_no_precision() -> None:
-    h, z, weight, units = torch.randn(6, 3), torch.randn(6, 5), torch.randn(5, 3), torch.randn(2, 15)
+def test_autocast_reduces_no_precision_and_casts_mixed_dtypes_as_linear_does() -> None:
+    h, z, weight, b, units = (torch.randn(*shape) for shape in ((6, 3), (6, 5), (5, 3), (5,), (2, 15)))
 
-    def everything() -> tuple[torch.Tensor, ...]:
-        return (
-            *fastgrad.linear_contrast_sqnorm(h, weight),
-            *fastgrad.linear_contrast_stats(h, weight),
-            fastgrad.contrast_rows_linear(h, z, units),
-        )
+    def everything(h: torch.Tensor, b: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        rows = fastgrad.contrast_rows_linear(h, z.to(h.dtype), units)
+        return *fastgrad.linear_contrast_sqnorm(h, weight, b), *fastgrad.linear_contrast_stats(h, weight, b), rows
 
-    expected = everything()
+    expected = everything(h, None)
     with torch.autocast("cpu", torch.bfloat16):
-        found = everything()
-    torch.testing.assert_close(found, expected)
-
-
-def test_mixed_dtypes_under_autocast_are_cast_as_by_linear() -> None:
-    h, weight, b = torch.randn(6, 3).bfloat16(), torch.randn(5, 3), torch.randn(5)
-    for other in (b, None):
-        with torch.autocast("cpu", torch.bfloat16):
-            z, norms = fastgrad.linear_contrast_sqnorm(h, weight, other)
-            stats = fastgrad.linear_contrast_stats(h, weight, other)
-            assert torch.equal(z, linear(h, weight, other))
-        assert z.dtype == torch.bfloat16
-        assert torch.equal(norms, fastgrad.contrast_sqnorm(h, z, bias=other is not None))
-        torch.testing.assert_close(stats.max, norms.amax(-1))
+        torch.testing.assert_close(everything(h, None), expected)
+        for other in (b, None):
+            logits, norms, _, largest, *_ = everything(h.bfloat16(), other)
+            assert torch.equal(logits, linear(h.bfloat16(), weight, other))
+            assert torch.equal(norms, fastgrad.contrast_sqnorm(h.bfloat16(), logits, bias=other is not None))
+            torch.testing.assert_close(largest, norms.amax(-1))
     with pytest.raises(TypeError, match=r"weight.*bfloat16.*float32"):
-        fastgrad.linear_contrast_sqnorm(h, weight, b)
+        fastgrad.linear_contrast_sqnorm(h.bfloat16(), weight, b)
 
 
 def test_labels_of_samples_under_vmap() -> None:
@@ -258,15 +238,12 @@ def test_compiles_without_graph_breaks_at_dynamic_batch() -> None:
         # 77 products of V with h and p - y, whose length is below the root of 2, are added up in another order.
         budget = 77 * EPS * 2**0.5 * h.norm(dim=1, keepdim=True) * V.norm(dim=1)
         assert ((units - wanted).abs() <= budget).all()
-
-
-def test_training_penalty_compiles() -> None:
-    h, weight, b = (t.requires_grad_() for t in head(4))
-    penalty = lambda: fastgrad.linear_contrast_sqnorm(h, weight, b, log=True)[1].mean()  # noqa: E731
-    expected = torch.autograd.grad(penalty(), (h, weight, b))
-    got = torch.autograd.grad(torch.compile(penalty, fullgraph=True, backend="aot_eager")(), (h, weight, b))
-    for a, e in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-6)
+    # Also of a penalty in training.
+    leaves = [t.requires_grad_() for t in (torch.randn(4, 7), weight, b)]
+    penalty = lambda: fastgrad.linear_contrast_sqnorm(*leaves, log=True)[1].mean()  # noqa: E731
+    expected = torch.autograd.grad(penalty(), leaves)
+    found = torch.autograd.grad(torch.compile(penalty, fullgraph=True, backend="aot_eager")(), leaves)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 H, Z, W = torch.randn(4, 7), torch.randn(4, 11), torch.randn(11, 7)
@@ -312,12 +289,6 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
 def test_bad_input_is_named(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.uint64])
-def test_labels_of_any_integer_dtype(dtype: torch.dtype) -> None:
-    labels = torch.arange(4).to(dtype)
-    torch.testing.assert_close(fastgrad.target_sqnorm(H, Z, labels), fastgrad.contrast_sqnorm(H, Z).diagonal())
 
 
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

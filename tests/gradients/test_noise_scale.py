@@ -9,18 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import fastgrad
-
-
-def every_sample(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Gradients ``(n, P)`` in float64."""
-    rows = []
-    for i in range(len(x)):
-        loss = F.cross_entropy(model(x[i : i + 1]), y[i : i + 1])
-        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
-    return torch.stack(rows)
 
 
 def test_the_estimates_average_to_the_definition_over_all_batches() -> None:
@@ -38,7 +29,8 @@ def test_the_estimates_average_to_the_definition_over_all_batches() -> None:
                 sqnorms = fastgrad.grad_sqnorm(loss, parameters, retain_graph=True)
                 gradients = torch.autograd.grad(loss, parameters)
             noise.update(torch.stack(sqnorms).sum(0), sum(g.square().sum() for g in gradients))
-    rows = every_sample(model, x, y)
+    losses = (F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]) for i in range(6))
+    rows = torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]) for loss in losses])
     mean = rows.mean(0)
     trace = (rows - mean).square().sum(1).mean()
     # Sums of a hundred terms in float64.
@@ -64,21 +56,6 @@ def test_moving_averages_forget() -> None:
     assert noise.scale == pytest.approx(trace / gradient, rel=1e-12)
 
 
-def test_no_estimate_and_no_gradient() -> None:
-    noise = fastgrad.NoiseScale()
-    assert math.isnan(noise.scale)
-    noise.update(torch.ones(2), 0.0)
-    assert noise.scale == math.inf
-
-
-def test_samples_that_are_alike_have_no_negative_noise() -> None:
-    noise = fastgrad.NoiseScale()
-    noise.update(torch.ones(4), 16 * (1 + 1e-6))
-    assert noise.trace == 0
-    assert noise.scale == 0
-    assert noise.gradient_sqnorm == pytest.approx(1)
-
-
 @pytest.mark.parametrize(
     ("given", "kind", "message"),
     [
@@ -100,11 +77,15 @@ def test_what_is_refused(given: Any, kind: type[Exception], message: str) -> Non
         fastgrad.NoiseScale().update(*given)
 
 
-def test_decay_may_be_a_number_of_numpy() -> None:
+def test_limits() -> None:
     fastgrad.NoiseScale(np.float32(0.5))
-
-
-def test_decay_that_is_refused() -> None:
+    noise, same = fastgrad.NoiseScale(), fastgrad.NoiseScale()
+    assert math.isnan(noise.scale)
+    noise.update(torch.ones(2), 0.0)
+    assert noise.scale == math.inf
+    same.update(torch.ones(4), 16 * (1 + 1e-6))  # samples that are alike
+    assert (same.trace, same.scale) == (0, 0)
+    assert same.gradient_sqnorm == pytest.approx(1)
     with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\); it was 1"):
         fastgrad.NoiseScale(1)
     with pytest.raises(TypeError, match="decay must be a number; it was 'all'"):

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from small_nets import Net
 from torch import nn
 
 from fastgrad import GradientFeatures, checks, clip_gradients, grad_sqnorm, record
 from fastgrad.layers import register_rule
 
-NET, X = nn.Linear(3, 4), torch.rand(5, 3)
+NET, X, Y = nn.Linear(3, 4), torch.rand(5, 3), torch.tensor([0, 3, 1, 0, 1])
 COMPILED = nn.Linear(3, 4)
 COMPILED.compile(backend="eager")
 TWO, BATCH_NORM = nn.Sequential(nn.Linear(3, 3), NET), nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
@@ -35,6 +36,21 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "contrasts": (lambda: GradientFeatures(NET, signals=[("bce", "contrast")]), ValueError, "target must be one of"),
     "a target more": (lambda: GradientFeatures(NET, signals=[("bce", "ones")])(X, target=torch.zeros(5)), ValueError,
                       "target of a call must be left out where signals"),
+    **{f"targets {name}": (lambda y=y: GradientFeatures(NET)(X, target=y), error, message)
+       for name, y, error, message in (
+        ("of some", Y[:3], ValueError, r"target must have shape \(5,\) or \(5, N\).*it was \(3,\)"),
+        ("of floats", torch.zeros(5), ValueError, r"shape \(5,\) or \(5, N\).*it was \(5,\) of torch.float32"),
+        ("too large", Y + 1, ValueError, "target must hold class indices from 0 to 3; it held 4"),
+        ("negative", Y - 1, ValueError, "target must hold class indices from 0 to 3; it held -1"),
+        ("of bools", Y.bool(), TypeError, "target must hold class indices"),
+        ("in a list", [0] * 5, TypeError, "target must be a torch.Tensor"))},
+    **{f"target {name}": (lambda y=y: GradientFeatures(NET, target=y)(X), error, message)
+       for name, y, error, message in (
+        ("bool", True, TypeError, "target must be a name, an index"),
+        ("too large", 7, ValueError, "target must hold class indices from 0 to 3; it held 7"),
+        ("name by function", lambda _: "zeros", ValueError, "target must be one of"),
+        ("by function", lambda z: z[:2].sum(1), ValueError, r"target must have shape \(5, 4\).*it was \(2,\)"),
+        ("of a batch", Y, ValueError, r"target must be one for all samples.*extractor\(x, target=y\)"))},
     "layers": (lambda: GradientFeatures(NET, layers=3), TypeError, "layers must be a sequence, .* it was 3"),
     "a layer": (lambda: GradientFeatures(NET, layers=[3]), ValueError, "layers must name .* nothing is 3"),
     "no layers": (lambda: GradientFeatures(NET, layers=[]), ValueError, "layers must name parameters; it had none"),
@@ -85,5 +101,21 @@ def test_a_batch_norm_that_lost_its_statistics() -> None:
     extractor = GradientFeatures(model)
     extractor(torch.rand(5, 2))
     model[1].running_mean = model[1].running_var = None
-    with pytest.raises(ValueError, match="model must run on each sample alone"):
+    with pytest.raises(ValueError, match="batch norm '1' keeps no running statistics"):
         extractor(torch.rand(5, 2))
+
+
+def test_a_batch_norm_that_is_set_to_training_later() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
+    with record(model):
+        model.train()
+        with pytest.raises(ValueError, match="its batch norm '1' is in training mode"):
+            model(torch.rand(5, 2))
+
+
+def test_a_list_of_one_tensor_for_each_sample() -> None:
+    """Their rows are no samples, though the mean over them is one of what each row gives."""
+    model = Net(lambda net, xs: torch.stack([net.head(x).mean(0) for x in xs]), head=nn.Linear(3, 4))
+    for count in (1, 2):
+        with record(model), pytest.raises(ValueError, match="inputs must be tensors with a row for each sample"):
+            model([torch.rand(5, 3) for _ in range(count)])

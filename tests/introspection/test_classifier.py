@@ -200,17 +200,6 @@ def test_other_shapes_than_in_fit_are_refused():
         fitted.predict({"features": FEATURES[:, :3], "logits": LOGITS})
 
 
-def test_a_network_answers_from_what_it_was_fitted_on():
-    generator = torch.Generator().manual_seed(0)
-    h, z = (torch.randn(200, width, generator=generator, dtype=torch.float64) for width in (6, 3))
-    R, labels = {"features": h.numpy(), "logits": z.numpy()}, z.argmax(1).numpy()
-    alone = IntrospectiveClassifier(hidden=(8,), max_epochs=2).fit(R["features"], labels)
-    rows = IntrospectiveClassifier(hidden=(8,), max_epochs=2).fit(R, labels)
-    for classifier, given in ((alone, R["features"]), (rows, R)):
-        answer = classifier.to_module().answer(h, z).softmax(-1)
-        np.testing.assert_allclose(answer, classifier.predict_proba(given), rtol=1e-10)
-
-
 def test_samples_of_one_source_decide_together_when_to_stop():
     """Copies of held-out samples among those trained on would call every epoch a gain."""
     rng = np.random.default_rng(0)

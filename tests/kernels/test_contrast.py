@@ -31,7 +31,7 @@ def by_margins(n: int, seed: int, margins: tuple[float, ...] = (0, 0.01, 1, 5, 1
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_accuracy_at_margins_0_to_40(loss: str, log: bool, path: str, device: torch.device) -> None:
+def test_margins(loss: str, log: bool, path: str, device: torch.device) -> None:
     # The interpreter takes its time for every program, and these two paths have one or more per row.
     margins = (0.0, 0.01, 1.0, 5.0, 10.0, 20.0, 30.0, 40.0) if path == "rows" else (0.01, 40.0)
     logits = by_margins(37, 1, margins)
@@ -42,7 +42,7 @@ def test_accuracy_at_margins_0_to_40(loss: str, log: bool, path: str, device: to
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_logarithm_far_beyond_underflow(loss: str, device: torch.device) -> None:
+def test_logarithm_beyond_underflow(loss: str, device: torch.device) -> None:
     logits = by_margins(9, seed=3, margins=(60, 200))
     features = torch.ones(2, 4)
     out = contrast_sqnorm(features.to(device), logits.to(device), loss, True, True, False)
@@ -91,7 +91,7 @@ def test_ties_and_masked_classes(loss: str, path: str, log: bool, device: torch.
 
 @pytest.mark.parametrize(("path", "log"), [("rows", False), ("rows", True), ("split", False)])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_nan_and_infinity_stay_in_their_row(loss: str, log: bool, path: str, device: torch.device) -> None:
+def test_nan_and_infinity(loss: str, log: bool, path: str, device: torch.device) -> None:
     logits = torch.randn(6, 37, generator=torch.Generator().manual_seed(8))
     features = torch.ones(6, 3)
     logits[0, 5] = math.nan
@@ -152,9 +152,7 @@ def test_a_vocabulary_of_262144(splits: int, device: torch.device) -> None:
 
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize(("loss", "margin"), [("cross_entropy", 49.0), ("brier", 27.0)])
-def test_powers_of_probabilities_leave_the_range_where_their_product_does_not(
-    loss: str, margin: float, eager: bool, device: torch.device
-) -> None:
+def test_powers_that_underflow(loss: str, margin: float, eager: bool, device: torch.device) -> None:
     logits = torch.zeros(1, 512)
     logits[0, 7] = margin
     features = torch.zeros(1, 3)

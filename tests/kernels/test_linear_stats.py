@@ -107,7 +107,7 @@ def test_nan_stays_in_its_row(device: torch.device) -> None:
     assert stats[[i for i in range(18) if i not in (4, 17)]].isfinite().all()
 
 
-def test_half_precision_matches_the_written_matrix(device: torch.device) -> None:
+def test_half_precision(device: torch.device) -> None:
     dtype = torch.float16  # the interpreter truncates where bfloat16 is rounded
     x, w, b = (t.to(device) for t in head(18, 40, 16, seed=9, dtype=dtype))
     for loss in ("bce", "cross_entropy"):
@@ -123,7 +123,7 @@ def test_half_precision_matches_the_written_matrix(device: torch.device) -> None
         torch.testing.assert_close(got, expected, rtol=2 * PROMISE, atol=0)
 
 
-def test_the_matrix_is_never_allocated(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+def test_no_matrix_is_allocated(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     sizes: list[int] = []
     plain = devices.empty
 

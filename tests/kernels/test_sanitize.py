@@ -91,7 +91,7 @@ def test_a_fault_is_found(fault: str, message: str) -> None:
         checks.check_memory(sums(fault))
 
 
-def test_an_order_that_changes_the_result_is_found() -> None:
+def test_an_order_that_changes_the_result() -> None:
     """What a launcher leaves on the host may depend on the order even where no two programs share memory."""
     order: list[int] = []
 
@@ -114,7 +114,7 @@ def rows_kernel(x_ptr, stride, WIDE: tl.constexpr):
     tl.store(x_ptr + row * stride, 0.0)
 
 
-def test_an_offset_of_32_bits_is_found() -> None:
+def test_an_offset_of_32_bits() -> None:
     x = torch.empty(3_000_000, 1000, device="meta")
 
     def call(wide: bool) -> Callable[[], object]:

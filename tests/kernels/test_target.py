@@ -80,7 +80,7 @@ def test_one_class(loss: str, kind: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", ["ones", "uniform"])
-def test_logits_that_are_nearly_equal(kind: str, path: str, device: torch.device) -> None:
+def test_nearly_equal_logits(kind: str, path: str, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(4)
     logits = 1e-3 * torch.randn(3, 21, generator=generator)
     _, dense = targets(kind, logits, generator)

@@ -62,7 +62,7 @@ def test_against_float64(case, held):
 @pytest.mark.parametrize("positions", [(112, 112), (12547,)], ids=str)
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_many_equal_values_keep_their_digits(dtype, last, positions):
+def test_many_equal_values(dtype, last, positions):
     """Their roundings all point the same way; a plain sum of 12544 would lose up to a thousand units."""
     x = torch.linspace(1.01, 1.99, 32).to(dtype)[None, :, None].expand(1, 32, math.prod(positions))
     x = x.transpose(1, 2).contiguous().transpose(1, 2) if last else x.contiguous()
@@ -71,12 +71,12 @@ def test_many_equal_values_keep_their_digits(dtype, last, positions):
     assert_close(channel_square_sums(x), x, longest=64)
 
 
-def test_small_and_large_values_keep_float32s_range():
+def test_small_and_large_values():
     x = torch.tensor([[1e-15, 3e-15], [1e15, 3e15]]).repeat_interleave(20, 1).reshape(2, 2, 20)
     assert_close(channel_square_sums(x), x)
 
 
-def test_nan_stays_in_its_channel():
+def test_nan():
     x = torch.ones(2, 3, 4, 4)
     x[1, 2, 0, 3] = torch.nan
     result = channel_square_sums(x)
@@ -102,7 +102,7 @@ def test_vmap(dim, mapped):
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_traced_with_a_dynamic_batch_to_aten_alone(last):
+def test_traced_with_a_dynamic_batch(last):
     class Both(torch.nn.Module):
         def forward(self, x, tokens):
             return channel_square_sums(x), channel_square_sums(tokens, -1)

@@ -103,7 +103,7 @@ def test_cancellation(route, kind):
     torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=0)
 
 
-def test_pixels_that_no_window_reaches_cost_no_product():
+def test_pixels_beyond_the_windows():
     with by("gram"):
         flops = []
         for size in (8, 7):
@@ -113,15 +113,17 @@ def test_pixels_that_no_window_reaches_cost_no_product():
     assert flops[0] == flops[1] > 0
 
 
-def test_the_library_pads_for_its_own_weight_gradient(monkeypatch):
+def test_the_grouped_route_does_not_pad(monkeypatch):
     monkeypatch.delattr(Problem, "padded")
-    with by("grouped"):
-        for size, stride in ((8, 1), (8, 2), (9, 2)):
-            conv_sqnorm(torch.randn(2, 3, size, size), torch.randn(2, 4, *[-(-size // stride)] * 2), 3, stride=stride,
-                        padding=1)  # fmt: skip
+    for size, stride in ((8, 1), (8, 2), (9, 2)):
+        a, g = torch.randn(2, 3, size, size), torch.randn(2, 4, *[-(-size // stride)] * 2)
+        expected = weight_norms(a, g[None], (4, 3, 3, 3), stride=stride, padding=1)[0]
+        with by("grouped"):
+            result = conv_sqnorm(a, g, 3, stride=stride, padding=1)
+        torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=0)
 
 
-def test_what_the_gram_route_keeps_is_exact_where_patches_are_alike():
+def test_gram_of_similar_patches():
     torch.manual_seed(6)
     a, g = 10 + 1e-2 * torch.randn(400, 64, 3, 3), torch.randn(400, 16, 3, 3)
     g -= g.mean((2, 3), keepdim=True) * torch.linspace(0.6, 1, 400).view(-1, 1, 1, 1)
@@ -130,7 +132,7 @@ def test_what_the_gram_route_keeps_is_exact_where_patches_are_alike():
         torch.testing.assert_close(conv_sqnorm(a, g, 1).double(), expected, rtol=1e-5, atol=0)
 
 
-def test_only_cancelling_samples_leave_the_gram_route(monkeypatch):
+def test_cancelling_samples_leave_the_gram_route(monkeypatch):
     torch.manual_seed(4)
     a, g = torch.randn(4, 3, 6, 6), torch.randn(4, 5, 6, 6)
     a[2] = 1
@@ -167,7 +169,7 @@ def test_linear_with_positions(t):
             torch.testing.assert_close(linear_sqnorm(a, g[1]).double(), expected[1], rtol=1e-5, atol=0)
 
 
-def test_chunks_and_layout_do_not_matter(monkeypatch):
+def test_chunks_and_layouts(monkeypatch):
     torch.manual_seed(6)
     a, g = torch.randn(5, 8, 6, 6), torch.randn(2, 5, 8, 6, 6)
     with by("patch"):
@@ -213,7 +215,7 @@ def test_vmap(which):
     torch.testing.assert_close(mapped, one_by_one, rtol=1e-5, atol=0)
 
 
-def test_vmap_keeps_the_gradients_of_a_sample_together(monkeypatch):
+def test_vmap_shares_the_input(monkeypatch):
     counts = []
     solve = sqnorm._solve
     monkeypatch.setattr(sqnorm, "_solve", lambda a, g, *rest: counts.append(g.shape[0]) or solve(a, g, *rest))

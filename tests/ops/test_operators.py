@@ -61,7 +61,7 @@ def test_opcheck_eager(name: str) -> None:
     check(name, torch.device("cpu"))
 
 
-def test_what_has_no_kernel_is_refused_and_left_to_torch(device: torch.device) -> None:
+def test_arguments_without_a_kernel(device: torch.device) -> None:
     h, z = torch.randn(3, 5, device=device), torch.randn(3, 6, device=device)
     soft = (h, z, z.softmax(-1), "soft", "bce", True, False, False)
     statistics = arguments("linear_contrast_stats", device, False, "brier")
@@ -79,7 +79,7 @@ PAIRS.remove(("linear_contrast_stats", "brier"))
 
 
 @pytest.mark.parametrize(("name", "loss"), PAIRS)
-def test_triton_equals_eager_and_so_do_its_derivatives(name: str, loss: str, device: torch.device) -> None:
+def test_triton_equals_eager(name: str, loss: str, device: torch.device) -> None:
     inputs = arguments(name, device, True, loss)
     leaves = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
     results = []
@@ -98,7 +98,7 @@ def test_triton_equals_eager_and_so_do_its_derivatives(name: str, loss: str, dev
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_derivatives_where_one_argument_depends_on_another(same: bool, device: torch.device) -> None:
+def test_derivatives_of_dependent_arguments(same: bool, device: torch.device) -> None:
     x = torch.randn(3, 5, device=device, requires_grad=True)
     results = []
     for impl in ("eager", "triton"):
@@ -108,7 +108,7 @@ def test_derivatives_where_one_argument_depends_on_another(same: bool, device: t
     torch.testing.assert_close(*results, rtol=2e-5, atol=2e-5)
 
 
-def test_a_backward_pass_under_autocast_keeps_its_digits(device: torch.device) -> None:
+def test_backward_under_autocast(device: torch.device) -> None:
     inputs = arguments("linear_contrast_stats", device, True, "cross_entropy")
     results = []
     for enabled in (False, True):
@@ -147,7 +147,7 @@ def test_gpus_without_compiled_kernels(
             choose("triton", tensor)
 
 
-def test_a_kernel_compiled_within_a_capture_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_call_within_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     def launch(first: Any) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -163,7 +163,7 @@ def test_a_kernel_compiled_within_a_capture_says_what_to_do(monkeypatch: pytest.
             launched(SimpleNamespace(device=torch.device("cuda", 0)))
 
 
-def test_what_torch_func_transforms_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_func_takes_the_eager_form(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     tensor: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
@@ -172,7 +172,7 @@ def test_what_torch_func_transforms_is_left_to_torch(monkeypatch: pytest.MonkeyP
     assert [*found, choose("auto", tensor)] == ["eager", "triton"]
 
 
-def test_a_graph_that_leaves_the_process_holds_no_operator_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recorded_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
@@ -190,7 +190,7 @@ def test_a_graph_that_leaves_the_process_holds_no_operator_of_ours(monkeypatch: 
     assert not any(target.startswith("fastgrad") for targets in found for target in targets)
 
 
-def test_meta_tensors_of_more_than_two_billion_elements() -> None:
+def test_large_meta_tensors() -> None:
     z = torch.empty(40_000, 60_000, device="meta", dtype=torch.bfloat16)
     out = OPS.contrast_sqnorm(z[:, :8], z, "bce", True, False, False)
     assert out.shape == z.shape
@@ -198,7 +198,7 @@ def test_meta_tensors_of_more_than_two_billion_elements() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_device_and_impl_say_what_runs(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impl_and_device(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastgrad.ops.triton import devices
 
     launched, empty = [], devices.empty

@@ -11,12 +11,12 @@ from small_nets import Net
 from torch import nn
 
 from fastgrad.blocks.logits import Energy, Margin
-from fastgrad.challenges.attacks import reached
+from fastgrad.challenges.attacks import gradients_reach
 from fastgrad.scores.conformal import PValues
 from fastgrad.scores.fitted import Fitted
 from fastgrad.scores.gaussian_mixture import GaussianMixture
 from fastgrad.scores.mahalanobis import Mahalanobis
-from fastgrad.scores.rows import SMALLEST, Rows
+from fastgrad.scores.rows import SMALLEST, ScoreRows
 
 RNG = np.random.default_rng(0)
 
@@ -52,7 +52,7 @@ def test_threads_that_fit_leave_the_filters_of_warnings(what, monkeypatch):
         if what == "mixture":
             GaussianMixture.fit(RNG.normal(size=(30, 2)), 2)
         else:
-            assert reached(Net(lambda net, x: together(net.layer, x.flatten(1)), layer=nn.Linear(3, 2)), image)
+            assert gradients_reach(Net(lambda net, x: together(net.layer, x.flatten(1)), layer=nn.Linear(3, 2)), image)
         over.set()
 
     monkeypatch.setattr(SklearnMixture, "fit", lambda self, rows: together(fit, self, rows))
@@ -100,7 +100,7 @@ def test_an_input_at_the_boundary_is_as_unusual_as_its_margin_is_small():
 def test_order_by_rank(shape, last):
     contrasts, logits = RNG.normal(size=shape), RNG.normal(size=(6, 4))
     for blocks, falling in (({"logits": logits}, logits), ({}, -contrasts[last])):
-        rows = Rows.fit({"contrasts": contrasts, **blocks}, "contrasts", rank=True, standardise=False)
+        rows = ScoreRows.fit({"contrasts": contrasts, **blocks}, "contrasts", rank=True, standardise=False)
         ordered = rows.of({"contrasts": contrasts, **blocks})
         for b in range(6):
             order = np.argsort(-falling[b])
@@ -113,14 +113,14 @@ def test_order_by_rank(shape, last):
 def test_rows_are_standardised_logarithms_and_zeros_stay_finite():
     norms = np.exp(RNG.normal(size=(50, 2, 3)))
     norms[0] = 0
-    rows = Rows.fit({"gradients": norms}, "gradients", log=True, dimensions=6)({"gradients": torch.tensor(norms)})
+    rows = ScoreRows.fit({"gradients": norms}, "gradients", log=True, dimensions=6)({"gradients": torch.tensor(norms)})
     logs = np.log(np.maximum(norms, SMALLEST)).reshape(50, 6)
     np.testing.assert_allclose(rows, (logs - logs.mean(0)) / logs.std(0), rtol=1e-10)
 
 
 def test_projection_is_white_and_of_the_wanted_size():
     values = RNG.normal(size=(400, 4)) @ RNG.normal(size=(4, 20))
-    rows = Rows.fit({"features": values}, "features", dimensions=12)({"features": torch.tensor(values)})
+    rows = ScoreRows.fit({"features": values}, "features", dimensions=12)({"features": torch.tensor(values)})
     assert rows.shape == (400, 4)  # the data has no more directions than that
     np.testing.assert_allclose(np.cov(rows.numpy().T), np.eye(4), atol=1e-8)
 
@@ -128,7 +128,7 @@ def test_projection_is_white_and_of_the_wanted_size():
 def test_projection_of_a_wide_block_is_white_and_held_in_float32():
     values = RNG.normal(size=(80, 10)) @ RNG.normal(size=(10, 3000)) + 0.1 * RNG.normal(size=(80, 3000))
     values[0, :50] = 1e3
-    rows = Rows.fit({"features": values}, "features", clip=8.0, dimensions=10)
+    rows = ScoreRows.fit({"features": values}, "features", clip=8.0, dimensions=10)
     assert rows.projection.dtype == torch.float32
     found = rows({"features": torch.tensor(values)}).numpy()
     # Sums of 3,000 products in float32, of values up to 8.
@@ -139,19 +139,19 @@ def test_projection_of_a_wide_block_is_white_and_held_in_float32():
 def test_columns_beside_a_projection_are_evenly_spaced_and_weigh_as_much_together():
     values = RNG.normal(size=(400, 30))
     blocks = {"features": torch.tensor(values)}
-    columns = Rows.fit({"features": values}, "features")(blocks)
-    components = Rows.fit({"features": values}, "features", dimensions=6)(blocks)
-    found = Rows.fit({"features": values}, "features", dimensions=6, beside=12)(blocks)
+    columns = ScoreRows.fit({"features": values}, "features")(blocks)
+    components = ScoreRows.fit({"features": values}, "features", dimensions=6)(blocks)
+    found = ScoreRows.fit({"features": values}, "features", dimensions=6, extra_columns=12)(blocks)
     assert found[:, :6].equal(components)
     np.testing.assert_allclose(found[:, 6:], columns[:, ::3] * np.sqrt(6 / 10), rtol=1e-12)
     np.testing.assert_allclose(found[:, 6:].square().sum(), 400 * 6, rtol=1e-12)
     # Where there is nothing to project, there is nothing beside it.
-    assert Rows.fit({"features": values}, "features", dimensions=30, beside=12)(blocks).equal(columns)
+    assert ScoreRows.fit({"features": values}, "features", dimensions=30, extra_columns=12)(blocks).equal(columns)
 
 
 def test_clipped_rows_stop_at_the_limit_and_infinity_is_no_value():
     values = RNG.normal(size=(50, 3))
-    rows = Rows.fit({"features": values}, "features", clip=3.0)
+    rows = ScoreRows.fit({"features": values}, "features", clip=3.0)
     new = torch.tensor([[1e9, -1e9, 0.0], [np.inf, 0, 0], [np.nan, 0, 0]])
     found = rows({"features": new})
     assert found[0, :2].tolist() == [3, -3]
@@ -160,14 +160,14 @@ def test_clipped_rows_stop_at_the_limit_and_infinity_is_no_value():
 
 def test_constant_columns_are_harmless():
     values = np.ones((30, 3))
-    rows = Rows.fit({"features": values}, "features", dimensions=2)
+    rows = ScoreRows.fit({"features": values}, "features", dimensions=2)
     assert rows({"features": torch.tensor(values)}).tolist() == [[0.0]] * 30
 
 
 def test_what_was_learned_by_gradients_needs_none():
     """As a score of the user's may be, whose results become arrays."""
-    learned = Rows.fit({"features": np.eye(4)}, "features", dimensions=2)
-    learned = Rows(**{**learned.options, **dict(learned.named_buffers()), "mean": nn.Parameter(learned.mean)})
+    learned = ScoreRows.fit({"features": np.eye(4)}, "features", dimensions=2)
+    learned = ScoreRows(**{**learned.options, **dict(learned.named_buffers()), "mean": nn.Parameter(learned.mean)})
     assert learned.of({"features": np.eye(4)}).shape == (4, 2)
 
 

@@ -1,4 +1,4 @@
-"""Run the sanitizer on every case; exit status 1 if there was a fault.
+"""Run the sanitizer on every case; the exit status is 1 if it found a fault.
 
 python -m bench.gpu.sanitize             # everything: some minutes
 python -m bench.gpu.sanitize --save      # also bench/results/sanitize.json and sanitize.md

@@ -1,6 +1,6 @@
 """Every kernel on every path, with shapes that leave blocks incomplete, single or empty.
 
-To add a kernel, add its calls to `cases`, and to `huge` shapes of more than 2^31 elements in each of its operands.
+To add a kernel, add its calls to `cases`, and to `huge` shapes that give each operand more than 2^31 elements.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def _case(title: str, loss: str, sizes: tuple[int, ...], call: partial[Any], qui
 
 def cases(make: Make = made) -> Iterator[Case]:
     """Yield all cases; `Case.quick` marks one for each path of each kernel."""
-    some, alone = ((5, 37, 19), 3), ((1, 1, 1), 0)
+    some, ones = ((5, 37, 19), 3), ((1, 1, 1), 0)
     for (path, config), loss, (sizes, pad) in itertools.product(
-        CONTRAST.items(), LOSSES, (some, ((3, 64, 16), 0), alone, ((2, 33, 1), 1))
+        CONTRAST.items(), LOSSES, (some, ((3, 64, 16), 0), ones, ((2, 33, 1), 1))
     ):
         log = loss in ("bce", "brier")
         call = prepared(contrasts.contrast_sqnorm, partial(make, pad=pad), *sizes, loss, log=log)
@@ -62,11 +62,11 @@ def cases(make: Make = made) -> Iterator[Case]:
 
     quick = (("indices", "bce"), ("ones", "cross_entropy"))
     options = {"ROWS": 2, "BLOCK_N": 16, "BLOCK_D": 16, "num_warps": 1}
-    for kind, loss, (sizes, pad) in itertools.product(contrasts.KINDS, LOSSES, (some, ((2, 16, 16), 0), alone)):
+    for kind, loss, (sizes, pad) in itertools.product(contrasts.KINDS, LOSSES, (some, ((2, 16, 16), 0), ones)):
         call = prepared(contrasts.target_sqnorm, partial(make, pad=pad), *sizes, loss, kind=kind)
         yield _case(f"target {kind}", loss, sizes, call, (kind, loss) in quick and sizes == some[0], target=options)
 
-    shapes = (((35, 37, 21), 3), ((16, 16, 16), 0), alone, ((17, 33, 5), 1))
+    shapes = (((35, 37, 21), 3), ((16, 16, 16), 0), ones, ((17, 33, 5), 1))
     for loss, (sizes, pad), bias in itertools.product(LOSSES[:3], shapes, (False, True)):
         call = prepared(contrasts.linear_contrast_stats, partial(make, pad=pad), *sizes, loss, bias=bias)
         quick_one = sizes == shapes[-1][0] and loss == "bce" and bias

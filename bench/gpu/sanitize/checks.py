@@ -82,7 +82,7 @@ def run(quick: bool, only: str) -> list[dict[str, Any]]:
             begun, outcome, fault = time.perf_counter(), None, None
             try:
                 outcome = job()
-            except Exception as problem:  # the other cases are still worth a look
+            except Exception as problem:  # the other cases still run
                 fault = str(problem)
             seconds = round(time.perf_counter() - begun, 1)
             check, _, case = name.partition(": ")

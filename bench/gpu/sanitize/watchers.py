@@ -21,7 +21,7 @@ from triton.runtime import interpreter
 
 from fastgrad.ops.triton import devices
 
-#: Bytes between the addresses of two operands without memory; no operand reaches so far.
+#: Bytes between the addresses of two operands without memory, more than any operand spans.
 APART = 1 << 50
 
 
@@ -131,9 +131,9 @@ class _Region:
 class Memory:
     """Checks every memory operation of the launches that it watches.
 
-    Nothing orders two programs of a launch, so none may touch an address that another one writes. Then the result does
-    not depend on how programs interleave. No kernel may write ``inputs``; ``order`` returns the order in which a number
-    of programs run.
+    Nothing orders two programs of a launch, so none may touch an address that another one writes; the result then does
+    not depend on how they interleave. No kernel may write ``inputs``. ``order`` returns the order in which a number of
+    programs run.
     """
 
     def __init__(self, inputs: Sequence[Tensor], order: Callable[[int], Sequence[int]] = range) -> None:

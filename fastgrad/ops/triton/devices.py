@@ -1,4 +1,4 @@
-"""What every launcher needs: the architecture, alignment facts and allocation."""
+"""What every launcher needs: the architecture, alignments and memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from fastgrad.ops.dispatch import interpreting
 from fastgrad.ops.tune import INTERPRETER, Architecture
 
-# Compiler options of every launch. Fused multiply-adds are wanted, and Triton 3.9 warns unless this is set.
+# Compiler options of every launch: fused multiply-adds, for which Triton 3.9 warns unless they are asked for.
 OPTIONS = {"enable_fp_fusion": True}
 
 
@@ -44,7 +44,7 @@ def strides(rows: torch.Tensor) -> tuple[tuple[int, int], int]:
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
-    """Return an uninitialised contiguous tensor on ``like``'s device; launchers allocate only here, except counters."""
+    """Return an uninitialised contiguous tensor on ``like``'s device; launchers allocate nowhere else."""
     return torch.empty(tuple(shape), dtype=dtype, device=like.device)
 
 
