@@ -25,7 +25,7 @@ def test_every_bet_is_fair() -> None:
     assert (_PRIOR > 0).all()
 
 
-def test_p_values_are_uniform_and_independent_of_the_score_distribution() -> None:
+def test_evidence_depends_on_ranks() -> None:
     """The evidence is a function of ranks: an increasing map of all scores changes nothing."""
     random = np.random.default_rng(3)
     calibration, stream = random.normal(size=400), random.normal(size=500)
@@ -37,7 +37,7 @@ def test_p_values_are_uniform_and_independent_of_the_score_distribution() -> Non
 
 
 @pytest.mark.parametrize("distribution", ["normal", "exponential", "discrete"])
-def test_false_alarm_rate_on_in_distribution_streams(distribution: str) -> None:
+def test_false_alarm_rate(distribution: str) -> None:
     random = np.random.default_rng(11)
     draw = {
         "normal": lambda n: random.normal(size=n),
@@ -82,7 +82,7 @@ def test_shifts_are_found(name: str, shift, longest: int, before: int) -> None:
 
 
 @pytest.mark.parametrize("form", ["ever", "average"])
-def test_p_value_bounds_the_evidence_of_streams_without_drift(form: str) -> None:
+def test_p_value_without_drift(form: str) -> None:
     random = np.random.default_rng(0)
     monitors = [DriftMonitor(random.normal(size=100), form=form, seed=i) for i in range(60)]
     for monitor in monitors:
@@ -92,7 +92,7 @@ def test_p_value_bounds_the_evidence_of_streams_without_drift(form: str) -> None
     assert sum(monitor.p_value <= 0.1 for monitor in monitors) < 14
 
 
-def test_one_by_one_equals_in_one_piece_and_reset_starts_over() -> None:
+def test_one_by_one_and_reset() -> None:
     random = np.random.default_rng(0)
     calibration, stream = random.normal(size=100), random.normal(size=60) + 0.4
     whole, single = DriftMonitor(calibration, seed=4), DriftMonitor(calibration, seed=4)
@@ -108,7 +108,7 @@ def test_one_by_one_equals_in_one_piece_and_reset_starts_over() -> None:
     assert whole.state() == first
 
 
-def test_an_alarm_says_where_and_at_which_rate_until_it_is_reset() -> None:
+def test_alarm_and_summary_until_reset() -> None:
     monitor = DriftMonitor(np.arange(100.0))
     assert monitor.summary().startswith("No drift was shown in 0 inputs, compared with 50 clean ones;")
     monitor.update(np.full(40, 1e6))
@@ -122,7 +122,7 @@ def test_an_alarm_says_where_and_at_which_rate_until_it_is_reset() -> None:
     assert "once in 50 inputs or later on average" in slow.summary()
 
 
-def test_an_alarm_stays_and_huge_evidence_does_not_overflow() -> None:
+def test_huge_evidence() -> None:
     monitor = DriftMonitor(np.arange(100.0))
     monitor.update(np.full(3000, 1e6))
     at = monitor.alarm_at
@@ -137,7 +137,7 @@ def test_constant_calibration_scores() -> None:
     assert not monitor.update(np.zeros(200))
 
 
-def test_reference_counts_all_of_the_second_half() -> None:
+def test_reference_counts() -> None:
     for size, bins in itertools.product((20, 21, 1000), (2, 64, 5000)):
         reference = ScoreReference.from_scores(np.random.default_rng(1).normal(size=size), bins=bins)
         assert reference.counts.sum() == size - size // 2

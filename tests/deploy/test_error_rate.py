@@ -32,7 +32,7 @@ def world(
 
 @pytest.mark.parametrize("unusual", [0.0, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("misled", [0.3, 0.9])
-def test_the_rate_is_that_of_a_known_world(unusual: float, misled: float) -> None:
+def test_known_world(unusual: float, misled: float) -> None:
     count = 200_000
     risk, uncertainty, wrong = world(count, unusual, misled=misled)
     found = error_rate(risk, uncertainty, EXCESS)
@@ -45,7 +45,7 @@ def test_the_rate_is_that_of_a_known_world(unusual: float, misled: float) -> Non
     assert found.high - found.rate == pytest.approx(min(half, 1 - found.rate), abs=0.01)
 
 
-def test_intervals_hold_the_rate_of_clean_streams() -> None:
+def test_intervals_on_clean_streams() -> None:
     inside = []
     for seed in range(300):
         risk, uncertainty, wrong = world(400, 0.0, seed)
@@ -61,7 +61,7 @@ def test_bounds_and_types() -> None:
     assert error_rate([0.0] * 30, [0.1] * 30, EXCESS)[:2] == (0, 0)
 
 
-def test_the_monitor_keeps_the_last_thousand() -> None:
+def test_monitor_keeps_the_last_thousand() -> None:
     monitor = DriftMonitor(np.random.default_rng(0).exponential(size=200), excess=EXCESS)
     risk, uncertainty, _ = world(1500, 0.2)
     monitor.update(uncertainty[:29], risk[:29])

@@ -37,20 +37,12 @@ _PAGE_HEADERS = {
 
 
 def create_app(
-    path: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]],
-    *,
-    workers: int = 1,
-    threads: int | None = None,
-    decoders: int | None = None,
-    max_batch: int = 32,
-    batch_wait: float = 0.002,
-    limits: Limits = Limits(),  # noqa: B008 - it is frozen
-    api_key: str | None = None,
-    allowed_hosts: Collection[str] = (),
-    false_alarm_rate: float | None = None,
-    drift_false_alarm_rate: float = 0.01,
+    path: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]], *, workers: int = 1,
+    threads: int | None = None, decoders: int | None = None, max_batch: int = 32, batch_wait: float = 0.002,
+    limits: Limits = Limits(), api_key: str | None = None, allowed_hosts: Collection[str] = (),  # noqa: B008 - frozen
+    false_alarm_rate: float | None = None, drift_false_alarm_rate: float = 0.01,
     sha256: Collection[tuple[str, str]] = (),
-) -> FastAPI:
+) -> FastAPI:  # fmt: skip
     """Make the application that serves exported models.
 
     Files are copied to the temporary folder. ``app.state.reload.set()`` loads them again, as ``fastgrad serve`` does on

@@ -17,17 +17,10 @@ from fastgrad.deploy.serve.worker import batch_of
 
 
 def deployment(
-    model: str | os.PathLike[str],
-    *,
-    replicas: int = 1,
-    max_batch: int = 32,
-    batch_wait: float = 0.005,
-    limits: Limits = Limits(),  # noqa: B008 - it is frozen
-    api_key: str | None = None,
-    allowed_hosts: Collection[str] = (),
-    false_alarm_rate: float | None = None,
-    gpus_per_replica: float = 0,
-) -> Any:
+    model: str | os.PathLike[str], *, replicas: int = 1, max_batch: int = 32, batch_wait: float = 0.005,
+    limits: Limits = Limits(), api_key: str | None = None, allowed_hosts: Collection[str] = (),  # noqa: B008 - frozen
+    false_alarm_rate: float | None = None, gpus_per_replica: float = 0,
+) -> Any:  # fmt: skip
     """Return a Ray Serve application that answers ``POST /`` as the server's ``/predict`` does.
 
     Ray brings batching, replicas, draining and back-pressure (503). Requests are checked and bodies are read as by the

@@ -23,7 +23,7 @@ def check(file: Path, change: Callable[[Tensor, Tensor], Tensor], tolerance: flo
     compare(file, answers, X, tolerance, torch.finfo(torch.float32).eps)
 
 
-def test_a_file_must_answer_as_the_live_model(model_file: Path) -> None:
+def test_difference_from_the_live_model(model_file: Path) -> None:
     check(model_file, lambda x, u: u)
     with pytest.raises(
         RuntimeError, match=r"the file's uncertainty differ .* by 0\.001, .* at most 0\.0001 is allowed"
@@ -32,12 +32,12 @@ def test_a_file_must_answer_as_the_live_model(model_file: Path) -> None:
     check(model_file, lambda x, u: u + 1e-3, tolerance=1e-2)
 
 
-def test_nan_must_not_pass_for_reliable(model_file: Path) -> None:
+def test_nan_is_not_reliable(model_file: Path) -> None:
     with pytest.raises(RuntimeError, match=r"the file's uncertainty differ .* by inf"):
         check(model_file, lambda x, u: u.nan_to_num())
 
 
-def test_what_rounding_explains_is_no_difference(model_file: Path) -> None:
+def test_difference_that_rounding_explains(model_file: Path) -> None:
     # As far apart, but the live answer itself moves as far with the last digits of its input.
     check(model_file, lambda x, u: u + 1e-3 * torch.sin(1e9 * x.double().flatten(1).sum(1)).float())
 

@@ -31,7 +31,7 @@ def network(seed: int) -> nn.Module:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_graph_gives_what_the_function_gives(seed: int) -> None:
+def test_graph_equals_function(seed: int) -> None:
     net = network(seed).double()
     example = torch.zeros(2, 3, 8, 8, dtype=torch.float64)
     program = unroll.trace(lambda x: gradient_norms(net, x), example, max_batch=64)
@@ -43,7 +43,7 @@ def test_a_graph_gives_what_the_function_gives(seed: int) -> None:
 
 
 @pytest.mark.parametrize("most", [1, 2, 1024])
-def test_a_batch_is_recorded_whatever_the_largest_is(most: int) -> None:
+def test_any_largest_batch(most: int) -> None:
     net = network(0)
     program = unroll.trace(lambda x: (net(x).detach(),), torch.zeros(1, 3, 8, 8), max_batch=most)
     x = torch.randn(min(most, 3), 3, 8, 8)

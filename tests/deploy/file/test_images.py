@@ -20,12 +20,12 @@ from fastgrad.deploy.file.package import Description
     ("shape", "content", "message"),
     [((3, 8, 8), b"", "the image is empty"), ((3, 8, 8), b"GIF99", "none of .*PNG"), ((9,), b"", "takes no images")],
 )
-def test_the_error_says_what_was_wrong(shape: tuple[int, ...], content: bytes, message: str) -> None:
+def test_image_errors(shape: tuple[int, ...], content: bytes, message: str) -> None:
     with pytest.raises(ImageError, match=message):
         decode_image(content, Description(shape, "float32", 4, 8, "cpu"))
 
 
-def test_what_is_too_large_for_pillow_itself_is_too_large() -> None:
+def test_too_large_for_pillow() -> None:
     with pytest.raises(ImageTooLargeError, match="decompression bomb"):
         decode_pixels(png(20_000, 20_000, 8, 0, b""), (3, 8, 8))
 
@@ -44,7 +44,7 @@ def test_arguments_that_are_refused(given: dict[str, Any], error: type[Exception
         decode_image(**arguments)
 
 
-def test_a_jpeg_of_many_scans_is_refused_before_they_are_decoded() -> None:
+def test_jpeg_of_many_scans() -> None:
     assert decode_pixels(many_scans(100), (3, 8, 8)).shape == (3, 8, 8)
     # Scans inside of a comment are none.
     inside = many_scans(2).replace(b"\xff\xdb", b"\xff\xfe\x80\2" + b"\xff\xda" * 2**14 + b"\xff\xdb", 1)
@@ -54,7 +54,7 @@ def test_a_jpeg_of_many_scans_is_refused_before_they_are_decoded() -> None:
             decode_image(view(many_scans(101)), Description((3, 8, 8), "float32", 4, 8, "cpu"))
 
 
-def test_decoding_ends_where_it_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_limit_of_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "_SCANS", 10**6)
     start = time.thread_time()
     with pytest.raises(ImageError, match=r"decoding the image takes more than 0\.1 s"):
@@ -63,7 +63,7 @@ def test_decoding_ends_where_it_takes_too_long(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_large_jpeg_on_its_side_keeps_its_details(orientation: int) -> None:
+def test_large_jpeg_on_its_side(orientation: int) -> None:
     """A decoding at a part of its size comes near to the whole file, upright and scaled at once."""
     squares = np.random.default_rng(0).integers(0, 256, (64, 128, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
     turned, out = Image.Exif(), io.BytesIO()
@@ -77,7 +77,7 @@ def test_a_large_jpeg_on_its_side_keeps_its_details(orientation: int) -> None:
 
 
 @pytest.mark.parametrize("most", [200, 1000, 65535])
-def test_sixteen_bits_are_a_part_of_white_however_dark_the_image(most: int) -> None:
+def test_sixteen_bits(most: int) -> None:
     """A frame of a covered camera is black: at most 200 of 65,535."""
     values = np.random.default_rng(0).integers(0, most + 1, (8, 8), dtype=np.uint16)
     turned, out = Image.Exif(), io.BytesIO()
@@ -88,7 +88,7 @@ def test_sixteen_bits_are_a_part_of_white_however_dark_the_image(most: int) -> N
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8)])
-def test_transparent_colours_are_read_without_a_warning(shape: tuple[int, ...]) -> None:
+def test_transparent_colours(shape: tuple[int, ...]) -> None:
     """A warning, which is an error in these tests, would make it an image that cannot be read."""
     palette = Image.open(io.BytesIO(image())).quantize(16)
     files = []

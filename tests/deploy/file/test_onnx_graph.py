@@ -49,7 +49,7 @@ class Gridded(nn.Module):
 
 
 @pytest.mark.parametrize("size", [64, 65, 79])
-def test_a_grid_of_positions_gets_a_convolution_of_its_own(size: int, tmp_path: Path) -> None:
+def test_grid_gets_its_own_convolution(size: int, tmp_path: Path) -> None:
     torch.manual_seed(size)
     x = 8 * torch.randn(3, 3, size, size - 3)
     file, kinds = written(Gridded(32).eval(), x, ("map", "grids"), tmp_path)
@@ -57,7 +57,7 @@ def test_a_grid_of_positions_gets_a_convolution_of_its_own(size: int, tmp_path: 
     assert optimized(file, tmp_path)["Clip"] == 0
 
 
-def test_a_grid_that_costs_more_than_the_map_is_read_from_the_map() -> None:
+def test_expensive_grid_reads_the_map() -> None:
     class Dense(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -80,7 +80,7 @@ def test_a_mean_with_another_divisor(tmp_path: Path) -> None:
     written(Sums(), torch.randn(3, 4, 8, 12), ("pooled", "volumes"), tmp_path)
 
 
-def test_a_tensor_is_made_before_it_is_written(tmp_path: Path) -> None:
+def test_tensor_that_is_written(tmp_path: Path) -> None:
     class Turn(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             y, z = torch.empty_like(x), x.clone()

@@ -42,7 +42,7 @@ def with_text(path: Path, content: dict[str, Any]) -> Path:
     return write_archive(path, None, (f"model/{MEMBER}", json.dumps(content).encode()))
 
 
-def test_a_description_is_read_back(tmp_path: Path) -> None:
+def test_description_is_read_back(tmp_path: Path) -> None:
     assert read_description(write_archive(tmp_path / "m.pt2", GOOD)) == GOOD
     plain = Description((5,), "float64", 2, 1, "cpu")
     assert read_description(write_archive(tmp_path / "p.pt2", plain)) == plain
@@ -77,7 +77,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("name", "value"), BAD)
-def test_every_field_is_checked_before_it_is_used(tmp_path: Path, name: str, value: Any) -> None:
+def test_every_field_is_checked(tmp_path: Path, name: str, value: Any) -> None:
     content = {"format": 1, **dataclasses.asdict(GOOD), name: value}
     with pytest.raises(PackageError, match="damaged") as refused:
         read_description(with_text(tmp_path / "m.pt2", content))
@@ -85,7 +85,7 @@ def test_every_field_is_checked_before_it_is_used(tmp_path: Path, name: str, val
     assert ("labels" if (name, value) == ("classes", 5) else name) in str(refused.value)
 
 
-def test_random_descriptions_are_read_or_refused(tmp_path: Path) -> None:
+def test_random_descriptions(tmp_path: Path) -> None:
     rng, path = random.Random(0), tmp_path / "m.pt2"
     content = {"format": 1, **dataclasses.asdict(GOOD)}
     odd = [None, -1, 0, 1.5, 2**70, "x", [], [None], {}, {"edges": []}, True, float("nan"), [[]], "\ud800"]
@@ -124,7 +124,7 @@ def deflated() -> zipfile.ZipInfo:
         ([("model/a/" + MEMBER, b"{}")], "must hold one"),
     ],
 )
-def test_archives_that_pytorch_would_not_write(tmp_path: Path, members: list[Any], message: str) -> None:
+def test_hostile_archives(tmp_path: Path, members: list[Any], message: str) -> None:
     path = write_archive(tmp_path / "m.pt2", GOOD, *members)
     with pytest.raises(PackageError, match=message):
         read_description(path)
@@ -137,7 +137,7 @@ def test_a_doubled_entry(tmp_path: Path) -> None:
         read_description(path)
 
 
-def test_sizes_that_lie_cost_no_memory(tmp_path: Path) -> None:
+def test_lying_sizes(tmp_path: Path) -> None:
     large = write_archive(tmp_path / "large.pt2", None, (f"model/{MEMBER}", bytes(64 * 2**20)))
     claims = write_archive(tmp_path / "claims.pt2", GOOD)
     content = bytearray(claims.read_bytes())
@@ -152,7 +152,7 @@ def test_sizes_that_lie_cost_no_memory(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
-def test_mutated_archives_are_read_or_refused(tmp_path: Path) -> None:
+def test_mutated_archives(tmp_path: Path) -> None:
     rng, whole = random.Random(1), write_archive(tmp_path / "m.pt2", GOOD).read_bytes()
     path, read = tmp_path / "mutated.pt2", 0
     for _ in range(400):
@@ -173,7 +173,7 @@ def test_mutated_archives_are_read_or_refused(tmp_path: Path) -> None:
     assert 0 < read < 400
 
 
-def test_code_for_another_processor_is_refused(tiny_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_for_another_processor(tiny_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     if read_description(tiny_package).versions["cpu"] == "DEFAULT":
         pytest.skip("compiled for every processor")
@@ -181,7 +181,7 @@ def test_code_for_another_processor_is_refused(tiny_package: Path, monkeypatch: 
         ModelPackage(tiny_package)
 
 
-def test_code_for_another_system_is_refused(
+def test_code_for_another_system(
     tiny_package: Path, tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, portable = sys.platform, ModelPackage(tiny_onnx)
@@ -194,9 +194,7 @@ def test_code_for_another_system_is_refused(
         ModelPackage(renamed)
 
 
-def test_what_is_not_python_gets_names_in_ascii(
-    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_in_ascii(model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows, and some locales, open another name than Python's; a name that is no UTF-8 ends the process."""
     given: list[Path] = []
 
@@ -213,7 +211,7 @@ def test_what_is_not_python_gets_names_in_ascii(
     assert len(given) == 3
 
 
-def test_code_is_for_the_instructions_that_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_instructions_of_compiled_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not for all that this machine has; a file with fewer runs on more processors."""
     given: dict[str, Any] = {}
 
@@ -229,7 +227,7 @@ def test_code_is_for_the_instructions_that_are_checked(tmp_path: Path, monkeypat
         assert name in X86 or compiled is None
 
 
-def test_a_file_that_another_pytorch_wrote_says_so(tiny_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_of_another_pytorch(tiny_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Code of a newer one calls what an older one lacks."""
 
     def lacks(path: Path) -> None:
@@ -244,7 +242,7 @@ def test_a_file_that_another_pytorch_wrote_says_so(tiny_package: Path, monkeypat
         ModelPackage(tiny_package)
 
 
-def test_a_description_in_utf_16_is_refused(tmp_path: Path) -> None:
+def test_description_in_utf_16(tmp_path: Path) -> None:
     """PyTorch, which reads it as well, takes UTF-8 alone."""
     text = json.dumps({"format": 1, **dataclasses.asdict(GOOD)}).encode("utf-16")
     with pytest.raises(PackageError, match=r"not a readable .*'utf-8' codec"):
@@ -261,14 +259,12 @@ def changed(file: Path, to: Path, change: Callable[[str, bytes], bytes | None]) 
 
 
 @pytest.mark.parametrize("content", [None, b"no code"])
-def test_what_pytorch_refuses_in_an_archive_is_a_damaged_file(
-    content: bytes | None, tiny_package: Path, tmp_path: Path
-) -> None:
+def test_damaged_code(content: bytes | None, tiny_package: Path, tmp_path: Path) -> None:
     with pytest.raises(PackageError, match=r"m\.pt2 cannot be loaded: "):
         ModelPackage(changed(tiny_package, tmp_path / "m.pt2", lambda name, own: content if ".so" in name else own))
 
 
-def test_a_graph_that_takes_another_type_than_its_description_says(tiny_package: Path, tmp_path: Path) -> None:
+def test_graph_of_another_dtype(tiny_package: Path, tmp_path: Path) -> None:
     def wider(name: str, content: bytes) -> bytes:
         return content.replace(b'"float32"', b'"float64"') if name.endswith(MEMBER) else content
 
@@ -279,7 +275,7 @@ def test_a_graph_that_takes_another_type_than_its_description_says(tiny_package:
 
 
 @pytest.mark.parametrize("change", [{"classes": 3, "labels": None}, {"risk": True}, {"evidence": {"a": "words"}}])
-def test_a_description_of_another_graph_is_refused(change: dict[str, Any], tiny_package: Path, tmp_path: Path) -> None:
+def test_description_of_another_graph(change: dict[str, Any], tiny_package: Path, tmp_path: Path) -> None:
     """With three classes for four, the last probability would pass for the uncertainty."""
     with zipfile.ZipFile(tiny_package) as old, zipfile.ZipFile(tmp_path / "m.pt2", "w") as new:
         for name in old.namelist():

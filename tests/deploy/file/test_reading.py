@@ -39,7 +39,7 @@ def test_only_regular_files_are_read(kind: str, tmp_path: Path) -> None:
             read_description(path)
 
 
-def test_what_is_hashed_is_what_is_copied(tmp_path: Path) -> None:
+def test_hashed_is_copied(tmp_path: Path) -> None:
     path, copy = tmp_path / "a", tmp_path / "b"
     path.write_bytes(bytes(3 << 20) + b"end")
     assert digest_of(path) == digest_of(path, copy) == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -51,9 +51,7 @@ def test_what_is_hashed_is_what_is_copied(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pt2", "onnx"])
-def test_loading_touches_no_name_that_can_be_foreseen(
-    kind: str, tiny_package: Path, tiny_onnx: Path, tmp_path: Path
-) -> None:
+def test_no_foreseeable_names(kind: str, tiny_package: Path, tiny_onnx: Path, tmp_path: Path) -> None:
     """PyTorch's compiler would load shared objects from ``torchinductor_<user>``; ONNX Runtime would write ``.ses``."""
     file = {"pt2": tiny_package, "onnx": tiny_onnx}[kind]
     code = "import sys; from fastgrad.deploy.file.package import ModelPackage; ModelPackage(sys.argv[1])"
@@ -74,9 +72,7 @@ CACHES: dict[str, tuple[Callable[[Path], Any], bool]] = {
 
 
 @pytest.mark.parametrize("kind", CACHES)
-def test_the_compilers_cache_is_one_where_nobody_else_can_write(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_private_compiler_cache(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor.runtime import cache_dir_utils
 
     folder, (make, used) = tmp_path / "torchinductor_user", CACHES[kind]

@@ -67,7 +67,7 @@ def test_interrupted_run_goes_on(
     assert not parts.exists()
 
 
-def test_slower_run_adds_no_part_to_a_folder_that_goes(
+def test_slower_run_adds_no_part(
     folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, plain, late = tmp_path / "o.parquet", Path.unlink, []
@@ -85,7 +85,7 @@ def test_slower_run_adds_no_part_to_a_folder_that_goes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "o.parquet"]
 
 
-def test_unfinished_table_lies_in_the_folder(
+def test_place_of_the_unfinished_table(
     folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There, the run that goes on removes it; next to the output, nothing ever would."""
@@ -138,7 +138,7 @@ def test_two_jobs_with_one_folder(
     assert not list(tmp_path.glob("o.parts*"))
 
 
-def test_part_that_comes_while_the_folder_is_read(
+def test_part_that_comes_meanwhile(
     folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks, plain, parts = itertools.count(), job._schema, tmp_path / "o.parts"
@@ -158,7 +158,7 @@ def before_joining(change: Callable[[job.Job], Any], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(score_module, "join_parts", join)
 
 
-def test_parts_of_another_job_are_not_joined(
+def test_parts_of_another_job(
     folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:

@@ -75,7 +75,7 @@ def test_row_is_the_servers_answer(tiny_explained: Path, tmp_path: Path) -> None
     ("evidence", "expected"),
     [([1, 2, 0], "two"), ([1, 1.9, 0], "two; one"), ([2, 2, 2.1], "three; one"), ([0, 0, 0], None), ([], None)],
 )
-def test_reason_is_two_thirds_of_the_evidence(evidence: list[float], expected: str | None) -> None:
+def test_reason(evidence: list[float], expected: str | None) -> None:
     words = {"a": "one", "b": "two", "c": "three"}
     assert reason(words, dict(zip(words, evidence, strict=False))) == expected
 
@@ -211,7 +211,7 @@ def test_decoding_beside_the_network(
     assert decoding.is_set()
 
 
-def test_warnings_come_back_after_a_run(tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warnings_come_back(tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inside, over, numbers = threading.Event(), threading.Event(), itertools.count()
     open_image, decode, before = Image.open, job.decode_pixels, list(warnings.filters)
 

@@ -26,7 +26,7 @@ def server(model_file: Path) -> Iterator[Server]:
         yield started
 
 
-def test_thousands_of_requests_none_lost_none_swapped(server: Server, model_file: Path) -> None:
+def test_thousands_of_requests(server: Server, model_file: Path) -> None:
     counts = ("fastgrad_request_seconds_count", "fastgrad_batch_size_sum")
     before = [server.metric(name) for name in counts]
     load = Load(server, model_file)
@@ -37,7 +37,7 @@ def test_thousands_of_requests_none_lost_none_swapped(server: Server, model_file
     print(f"{model_file.suffix}: {load.counts()}")
 
 
-def test_killed_workers_under_load_lose_nothing(server: Server, model_file: Path) -> None:
+def test_killed_workers_under_load(server: Server, model_file: Path) -> None:
     before = server.metric("fastgrad_worker_restarts")
     load = Load(server, model_file)
     threads = load.start(16, 200)
@@ -61,7 +61,7 @@ def test_killed_workers_under_load_lose_nothing(server: Server, model_file: Path
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["kept connections", "a connection a request"])
-def test_sigterm_under_load_cuts_no_connection(model_file: Path, kept: bool) -> None:
+def test_sigterm_under_load(model_file: Path, kept: bool) -> None:
     server = Server(model_file)
     load = Load(server, model_file, keep=kept)
     threads = load.start(16, 100_000)

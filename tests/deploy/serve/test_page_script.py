@@ -29,16 +29,19 @@ const file = "an image";
 
 
 @pytest.mark.skipif(NODE is None, reason="needs Node")
-def test_a_file_that_takes_over_is_shown_with_its_own_words() -> None:
+def test_new_file_and_its_words() -> None:
     model = {"threshold": 1.0, "false_alarm_rate": 0.07, "histogram": {"edges": [0, 1, 2], "counts": [3, 4]}}
-    answer = {"class": 0, "uncertainty": 1.5, "reliable": True, "risk": None, "probabilities": [1.0]}
+    answer = {"class": 0, "uncertainty": 1.5, "reliable": True, "risk": 0.5, "accepted": False, "probabilities": [1.0]}
     page = (files("fastgrad.deploy.serve") / "page.html").read_text("utf-8")
     script = page.split("<script>")[1].split("</script>")[0]
-    ask = "await send(file); console.log(JSON.stringify([$('class').textContent, $('chart').told['aria-label']]));"
+    shown = "$('class').textContent, $('chart').told['aria-label'], $('risk').textContent"
+    ask = f"await send(file); console.log(JSON.stringify([{shown}]));"
     models = [json.dumps({**model, "labels": [label]}) for label in ("cat", "dog")]
     steps = "".join(f"served = {each}; {ask}" for each in models)
     code = f"{DOCUMENT}let served, answer = {json.dumps(answer)};{script};(async () => {{{steps}}})();"
     done = subprocess.run([str(NODE), "-"], input=code, stdout=subprocess.PIPE, encoding="utf-8", check=True)
-    (first, told), (second, _) = map(json.loads, done.stdout.splitlines())
+    (first, told, risk), (second, _, _) = map(json.loads, done.stdout.splitlines())
     assert (first, second) == ("cat", "dog")
+    assert risk.startswith("Risk 50.0\u00a0%.")
+    assert risk.endswith("It is above the accepted limit.")
     assert "limit 1.00, 7\u00a0% of good images lie above" in told

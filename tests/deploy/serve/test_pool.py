@@ -44,7 +44,7 @@ async def submit_all(pool: Pool, values: Sequence[int]) -> list[Any]:
     return [np.frombuffer(answer) if isinstance(answer, bytes) else answer for answer in answers]
 
 
-def test_every_input_gets_its_own_answer_and_batches_form() -> None:
+def test_batches_and_their_answers() -> None:
     sizes: list[int] = []
 
     async def body(pool: Pool, fakes: list[FakeChild]) -> None:
@@ -57,7 +57,7 @@ def test_every_input_gets_its_own_answer_and_batches_form() -> None:
     with_fakes(2, body, max_batch=8, on_batch=sizes.append)
 
 
-def test_a_dead_worker_loses_nothing() -> None:
+def test_dead_worker_loses_nothing() -> None:
     async def body(pool: Pool, fakes: list[FakeChild]) -> None:
         fakes[0].die_on = {1, 4}
         answers = await submit_all(pool, range(50))
@@ -67,7 +67,7 @@ def test_a_dead_worker_loses_nothing() -> None:
     with_fakes(1, body, max_batch=8)
 
 
-def test_processes_that_end_while_they_wait_come_back_and_no_input_answers_for_it() -> None:
+def test_processes_that_end_while_idle() -> None:
     async def body(pool: Pool, fakes: list[FakeChild]) -> None:
         await asyncio.sleep(0)  # until all wait
         for fake in fakes:
@@ -86,7 +86,7 @@ def test_processes_that_end_while_they_wait_come_back_and_no_input_answers_for_i
     with_fakes(MAX_ATTEMPTS, body)
 
 
-def test_a_poisonous_input_fails_alone() -> None:
+def test_poisonous_input_fails_alone() -> None:
     async def body(pool: Pool, fakes: list[FakeChild]) -> None:
         fakes[0].poison = 7
         answers = await submit_all(pool, range(16))
@@ -102,7 +102,7 @@ def test_a_poisonous_input_fails_alone() -> None:
     with_fakes(1, body, max_batch=16)
 
 
-def test_inputs_whose_batch_failed_are_run_again_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_batch_is_run_again_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no process ends: the memory lasts for fewer, and one input fails by itself."""
 
     async def body(pool: Pool, fakes: list[FakeChild]) -> None:
@@ -136,7 +136,7 @@ def test_cancelled_inputs_are_not_run() -> None:
     with_fakes(1, body, max_batch=8, batch_wait=0.05)
 
 
-def test_an_exception_beside_the_model_fails_its_batch_and_the_task_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_exception_in_a_callback(caplog: pytest.LogCaptureFixture) -> None:
     async def body(pool: Pool, fakes: list[FakeChild]) -> None:
         with pytest.raises(RequestError, match="log says why"):
             await asyncio.wait_for(pool.submit(b"\1"), 10)
@@ -198,7 +198,7 @@ def test_real_workers(model_file: Path) -> None:
     asyncio.run(run())
 
 
-def test_a_model_that_cannot_be_loaded_or_takes_too_long(tmp_path: Path) -> None:
+def test_failed_or_slow_start(tmp_path: Path) -> None:
     (tmp_path / "bad.pt2").write_bytes(b"no")
 
     async def run() -> None:
@@ -211,7 +211,7 @@ def test_a_model_that_cannot_be_loaded_or_takes_too_long(tmp_path: Path) -> None
     asyncio.run(run())
 
 
-def test_a_process_that_cannot_be_started_again_says_why(caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_restart_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> None:
         child = Child("no_such_module", (), most=2**20)
         restarting = asyncio.ensure_future(child.restart(60.0))
@@ -226,7 +226,7 @@ def test_a_process_that_cannot_be_started_again_says_why(caplog: pytest.LogCaptu
     assert "a process cannot be started: No module named 'no_such_module'; it is tried again" in caplog.text
 
 
-def test_a_process_is_ended_where_there_is_no_such_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kill_without_sigkill(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on Windows, which ends it by any other, and denies that to one that has just ended."""
     sent: list[int] = []
     kill = getattr(signal, "SIGKILL", signal.SIGTERM)
@@ -250,7 +250,7 @@ def test_a_process_is_ended_where_there_is_no_such_signal(monkeypatch: pytest.Mo
     assert sent == [signal.SIGTERM]
 
 
-def test_a_process_that_says_more_than_it_may_is_ended() -> None:
+def test_reply_that_is_too_long() -> None:
     async def run() -> None:
         child = Child("fastgrad.deploy.serve.decoder", (100,), most=192)
         await child.start(60)
@@ -262,7 +262,7 @@ def test_a_process_that_says_more_than_it_may_is_ended() -> None:
     asyncio.run(run())
 
 
-def test_an_event_loop_without_processes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_event_loop_without_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """As Windows has for web servers that reload, or run several processes."""
 
     async def refuse(*_: object, **__: object) -> None:
@@ -276,7 +276,7 @@ def test_an_event_loop_without_processes_is_named(monkeypatch: pytest.MonkeyPatc
         asyncio.run(run())
 
 
-def test_a_process_ends_with_the_server_however_that_ends() -> None:
+def test_process_ends_with_the_server() -> None:
     proc()
     code = """
 import asyncio, os
@@ -300,7 +300,7 @@ asyncio.run(run())
     wait_for(ended)
 
 
-def test_a_worker_has_none_of_the_servers_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_secrets_in_a_child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FASTGRAD_API_KEY", "k-4711")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "token=k-4711")
     # Some begin like LANG, HOME, TEMP and TORCH.

@@ -52,7 +52,7 @@ async def answer(served: Served) -> float:
     return float(np.frombuffer(await served.pool.submit(bytes(193)))[4])
 
 
-def test_a_request_keeps_its_version_and_the_old_one_ends_after_it(tiny_package: Path, tmp_path: Path) -> None:
+def test_request_keeps_its_version(tiny_package: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.pt2"
     shutil.copyfile(tiny_package, path)
 
@@ -88,7 +88,7 @@ def test_a_request_keeps_its_version_and_the_old_one_ends_after_it(tiny_package:
     ],
     ids=["missing", "cut off", "a pipe", "a device", "2 GiB of nothing"],
 )  # fmt: skip
-def test_a_file_that_cannot_be_loaded_changes_nothing(
+def test_failed_reload_changes_nothing(
     break_it: Callable[[Path, bytes], Any],
     reason: str,
     tiny_onnx: Path,
@@ -116,7 +116,7 @@ def test_a_file_that_cannot_be_loaded_changes_nothing(
     assert "fastgrad-serve" not in caplog.text
 
 
-def test_no_file_is_loaded_but_those_whose_digest_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_digests(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = archive(tmp_path / "model.pt2", 4)
     first = digest_of(path)
     with pytest.raises(PackageError, match=rf"model\.pt2 must have the SHA-256 0{{64}}; it was {first}"):
@@ -140,7 +140,7 @@ def archive(path: Path, classes: int) -> Path:
     return write_archive(path, Description((3, 8, 8), "float32", classes, 8, "cpu"))
 
 
-def test_a_file_that_cannot_be_run_is_named_and_its_copy_is_not(tmp_path: Path) -> None:
+def test_failed_start_names_the_file(tmp_path: Path) -> None:
     pytest.importorskip("uvicorn")
     path = archive(tmp_path / "model.pt2", 4)
     with pytest.raises(RuntimeError, match=rf"ERROR: +the server cannot start: {path} cannot be loaded: ") as raised:
@@ -169,7 +169,7 @@ def damaged(content: bytes) -> bytes:
     return content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :]
 
 
-def test_a_swap_under_load(served: Any, tmp_path: Path) -> None:
+def test_swap_under_load(served: Any, tmp_path: Path) -> None:
     """SIGHUP with another file, with one that is none, cut off, damaged inside, gone, and with the first again."""
     server, whole = served.server, served.file.read_bytes()
     alike = another(Path(shutil.copy(served.file, tmp_path)))
@@ -209,9 +209,7 @@ def test_a_swap_under_load(served: Any, tmp_path: Path) -> None:
         assert reason in said
 
 
-def test_copies_of_servers_that_were_killed_are_removed(
-    tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_copies_of_killed_servers(tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("fcntl")
 
     def folders() -> list[str]:
