@@ -140,11 +140,11 @@ def faults(row: dict[str, Any], wide: bool) -> list[str]:
 
 
 def report(only: str, archs: list[str], quick: bool) -> list[dict[str, Any]]:
-    """Compile the cases whose name contains ``only``; return a row for each launch."""
+    """Compile the cases whose name matches ``only`` somewhere; return a row for each launch."""
     rows: list[dict[str, Any]] = []
     # Disassembling takes time, and many launches share a kernel.
     found: dict[str, dict[str, int]] = {}
-    wanted = [case for case in cases() if only in case.name and (case.quick or not quick)]
+    wanted = [case for case in cases() if re.search(only, case.name) and (case.quick or not quick)]
     for arch, case in itertools.product(archs, wanted):
         print(f"{arch} {case.name}", file=sys.stderr)
         for kernel, programs, given in compiled(case.call, arch):
@@ -163,7 +163,7 @@ def report(only: str, archs: list[str], quick: bool) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", default="", help="a regular expression that the names of cases match")
     parser.add_argument("--arch", action="append", choices=list(TARGETS), help="may be repeated; default all")
     parser.add_argument("--quick", action="store_true", help="one case of each kernel")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

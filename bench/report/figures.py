@@ -19,7 +19,7 @@ WIDTH, DPI, TEXT = 600, 100, 12
 COLOURS = {
     "fastgrad": "#c1121f", "fastgrad, default": "#c1121f", "fastgrad, clean only": "#f4a100",
     "fastgrad, second pass": "#6d1a5b", "fastgrad, risk": "#f0529c", "fastgrad, labelled": "#a8651e",
-    "H, gated": "#c1121f", "selective": "#6d1a5b",
+    "correction": "#c1121f", "H, gated": "#f4a100", "selective": "#6d1a5b",
     "softmax": "#12355b", "softmax, temperature": "#3f8efc", "Mahalanobis": "#2a9d5c", "MultiMahalanobis": "#7ac74f",
     "RAS": "#1b998b", "Catalyst": "#7b6fd0", "GradTrust": "#7b6fd0", "pNormSoftmax": "#1b998b", "LTS": "#3f8efc",
     "NCI": "#3f8efc", "fDBD": "#7b6fd0", "all but gradients, labelled": "#2a9d5c", "AutoAttack": "#3f8efc",

@@ -27,34 +27,28 @@ class Box(NamedTuple):
 BOXES = (
     Box(24, 8, 150, 84, "input x", ("image, text, …",), ours=False),
     Box(236, 8, 340, 84, "your network", ("one forward pass, unchanged",), ours=False),
-    Box(24, 136, 262, 108, "all contrasts", ("gradient norm of the last", "layer, for each label Q"), on_request=True),
-    Box(
-        314,
-        136,
-        262,
-        108,
-        "introspective classifier",
-        ("predicts again from h,", "the last layer's input"),
-        on_request=True,
-    ),
+    Box(24, 136, 262, 108, "all contrasts", ("last layer's gradients,", "one for each label Q"), on_request=True),
+    Box(314, 136, 262, 108, "introspective classifier", ("predicts again,", "from the contrasts"), on_request=True),
     Box(24, 276, 262, 108, "blocks", ("logits, activations,", "x itself; more on request")),
+    Box(314, 276, 262, 108, "correction", ("of the logits, from h,", "the last layer's input"), on_request=True),
     Box(24, 416, 262, 108, "detector", ("p-values of the blocks,", "likeness to challenges")),
-    Box(314, 416, 262, 108, "probabilities", ("the network's, mixed", "with the classifier's")),
+    Box(314, 416, 262, 108, "probabilities", ("the network's, mixed", "with the corrected ones")),
     Box(24, 556, 262, 76, "uncertainty", ("how unusual is x?",)),
     Box(314, 556, 262, 76, "risk", ("probability of an error",)),
 )
 #: Middle, baseline and text of words beside the arrows.
-NOTES = ((354, 544, "evidence"), (517, 322, "dashed:"), (517, 346, "on request"))
+NOTES = ((354, 544, "evidence"), (445, 266, "dashed: on request"))
 #: Ways from box to box; the middle ones share their trunk below the network.
 ARROWS = (
     "M174 50 H230",
     "M406 92 V114 H155 V130",
-    "M406 92 V114 H445 V130",
     "M406 92 V114 H10 V330 H18",
+    "M406 92 V114 H590 V330 H582",
     "M406 92 V114 H590 V470 H582",
+    "M286 190 H308",
     "M155 244 V270",
     "M155 384 V410",
-    "M445 244 V410",
+    "M445 384 V410",
     "M286 470 H308",
     "M155 524 V550",
     "M445 524 V550",
@@ -92,7 +86,8 @@ def draw() -> str:
     )
     label = (
         "From an input through the network to uncertainty and risk. Blocks, and contrasts on request, reach the "
-        "detector. Its evidence sets the classifier's share of the probabilities, and raises the risk."
+        "detector. Its evidence sets the share of the corrected probabilities, and raises the risk. The introspective "
+        "classifier H predicts again from the contrasts."
     )
     return "\n".join(
         [

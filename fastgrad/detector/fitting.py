@@ -8,13 +8,12 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from sklearn.base import clone
 from sklearn.utils import check_random_state
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgrad.batches import batch_size, take, to_device
 from fastgrad.blocks import BLOCKS, Block, Features
@@ -30,18 +29,26 @@ from fastgrad.detector.inputs import Blocks, check_blocks, kinds_of
 from fastgrad.detector.price import DEFAULT_BLOCKS, EXTENDED_BLOCKS, EXTENDED_FROM, PriceReport, fit_to_budget
 from fastgrad.detector.report import Gain, Report, gains, probability_suffices
 from fastgrad.detector.risk import NoisyOr, Risk, doubt, tempered
-from fastgrad.evaluation import RandomState, agree, refuse_devices
+from fastgrad.evaluation import RandomState, agree, device_of, refuse_devices
 from fastgrad.introspection.correction import Correction, Labelled, choose
 from fastgrad.scores.rows import as_tensor
 from fastgrad.scores.temperature import Temperature
-
-if TYPE_CHECKING:
-    from fastgrad.detector.model import TwoStageModel
 
 #: The modules that a fit makes; those that it does not need are None.
 FITTED = ("detector", "correction", "gate", "temperature", "risk")
 #: Two computations of a block agree up to its square root: networks in half precision round to some hundredths.
 _ROUNDING = 2.5e-3
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a two-stage model was made with."""
+
+    model: nn.Module
+    detector: UncertaintyDetector | None
+    blocks: tuple[Block, ...] | None
+    budget: float
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -58,28 +65,26 @@ class Parts:
     gains: Callable[[], dict[str, Gain]] | None = None
 
 
-def fit(
-    two_stage: TwoStageModel, options: loaders.FitOptions, answer: Callable[[Parts], Callable[[Inputs], object]]
-) -> Parts:
-    """Fit what ``two_stage`` asks for; ``answer`` returns how it would answer with some parts, to measure the price."""
-    refuse_devices(two_stage.model)
-    base = two_stage.detector or UncertaintyDetector(log=False, random_state=two_stage.seed)
-    clean, given = loaders.draw_all(options, two_stage.seed, base.calibration_fraction)
-    device, verbose = two_stage.device, options.verbose
+def fit(asked: Asked, options: loaders.FitOptions, answer: Callable[[Parts], Callable[[Inputs], object]]) -> Parts:
+    """Fit what was ``asked`` for; ``answer`` returns how it would answer with some parts, to measure the price."""
+    refuse_devices(asked.model)
+    base = asked.detector or UncertaintyDetector(log=False, random_state=asked.seed)
+    clean, given = loaders.draw_all(options, asked.seed, base.calibration_fraction)
+    device, verbose = device_of(asked.model), options.verbose
     x = to_device(clean[0].batches[0], device)
-    subject = watch(two_stage.model, *arguments(x))
-    blocks = _blocks(two_stage, subject)
+    subject = watch(asked.model, *arguments(x))
+    blocks = _blocks(asked, subject)
     if options.correct and subject.head is None:
         raise ValueError("correct=True needs a model that ends in a linear layer")
-    sample = loaders.build_sample(clean, given, subject.classes, two_stage.seed, clone(base), options)
+    sample = loaders.build_sample(clean, given, subject.classes, asked.seed, clone(base), options)
     served = [block for block in blocks if block.refusal(subject) is None]
     # The correction reads h, also where the detector does not.
     unread = [Features.name] if options.correct else []
     added = [Features() for name in unread if all(block.name != name for block in served)]
     # Logarithms of norms cannot underflow, but the user's detector may expect the norms themselves.
-    extraction = Extraction(two_stage.model, [*served, *added], log=not base.log, known=subject)
+    extraction = Extraction(asked.model, [*served, *added], log=not base.log, known=subject)
     _require_own(extraction, x)
-    generated = collect.generated_batches(sample, two_stage.model, device, two_stage.seed, verbose)
+    generated = collect.generated_batches(sample, asked.model, device, asked.seed, verbose)
     features = collect.read(extraction, device, itertools.chain(collect.drawn_batches(sample, verbose), generated))
     # A challenge has the label of the clean input it was made from; inputs held out have no challenges.
     labels = np.where(features.groups >= 0, sample.labels[features.groups], -1)
@@ -112,7 +117,7 @@ def fit(
                 challenging[some],
                 groups[some],
             )
-            correction, log_p[labelled], corrected = choose(given, two_stage.seed, draft=draft)
+            correction, log_p[labelled], corrected = choose(given, asked.seed, draft=draft)
             gate, kept = (None, kept) if correction is None else (gate, kept + unread)
         risk, why = _risk(log_p, truth, fitted, options.risk)
         for part in (fitted.module, correction, gate, temperature, risk):
@@ -122,9 +127,9 @@ def fit(
         parts = Parts(own_extraction, fitted.module, correction, gate, temperature, risk)
         return parts, fitted, (why, corrected)
 
-    if two_stage.blocks is None:
+    if asked.blocks is None:
         price = fit_to_budget(
-            two_stage.model, blocks, x, two_stage.budget, subject=subject,
+            asked.model, blocks, x, asked.budget, subject=subject,
             answer=lambda some: answer(complete(tuple(block.name for block in some), draft=True)[0]),
         )  # fmt: skip
     else:
@@ -136,17 +141,17 @@ def fit(
     return replace(parts, report=report, gains=functools.partial(gains, fitted.table, features.kinds))
 
 
-def _blocks(two_stage: TwoStageModel, subject: Subject) -> list[Block]:
+def _blocks(asked: Asked, subject: Subject) -> list[Block]:
     """Return the blocks that were asked for, or those of the preset."""
-    if two_stage.blocks is None:
-        names = EXTENDED_BLOCKS if two_stage.budget >= EXTENDED_FROM else DEFAULT_BLOCKS
+    if asked.blocks is None:
+        names = EXTENDED_BLOCKS if asked.budget >= EXTENDED_FROM else DEFAULT_BLOCKS
         return [BLOCKS[name]() for name in names]  # `fit_to_budget` reports those that cannot be served
-    for block in two_stage.blocks:
+    for block in asked.blocks:
         why = block.refusal(subject)
         if why is not None:
             possible = ", ".join(repr(name) for name, kind in BLOCKS.items() if kind().refusal(subject) is None)
             raise ValueError(f"blocks must be ones that the network can serve, {possible}; {block.name!r}: {why}")
-    return list(two_stage.blocks)
+    return list(asked.blocks)
 
 
 def _require_own(extraction: Extraction, x: Inputs) -> None:

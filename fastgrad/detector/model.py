@@ -231,8 +231,9 @@ class TwoStageModel(nn.Module):
         options = loaders.FitOptions(
             clean, challenges, calibration, max_samples, challenges_per_input, risk, correct, clip, mean, std, verbose
         )
+        asked = fitting.Asked(self.model, self.detector, self.blocks, self.budget, self.seed)
         with buffers_kept(self.model):
-            parts = fitting.fit(self, options, self._with)
+            parts = fitting.fit(asked, options, self._with)
         self._take(parts)
         return self
 
