@@ -80,13 +80,22 @@ class ClippedTask(Task):
 
     def distance(self, gradients: Iterable[Tensor]) -> float:
         """Return the relative distance from the sum of a float64 loop's clipped gradients."""
-        exact = self.double()
-        wanted: Any = 0
-        for x, y in zip(exact.x, self.y, strict=True):
-            loss = F.cross_entropy(exact.model(x[None]), y[None])
-            gradient = _flat(torch.autograd.grad(loss, list(exact.model.parameters())))
-            wanted = wanted + min(1.0, self.max_norm / float(gradient.norm())) * gradient
+        wanted = self._loop(self.double())
         return float((_flat(gradients).double() - wanted).norm() / wanted.norm())
+
+    @cached_property
+    def rounding(self) -> float:
+        """Return the distance of the same loop in the network's own precision: what its rounding costs any method."""
+        return self.distance([self._loop(self)])
+
+    def _loop(self, task: Task) -> Tensor:
+        total: Any = 0
+        for x, y in zip(task.x, self.y, strict=True):
+            loss = F.cross_entropy(task.model(x[None]), y[None])
+            gradient = _flat(torch.autograd.grad(loss, list(task.model.parameters())))
+            total = total + min(1.0, self.max_norm / float(gradient.norm())) * gradient
+        found: Tensor = total
+        return found
 
 
 def _flat(tensors: Iterable[Tensor]) -> Tensor:
