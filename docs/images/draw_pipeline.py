@@ -33,13 +33,13 @@ BOXES = (
         136,
         262,
         108,
-        "introspective classifier",
-        ("predicts again from h,", "the last layer's input"),
+        "correction",
+        ("of the logits from h, the", "last layer's input; if it helps"),
         on_request=True,
     ),
     Box(24, 276, 262, 108, "blocks", ("logits, activations,", "x itself; more on request")),
     Box(24, 416, 262, 108, "detector", ("p-values of the blocks,", "likeness to challenges")),
-    Box(314, 416, 262, 108, "probabilities", ("the network's, mixed", "with the classifier's")),
+    Box(314, 416, 262, 108, "probabilities", ("the network's, mixed", "with the corrected ones")),
     Box(24, 556, 262, 76, "uncertainty", ("how unusual is x?",)),
     Box(314, 556, 262, 76, "risk", ("probability of an error",)),
 )
@@ -92,7 +92,7 @@ def draw() -> str:
     )
     label = (
         "From an input through the network to uncertainty and risk. Blocks, and contrasts on request, reach the "
-        "detector. Its evidence sets the classifier's share of the probabilities, and raises the risk."
+        "detector. Its evidence sets the correction's share of the probabilities, and raises the risk."
     )
     return "\n".join(
         [
