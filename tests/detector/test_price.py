@@ -225,5 +225,5 @@ def test_the_price_of_single_inputs_is_measured_too_and_said_where_it_is_above_t
 def test_presets_hold_known_blocks_and_the_second_pass_begins_at_two():
     for budget, names in ((1.2, DEFAULT_BLOCKS), (2.0, (*DEFAULT_BLOCKS, "view"))):
         two_stage = TwoStageModel(network(), budget=budget)
-        assert tuple(block.name for block in _blocks(two_stage, two_stage, False)) == names
+        assert tuple(block.name for block in _blocks(two_stage, two_stage)) == names
     assert set(EXTENDED_BLOCKS) <= set(BLOCKS)
