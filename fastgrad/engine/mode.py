@@ -84,7 +84,11 @@ class PerSample(TorchFunctionMode):
                 raise Refused(CHECKPOINT)
             rule = RULES.get(func)
             if rule is not None:
-                out = rule(call, *args, **kwargs)
+                try:
+                    out = rule(call, *args, **kwargs)
+                except (TypeError, AttributeError, NameError) as error:
+                    call.rule_failure = error
+                    raise
                 if out is not NotImplemented:
                     return out
             if any(type(a) in _SEQUENCES or id(a) in call.parameters for a in args) or kwargs:

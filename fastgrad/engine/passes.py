@@ -22,7 +22,7 @@ from fastgrad.engine.modules import replaced
 from fastgrad.engine.state import Place, State
 from fastgrad.engine.structure import Alone, Structure
 from fastgrad.layers import MODULES
-from fastgrad.layers.call import CHECKPOINT, Call, NotPerSampleError, Refused
+from fastgrad.layers.call import CHECKPOINT, Call, NotPerSampleError, Refused, RuleError
 from fastgrad.memory import lacks_memory
 
 
@@ -148,7 +148,7 @@ class Pass:
                 except Exception as error:
                     if lacks_memory(error):
                         raise
-                    if structure.alone_reason:
+                    if structure.alone_reason or isinstance(error, RuleError):
                         raise self._of_samples(error, state) from error
                     _other_way(structure, error)
                     waiting, found, again = [None], [], True
@@ -157,13 +157,15 @@ class Pass:
         return found
 
     def _of_samples(self, error: Exception, state: State) -> Exception:
-        """Return the error to raise if a sample alone fails: the model's own error if the batch fails as well."""
+        """Return the error to raise if a rule or a sample alone fails: the model's own if the batch fails as well."""
         state.restore()
         try:
             self.ordinary()
-        except Exception:
-            return error
+        except Exception as own:
+            return own if isinstance(error, RuleError) else error
         state.restore()
+        if isinstance(error, RuleError):
+            return error
         return NotPerSampleError(
             "model must run on each sample alone, as a batch of one; it runs on the batch, but one sample raised "
             f"{type(error).__name__}: {error}"
@@ -210,7 +212,12 @@ class Pass:
             made.append(Outcome(index, call, rows(output), _written(state, rows)))
             return tensors[0].detach()
 
-        vmap(one, randomness="different")(*unique.values())
+        try:
+            vmap(one, randomness="different")(*unique.values())
+        except (TypeError, AttributeError, NameError) as error:
+            if error is not call.rule_failure:
+                raise
+            raise RuleError(f"a layer rule raised {type(error).__name__}: {error}") from error
         alive = {id(t): t for ref in seen or () if (t := ref()) is not None}
         made[0].kept = [(t, call.physical(t)) for t in alive.values()]
         return made[0]

@@ -39,6 +39,10 @@ class Refused(Exception):  # noqa: N818 - the samples run alone instead
         self.hooked = hooked
 
 
+class RuleError(Exception):
+    """A rule is wrong in itself: running the samples alone would hide that."""
+
+
 @dataclass(eq=False)
 class Use:
     """One function that uses parameters: where the backward pass meets it, and by what formula."""
@@ -69,6 +73,8 @@ class Call:
     counts: dict[int, int] = field(default_factory=dict)
     #: Sequence numbers of the autograd nodes that rules made.
     numbers: list[tuple[int, int]] = field(default_factory=list)
+    #: The last error that is a rule's own, not one of PyTorch's functions.
+    rule_failure: Exception | None = None
 
     def __post_init__(self) -> None:
         self.hooks = saved_tensor_hooks()

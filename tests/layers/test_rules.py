@@ -19,7 +19,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastgrad
 from fastgrad.gradients.features import Route
-from fastgrad.layers import register_rule
+from fastgrad.layers import RULES, register_rule
+from fastgrad.layers.call import RuleError
 
 few = settings(max_examples=12, deadline=None, derandomize=True)
 DTYPES = st.sampled_from([torch.float32, torch.float64])
@@ -303,6 +304,13 @@ def test_a_registered_rule_is_used() -> None:
     assert _routes(Subclass(), torch.randn(3, 4))[0].reason == "own"
     assert _routes(Negative(), torch.randn(3, 4))[0].route == "copies"
     check_module(Negative(), torch.randn(3, 4))
+
+
+def test_an_error_of_a_rule_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RULES, torch.sigmoid, lambda call, x: call.misspelt(x))
+    net = Scale()
+    with pytest.raises(RuleError, match=r"a layer rule raised AttributeError: .*misspelt"), fastgrad.record(net):
+        net(torch.randn(3, 4))
 
 
 @pytest.mark.parametrize("module", [Scale(), nn.Bilinear(4, 4, 3), nn.LSTMCell(4, 3), nn.EmbeddingBag(5, 3)], ids=repr)
