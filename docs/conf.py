@@ -39,7 +39,7 @@ exclude_patterns = ["pypi.md"]
 
 myst_enable_extensions = ["attrs_inline", "deflist"]
 myst_heading_anchors = 3
-# `output` and `about` are what a page's code printed, see contributing/tables-endpoints-pages.md.
+# `output` and `about` are what a page's code printed, see contributing/parts-and-tables.md.
 suppress_warnings = ["misc.highlighting_failure"]
 # A name in single backticks leads to its entry where there is one.
 default_role = "py:obj"

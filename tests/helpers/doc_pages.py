@@ -18,8 +18,8 @@ FENCE = re.compile(r'^```(\w+)(?: title="([^"]*)")?\n(.*?)^```$', re.DOTALL | re
 
 #: Pages that take more than some seconds, or repeat what another one shows: the documentation's own build runs them.
 SLOW = {
-    "blocks-and-scores", "compare-detectors", "file-and-server", "first-score", "index", "introspection",
-    "million-images", "other-models", "production", "tables-endpoints-pages", "what-it-finds",
+    "detection", "file-and-server", "first-score", "index", "introspection",
+    "million-images", "other-models", "production", "parts-and-tables", "what-it-finds",
 }  # fmt: skip
 
 
