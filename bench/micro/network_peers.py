@@ -80,8 +80,12 @@ class ClippedTask(Task):
 
     def distance(self, gradients: Iterable[Tensor]) -> float:
         """Return the relative distance from the sum of a float64 loop's clipped gradients."""
-        wanted = self._loop(self.double())
-        return float((_flat(gradients).double() - wanted).norm() / wanted.norm())
+        return float((_flat(gradients).double() - self.exact).norm() / self.exact.norm())
+
+    @cached_property
+    def exact(self) -> Tensor:
+        """Return the sum of a float64 loop's clipped gradients, flat."""
+        return self._loop(self.double())
 
     @cached_property
     def rounding(self) -> float:

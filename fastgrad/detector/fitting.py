@@ -79,8 +79,7 @@ def fit(asked: Asked, options: loaders.FitOptions, answer: Callable[[Parts], Cal
     sample = loaders.build_sample(clean, given, subject.classes, asked.seed, clone(base), options)
     served = [block for block in blocks if block.refusal(subject) is None]
     # The correction reads h, also where the detector does not.
-    unread = [Features.name] if options.correct else []
-    added = [Features() for name in unread if all(block.name != name for block in served)]
+    added = [Features()] if options.correct and all(block.name != Features.name for block in served) else []
     # Logarithms of norms cannot underflow, but the user's detector may expect the norms themselves.
     extraction = Extraction(asked.model, [*served, *added], log=not base.log, known=subject)
     _require_own(extraction, x)
@@ -118,7 +117,7 @@ def fit(asked: Asked, options: loaders.FitOptions, answer: Callable[[Parts], Cal
                 groups[some],
             )
             correction, log_p[labelled], corrected = choose(given, asked.seed, draft=draft)
-            gate, kept = (None, kept) if correction is None else (gate, kept + unread)
+            gate, kept = (None, kept) if correction is None else (gate, [*kept, Features.name])
         risk, why = _risk(log_p, truth, fitted, options.risk)
         for part in (fitted.module, correction, gate, temperature, risk):
             if part is not None:

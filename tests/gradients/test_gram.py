@@ -134,11 +134,16 @@ def grams(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] = loss, 
         return fastgrad.grad_gram(loss(model(x)), list(model.parameters()), **options)
 
 
+@pytest.fixture(params=[None, 200], ids=["whole", "parts"])
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hold gradients as a whole, or 200 bytes of them at a time."""
+    if request.param:
+        monkeypatch.setattr(products, "CHUNK_BYTES", request.param)
+
+
 @pytest.mark.parametrize("name", ROWS)
-@pytest.mark.parametrize("held", [None, 200], ids=["whole", "parts"])
-def test_inner_products(name: str, held: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    if held:
-        monkeypatch.setattr(products, "CHUNK_BYTES", held)
+@pytest.mark.usefixtures("chunk")
+def test_inner_products(name: str) -> None:
     model, x = build(name)
     g, parameters = truth(model, x), list(model.parameters())
     with fastgrad.record(model):
@@ -180,10 +185,8 @@ def test_two_calls(name: str, samples: int) -> None:
 
 
 @pytest.mark.parametrize("name", ROWS)
-@pytest.mark.parametrize("held", [None, 200], ids=["whole", "parts"])
-def test_sums_of_squares(name: str, held: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    if held:
-        monkeypatch.setattr(products, "CHUNK_BYTES", held)
+@pytest.mark.usefixtures("chunk")
+def test_sums_of_squares(name: str) -> None:
     model, x = build(name)
     with fastgrad.record(model):
         found = fastgrad.grad_square_sum(loss(model(x)), list(model.parameters()))
