@@ -143,16 +143,12 @@ class _Run(Pass):
                         self._first_in_evaluation()
                         structure.layouts, structure.attributes = [], {}
                         self._compare(structure, state, outcomes, expected, after, None, doubtful)
-                    output, recorded = self.assemble(structure, state, outcomes)
-                    if not state.holds_graphs and not self._is_tracked(recorded, output):
-                        structure.alone_reason = _UNSEEN
-                        state.restore()
-                        output, recorded = self.assemble(structure, state, self.outcomes(structure, state))
+                    output, recorded = self.assemble(structure, state, outcomes, first_run=True)
             except NotPerSampleError as error:
                 failure = failure or error
                 state.restore()
                 continue
-            structure.custom_backward |= graph.has_custom_function(_graphed(output))
+            recorded.structure.custom_backward |= graph.has_custom_function(_graphed(output))
             return output, recorded
         assert failure is not None
         if drew and not self.training:
@@ -230,7 +226,9 @@ class _Run(Pass):
         numbers = [pair for _, part in recorded.parts if isinstance(part, Call) for pair in part.numbers]
         return not graph.untracked(_graphed(output), numbers, recorded.inputs) & self.parameters.keys()
 
-    def assemble(self, structure: Structure, state: State, outcomes: list[Outcome]) -> tuple[Any, Recorded]:
+    def assemble(
+        self, structure: Structure, state: State, outcomes: list[Outcome], *, first_run: bool = False
+    ) -> tuple[Any, Recorded]:
         """Return the output of the batch, and write the attributes that the call changed."""
         parts = [(out.index, out.part) for out in outcomes]
         recorded = Recorded(self.parameters, self.samples, parts, structure, self._behind(), self.numbers)
@@ -247,7 +245,7 @@ class _Run(Pass):
         if MIXED in structure.layouts and not self.undo:
             self._mix(structure, state, leaves)
         output = outcomes[0].output[1](leaves)
-        if state.holds_graphs and not self._is_tracked(recorded, output):
+        if (first_run or state.holds_graphs) and not self._is_tracked(recorded, output):
             state.restore()
             alone = replace(structure, alone_reason=_UNSEEN)
             return self.assemble(alone, state, self.outcomes(alone, state))
