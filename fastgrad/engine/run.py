@@ -22,7 +22,7 @@ from fastgrad.engine.layout import MIXED, SAME, Layout, Stacked, Tree, default_l
 from fastgrad.engine.passes import Outcome, Pass
 from fastgrad.engine.refusals import refuse_mixing
 from fastgrad.engine.state import ABSENT, Place, State, copy_containers, evaluation_model
-from fastgrad.engine.structure import Alone, Recorded, Structure, known
+from fastgrad.engine.structure import Alone, Recorded, Structure, structures_of
 from fastgrad.layers.call import Call, NotPerSampleError
 from fastgrad.memory import keep_freed_memory
 
@@ -45,7 +45,7 @@ def run(
     compiles = "torch._dynamo" in sys.modules
     try:
         with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():
-            return one.result(known.of(model if owner is None else owner)) if one.samples else one.empty()
+            return one.result(structures_of(model if owner is None else owner)) if one.samples else one.empty()
     except NotPerSampleError:
         refuse_mixing(model, training=True)  # which names the layer
         raise
@@ -55,7 +55,7 @@ def known_structure(
     owner: nn.Module, model: nn.Module, args: Any, kwargs: Any, modules: Sequence[tuple[str, nn.Module]]
 ) -> Structure | None:
     """Return what an earlier run of ``owner``, or of its copy ``model``, showed for such inputs, or None."""
-    structures = known.of(owner)
+    structures = structures_of(owner)
     one = Pass(model, model, args, kwargs, {}, undo=True, modules=modules)
     return structures.get(one.key()) if structures else None
 
