@@ -56,12 +56,6 @@ without_modes: Callable[[], contextlib.AbstractContextManager[None]] = torch._C.
 #: The sequence number of this thread's next autograd node. Without it, the nodes of one call could not be identified.
 next_number: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
-#: Whether ``torch.func.vmap`` maps over a tensor. Without it, rules would use operations that vmap cannot follow.
-is_batched: Callable[[Tensor], bool] = _functorch.is_batchedtensor
-
-#: Whether a ``torch.func`` transform wraps a tensor. Without it, asking for the tensor's memory would raise.
-is_wrapped: Callable[[Tensor], bool] = _functorch.is_functorch_wrapped_tensor
-
 
 def original(module: nn.Module) -> nn.Module:
     """Return the module inside a ``torch.compile`` wrapper. Without this, the copied wrapper would skip hooks."""
@@ -101,11 +95,6 @@ def saving_plainly() -> Iterator[None]:
             autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
-def is_fake(tensor: Tensor) -> bool:
-    """Whether ``tensor`` has no values, as while a graph is recorded. Reading them would fail."""
-    return isinstance(tensor, FakeTensor)
-
-
 def is_transformed() -> bool:
     """Whether a ``torch.func`` transform is active. If unknown, tensors inside would get ``requires_grad_``.
 
@@ -116,7 +105,7 @@ def is_transformed() -> bool:
 
 def unwrapped(tensor: Tensor) -> Tensor:
     """Return the tensor that ``torch.func`` wrapped, with all samples. Without it, reading values fails under vmap."""
-    while not torch.compiler.is_compiling() and is_wrapped(tensor):
+    while not torch.compiler.is_compiling() and _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor
 
@@ -195,7 +184,8 @@ def is_traced() -> bool:
 
 def is_readable(*tensors: Tensor) -> bool:
     """Whether Python may read values. If unknown, a branch on values would fail in a trace or be fixed in a graph."""
-    return not (is_traced() or any(is_fake(t) or is_wrapped(t) for t in tensors))
+    hidden = (isinstance(t, FakeTensor) or _functorch.is_functorch_wrapped_tensor(t) for t in tensors)
+    return not (is_traced() or any(hidden))
 
 
 def outside_of_compilation(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:

@@ -122,10 +122,6 @@ def _bce_delta(z: Tensor, target: str | Tensor) -> Tensor:
     return torch.where(z > 0, (1 - y) - torch.sigmoid(-z), torch.sigmoid(z) - y)
 
 
-def _mse_delta(z: Tensor, target: str | Tensor) -> Tensor:
-    return 2 * (z - _soft_target(z, target))
-
-
 def _brier_delta(z: Tensor, target: str | Tensor) -> Tensor:
     scaled, log_rho = _brier_scaled(z, target)
     return scaled * log_rho.exp()
@@ -231,7 +227,7 @@ class _Loss(NamedTuple):
 _TABLE = {
     "cross_entropy": _Loss(_cross_entropy_delta, _cross_entropy_diagonal, _cross_entropy_norms),
     "bce": _Loss(_bce_delta, lambda z: -torch.sigmoid(-z), _bce_norms),
-    "mse": _Loss(_mse_delta, lambda z: 2 * (z - 1), _mse_norms),
+    "mse": _Loss(lambda z, target: 2 * (z - _soft_target(z, target)), lambda z: 2 * (z - 1), _mse_norms),
     "brier": _Loss(_brier_delta, _brier_diagonal, _brier_norms),
 }
 LOSSES = tuple(_TABLE)

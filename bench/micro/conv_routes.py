@@ -20,9 +20,8 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 from bench.report import pages
-from fastgrad.ops.conv import cost
-from fastgrad.ops.conv.geometry import canonical
-from fastgrad.ops.conv.sqnorm import conv_sqnorm, shape_of
+from fastgrad.ops.conv import cost, sqnorm
+from fastgrad.ops.conv.geometry import Kernel, problem_of
 
 BATCH, IMAGE, HOPELESS = 16, 64, 12.0
 #: torchvision's name of each model, and its arguments except ``weights=None``.
@@ -54,22 +53,24 @@ def convolutions() -> dict[tuple[Any, ...], list[str]]:
 
 def measured(key: tuple[Any, ...], models: list[str]) -> dict[str, Any]:
     """Return a row: the pick, and all routes on one shape."""
-    channels, height, width, *out, kernel, stride, padding, dilation, groups = key
+    channels, height, width, *out, size, stride, padding, dilation, groups = key
+    kernel = Kernel(size, stride, padding, dilation, groups)
     torch.manual_seed(0)
     a, g = torch.randn(BATCH, channels, height, width), torch.randn(BATCH, *out)
-    shape = shape_of(canonical(a, g.unsqueeze(0), kernel, stride, padding, dilation, groups, False))
-    predicted = {route: cost.seconds(route, shape) for route in cost.candidates(shape)}
-    picked = cost.choose_route(shape)
+    problem = problem_of(a, g.unsqueeze(0), kernel)
+    predicted = {route: cost.seconds(route, problem, cost.CHUNK_BYTES) for route in cost.candidates(problem)}
+    picked = cost.choose_route(problem)
     taken: dict[str, float] = {}
     for route, seconds in predicted.items():
         if seconds <= HOPELESS * predicted[picked]:
-            call = partial(conv_sqnorm, a, g, kernel, stride, padding, dilation, groups)
+            call = partial(sqnorm.conv_sqnorm, a, g, kernel)
             timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-            with mock.patch.object(cost, "choose_route", lambda shape, route=route: route):
+            plan = route, cost.chunk_size(route, problem, cost.CHUNK_BYTES)
+            with mock.patch.object(sqnorm, "plan", return_value=plan):
                 taken[route] = min(timer.blocked_autorange(min_run_time=0.03).times)
     best = min(taken, key=taken.__getitem__)
     return {
-        "shape": f"{channels} to {out[0]}, {height}x{width}, kernel {'x'.join(map(str, kernel))}, "
+        "shape": f"{channels} to {out[0]}, {height}x{width}, kernel {'x'.join(map(str, size))}, "
         f"stride {stride[0]}" + (f", groups {groups}" if groups > 1 else ""),
         "models": ", ".join(models), "picked": picked, "predicted_ms": 1e3 * predicted[picked],
         "measured_ms": 1e3 * taken[picked], "best": best, "best_ms": 1e3 * taken[best],

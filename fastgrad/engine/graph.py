@@ -113,15 +113,11 @@ def terms(outputs: Iterable[Tensor]) -> Iterator[list[Any]]:
         node, number = waiting.pop()
         parts = [] if node is None else [other for other, _ in node.next_functions if other is not None]
         # These return a scalar only if all their arguments are scalars.
-        whole = node is None or call_of(node) is not None
-        if not whole and number and parts and _sums(node, len(parts)):
+        kinds = _SUMS if len(parts) > 1 else _SUMS | _FACTORS
+        if number and parts and call_of(node) is None and type(node).__name__.removesuffix("Backward0") in kinds:
             waiting += [(other, True) for other in parts]
         else:
             yield [node]
-
-
-def _sums(node: Any, count: int) -> bool:
-    return type(node).__name__.removesuffix("Backward0") in (_SUMS if count > 1 else _SUMS | _FACTORS)
 
 
 def untracked(outputs: Iterable[Tensor], numbers: list[tuple[int, int]], inputs: Iterable[Any]) -> set[int]:

@@ -69,28 +69,19 @@ def find_layout(rows: Tensor, batch: Tensor, precision: float | None) -> Layout:
     ``precision`` is the relative rounding error of the coarsest numbers; None compares shapes alone.
     """
     shape = tuple(rows.shape[1:])
-    found = []
-    if len(shape) == batch.dim():
-        found += [
-            Layout("rows", d)
-            for d, size in enumerate(shape)
-            if batch.shape[d] == len(rows) * size and shape[:d] + shape[d + 1 :] == _without(batch.shape, d)
-        ]
-    if tuple(batch.shape) == tuple(rows.shape):
+    found = [
+        Layout("rows", d)
+        for d, size in enumerate(shape)
+        if tuple(batch.shape) == (*shape[:d], len(rows) * size, *shape[d + 1 :])
+    ]
+    if batch.shape == rows.shape:
         found.append(Layout("stack"))
     if tuple(batch.shape) == shape:
-        found += [SAME] if _alike(rows) else []
+        alike = ((rows == rows[:1]) | (rows != rows)).all()
+        found += [SAME] if alike else []
         found += [Layout("sum"), Layout("mean")] if rows.is_floating_point() else []
     fitting = (each for each in found if precision is None or agree(each.join(rows), batch, precision))
     return next(fitting, MIXED)
-
-
-def _without(shape: Sequence[int], dim: int) -> tuple[int, ...]:
-    return tuple(shape[:dim]) + tuple(shape[dim + 1 :])
-
-
-def _alike(rows: Tensor) -> bool:
-    return bool(((rows == rows[:1]) | (rows != rows)).all())
 
 
 def is_object(value: object) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastgrad._torch import next_number, without_modes
+from fastgrad._torch import without_modes
 from fastgrad.layers.call import Call, Refused
 from fastgrad.layers.registry import MODULES, ModuleRule, OfModule, rule_of
 
@@ -80,11 +80,10 @@ def _run(rule: ModuleRule, module: nn.Module, forward: Callable[..., Any], args:
         raise Refused("a module with a registered rule gets other rows than one for each sample")
 
     def on_batch() -> Tensor:
-        begin = next_number()
         x = call.physical(args[0]).flatten(0, 1)
         with without_modes():  # which would take the batch for one sample
             y = forward(x)
-        out = call.tapped([y], [x], formula.weights, formula, begin, in_place=False)[0]
+        out = call.tapped([y], [x], formula.weights, formula, in_place=False)[0]
         return out.unsqueeze(1)
 
     return call.on_batch(on_batch)

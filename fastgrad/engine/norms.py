@@ -13,11 +13,10 @@ from fastgrad.engine.backward import Backward, Share
 from fastgrad.engine.products import ParameterUses
 from fastgrad.engine.structure import Recorded
 from fastgrad.evaluation import agree
-from fastgrad.layers.formula import Tensors
+from fastgrad.layers.formula import Tensors, sqnorm
 from fastgrad.layers.linear import STRAIGHT, Table, sum_sqnorm
-from fastgrad.layers.reduce import sqnorm
 from fastgrad.losses import compute_dtype
-from fastgrad.ops.dispatch import bind_contextvar, implementation
+from fastgrad.ops.dispatch import computing_with, implementation
 
 #: By the number of a use: norms by parameters with a single use, and output gradients if one has several.
 Seen = dict[int, tuple[dict[int, Tensor], list[Tensor]]]
@@ -35,6 +34,11 @@ def squared_norms(
 
 
 class _Norms(Backward):
+    def __init__(self, calls: Iterable[Recorded], wanted: Mapping[int, Tensor]) -> None:
+        super().__init__(calls, wanted)
+        # Backward passes on a GPU run in other threads, where the variable has its default.
+        self._impl = implementation.get()
+
     def run(
         self, outputs: Sequence[Tensor], gradients: Sequence[Tensor] | None, batched: bool, keep: bool
     ) -> dict[int, Tensor]:
@@ -90,7 +94,7 @@ class _Norms(Backward):
         single = {key: slot for slot, key in pairs if key not in self.several}
         norms: list[Tensor] = []
         if single:
-            with bind_contextvar(implementation, use.impl):
+            with computing_with(self._impl):
                 norms = use.formula.sqnorms(own, gradients, list(single.values()))
         summed = len(single) < len(pairs)
         seen[n] = dict(zip(single, norms, strict=True)), list(gradients) if summed else []

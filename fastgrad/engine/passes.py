@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastgrad._torch import StopRecomputation, has_global_hooks, hooks_of, pytree, vmap
-from fastgrad.batches import batch_size, same_class
+from fastgrad.batches import batch_size, same_class, take
 from fastgrad.engine.layout import Stacked, Tree, flatten, is_object
 from fastgrad.engine.mode import PerSample, Split
 from fastgrad.engine.modules import replaced
@@ -101,11 +101,7 @@ class Pass:
     def copied_leaves(self) -> list[Any]:
         """Return the inputs' leaves, copied if a call may write to them."""
         return [
-            x.detach().clone().requires_grad_(x.requires_grad)
-            if isinstance(x, Tensor)
-            else copy.copy(x)
-            if isinstance(x, (set, list, dict))
-            else x
+            x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else _copied_container(x)
             for x in self.leaves
         ]
 
@@ -125,13 +121,13 @@ class Pass:
         found: list[Outcome] = []
         waiting: list[Tensor | None] = [None]
         if not structure.alone_reason and self._hooks_gradients():
-            structure.alone_reason, structure.custom_backward = (
-                "a hook may change its gradients (full backward hook)",
-                True,
-            )
+            structure.alone_reason = "a hook may change its gradients (full backward hook)"
+            structure.custom_backward = True
         while waiting:
             index = waiting.pop(0)
-            leaves, again = self._taken(structure, index), False
+            again, leaves = False, self.leaves
+            if index is not None:
+                leaves = take(leaves, index, self.samples, structure.carriers)
             with state.own_buffers() if self.undo or found or index is not None else contextlib.nullcontext():
                 try:
                     if structure.alone_reason:
@@ -176,15 +172,6 @@ class Pass:
         modules = [m for _, m in self.modules if m is not self.model or self.undo] if self.hooks else []
         return has_global_hooks(backward=True) or any(m._backward_hooks or m._backward_pre_hooks for m in modules)
 
-    def _taken(self, structure: Structure, index: Tensor | None) -> list[Any]:
-        if index is None:
-            return self.leaves
-        taken: dict[int, Tensor] = {}
-        for x, carries in zip(self.leaves, structure.carriers, strict=True):
-            if carries and id(x) not in taken:
-                taken[id(x)] = x.index_select(0, index.to(x.device))
-        return [taken.get(id(x), x) if c else x for x, c in zip(self.leaves, structure.carriers, strict=True)]
-
     def _together(self, structure: Structure, state: State, leaves: list[Any], index: Tensor | None) -> Outcome:
         carried = [i for i, carries in enumerate(structure.carriers) if carries]
         # A tensor that is given twice stays one object: attention checks whether query and key are identical.
@@ -203,7 +190,7 @@ class Pass:
             call.begin()
             pairs = zip(unique.items(), tensors, strict=True)
             of_sample = {key: same_class(x.unsqueeze(0), given) for (key, given), x in pairs}
-            own = [copy.copy(x) if isinstance(x, (set, list, dict)) else x for x in leaves]
+            own = [_copied_container(x) for x in leaves]
             for i in carried:
                 own[i] = of_sample[id(leaves[i])]
             args, kwargs = self.call_of(own)
@@ -226,8 +213,7 @@ class Pass:
         for i in range(self.samples if index is None else len(index)):
             if i:
                 state.restore(numbers=False)
-            own = [x[i : i + 1] if c else x for x, c in zip(leaves, structure.carriers, strict=True)]
-            own = [copy.copy(x) if isinstance(x, (set, list, dict)) else x for x in own]
+            own = [_copied_container(x) for x in take(leaves, slice(i, i + 1), self.samples, structure.carriers)]
             with state.own_buffers():
                 # When a checkpoint computes again, it uses the parameters that the model holds at that time.
                 thaws = self.undo or structure.alone_reason != CHECKPOINT
@@ -248,6 +234,10 @@ class Pass:
         with part.swapped():
             output = rows(self.forward(*args, **kwargs))
         return Outcome(index, part, output, _written(state, rows))
+
+
+def _copied_container(x: Any) -> Any:
+    return copy.copy(x) if isinstance(x, (set, list, dict)) else x
 
 
 def _other_way(structure: Structure, error: Exception) -> None:

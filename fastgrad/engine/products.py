@@ -7,6 +7,7 @@ and gradients of all samples, formed for as much of the parameter as fits a chun
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import product
 
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fastgrad.engine.backward import Share
+from fastgrad.layers.formula import upcast
 from fastgrad.layers.linear import STRAIGHT, Product, Table
-from fastgrad.layers.reduce import upcast
 from fastgrad.ops.conv.cost import ADD, CALL, PRODUCT
 
 #: Bytes of gradients, or of products of positions, held at once. The C library reuses blocks below 32 MiB.
@@ -45,10 +46,9 @@ class ParameterUses:
     def parts(self, samples: int) -> Iterator[slice]:
         """Yield parts of the parameter whose gradients, for so many samples, fit a chunk."""
         dim = 0 if len(self.shape) < 3 else 1
-        size, each = (self.shape[dim], 4 * self.samples) if self.shape else (1, 1)
-        for other in (*self.shape[:dim], *self.shape[dim + 1 :]):
-            each *= other
-        step = max(1, CHUNK_BYTES // max(1, each * samples // self.samples))
+        size = self.shape[dim] if self.shape else 1
+        each = 4 * samples * math.prod(self.shape[:dim] + self.shape[dim + 1 :])
+        step = max(1, CHUNK_BYTES // max(1, each))
         if step >= size:
             yield slice(None)
             return

@@ -22,7 +22,7 @@ from fastgrad.engine.layout import MIXED, SAME, Layout, Stacked, Tree, default_l
 from fastgrad.engine.passes import Outcome, Pass
 from fastgrad.engine.refusals import refuse_mixing
 from fastgrad.engine.state import ABSENT, Place, State, copy_containers, evaluation_model
-from fastgrad.engine.structure import Alone, Recorded, Structure, known
+from fastgrad.engine.structure import Alone, Recorded, Structure, structures_of
 from fastgrad.layers.call import Call, NotPerSampleError
 from fastgrad.memory import keep_freed_memory
 
@@ -45,7 +45,7 @@ def run(
     compiles = "torch._dynamo" in sys.modules
     try:
         with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():
-            return one.result(known.of(model if owner is None else owner)) if one.samples else one.empty()
+            return one.result(structures_of(model if owner is None else owner)) if one.samples else one.empty()
     except NotPerSampleError:
         refuse_mixing(model, training=True)  # which names the layer
         raise
@@ -55,7 +55,7 @@ def known_structure(
     owner: nn.Module, model: nn.Module, args: Any, kwargs: Any, modules: Sequence[tuple[str, nn.Module]]
 ) -> Structure | None:
     """Return what an earlier run of ``owner``, or of its copy ``model``, showed for such inputs, or None."""
-    structures = known.of(owner)
+    structures = structures_of(owner)
     one = Pass(model, model, args, kwargs, {}, undo=True, modules=modules)
     return structures.get(one.key()) if structures else None
 
@@ -143,16 +143,12 @@ class _Run(Pass):
                         self._first_in_evaluation()
                         structure.layouts, structure.attributes = [], {}
                         self._compare(structure, state, outcomes, expected, after, None, doubtful)
-                    output, recorded = self.assemble(structure, state, outcomes)
-                    if not state.holds_graphs and not self._is_tracked(recorded, output):
-                        structure.alone_reason = _UNSEEN
-                        state.restore()
-                        output, recorded = self.assemble(structure, state, self.outcomes(structure, state))
+                    output, recorded = self.assemble(structure, state, outcomes, first_run=True)
             except NotPerSampleError as error:
                 failure = failure or error
                 state.restore()
                 continue
-            structure.custom_backward |= graph.has_custom_function(_graphed(output))
+            recorded.structure.custom_backward |= graph.has_custom_function(_graphed(output))
             return output, recorded
         assert failure is not None
         if drew and not self.training:
@@ -230,7 +226,9 @@ class _Run(Pass):
         numbers = [pair for _, part in recorded.parts if isinstance(part, Call) for pair in part.numbers]
         return not graph.untracked(_graphed(output), numbers, recorded.inputs) & self.parameters.keys()
 
-    def assemble(self, structure: Structure, state: State, outcomes: list[Outcome]) -> tuple[Any, Recorded]:
+    def assemble(
+        self, structure: Structure, state: State, outcomes: list[Outcome], *, first_run: bool = False
+    ) -> tuple[Any, Recorded]:
         """Return the output of the batch, and write the attributes that the call changed."""
         parts = [(out.index, out.part) for out in outcomes]
         recorded = Recorded(self.parameters, self.samples, parts, structure, self._behind(), self.numbers)
@@ -247,7 +245,7 @@ class _Run(Pass):
         if MIXED in structure.layouts and not self.undo:
             self._mix(structure, state, leaves)
         output = outcomes[0].output[1](leaves)
-        if state.holds_graphs and not self._is_tracked(recorded, output):
+        if (first_run or state.holds_graphs) and not self._is_tracked(recorded, output):
             state.restore()
             alone = replace(structure, alone_reason=_UNSEEN)
             return self.assemble(alone, state, self.outcomes(alone, state))

@@ -93,21 +93,17 @@ class Recorded:
                 part.outputs.clear()
 
 
-class _Known:
-    """Structures by model and key; by ids, because modules may define equality."""
-
-    def __init__(self) -> None:
-        self._held: dict[int, tuple[weakref.ref[nn.Module], dict[Any, Structure]]] = {}
-        self._lock = threading.Lock()
-
-    def of(self, model: nn.Module) -> dict[Any, Structure]:
-        with self._lock:
-            ref, found = self._held.get(id(model), (None, {}))
-            if ref is None or ref() is not model:
-                key, found = id(model), {}
-                self._held[key] = weakref.ref(model, lambda _: self._held.pop(key, None)), found
-            return found
+# By the id of a model, because modules may define equality.
+_known: dict[int, tuple[weakref.ref[nn.Module], dict[Any, Structure]]] = {}
+_lock = threading.Lock()
 
 
-#: ``known.of(model)``: what is known of a model, by the structure of inputs, the latest last.
-known = _Known()
+def structures_of(model: nn.Module) -> dict[Any, Structure]:
+    """Return what is known of a model, by the structure of inputs, the latest last."""
+    with _lock:
+        ref, found = _known.get(id(model), (None, {}))
+        if ref is None or ref() is not model:
+            # At the interpreter's end, the module's names may be gone before the model is.
+            key, found, forget = id(model), {}, _known.pop
+            _known[key] = weakref.ref(model, lambda _: forget(key, None)), found
+        return found

@@ -79,17 +79,15 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
     def _note(self, output: Any, recorded: Recorded) -> None:
         """Keep the outputs, from which the losses will be computed."""
         super()._note(output, recorded)
-        leaves, layouts = flatten(output)[0], recorded.structure.layouts or [None] * len(flatten(output)[0])
+        leaves = flatten(output)[0]
+        layouts = recorded.structure.layouts or [None] * len(leaves)
         self._outputs = [
             (leaf, layout)
             for leaf, layout in zip(leaves, layouts, strict=True)
             if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
         ]
-        self._count, self._samples, self._foreign = (
-            self._count + 1,
-            recorded.samples,
-            recorded.structure.custom_backward,
-        )
+        self._count += 1
+        self._samples, self._foreign = recorded.samples, recorded.structure.custom_backward
 
     def _forget(self) -> None:
         """Begin a new step."""

@@ -21,7 +21,7 @@ from fastgrad.engine.run import known_structure, run
 from fastgrad.engine.state import State, detach_plain, evaluation_model
 from fastgrad.engine.structure import Recorded, Structure
 from fastgrad.gradients.contrasts import check_target
-from fastgrad.ops.dispatch import IMPLEMENTATIONS, bind_contextvar, choose, implementation
+from fastgrad.ops.dispatch import IMPLEMENTATIONS, choose, computing_with
 
 #: A fixed target by name, one class index or soft target for all samples, or a function of the logits.
 Target = str | int | Tensor | Callable[[Tensor], Tensor]
@@ -199,19 +199,15 @@ class GradientFeatures:
         """Run one forward and backward pass of an undivided batch."""
         names = self._names()
         # A copy holds other parameters where those of the model were made in inference mode.
-        keys = (
-            names
-            if model is self.model
-            else {id(own) for p, own in zip(self.model.parameters(), model.parameters(), strict=True) if id(p) in names}
-        )
-        wanted = {id(p): p for p in model.parameters() if id(p) in keys}
-        with bind_contextvar(implementation, self.impl):
-            forward = functools.partial(_logits, model)
-            output, recorded = run(model, forward, args, kwargs, wanted, self.model, undo=True, modules=modules)
+        pairs = zip(self.model.parameters(), model.parameters(), strict=True)
+        wanted = {id(own): own for p, own in pairs if id(p) in names}
+        forward = functools.partial(_logits, model)
+        output, recorded = run(model, forward, args, kwargs, wanted, self.model, undo=True, modules=modules)
         self._latest, self._keys = recorded, list(wanted)
         logits = class_logits(output, batch_size(args, kwargs))
         z = logits.detach()
-        features = signal_sqnorms(recorded, logits, self._deltas(z, target), wanted, log=self.log)
+        with computing_with(self.impl):
+            features = signal_sqnorms(recorded, logits, self._deltas(z, target), wanted, log=self.log)
         recorded.close()
         return z, features.movedim(0, 1) if self.contrast or self.joint else features[0]
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from fastgrad._torch import functorch, lowered, next_number, pytree, saved_tensor_hooks
 from fastgrad.layers.formula import Copies, Formula
 from fastgrad.layers.probe import tap
-from fastgrad.ops.dispatch import implementation
 
 
 class NotPerSampleError(ValueError):
@@ -51,7 +50,6 @@ class Use:
     keys: tuple[int, ...]  # ids of the function's parameters that count
     slots: tuple[int, ...]  # their places among the parameters of the formula
     formula: Formula
-    impl: str  # which implementation computes norms; backward passes may run in other threads
 
 
 @dataclass(eq=False)
@@ -71,15 +69,14 @@ class Call:
     uses: list[Use] = field(default_factory=list)
     #: By the id of a parameter, the number of its uses.
     counts: dict[int, int] = field(default_factory=dict)
-    #: Sequence numbers of the autograd nodes that rules made.
+    #: Sequence numbers of the autograd nodes of functions whose uses were recorded.
     numbers: list[tuple[int, int]] = field(default_factory=list)
     #: The last error that is a rule's own, not one of PyTorch's functions.
     rule_failure: Exception | None = None
-
-    def __post_init__(self) -> None:
-        self.hooks = saved_tensor_hooks()
-        self._copies: dict[int, Tensor] = {}
-        self.level = 0
+    #: The hooks of saved tensors when the run began.
+    hooks: Any = field(default_factory=saved_tensor_hooks)
+    level: int = 0
+    _copies: dict[int, Tensor] = field(default_factory=dict)
 
     def begin(self) -> None:
         """Take the present level of vmap as that of the samples."""
@@ -125,8 +122,11 @@ class Call:
     def on_batch(self, function: Callable[[], Any]) -> Any:
         """Run ``function`` one level lower, where tensors are batches, and wrap what it returns."""
         self.require_level()
+        begin, uses = next_number(), len(self.uses)
         with lowered():
             out = function()
+        if len(self.uses) > uses:
+            self.numbers.append((begin, next_number()))
         return functorch._add_batch_dim(out, 0, self.level) if isinstance(out, Tensor) else self.wrapped(out)
 
     def apply(
@@ -135,9 +135,8 @@ class Call:
         """Apply a function of ``weights`` to the batch of its ``input``; its ``formula`` needs only that input."""
 
         def on_batch() -> Any:
-            begin = next_number()
             x = self.spread(input)
-            return self.tapped([function(x)], [x], weights, formula, begin)[0]
+            return self.tapped([function(x)], [x], weights, formula)[0]
 
         return self.on_batch(on_batch)
 
@@ -147,34 +146,31 @@ class Call:
         """Do the same for n images ``(n, C, *L)`` per sample, folded into the batch; ``make(n)`` is the formula."""
 
         def on_batch() -> Any:
-            begin = next_number()
             x = self.spread(input)
             images = x.shape[1]
             x = x.flatten(0, 1)
-            out = self.tapped([function(x)], [x], weights, make(images), begin)[0]
+            out = self.tapped([function(x)], [x], weights, make(images))[0]
             return out.unflatten(0, (self.samples, images))
 
         return self.on_batch(on_batch)
 
     def tapped(
-        self, outputs: Sequence[Tensor], saved: Sequence[Tensor], weights: Sequence[Any], formula: Formula, begin: int,
+        self, outputs: Sequence[Tensor], saved: Sequence[Tensor], weights: Sequence[Any], formula: Formula,
         *, in_place: bool = True,
     ) -> list[Tensor]:  # fmt: skip
         """Pass outputs ``(B, ...)`` of a function of ``weights`` through a tap, and record the use.
 
-        ``saved`` are the tensors that the formula needs; ``begin`` is the sequence number before the function ran.
+        ``saved`` are the tensors that the formula needs. To be called inside `on_batch`, which notes the graph's nodes.
         """
         slots = tuple(k for k, w in enumerate(weights) if w is not None and id(w) in self.parameters)
         if not slots:
             return list(outputs)
         keys = tuple(id(weights[k]) for k in slots)
         probe = torch.zeros((), device=outputs[0].device, requires_grad=True)
-        self.uses.append(Use(probe, keys, slots, formula, implementation.get()))
+        self.uses.append(Use(probe, keys, slots, formula))
         for key in keys:
             self.counts[key] = self.counts.get(key, 0) + 1
-        tapped = tap(outputs, saved, probe, in_place=in_place)
-        self.numbers.append((begin, next_number()))
-        return tapped
+        return tap(outputs, saved, probe, in_place=in_place)
 
     def copy_of(self, parameter: Tensor) -> Tensor:
         """Return one copy of a parameter per sample, whose gradient is each sample's own; no memory is written."""
@@ -182,9 +178,8 @@ class Call:
         if key not in self._copies:
 
             def expand() -> Tensor:
-                begin = next_number()
                 copies = parameter.unsqueeze(0).expand(self.samples, *parameter.shape)
-                return self.tapped([copies], [], [parameter], COPIES, begin, in_place=False)[0]
+                return self.tapped([copies], [], [parameter], COPIES, in_place=False)[0]
 
             self._copies[key] = self.on_batch(expand)
         return self._copies[key]

@@ -5,34 +5,18 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgrad.layers.call import Call
-from fastgrad.layers.formula import Formula, Tensors
-from fastgrad.layers.reduce import sqnorm, upcast
-from fastgrad.ops.conv.geometry import per_axis
-from fastgrad.ops.conv.gradient import Kernel, conv_factors, conv_gradient
+from fastgrad.layers.formula import Formula, Tensors, sqnorm, upcast
+from fastgrad.ops.conv.geometry import Ints, Kernel, per_axis
+from fastgrad.ops.conv.gradient import conv_factors, conv_gradient
 from fastgrad.ops.conv.sqnorm import conv_sqnorm
 from fastgrad.ops.dispatch import implementation
-
-Ints = tuple[int, ...]
-
-
-class Options(NamedTuple):
-    """What a convolution is called with, for each axis; ``images`` of a sample share the weight."""
-
-    kernel: Ints
-    stride: Ints
-    padding: Ints
-    dilation: Ints
-    extra: Ints  # output_padding
-    groups: int
-    transposed: bool
-    images: int
 
 
 class Convolution(Formula):
@@ -40,53 +24,44 @@ class Convolution(Formula):
 
     name = "convolution"
 
-    def __init__(self, options: Options, shape: Ints) -> None:
-        self._options, self._shape = options, shape
+    def __init__(self, kernel: Kernel, images: int) -> None:
+        self._kernel, self._images = kernel, images
+        if images > 1:
+            # One more axis, whose kernel is 1, sums over images.
+            sizes = (1, *kernel.size), (1, *kernel.stride), (0, *kernel.padding), (1, *kernel.dilation)
+            self._kernel = Kernel(*sizes, kernel.groups, kernel.transposed)
 
-    def _of_samples(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Kernel]:
-        """Return inputs and output gradients ``(B, C, *L)``: one more axis, whose kernel is 1, sums over images."""
-        o = self._options
-        one: Ints = (1,) if o.images > 1 else ()
-        zero: Ints = (0,) if o.images > 1 else ()
-        if o.images > 1:
-            a, g = (t.unflatten(0, (-1, o.images)).movedim(1, 2) for t in (a, g))
-        axes = one + o.kernel, one + o.stride, zero + o.padding, one + o.dilation
-        return a, g, Kernel(*axes, o.groups, o.transposed)
+    def _of_samples(self, saved: Tensors, gradients: Tensors) -> tuple[Tensor, Tensor, Kernel]:
+        """Return inputs and output gradients of samples, ``(B, C, *L)``, and the convolution's kernel."""
+        a, g = saved[0], gradients[0]
+        if self._images > 1:
+            a, g = (t.unflatten(0, (-1, self._images)).movedim(1, 2) for t in (a, g))
+        return a, g, self._kernel
 
     def sqnorms(self, saved: Tensors, gradients: Tensors, slots: Sequence[int]) -> list[Tensor]:
-        a, g, o = self._of_samples(saved[0], gradients[0])
-        return [
-            sqnorm(upcast(g)[0].flatten(2).sum(2))
-            if slot
-            else conv_sqnorm(a, g, *o[:5], transposed=o.transposed, impl=implementation.get())
-            for slot in slots
-        ]
-
-    def gradient(self, saved: Tensors, gradients: Tensors, slot: int) -> Tensor:
-        return self.part(saved, gradients, slot, slice(None))
+        a, g, kernel = self._of_samples(saved, gradients)
+        return [sqnorm(_bias(g)) if slot else conv_sqnorm(a, g, kernel, impl=implementation.get()) for slot in slots]
 
     def part(self, saved: Tensors, gradients: Tensors, slot: int, at: slice) -> Tensor:
-        a, g, o = self._of_samples(saved[0], gradients[0])
+        a, g, kernel = self._of_samples(saved, gradients)
         if slot:
-            bias: Tensor = upcast(g)[0].flatten(2).sum(2)
-            return bias[:, at]
-        found = conv_gradient(a, g, o, at)
-        return found.reshape(*found.shape[:3], *self._shape[2:])
+            return _bias(g)[:, at]
+        found = conv_gradient(a, g, kernel, at)
+        return found.squeeze(3) if self._images > 1 else found
 
     def positions(self, saved: Tensors, gradients: Tensors, slot: int) -> int:
-        image = saved[0] if self._options.transposed else gradients[0]
-        return 0 if slot or self._options.groups > 1 else math.prod(image.shape[2:]) * self._options.images
+        image = saved[0] if self._kernel.transposed else gradients[0]
+        return 0 if slot or self._kernel.groups > 1 else math.prod(image.shape[2:]) * self._images
 
     def factors(self, saved: Tensors, gradients: Tensors, slot: int) -> tuple[Tensor, Tensor]:
-        return conv_factors(*self._of_samples(saved[0], gradients[0]))
+        return conv_factors(*self._of_samples(saved, gradients))
 
 
-@functools.lru_cache(maxsize=4096)
-def _formula(options: Options, shape: Ints) -> Convolution:
-    return Convolution(options, shape)
+def _bias(g: Tensor) -> Tensor:
+    """Return each sample's gradient of the bias."""
+    return upcast(g)[0].flatten(2).sum(2)
 
 
-@functools.lru_cache(maxsize=4096)
 def _same(kernel: Ints, dilation: Ints) -> tuple[Ints, tuple[int, ...] | None]:
     """Return the padding "same": zeros on both sides, and if the sides differ, those to write out, last axis first."""
     totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
@@ -105,8 +80,7 @@ def conv(
         return NotImplemented
     names = ("output_padding", "groups", "dilation") if transposed else ("dilation", "groups")
     given = {**dict(zip(names, rest, strict=False)), **options}
-    shape = tuple(weight.shape)
-    kernel, groups = shape[2:], given.get("groups", 1)
+    kernel, groups = tuple(weight.shape[2:]), given.get("groups", 1)
     steps, gaps = per_axis(stride, axes), per_axis(given.get("dilation", 1), axes)
     extra, written = per_axis(given.get("output_padding", 0), axes), None
     if padding == "same":
@@ -118,10 +92,8 @@ def conv(
         last = (extra, groups, gaps) if transposed else (gaps, groups)
         return function(x, weight, bias, steps, pads, *last)
 
-    def make(images: int) -> Convolution:
-        return _formula(Options(kernel, steps, pads, gaps, extra, groups, transposed, images), shape)
-
-    return call.apply_to_images(run, input if written is None else F.pad(input, written), [weight, bias], make)
+    formula = functools.partial(Convolution, Kernel(kernel, steps, pads, gaps, groups, transposed))
+    return call.apply_to_images(run, input if written is None else F.pad(input, written), [weight, bias], formula)
 
 
 _PLAIN: tuple[Any, ...] = (torch.conv1d, torch.conv2d, torch.conv3d)

@@ -1,4 +1,4 @@
-"""Per-sample gradients of a function's parameters, from its inputs and output gradients."""
+"""Per-sample gradients of a function's parameters, from its inputs and output gradients, and their reductions."""
 
 from __future__ import annotations
 
@@ -6,15 +6,34 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastgrad.layers.reduce import sqnorm, upcast
+from fastgrad.losses import compute_dtype
 
 Tensors = Sequence[Tensor]
+
+
+def upcast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors in the dtype in which they are summed, float32 or float64, without a copy if they have it."""
+    dtype = compute_dtype(*(t.dtype for t in tensors))
+    return tuple(t.to(dtype) for t in tensors)
+
+
+def sqnorm(x: Tensor) -> Tensor:
+    """Return the squared L2 norm over everything but dimension 0: ``(B, ...) -> (B,)``."""
+    flat = x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
+    return flat.square().sum(1)
+
+
+def positions_first(x: Tensor, trailing: int) -> Tensor:
+    """Flatten the dimensions between the batch and the last ``trailing`` ones: ``(B, T, *trailing)``; T may be 1."""
+    keep = x.dim() - trailing
+    return x.unsqueeze(1) if keep == 1 else x.flatten(1, keep - 1)
 
 
 class Formula:
     """How one kind of function turns saved tensors and output gradients into its parameters' gradients.
 
     All tensors have a row for each of B samples. A ``slot`` is the place of a parameter in the function's weights.
+    `sqnorms` and `part` need `gradient` unless they are overridden, where forming whole gradients would be dearer.
     """
 
     #: The kind, as it appears in reports.

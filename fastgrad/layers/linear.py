@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgrad.layers.call import Call, Refused, mixes_samples
-from fastgrad.layers.formula import Formula, Tensors
-from fastgrad.layers.reduce import positions_first, sqnorm, upcast
+from fastgrad.layers.formula import Formula, Tensors, positions_first, sqnorm, upcast
 from fastgrad.ops.conv.sqnorm import linear_sqnorm
 from fastgrad.ops.dispatch import implementation
 
@@ -58,15 +57,9 @@ class Product(Formula):
         a, g = positions_first(saved[0], 1), positions_first(gradients[0], 1)
         return [bias_sqnorm(g) if slot else weight_sqnorm(a, g) for slot in slots]
 
-    def gradient(self, saved: Tensors, gradients: Tensors, slot: int) -> Tensor:
-        a, g = (positions_first(x, 1) for x in upcast(saved[0], gradients[0]))
-        if slot:
-            return g.sum(1)
-        return a.mT @ g if self._turned else g.mT @ a
-
     def part(self, saved: Tensors, gradients: Tensors, slot: int, at: slice) -> Tensor:
         if slot:
-            return self.gradient(saved, gradients, slot)[:, at]
+            return positions_first(upcast(gradients[0])[0], 1).sum(1)[:, at]
         left, right = self.factors(saved, gradients, slot)
         return left[..., at].mT @ right
 
@@ -86,7 +79,7 @@ class Table(Formula):
     def __init__(self, rows: int, padding: int | None) -> None:
         self._rows, self._padding = rows, padding
 
-    def rows(self, saved: Tensors, gradients: Tensors) -> tuple[Tensor, Tensor]:
+    def rows(self, saved: Tensors, gradients: Tensors) -> Factors:
         """Return indices ``(B, T)`` and the gradients ``(B, T, C)`` of their rows."""
         (g,) = upcast(positions_first(gradients[0], 1))
         index = saved[0].reshape(g.shape[0], g.shape[1])
@@ -96,9 +89,6 @@ class Table(Formula):
 
     def sqnorms(self, saved: Tensors, gradients: Tensors, slots: Sequence[int]) -> list[Tensor]:
         return [row_sqnorm(*self.rows(saved, gradients))]
-
-    def gradient(self, saved: Tensors, gradients: Tensors, slot: int) -> Tensor:
-        return self.part(saved, gradients, slot, slice(None))
 
     def part(self, saved: Tensors, gradients: Tensors, slot: int, at: slice) -> Tensor:
         index, g = self.rows(saved, gradients)

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgrad._torch import is_batched
+from fastgrad._torch import functorch
 from fastgrad.layers.call import Call, mixes_samples
-from fastgrad.layers.formula import Formula, Tensors
-from fastgrad.layers.reduce import positions_first, sqnorm, upcast
+from fastgrad.layers.formula import Formula, Tensors, positions_first, sqnorm, upcast
 
 
 class Normalisation(Formula):
@@ -51,7 +50,7 @@ class BatchNorm(Normalisation):
 
     def sqnorms(self, saved: Tensors, gradients: Tensors, slots: Sequence[int]) -> list[Tensor]:
         (a,), (g,) = saved, gradients
-        if self._images > 1 or a.dim() == 2 or is_batched(g) or not a.is_contiguous():
+        if self._images > 1 or a.dim() == 2 or functorch.is_batchedtensor(g) or not a.is_contiguous():
             return super().sqnorms(saved, gradients, slots)
         # With samples folded into channels, the reduction over (batch, positions) becomes one per sample. One pass over
         # the two tensors then gives both sums.
@@ -89,7 +88,7 @@ def group_norm(
     eps: float = 1e-5,
 ) -> Any:  # fmt: skip
     """Rule for ``torch.nn.functional.group_norm``."""
-    return _over_positions(call, input, weight, bias, lambda x, w, b: F.group_norm(x, num_groups, w, b, eps))
+    return _by_own_statistics(call, input, weight, bias, lambda x, w, b: F.group_norm(x, num_groups, w, b, eps))
 
 
 def instance_norm(
@@ -102,18 +101,9 @@ def instance_norm(
         return batch_norm(call, input, running_mean, running_var, weight, bias, False, momentum, eps)
     if running_mean is not None:
         return NotImplemented
-    run = F.instance_norm
-    return _over_positions(call, input, weight, bias, lambda x, w, b: run(x, None, None, w, b, True, momentum, eps))
-
-
-def _over_positions(call: Call, input: Tensor, weight: Any, bias: Any, run: Callable[..., Tensor]) -> Any:
-    """Apply ``run(input, weight, bias)``, a normalisation of channels by statistics of each image."""
-    if not call.serves(weight, bias) or call.owns(input):
-        return NotImplemented
-    return call.apply_to_images(
-        lambda x: run(x, weight, bias), input, [weight, bias],
-        lambda images: Normalisation(lambda x: run(x, None, None), 0, images),
-    )  # fmt: skip
+    return _by_own_statistics(
+        call, input, weight, bias, lambda x, w, b: F.instance_norm(x, None, None, w, b, True, momentum, eps)
+    )
 
 
 def layer_norm(
@@ -121,23 +111,33 @@ def layer_norm(
     bias: Tensor | None = None, eps: float = 1e-5,
 ) -> Any:  # fmt: skip
     """Rule for ``torch.nn.functional.layer_norm``."""
-    run = F.layer_norm
-    return _over_last(call, input, normalized_shape, weight, bias, lambda x, w, b: run(x, normalized_shape, w, b, eps))
+    return _by_own_statistics(
+        call, input, weight, bias, lambda x, w, b: F.layer_norm(x, normalized_shape, w, b, eps), len(normalized_shape)
+    )
 
 
 def rms_norm(
     call: Call, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None,
 ) -> Any:  # fmt: skip
     """Rule for ``torch.nn.functional.rms_norm``."""
-    run = F.rms_norm
-    return _over_last(call, input, normalized_shape, weight, None, lambda x, w, _: run(x, normalized_shape, w, eps))
+    return _by_own_statistics(
+        call, input, weight, None, lambda x, w, _: F.rms_norm(x, normalized_shape, w, eps), len(normalized_shape)
+    )
 
 
-def _over_last(
-    call: Call, input: Tensor, shape: Sequence[int], weight: Any, bias: Any, run: Callable[..., Tensor]
+def _by_own_statistics(
+    call: Call, input: Tensor, weight: Any, bias: Any, run: Callable[..., Tensor], trailing: int = 0
 ) -> Any:
-    """Apply ``run(input, weight, bias)``, a normalisation over the last dimensions, of this ``shape``."""
+    """Apply ``run(input, weight, bias)``, which normalises each image over channels or its ``trailing`` dimensions."""
     if not call.serves(weight, bias) or call.owns(input):
         return NotImplemented
-    formula = Normalisation(lambda a: run(a, None, None), len(shape), 1)
-    return call.apply(lambda x: run(x, weight, bias), input, [weight, bias], formula)
+
+    def whole(x: Tensor) -> Tensor:
+        return run(x, weight, bias)
+
+    def formula(images: int) -> Normalisation:
+        return Normalisation(lambda x: run(x, None, None), trailing, images)
+
+    if trailing:
+        return call.apply(whole, input, [weight, bias], formula(1))
+    return call.apply_to_images(whole, input, [weight, bias], formula)

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgrad._torch import next_number
 from fastgrad.layers.call import Call, Refused
 from fastgrad.layers.linear import STRAIGHT
 
@@ -44,8 +43,8 @@ def run_direction(
     """Return all hidden states ``(B, T, H)`` of one direction of one layer for ``x`` ``(B, T, C)``, and the last."""
 
     def linear(a: Tensor, kind: str) -> Tensor:
-        begin, w, b = next_number(), weights[kind], weights.get(f"b_{kind}")
-        return call.tapped([F.linear(a, w, b)], [a], [w, b], STRAIGHT, begin)[0]
+        w, b = weights[kind], weights.get(f"b_{kind}")
+        return call.tapped([F.linear(a, w, b)], [a], [w, b], STRAIGHT)[0]
 
     given = linear(x, "ih").unbind(1)
     states = [hidden] * len(given)
@@ -71,10 +70,11 @@ def recurrent(mode: str, call: Call, input: Tensor, *rest: Any) -> Any:
     directions = (False, True) if both else (False,)
     per = len(weights) // layers // len(directions)
     names = ["ih", "hh", *(["b_ih", "b_hh"] if biases else []), "hr"][:per]
+    initial = [call.copy_of(h) if call.owns(h) else h for h in (hx if isinstance(hx, (tuple, list)) else [hx])]
 
     def on_batch() -> Any:
         x = call.spread(input).squeeze(1 if batch_first else 2)  # (B, T, C)
-        states = [call.spread(h).squeeze(2) for h in (hx if isinstance(hx, (tuple, list)) else [hx])]  # (B, layers, H)
+        states = [call.spread(h).squeeze(2) for h in initial]  # (B, layers, H)
         if torch.is_autocast_enabled(x.device.type):
             x, *states = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, *states))
         last: list[tuple[Tensor, Tensor]] = []

@@ -97,18 +97,18 @@ def choose(impl: str, tensor: torch.Tensor, missing: str | None = None) -> str:
     return "eager" if refusal else "triton"
 
 
+#: The ``impl`` that formulas hand to operators.
+implementation: ContextVar[str] = ContextVar("fastgrad_impl", default="auto")
+
+
 @contextlib.contextmanager
-def bind_contextvar(variable: ContextVar[_T], value: _T) -> Iterator[None]:
-    """Give ``variable`` a value inside the context."""
-    token = variable.set(value)
+def computing_with(impl: str) -> Iterator[None]:
+    """Have formulas hand ``impl`` to operators inside."""
+    token = implementation.set(impl)
     try:
         yield
     finally:
-        variable.reset(token)
-
-
-#: The ``impl`` that layer rules hand to operators. It is bound where rules run, as backward passes have other threads.
-implementation: ContextVar[str] = ContextVar("fastgrad_impl", default="auto")
+        implementation.reset(token)
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[None]:

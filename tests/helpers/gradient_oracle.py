@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 import fastgrad
 from fastgrad.ops.conv import sqnorm
-from fastgrad.ops.conv.geometry import per_axis
+from fastgrad.ops.conv.geometry import Kernel, per_axis
 
 #: By whether they are transposed, of one, two and three dimensions.
 CONVOLUTIONS: dict[bool, tuple[Callable[..., Tensor], ...]] = {
@@ -105,11 +105,13 @@ def weight_norms(a: Tensor, g: Tensor, weight: tuple[int, ...], *, transposed: b
     return norms
 
 
-def conv_sqnorm(a: Tensor, g: Tensor, kernel: Any, *, groups: int = 1, **options: Any) -> Tensor:
+def conv_sqnorm(
+    a: Tensor, g: Tensor, kernel: Any, *, stride: Any = 1, padding: Any = 0, dilation: Any = 1, impl: str = "auto",
+    **options: Any,
+) -> Tensor:  # fmt: skip
     """The operator, which takes a number for each axis, with one for all."""
-    sizes = [kernel, options.pop("stride", 1), options.pop("padding", 0), options.pop("dilation", 1)]
-    k, s, p, d = (per_axis(n, a.dim() - 2) for n in sizes)
-    return sqnorm.conv_sqnorm(a, g, k, s, p, d, groups, **options)
+    k, s, p, d = (per_axis(n, a.dim() - 2) for n in (kernel, stride, padding, dilation))
+    return sqnorm.conv_sqnorm(a, g, Kernel(k, s, p, d, **options), impl=impl)
 
 
 def relative_error(value: Tensor, truth: Tensor, eps: float) -> Tensor:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 triton = pytest.importorskip("triton")
 
 from bench.gpu.compile_cases import configured  # noqa: E402
-from fastgrad.ops.triton.contrasts import KINDS, target_sqnorm  # noqa: E402
+from fastgrad.losses import TARGETS  # noqa: E402
+from fastgrad.ops.triton.contrasts import target_sqnorm  # noqa: E402
 
 LOSSES = ("cross_entropy", "bce", "mse", "brier")
 PATHS = {
@@ -47,6 +48,7 @@ def run(
 
 
 # Many blocks sweep alike with and without the logarithm, and for an index as for the predicted class.
+KINDS = (*TARGETS, "indices")
 CASES = [(kind, log, "one block") for kind in KINDS for log in (False, True)]
 CASES += [(kind, False, "many blocks") for kind in KINDS if kind != "indices"]
 

@@ -266,6 +266,12 @@ def test_recurrent(data: st.DataObject) -> None:
     check_module(Net(recurrent, layer=layer, with_state=data.draw(st.booleans())), x)
 
 
+def test_a_recurrent_layer_that_begins_with_a_parameter() -> None:
+    torch.manual_seed(0)
+    layer, start = nn.GRU(4, 3, batch_first=True), nn.Parameter(torch.randn(1, 1, 3))
+    check_module(Net(lambda net, x: net.layer(x, net.start)[0], layer=layer, start=start), torch.randn(1, 5, 4))
+
+
 class Scale(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -20,9 +20,12 @@ from fastgrad.ops.conv.sqnorm import linear_sqnorm
 ROUTES = (*routes.DIRECT, "gram")
 
 
+@contextlib.contextmanager
 def by(route):
-    """Let convolutions take a route; None leaves the choice to the cost model."""
-    return contextlib.nullcontext() if route is None else mock.patch.object(cost, "choose_route", return_value=route)
+    """Let convolutions take a route, without plans that are remembered; None leaves the choice to the cost model."""
+    chosen = mock.patch.object(cost, "choose_route", return_value=route) if route else contextlib.nullcontext()
+    with chosen, mock.patch.object(sqnorm, "plan", sqnorm.plan.__wrapped__):
+        yield
 
 
 @st.composite
@@ -186,21 +189,6 @@ def test_chunks_and_layouts(monkeypatch):
 def test_empty_batch():
     assert conv_sqnorm(torch.randn(0, 3, 5, 5), torch.randn(0, 4, 5, 5), 3, padding=1).shape == (0,)
     assert linear_sqnorm(torch.randn(0, 5, 3), torch.randn(2, 0, 5, 4)).shape == (2, 0)
-
-
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        ({"g": torch.zeros(2, 4, 9, 9)}, "g must fit"),
-        ({"g": torch.zeros(3, 4, 6, 6)}, "g must have the batch"),
-        ({"a": torch.zeros(2, 3, 6, 6, dtype=torch.int64)}, "a must have a floating"),
-        ({"groups": 2}, "groups must divide"),
-    ],
-)
-def test_bad_arguments(change, word):
-    arguments = {"a": torch.zeros(2, 3, 6, 6), "g": torch.zeros(2, 4, 6, 6), "kernel": 3, "padding": 1, **change}
-    with pytest.raises((ValueError, TypeError), match=word):
-        conv_sqnorm(**arguments)
 
 
 @pytest.mark.parametrize("which", ["g", "a", "both"])

@@ -15,6 +15,7 @@ from torch.library import opcheck
 import fastgrad
 from fastgrad.losses import LOSSES
 from fastgrad.ops import dispatch, last_layer
+from fastgrad.ops.conv.geometry import Kernel
 from fastgrad.ops.conv.sqnorm import conv_sqnorm, linear_sqnorm
 from fastgrad.ops.dispatch import choose
 
@@ -178,7 +179,7 @@ def test_recorded_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Norms(torch.nn.Module):
         def forward(self, h: torch.Tensor, z: torch.Tensor, a: torch.Tensor) -> Any:
-            layers = conv_sqnorm(a, a, (3,), (1,), (1,), (1,), 1), linear_sqnorm(a, a)
+            layers = conv_sqnorm(a, a, Kernel((3,), (1,), (1,), (1,))), linear_sqnorm(a, a)
             given = fastgrad.contrast_sqnorm(h, z), fastgrad.target_sqnorm(h, z, "ones")
             return layers, given, fastgrad.linear_contrast_sqnorm(h, z), fastgrad.linear_contrast_stats(h, z)
 

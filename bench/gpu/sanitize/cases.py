@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.compile_cases import Call, Case, Make, configured, meta, prepared, tensors
-from fastgrad.losses import LOSSES
+from fastgrad.losses import LOSSES, TARGETS
 from fastgrad.ops.triton import contrasts, layer_sqnorm
 
 # Blocks shorter than a row, so that every loop and every merge runs.
@@ -62,7 +62,7 @@ def cases(make: Make = made) -> Iterator[Case]:
 
     quick = (("indices", "bce"), ("ones", "cross_entropy"))
     options = {"ROWS": 2, "BLOCK_N": 16, "BLOCK_D": 16, "num_warps": 1}
-    for kind, loss, (sizes, pad) in itertools.product(contrasts.KINDS, LOSSES, (some, ((2, 16, 16), 0), ones)):
+    for kind, loss, (sizes, pad) in itertools.product((*TARGETS, "indices"), LOSSES, (some, ((2, 16, 16), 0), ones)):
         call = prepared(contrasts.target_sqnorm, partial(make, pad=pad), *sizes, loss, kind=kind)
         yield _case(f"target {kind}", loss, sizes, call, (kind, loss) in quick and sizes == some[0], target=options)
 

@@ -1,37 +1,19 @@
-"""Predicted seconds of every route for a convolution's shape, and the choice made from them.
+"""Predicted seconds of every route for a convolution, and the choice made from them.
 
-Pure functions of integers. Only the ratios of the constants matter; bench/micro/conv_routes.py measures them.
+Pure functions of shapes and dtypes. Only the ratios of the constants matter; bench/micro/conv_routes.py measures them.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from dataclasses import dataclass
+
+import torch
+
+from fastgrad.ops.conv.geometry import Problem
 
 #: Bytes of the largest intermediate of one chunk. Twice this still fits a common last-level cache, and the C library
 #: reuses blocks below 32 MiB.
 CHUNK_BYTES = 8 * 2**20
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What the cost of a route depends on."""
-
-    batch: int
-    count: int  # K, gradients per sample
-    groups: int
-    inputs: int  # channels per group
-    outputs: int
-    pixels: int  # of the padded input
-    image: tuple[int, ...]  # input size per axis without padding, as far as windows reach
-    positions: tuple[int, ...]  # output size per axis
-    kernel: tuple[int, ...]
-    overlaps: bool  # see `fastgrad.ops.conv.geometry.Problem`
-    itemsize: int  # bytes per element of the dtype computed in, 4 or 8
-    guarded: bool  # whether the Gram route may look at values; if not it computes in float64
-    budget: int  # bytes of one chunk's intermediates
-
 
 # Measured on two cores of an AMD EPYC (AVX-512), torch 2.13 with oneDNN convolutions and MKL products.
 #: Multiply-adds per second of ``torch.bmm``, and of the library's convolutions and weight gradients.
@@ -44,76 +26,81 @@ STREAM = 2.5e9
 CALL, SAMPLE = 4e-6, 1e-6
 
 
-def chunk_bytes(route: str, s: Shape) -> int:
+def _sizes(p: Problem) -> tuple[int, int, int]:
+    """Return the number of positions, and elements of the gradients and patches of a group of a sample."""
+    taps, positions = math.prod(p.kernel), math.prod(p.positions)
+    return positions, len(p.g) * p.outputs * p.inputs * taps, p.inputs * taps * positions
+
+
+def chunk_bytes(route: str, p: Problem) -> int:
     """Return the bytes of a route's largest intermediates for one sample."""
-    taps, positions = math.prod(s.kernel), math.prod(s.positions)
-    gradient, patches = s.count * s.outputs * s.inputs * taps, s.inputs * taps * positions
+    positions, gradient, patches = _sizes(p)
     if route == "patch":
         elements = patches + gradient
     elif route == "grouped":
-        elements = gradient + s.inputs * s.pixels
+        elements = gradient + p.inputs * p.pixels
     else:
-        elements = math.prod(s.image) ** 2 if s.overlaps else patches + positions**2
-        elements += s.count * _form(s)
-    return max(1, elements * s.groups * 4 * _wide(route, s))
+        elements = math.prod(p.image) ** 2 if p.overlaps else patches + positions**2
+        elements += _form(p)
+    return max(1, elements * p.groups * 4 * _wide(route, p))
 
 
-def _wide(route: str, s: Shape) -> int:
+def _wide(route: str, p: Problem) -> int:
     """Return the size of a route's numbers in units of float32's."""
-    return 2 if s.itemsize == 8 or (route == "gram" and not s.guarded) else 1
+    return 2 if p.a.dtype == torch.float64 or (route == "gram" and not p.guarded) else 1
 
 
-def _form(s: Shape) -> int:
-    """Return how many elements a quadratic form writes per gradient."""
-    positions = math.prod(s.positions)
-    return positions * min(s.outputs, positions)
+def _form(p: Problem) -> int:
+    """Return how many elements the quadratic forms of a group of a sample write."""
+    positions = math.prod(p.positions)
+    return len(p.g) * positions * min(p.outputs, positions)
 
 
-def chunk_size(route: str, s: Shape) -> int:
-    """Return how many samples a route takes at a time."""
-    fitting = max(1, min(s.batch, s.budget // chunk_bytes(route, s)))
-    if route == "grouped" and fitting < s.batch:
+def chunk_size(route: str, p: Problem, budget: int) -> int:
+    """Return how many samples a route takes at a time, whose intermediates fit ``budget`` bytes."""
+    batch = len(p.a)
+    fitting = max(1, min(batch, budget // chunk_bytes(route, p)))
+    if route == "grouped" and fitting < batch:
         # The library gives each thread whole samples: a power of two leaves no thread idle.
         return 1 << (fitting.bit_length() - 1)
     return fitting
 
 
-def candidates(s: Shape) -> tuple[str, ...]:
-    """Return the routes that can serve a shape."""
+def candidates(p: Problem) -> tuple[str, ...]:
+    """Return the routes that can serve a problem."""
     # oneDNN has no float64 convolution.
-    return ("patch", "gram", "grouped") if s.itemsize == 4 else ("patch", "gram")
+    return ("patch", "gram") if p.a.dtype == torch.float64 else ("patch", "gram", "grouped")
 
 
-def seconds(route: str, s: Shape) -> float:
-    """Return the predicted time of one route for the whole batch."""
-    taps, positions = math.prod(s.kernel), math.prod(s.positions)
-    gradient, patches = s.count * s.outputs * s.inputs * taps, s.inputs * taps * positions
-    wide = _wide(route, s)
+def seconds(route: str, p: Problem, budget: int) -> float:
+    """Return the predicted time of one route for the whole batch, in chunks of ``budget`` bytes."""
+    positions, gradient, patches = _sizes(p)
+    wide = _wide(route, p)
     product, memory = PRODUCT / wide, ADD / wide
     if route == "patch":
-        work = gradient * positions / product + (patches if taps > 1 else 0) / GATHER + gradient / memory + SAMPLE
+        gathered = patches if math.prod(p.kernel) > 1 else 0
+        work = gradient * positions / product + gathered / GATHER + gradient / memory + SAMPLE
         calls = 8
     elif route == "grouped":
-        moved = gradient + s.inputs * s.pixels + s.outputs * s.count * positions
+        moved = gradient + p.inputs * p.pixels + p.outputs * len(p.g) * positions
         work = gradient * positions / CONVOLUTION + moved / STREAM
         calls = 12
     else:
-        work = s.count * positions**2 * s.outputs / product + s.count * _form(s) / memory + SAMPLE * 2
-        if s.overlaps:
-            added, size = 0, list(s.image)
-            for axis, places in enumerate(s.positions):
+        work = len(p.g) * positions**2 * p.outputs / product + _form(p) / memory + SAMPLE * 2
+        if p.overlaps:
+            added, size = 0, list(p.image)
+            for axis, places in enumerate(p.positions):
                 size[axis] = places
-                added += math.prod(size) ** 2 * s.kernel[axis]
-            work += math.prod(s.image) ** 2 * s.inputs / product + added * wide / FILTER
-            calls = 16 + sum(s.kernel)
+                added += math.prod(size) ** 2 * p.kernel[axis]
+            work += math.prod(p.image) ** 2 * p.inputs / product + added * wide / FILTER
+            calls = 16 + sum(p.kernel)
         else:
             work += positions * patches / product + patches / GATHER
             calls = 16
-    chunks = math.ceil(s.batch / chunk_size(route, s))
-    return s.batch * s.groups * work + chunks * calls * CALL
+    chunks = math.ceil(len(p.a) / chunk_size(route, p, budget))
+    return len(p.a) * p.groups * work + chunks * calls * CALL
 
 
-@functools.lru_cache(maxsize=4096)
-def choose_route(s: Shape) -> str:
+def choose_route(p: Problem) -> str:
     """Return the route with the least predicted time."""
-    return min(candidates(s), key=lambda route: seconds(route, s))
+    return min(candidates(p), key=lambda route: seconds(route, p, CHUNK_BYTES))

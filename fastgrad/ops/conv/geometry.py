@@ -16,6 +16,17 @@ from torch import Tensor
 Ints = tuple[int, ...]
 
 
+class Kernel(NamedTuple):
+    """What a convolution is called with, for each axis."""
+
+    size: Ints
+    stride: Ints
+    padding: Ints  # zeros on both sides
+    dilation: Ints
+    groups: int = 1
+    transposed: bool = False
+
+
 class Problem(NamedTuple):
     """A correlation of two images per sample."""
 
@@ -28,6 +39,17 @@ class Problem(NamedTuple):
     # (T - 1) * stride + dilation * (kernel - 1) + 1.
     pads: tuple[tuple[int, int], ...]
     groups: int  # G
+    guarded: bool  # whether values may be looked at: elsewhere than on a CPU, this would wait for the device
+
+    @property
+    def inputs(self) -> int:
+        """C, input channels per group."""
+        return self.a.shape[1] // self.groups
+
+    @property
+    def outputs(self) -> int:
+        """O, output channels per group."""
+        return self.g.shape[2] // self.groups
 
     @property
     def positions(self) -> Ints:
@@ -61,28 +83,15 @@ def per_axis(value: int | Sequence[int], axes: int) -> Ints:
     return each * axes if len(each) == 1 else each
 
 
-def padding_of(
-    a: Ints, g: Ints, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int, swapped: bool
-) -> tuple[tuple[int, int], ...]:
-    """Return the zeros before and after each axis of inputs ``(B, C, *L)``, for gradients ``(K, B, O, *T)``.
-
-    For a transposed convolution the two are ``swapped``.
-
-    Raises:
-        ValueError: Naming the argument whose shape does not fit.
-    """
-    if groups < 1 or a[1] % groups or g[2] % groups:
-        raise ValueError(f"groups must divide the channels of a, {a[1]}, and of g, {g[2]}; it was {groups}")
-    if g[1] != a[0]:
-        raise ValueError(f"g must have the batch size of a, {a[0]}; its shape was {g}")
-    pads = []
-    for axis, (pad, step, gap, kernel) in enumerate(zip(padding, stride, dilation, kernel_size, strict=True)):
-        size, out = a[2 + axis], g[3 + axis]
-        need = (out - 1) * step + gap * (kernel - 1) + 1
-        if need > size + 2 * pad:
-            raise ValueError(
-                f"{'a' if swapped else 'g'} must fit the convolution: its {out} positions on axis {axis} "
-                f"reach over {need} of {size + 2 * pad} padded ones"
-            )
-        pads.append((pad, need - size - pad))
-    return tuple(pads)
+def problem_of(a: Tensor, g: Tensor, kernel: Kernel) -> Problem:
+    """Return the problem for inputs ``(B, C, *L)`` and K gradients of each sample's output, ``(K, B, O, *T)``."""
+    if kernel.transposed:
+        # y = conv_transpose(x): dL/dW[i, o, d] = sum_t x[i, t] gy[o, stride t + d]; the two swap roles.
+        # Several gradients then share no activation, so they join the batch.
+        a, g = g.flatten(0, 1), a.expand(len(g), *a.shape).flatten(0, 1).unsqueeze(0)
+    axes = zip(a.shape[2:], g.shape[3:], *kernel[:4], strict=True)
+    pads = tuple(
+        (pad, (positions - 1) * step + gap * (taps - 1) + 1 - size - pad)
+        for size, positions, taps, step, pad, gap in axes
+    )
+    return Problem(a, g, kernel.size, kernel.stride, kernel.dilation, pads, kernel.groups, a.device.type == "cpu")

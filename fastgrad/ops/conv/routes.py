@@ -32,9 +32,8 @@ def _squares(gradient: Tensor) -> Tensor:
 
 def _gradient_matrix(p: Problem) -> Tensor:
     """Return g as ``(B * G, K, O, T)``."""
-    count, batch, channels = p.g.shape[:3]
-    g = p.g.reshape(count, batch * p.groups, channels // p.groups, -1)
-    return g.transpose(0, 1)
+    count, batch = p.g.shape[:2]
+    return p.g.reshape(count, batch * p.groups, p.outputs, -1).transpose(0, 1)
 
 
 def _ungroup(norms: Tensor, p: Problem) -> Tensor:
@@ -56,7 +55,7 @@ def windows(x: Tensor, p: Problem) -> Tensor:
 def _samples(p: Problem) -> Tensor:
     """Return padded a as ``(B * G, C, *L)``."""
     x = p.padded()
-    return x.reshape(x.shape[0] * p.groups, x.shape[1] // p.groups, *x.shape[2:])
+    return x.reshape(x.shape[0] * p.groups, p.inputs, *x.shape[2:])
 
 
 def patch(p: Problem) -> Tensor:
@@ -77,11 +76,10 @@ def grouped(p: Problem) -> Tensor:
     # The library pads both sides alike, and leaves out less than a stride at the end.
     if any(not 0 <= before - after < step for (before, after), step in zip(p.pads, p.stride, strict=True)):
         x, pads = p.padded(), [0] * len(pads)
-    count, batch, channels = p.g.shape[:3]
-    inputs, outputs = x.shape[1] // p.groups, channels // p.groups
+    (count, batch), outputs = p.g.shape[:2], p.outputs
     g = _gradient_matrix(p)
     # Only its shape is read; a broadcast one would be written out by the operator.
-    weight = x.new_empty((batch * p.groups * count * outputs, inputs, *p.kernel))
+    weight = x.new_empty((batch * p.groups * count * outputs, p.inputs, *p.kernel))
     gradient = torch.ops.aten.convolution_backward(
         g.reshape(1, -1, *p.g.shape[3:]), x.reshape(1, -1, *x.shape[2:]), weight, None, p.stride, pads,
         p.dilation, False, [0] * len(pads), batch * p.groups, [False, True, False],
@@ -140,7 +138,7 @@ def _overlapping_gram(p: Problem, wide: bool) -> Tensor:
     """
     size = p.image
     reached: tuple[Any, ...] = (..., *map(slice, size))
-    x = p.a[reached].reshape(p.a.shape[0] * p.groups, p.a.shape[1] // p.groups, -1)
+    x = p.a[reached].reshape(p.a.shape[0] * p.groups, p.inputs, -1)
     if wide:
         x = x.double()
     matrix = torch.bmm(x.transpose(1, 2), x).view(-1, *size, *size)
@@ -162,16 +160,13 @@ def gram(p: Problem, wide: bool = False) -> tuple[Tensor, Tensor]:
 DIRECT = {"patch": patch, "grouped": grouped}
 
 
-def run(route: str, p: Problem, *, guarded: bool) -> Tensor:
-    """Return squared norms ``(K, B)`` of one chunk, in its dtype, float32 or float64.
-
-    With ``guarded``, values may be looked at: samples whose gradient nearly cancels take a direct route.
-    """
+def run(route: str, p: Problem) -> Tensor:
+    """Return squared norms ``(K, B)`` of one chunk, in its dtype, float32 or float64."""
     if route in DIRECT:
         return _ungroup(_squares(DIRECT[route](p)), p)
     single = p.a.dtype == torch.float32
-    norms, incoherent = gram(p, wide=single and not guarded)
-    if guarded and single:
+    norms, incoherent = gram(p, wide=single and not p.guarded)
+    if p.guarded and single:
         lost = (norms * CANCELLATION_LIMIT < incoherent).any(0)
         if bool(lost.any()):
             index = lost.nonzero().squeeze(1)

@@ -15,9 +15,6 @@ from fastgrad.ops import tune
 from fastgrad.ops.triton import devices
 from fastgrad.ops.tune import cdiv, chunk
 
-#: Kinds of labels.
-KINDS = ("ones", "uniform", "predicted", "indices")
-
 
 @lru_cache(1024)
 def _contrast_plan(
