@@ -6,7 +6,6 @@ import copy
 import itertools
 import pickle
 import threading
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gradient_oracle import loss_norms, relative_error, true_norms
-from small_nets import Net, assert_exact, check_losses, recorded
+from small_nets import Net, check_losses, check_several, recorded
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -61,21 +60,10 @@ def test_any_order_and_single_parameters(model: nn.Sequential) -> None:
 
 
 @pytest.mark.parametrize("calls", [1, 2])
-def test_batched_output_gradients(model: nn.Sequential, calls: int) -> None:
-    gradients, unused = torch.randn(6, 4, 3), nn.Linear(3, 2)
-    model.add_module("unused", unused)
-
-    def run(x: Tensor) -> Tensor:
-        return model[:5](x) if calls == 1 else model[:5](x) * model[:5](x.flip(3))
-
-    with fastgrad.record(model):
-        z, parameters = run(X), list(model.parameters())
-        batched = fastgrad.grad_sqnorm(z, parameters, grad_outputs=gradients, is_grads_batched=True)
-    assert all(b.shape == (6, 4) for b in batched)
-    assert not batched[-1].any()
-    for s, at in enumerate(gradients):
-        truth = loss_norms(((run(x) * g).sum() for x, g in zip(X.split(1), at, strict=True)), model)
-        assert_close(torch.stack([b[s] for b in batched], 1), truth)
+def test_several_gradients_at_once(model: nn.Sequential, calls: int) -> None:
+    model.add_module("unused", nn.Linear(3, 2))
+    run = (lambda x: model[:5](x)) if calls == 1 else (lambda x: model[:5](x) * model[:5](x.flip(3)))
+    check_several(model.double(), run, X.double(), torch.randn(6, 4, 3, dtype=torch.float64))
 
 
 def test_batched_gradients_behind_a_checkpoint_around_the_model(model: nn.Sequential) -> None:
@@ -103,37 +91,6 @@ def test_a_first_call_within_a_checkpoint(nested: bool) -> None:
     check_losses(net, lambda x: checkpoint(net, x, use_reentrant=False).square().sum(1), x)
 
 
-#: Terms through calls that ``torch.func`` transforms, which have gradients per sample.
-TRANSFORMED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
-    "vmap": lambda model, x: torch.func.vmap(lambda x: model(x).square().sum())(x),
-    "jacrev": lambda model, x: torch.func.jacrev(lambda x: model(x).square().sum())(x),
-    "grad": lambda model, x: torch.func.grad(lambda x: model(x).square().sum())(x),
-    "functional_call": lambda model, x: torch.func.vmap(lambda x: torch.func.functional_call(model,
-        {n: 1 + 2 * p for n, p in model.named_parameters()}, (x,)))(x),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("way", TRANSFORMED)
-def test_a_term_through_a_transformed_call_is_refused(way: str) -> None:
-    """It would be left out like a weight decay."""
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-    x, parameters = torch.randn(5, 3), list(model.parameters())
-    with fastgrad.record(model):
-        term = TRANSFORMED[way](model, x).square().sum()
-        assert len(fastgrad.grad_sqnorm(model(x).sum() + term.detach(), parameters)) == 4
-        with pytest.raises(ValueError, match=r"torch\.func transforms"):
-            fastgrad.grad_sqnorm(model(x).sum() + term, parameters)
-
-
-def test_a_transformed_call_on_what_a_recorded_one_gives() -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
-    x, weight = torch.randn(5, 3, dtype=torch.float64), model[0].weight
-    with fastgrad.record(model):
-        loss = torch.func.vmap(model[2])(model[1](model[0](x))).square().sum()
-        (found,) = fastgrad.grad_sqnorm(loss, weight)
-    assert_exact(found[:, None], loss_norms((model(row).square().sum() for row in x), model)[:, :1])
-
-
 def test_several_outputs_and_parts_called_alone(model: nn.Sequential) -> None:
     with fastgrad.record(model):
         hidden = model[3](model[2](model[1](model[0](X))))
@@ -146,18 +103,6 @@ def test_several_outputs_and_parts_called_alone(model: nn.Sequential) -> None:
 
     rows = zip(X.split(1), z.detach().split(1), hidden.detach().split(1), strict=True)
     assert_close(torch.stack(found, 1), loss_norms(itertools.starmap(loss, rows), model))
-
-
-def test_ordinary_backward_works_inside(model: nn.Sequential) -> None:
-    with fastgrad.record(model):
-        x = X.clone().requires_grad_()
-        cross_entropy(model, x).backward()
-    inside = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    model.zero_grad()
-    y = X.clone().requires_grad_()
-    cross_entropy(model, y).backward()
-    assert all(torch.allclose(a, p.grad, rtol=1e-4, atol=1e-6) for a, p in zip(inside, model.parameters(), strict=True))
-    assert torch.allclose(x.grad, y.grad, atol=1e-6)
 
 
 def test_nothing_stays_on_the_model(model: nn.Sequential) -> None:
@@ -258,79 +203,6 @@ def test_a_structure_of_inputs_is_checked_once(model: nn.Sequential) -> None:
         with fastgrad.record(model):
             model(x)
         assert len(calls) == runs
-
-
-HOOKS: dict[str, Any] = {
-    "input": lambda part: part.register_forward_pre_hook(lambda _, args: (2 * args[0],)),
-    "output": lambda part: part.register_forward_hook(lambda *call: 3 * call[-1], with_kwargs=True),
-    "gradient of the input": lambda part: part.register_full_backward_hook(lambda _, given,
-        __: tuple(None if g is None else -2 * g for g in given)),
-    "gradient of the output": lambda part: part.register_full_backward_pre_hook(lambda _, given: (3 * given[0],)),
-}  # fmt: skip
-
-
-@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-@pytest.mark.parametrize("place", ["", "0", "2"])
-@pytest.mark.parametrize("kind", HOOKS)
-def test_hooks_of_modules_work_once(place: str, kind: str) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-    HOOKS[kind](model.get_submodule(place))
-    x = torch.randn(6, 4).double()
-    outside = model(x)
-    truth = loss_norms((out.square().sum() for out in outside.split(1)), model)
-    with fastgrad.record(model):
-        inside = model(x)
-        found = fastgrad.grad_sqnorm(inside.square().sum(), list(model.parameters()))
-    torch.testing.assert_close(inside, outside)
-    assert_exact(torch.stack(found, 1), truth)
-
-
-def leaking(net: Any, x: Tensor) -> Any:
-    """A layer without a rule and one with a rule, and what they make, in a place where it is not returned."""
-    h = x @ net.weight
-    z = net.last(torch.tanh(h))
-    if net.way == "attribute":
-        net.kept = h
-    elif net.way == "complex":
-        return z, torch.fft.fft(h)
-    elif net.way == "object":
-        return z, types.SimpleNamespace(value=h)
-    elif net.way == "behind a rule":
-        net.kept = z * 2
-    return z
-
-
-@pytest.mark.parametrize("way", ["attribute", "complex", "object", "behind a rule"])
-def test_what_a_module_gives_in_another_way_than_its_output(way: str) -> None:
-    torch.manual_seed(0)
-    model = Net(leaking, way=way, weight=nn.Parameter(torch.randn(4, 4)), last=nn.Linear(4, 3), kept=None).double()
-    x = torch.randn(5, 4, dtype=torch.float64)
-
-    def loss(x: Tensor) -> Tensor:
-        out = model(x)
-        z, other = out if isinstance(out, tuple) else (out, model.kept)
-        return z.sum() + getattr(other, "value", other).abs().square().sum()
-
-    truth = loss_norms(map(loss, x.split(1)), model)
-    for _ in range(2):
-        assert_exact(recorded(model, lambda: loss(x)), truth)
-
-
-@pytest.mark.parametrize("inside", [False, True])
-def test_what_a_hook_keeps_outside_of_the_model(inside: bool) -> None:
-    """It is what the recorded call gave, with its gradients; of a first call it is the latest."""
-    torch.manual_seed(0)
-    model, kept = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double(), []
-    model[0].register_forward_hook(lambda _, __, output: kept.append(output if inside else output.detach()))
-    x = torch.randn(6, 4).double()
-    for _ in range(2):
-        with fastgrad.record(model):
-            out = model(x)
-            assert kept[-1].shape == (6, 5)
-            found = fastgrad.grad_sqnorm(out.sum() + kept[-1].square().sum(), list(model.parameters()))
-        rows = ((model(row), kept[-1]) for row in x.split(1))
-        assert_exact(torch.stack(found, 1), loss_norms((z.sum() + h.square().sum() for z, h in rows), model))
 
 
 class Prompted(nn.Module):
