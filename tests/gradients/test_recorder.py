@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import pickle
 import threading
 from collections.abc import Callable
@@ -91,18 +90,33 @@ def test_a_first_call_within_a_checkpoint(nested: bool) -> None:
     check_losses(net, lambda x: checkpoint(net, x, use_reentrant=False).square().sum(1), x)
 
 
-def test_several_outputs_and_parts_called_alone(model: nn.Sequential) -> None:
+def of_parts(model: nn.Sequential, x: Tensor) -> Tensor:
+    hidden = model[3](model[2](model[1](model[0](x))))
+    return model[4](hidden).square().sum(1) + hidden.square().sum(1)
+
+
+#: Losses ``(B,)`` of several calls, such as a contrastive one of two views.
+CALLS: dict[str, Callable[[nn.Sequential, Tensor], Tensor]] = {
+    "parts": of_parts,
+    "two views": lambda model, x: (model(x) * model(x.flip(3))).sum(1).cos(),
+    "three views": lambda model, x: (model(x) * (model(x.flip(3)) + model(x.roll(1, 2)).cos())).sum(1),
+    "a part and the whole": lambda model, x: (model[:4](x) @ model[4].weight.detach().T + model(x)).sum(1),
+}
+
+
+@pytest.mark.parametrize("way", CALLS)
+def test_uses_in_several_calls_add_up(model: nn.Sequential, way: str) -> None:
+    losses = CALLS[way]
+    truth = loss_norms((losses(model, row).sum() for row in X.split(1)), model)
+    assert_close(recorded(model, lambda: losses(model, X).sum()), truth)
+
+
+def test_several_outputs(model: nn.Sequential) -> None:
     with fastgrad.record(model):
-        hidden = model[3](model[2](model[1](model[0](X))))
-        z = model[4](hidden)
-        found = fastgrad.grad_sqnorm([z, hidden], list(model.parameters()), grad_outputs=[z.detach(), hidden.detach()])
-
-    def loss(x: Tensor, z: Tensor, h: Tensor) -> Tensor:
-        h_alone = model[:4](x)
-        return (model[4](h_alone) * z).sum() + (h_alone * h).sum()
-
-    rows = zip(X.split(1), z.detach().split(1), hidden.detach().split(1), strict=True)
-    assert_close(torch.stack(found, 1), loss_norms(itertools.starmap(loss, rows), model))
+        z = model[4](hidden := model[:4](X))
+        gradients = [2 * z.detach(), 2 * hidden.detach()]
+        found = fastgrad.grad_sqnorm([z, hidden], list(model.parameters()), grad_outputs=gradients)
+    assert_close(torch.stack(found, 1), loss_norms((of_parts(model, row).sum() for row in X.split(1)), model))
 
 
 def test_nothing_stays_on_the_model(model: nn.Sequential) -> None:
@@ -162,6 +176,7 @@ def test_what_is_refused(model: nn.Sequential) -> None:
               for out in (torch.zeros(()), before.sum(), before.sum() + decay, decay)),
             (lambda: fastgrad.grad_sqnorm(z, [nn.Parameter(torch.zeros(2))]), ValueError, "number 0 is not one"),
             (lambda: fastgrad.grad_sqnorm(z, parameters, is_grads_batched=True), ValueError, "grad_outputs must be"),
+            (lambda: fastgrad.grad_sqnorm(z * decay, parameters), ValueError, "depend on '0.weight' through calls"),
             (lambda: fastgrad.grad_sqnorm(z + other, parameters), ValueError,
              r"calls of one number of samples; '0.weight' .* of 2 and 4"),
             (lambda: torch.func.functional_call(model, {n: 2 * p for n, p in model.named_parameters()}, (X,)),
@@ -170,29 +185,6 @@ def test_what_is_refused(model: nn.Sequential) -> None:
         for call, error, message in refused:
             with pytest.raises(error, match=message):
                 call()
-
-
-def test_uses_in_several_calls_add_up(model: nn.Sequential) -> None:
-    """As in a contrastive loss of two views, or a consistency of two draws."""
-    parameters, views = list(model.parameters()), (X, X.flip(3), X[:, :, 1:], X.roll(1, 2))
-    views = (*views[:2], nn.functional.pad(views[2], (0, 0, 1, 0)), views[3])
-
-    def loss(*views: Tensor) -> Tensor:
-        first, *others = (model(view) for view in views)
-        return sum((first * other).sum(1).cos().sum() for other in others)
-
-    for count in (2, 3, 4):
-        with fastgrad.record(model):
-            found = fastgrad.grad_sqnorm(loss(*views[:count]), parameters)
-        assert_close(
-            torch.stack(found, 1),
-            loss_norms((loss(*rows) for rows in zip(*(v.split(1) for v in views[:count]), strict=True)), model),
-        )
-    # Parts count as calls, too.
-    with fastgrad.record(model):
-        found = fastgrad.grad_sqnorm((model[:4](X) @ model[4].weight.detach().T + model(X)).sum(), parameters)
-    truth = loss_norms(((model[:4](x) @ model[4].weight.detach().T + model(x)).sum() for x in X.split(1)), model)
-    assert_close(torch.stack(found, 1), truth)
 
 
 def test_a_structure_of_inputs_is_checked_once(model: nn.Sequential) -> None:
@@ -234,7 +226,7 @@ def test_a_parameter_that_another_method_uses_is_refused(name: str) -> None:
             fastgrad.grad_sqnorm(loss, model.get_parameter(name), retain_graph=True)
         (bias,) = fastgrad.grad_sqnorm(loss, model.body.bias)
         # A decay is a term of its own, which is left out, also of what no call uses.
-        loss = model(x).square().sum() / 2 - 3 * sum(p.square().sum() for p in parameters)
+        loss = (model(x).square().sum() - 6 * sum(p.square().sum() for p in parameters)) / 2
         found = fastgrad.grad_sqnorm(loss, parameters)
         (zeros,) = fastgrad.grad_sqnorm(model.body(x).sum() + model.prompt.square().sum(), model.prompt)
     truth = loss_norms((model(row).square().sum() for row in x.split(1)), model)

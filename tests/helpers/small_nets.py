@@ -175,7 +175,7 @@ def routes(model: nn.Module, *args: Any) -> dict[str, str]:
     return {route.parameter: route.route for route in extractor.report()}
 
 
-def reused(net: Any, x: Tensor) -> Tensor:
+def reused(net: Any, x: Tensor) -> Any:
     """One linear function called three times, and its weight turned by a product from the left."""
     for _ in range(3):
         x = torch.tanh(net.linear(x))
@@ -189,7 +189,7 @@ def unrolled(net: Any, x: Tensor) -> Tensor:
     return h
 
 
-def grouped(net: Any, x: Tensor) -> Tensor:
+def grouped(net: Any, x: Tensor) -> Any:
     """Samples take one of two paths by the sign of their first number."""
     h = net.one(x)
     if (x[:, 0] < 0).any():
@@ -197,7 +197,7 @@ def grouped(net: Any, x: Tensor) -> Tensor:
     return net.last(h)
 
 
-def by_nonzero(net: Any, x: Tensor) -> Tensor:
+def by_nonzero(net: Any, x: Tensor) -> Any:
     """``nonzero`` has shapes that depend on data, so that samples run alone."""
     at = ((h := net.one(x)) > 0).nonzero(as_tuple=True)
     return net.last(torch.zeros_like(h).index_put(at, h[at]))
@@ -227,6 +227,9 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "positions": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), (4, 6)),
     "many positions": (lambda: nn.Linear(3, 2), (60, 3)),
     "few positions": (lambda: nn.Sequential(nn.Linear(300, 200), nn.Tanh(), nn.Linear(200, 3)), (2, 300)),
+    "cancelling positions": (lambda: Net(
+        lambda net, x: (h := net.layer(x[:, :1] + 0.03 * x)) - 0.97 * h.mean(1, keepdim=True), layer=nn.Linear(6, 5)),
+        (4, 6)),
     "reused": (of_reused, (6,)),
     "reused, positions": (of_reused, (3, 6)),
     "embedding": (lambda: nn.Sequential(nn.Embedding(11, 3, padding_idx=2), nn.Flatten(), nn.Linear(21, 2)), (-11, 7)),

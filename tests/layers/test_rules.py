@@ -114,6 +114,7 @@ LAYERS: list[tuple[nn.Module, tuple[int, ...], str]] = [
     (nn.BatchNorm1d(4), (3, 4), "batch norm (evaluation)"),
     (nn.BatchNorm2d(4), (3, 4, 5, 6), "batch norm (evaluation)"),
     (nn.InstanceNorm2d(4, affine=True), (3, 4, 5, 6), "normalisation"),
+    (nn.InstanceNorm2d(4, affine=True, track_running_stats=True), (3, 4, 5, 6), "batch norm (evaluation)"),
     (nn.GroupNorm(2, 4), (3, 4, 5, 6), "normalisation"),
     (nn.LayerNorm(6), (3, 5, 6), "normalisation"),
     (nn.RMSNorm(6), (3, 5, 6), "normalisation"),
@@ -301,7 +302,10 @@ def test_a_registered_rule_is_used() -> None:
     assert _routes(Negative(), torch.randn(3, 4))[0].route == "copies"
     check_module(Negative(), torch.randn(3, 4))
     # It does not apply where a sample has several rows, or inputs have names.
-    for use in (lambda net, x: net.own(torch.cat([x, -x])).unflatten(0, (2, -1)).sum(0), lambda net, x: net.own(x=x)):
+    for use in (
+        lambda net, x: net.own(torch.cat([x, 2 * x])).unflatten(0, (2, -1)).sum(0),
+        lambda net, x: net.own(x=x),
+    ):
         check_module(Net(use, own=OwnRule()), torch.randn(3, 4))
 
 
