@@ -122,6 +122,11 @@ USED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str, str]] = {
     "vector": (lambda net, x: net.head(x * F.linear(x, net.scale).unsqueeze(-1)), "scale", "copies"),
     "norm of a parameter": (lambda net, x: net.head(x @ F.layer_norm(net.matrix, (3,))), "matrix", "copies"),
     "group norm of a parameter": (lambda net, x: net.head(x @ F.group_norm(net.matrix, 1)), "matrix", "copies"),
+    "convolution": (lambda net, x: net.head(F.conv1d(x.unsqueeze(2), net.kernel)[..., 0]), "kernel", "rule"),
+    "convolution without a batch": (lambda net, x: net.head(F.conv1d(x.mT, net.kernel).mT), "kernel", "copies"),
+    "convolution with a computed bias": (
+        lambda net, x: net.head(F.conv1d(x.unsqueeze(2), net.kernel, net.scale.exp())[..., 0]), "kernel", "copies"),
+    "convolution of a parameter": (lambda net, x: net.head(x @ F.conv1d(net.start, net.kernel)[0]), "kernel", "copies"),
     "transposed": (lambda net, x: net.head(x @ net.matrix.T), "matrix", "copies"),
     "on the left": (lambda net, x: net.head((net.matrix @ x.mT).mT), "matrix", "copies"),
     "einsum": (lambda net, x: net.head(torch.einsum("bi,ij->bj", x, net.matrix)), "matrix", "copies"),
@@ -175,7 +180,8 @@ USED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str, str]] = {
 @pytest.mark.parametrize("way", USED)
 def test_a_parameter_is_used(way: str) -> None:
     function, name, route = USED[way]
-    model = parts(function, closed=CLOSED)
+    kernel, start = nn.Parameter(torch.randn(3, 3, 1)), nn.Parameter(torch.randn(1, 3, 3))
+    model = parts(function, closed=CLOSED, kernel=kernel, start=start)
     check(model, (X,), (X[:1],), (10 * X[:2],))
     assert routes(model, X)[name] == route
 
@@ -194,11 +200,13 @@ TABLES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "encoder": lambda net, t: net.head(
         net.encoder(net.table(t), src_key_padding_mask=t == 0)[:, -1] + net.table(t[:, -1])),
     "bag": lambda net, t: net.head(net.bag(t).tanh()),
+    "bag by position": lambda net, t: net.head(
+        F.embedding_bag(t, net.bag.weight, None, None, 2.0, False, "sum", net.bag.sparse).tanh()),
     "bag with offsets": lambda net, t: net.head(
         net.bag(t.flatten(), torch.arange(len(t)) * t.shape[1]).tanh()),
     "bag and table": lambda net, t: net.head(net.bag(t) * net.table(t).sum(1)),
     "by index": lambda net, t: net.head(net.table.weight[t].prod(1)),
-    "by function": lambda net, t: net.head(F.embedding(t, net.table.weight, padding_idx=-5).cos().prod(1)),
+    "by function": lambda net, t: net.head(F.embedding(t, net.table.weight, padding_idx=-5).exp().prod(1)),
 }  # fmt: skip
 
 
@@ -258,6 +266,9 @@ def test_gradients_that_autocast_rounds_are_no_samples_that_interact(seed: int, 
     _, truth = features(x)
     with torch.autocast("cpu", torch.bfloat16):
         _, norms = features(x)
+        plain = model.cell(x.unsqueeze(1))[0]
+        with fastgrad.record(model):
+            assert model.cell(x.unsqueeze(1))[0].dtype == plain.dtype
     assert ((norms - truth).abs().amax(0) <= 0.1 * truth.amax(0)).all()
 
 

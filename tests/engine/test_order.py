@@ -81,7 +81,8 @@ PLACES: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "list": (lambda net, x: net.head(net.layer(x.transpose(0, 1)[[1, 0, 2]]).tanh().mean(0)), "rule"),
     "by name": (lambda net, x: net.head(torch.matmul(x.mean(1), other=net.layer.weight)), "rule"),
     "sample by sample": (lambda net, x: torch.cat([net.head(net.layer(row)[None].mean(1)) for row in x]), "rule"),
-    "row by row": (lambda net, x: net.head(torch.stack([net.gru(row)[1][0] for row in net.layer(x)])), "rule"),
+    "by a vector": (lambda net, x: net.head(x * (net.layer(x) @ net.scale).unsqueeze(2)).mean(1), "rule"),
+    "norms": (lambda net, x: net.head(net.norms(net.layer(x).reshape(-1, 3)).tanh().view(x.shape).mean(1)), "rule"),
     "attention": (lambda net, x: net.head(F.scaled_dot_product_attention(h := net.layer(x), h, h).mean(1)), "rule"),
     "attention, folded": (lambda net, x: net.head(F.scaled_dot_product_attention(
         h := net.layer(x).repeat_interleave(2, 0).unsqueeze(1), h, h).unflatten(0, (-1, 2)).mean((1, 2, 3))), "rule"),
@@ -92,7 +93,8 @@ PLACES: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
 @pytest.mark.parametrize("way", PLACES)
 def test_the_batch_in_another_place(way: str) -> None:
     function, route = PLACES[way]
-    model = parts(function, table=nn.Embedding(9, 3), conv=nn.Conv1d(3, 3, 2), gru=nn.GRU(3, 3))
+    norms = nn.Sequential(nn.GroupNorm(1, 3), nn.BatchNorm1d(3))
+    model = parts(function, table=nn.Embedding(9, 3), conv=nn.Conv1d(3, 3, 2), norms=norms)
     check(model, (SEQUENCE,), (inputs(3, 4, 3),), (SEQUENCE[:1],))
     found = routes(model, SEQUENCE)
     assert (found["layer.weight"], found["head.weight"]) == (route, "alone" if way == "vmap" else "rule")
@@ -108,8 +110,12 @@ RETURNED: dict[str, tuple[Callable[[Any, Tensor], Any], Callable[[Any], Tensor]]
     "one number, squeezed": (lambda net, h: h.sum((1, 2)).cos().squeeze(), lambda out: out.reshape(-1)),
     "squeezed": (lambda net, h: h[:, :1].squeeze(1), lambda out: out.square().sum(1)),
     "complex": (lambda net, h: torch.fft.fft(h), lambda out: out.abs().square().sum((1, 2))),
-    "beside a constant": (lambda net, h: (h, torch.arange(3.0), "word", None), lambda out: out[0].sum((1, 2))),
+    "beside constants": (lambda net, h: (h, torch.tensor([1, torch.nan]), "word"), lambda out: out[0].sum((1, 2))),
     "beside a parameter": (lambda net, h: (h, net.scale * 1), lambda out: out[0].cos().sum((1, 2))),
+    "beside what follows from it": (
+        lambda net, h: (h, torch.zeros_like(h).masked_scatter(h > 0, h[h > 0])),
+        lambda out: (out[0] + out[1]).square().sum((1, 2)),
+    ),
     "beside a statistic": (lambda net, h: (h, h.std(0)), lambda out: out[0].square().sum((1, 2))),
     "half": (lambda net, h: h.bfloat16(), lambda out: out.double().sum((1, 2))),
     "in an object": (lambda net, h: types.SimpleNamespace(value=h), lambda out: out.value.square().sum((1, 2))),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from gradient_oracle import loss_norms
 from small_nets import (
     Net,
@@ -50,6 +51,14 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "random": (lambda net, x: net.head(x + torch.randn(2, len(x), 3).double().sum(0)),
         "It also draws random numbers in evaluation mode"),
     "attribute of rows": (lambda net, x: net.head((net.layer(x) + net.rows) @ net.matrix), APART),
+    "attribute": (lambda net, x: (setattr(net, "noted", (h := net.layer(x)).amax(0)), net.head(h))[1],
+        APART + "for one sample alone, the attribute 'noted' differs"),
+    "statistics": (
+        lambda net, x: net.head(F.batch_norm(x, torch.ones(3).double(), torch.ones(3).double(), training=True)),
+        "it normalises with the statistics of the batch"),
+    "frequencies": (lambda net, x: F.embedding((x > 0).long(), net.matrix, scale_grad_by_freq=True).sum(1),
+        "an embedding divides gradients by counts over the batch"),
+    "beside dropout": (lambda net, x: net.head(F.dropout(x, 0.5, net.training) - x.mean(0)), APART),
     "own generator": (lambda net, x: net.head(x * torch.rand(3, generator=net.own)), APART),
     "number of outputs": (lambda net, x: list(net.head(x).unbind(0)), APART),
     "no row": (lambda net, x: net.head(x).norm(), APART),
@@ -64,6 +73,7 @@ def test_samples_that_meet_are_refused(way: str, samples: int) -> None:
     function, message = REFUSED[way]
     x = inputs(6, 3)[:samples]
     model = parts(function, own=torch.Generator().manual_seed(0), rows=inputs(samples, 3, seed=1))
+    model.train(way == "beside dropout")
     x[0] *= 9
     before = left(model)
     for call in (features_of_squares(model), lambda x: recorded(model, lambda: squares(model(x)))):
@@ -77,7 +87,7 @@ def test_samples_that_meet_are_refused(way: str, samples: int) -> None:
 
 #: Functions whose samples meet only after something changed, and what that is.
 LATER: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any], Any]]] = {
-    "attribute": (lambda net, x: net.head(nn.functional.normalize(net.layer(x), dim=net.dim)), lambda net: setattr(net,
+    "attribute": (lambda net, x: net.head(F.normalize(net.layer(x), dim=net.dim)), lambda net: setattr(net,
         "dim", 0)),
     "weight": (lambda net, x: net.head(((h := net.layer(x).tanh()) - h.mean(0)) @ net.matrix),
         lambda net: nn.init.normal_(net.head.weight)),

@@ -151,6 +151,21 @@ def test_features_leave_what_a_checkpoint_writes_again() -> None:
     assert model.calls == 0
 
 
+def test_features_leave_no_trace_of_a_call_that_fails() -> None:
+    def failing(net: Any, x: Tensor) -> Tensor:
+        net.skips.append(1)
+        if net.hooked:
+            raise LookupError("later")
+        return net.head(net.layer(x))
+
+    model = keeping(failing)
+    (extractor := features_of_squares(model))(X)
+    model.hooked = True
+    with pytest.raises(LookupError, match="later"):
+        extractor(X)
+    assert not model.skips
+
+
 def test_parameters_that_a_call_writes_to() -> None:
     model, plain = keeping(clamped), keeping(clamped)
     for _ in range(2):
@@ -214,14 +229,15 @@ COUNTS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("groups", [False, True])
 @pytest.mark.parametrize("kind", COUNTS)
-def test_what_a_call_counts_is_counted_once(kind: str) -> None:
+def test_what_a_call_counts_is_counted_once(kind: str, groups: bool) -> None:
     begin, note = COUNTS[kind]
 
     def noting(net: Any, x: Tensor) -> Tensor:
         note(net.held)
         net.sizes.append(len(x))
-        return net.head(net.layer(x).tanh())
+        return net.head(net.layer(x) * 1.0 if groups and x[0, 0] > 0 else net.layer(x))
 
     held, once = begin(), begin()
     model = parts(noting, held=held, sizes=[])
@@ -232,16 +248,19 @@ def test_what_a_call_counts_is_counted_once(kind: str) -> None:
         note(once)
         assert held == once
     assert model.held is held
-    assert model.sizes == [1, 1]  # as each sample sees them
+    # As each sample sees them, or an ordinary call where groups would write one behind the other.
+    assert model.sizes == ([4, 4] if groups else [1, 1])
 
 
 @pytest.mark.parametrize("detach", [False, True])
 def test_a_tensor_of_parameters_that_an_earlier_call_kept(detach: bool) -> None:
     """Its gradient reaches the parameters through that call, sample by sample; detached, it is a constant."""
     model, fresh = keeping(kept), keeping(kept)
-    truth = loss_norms((row.square().sum() for row in fresh(X)), fresh)
+    truth = alone(fresh, (X,))
     assert_exact(features_of_squares(model)(X)[1], truth)
     assert not model.tables
+    for _ in range(2):  # no graph of a recorded call stays
+        assert_exact(recorded(fresh, lambda: fresh(X).square().sum()), truth)
     model(X)
     if detach:
         model.tables["twice"] = model.tables["twice"].detach()
