@@ -116,6 +116,11 @@ USED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str, str]] = {
     "matmul": (lambda net, x: net.head(x @ net.matrix), "matrix", "rule"),
     "addmm": (lambda net, x: net.head(torch.addmm(net.scale, x, net.matrix)), "matrix", "rule"),
     "addmm with a factor": (lambda net, x: net.head(torch.addmm(net.scale, x, net.matrix, beta=2)), "matrix", "copies"),
+    "addmm of parameters": (
+        lambda net, x: net.head(x @ torch.addmm(net.scale, net.matrix, net.layer.weight)), "matrix", "copies"),
+    "recurrent with a computed weight": (
+        lambda net, x: net.head(torch.rnn_tanh(x[None], x.new_zeros(1, len(x), 3), [net.matrix.cos(), net.layer.weight],
+                                               False, 1, 0.0, False, False, False)[0][0]), "matrix", "alone"),
     "bias computed": (lambda net, x: net.head(F.linear(x, net.matrix, net.scale.exp())), "matrix", "copies"),
     "of a parameter": (lambda net, x: net.head(x * F.linear(net.scale, net.matrix)), "matrix", "copies"),
     "product of two": (lambda net, x: net.head(x @ (net.matrix @ net.layer.weight)), "matrix", "copies"),
@@ -191,6 +196,16 @@ def test_several_gradients_through_functions_that_take_one_at_a_time(way: str) -
     """``torch.vmap`` is silently wrong for the gradients of ``cdist``, and refuses what looks at values."""
     model = parts(USED[way][0], closed=CLOSED)
     check_several(model, model, X, torch.rand(2, 5, 2, dtype=torch.float64))
+
+
+def test_a_call_of_samples_alone_adds_to_one_with_a_rule() -> None:
+    model = parts(experts)
+
+    def losses(x: Tensor) -> Tensor:
+        return (model(x) + model.head(model.layer(x).tanh())).square().sum(1)
+
+    truth = loss_norms((losses(row).sum() for row in X.split(1)), model)
+    assert_exact(recorded(model, lambda: losses(X).sum()), truth)
 
 
 #: Models of tokens, one of whose tables has padding.

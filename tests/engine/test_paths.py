@@ -131,11 +131,10 @@ def test_a_value_chooses(name: str) -> None:
 
 def unrolled(net: Any, x: Tensor) -> Tensor:
     """One layer, or a cell, for every step of a sequence ``(B, T, 3)``."""
-    states = [x.new_zeros(len(x), 3)]
+    h = x.new_zeros(len(x), 3)
     for t in range(x.shape[1]):
-        h = states[-1]
-        states.append(torch.tanh(net.layer(h + x[:, t])) if net.cell is None else net.cell(x[:, t], h))
-    return torch.stack(states[-1:], 1)
+        h = torch.tanh(net.layer(h + x[:, t])) if net.cell is None else net.cell(x[:, t], h)
+    return h.unsqueeze(1)
 
 
 #: Of sequences ``(B, T, 3)``: what is summed over positions, and the parts that it needs.

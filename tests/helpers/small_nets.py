@@ -241,6 +241,8 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(inplace=True), nn.Conv2d(4, 5, 2)), (3, 8, 8)),
     "conv, one position": (lambda: nn.Conv2d(30, 40, 3), (30, 3, 3)),
     "conv, dilated": (lambda: nn.Conv1d(3, 4, 3, dilation=2, padding="same"), (3, 9)),
+    "conv, pooled": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten()), (3, 7, 7)),
     "conv3d": (lambda: nn.Conv3d(2, 3, 2, stride=2), (2, 4, 5, 4)),
     "conv, groups": (lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 8, 3, groups=8)), (4, 7, 7)),
     "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2), (4, 5, 5)),
