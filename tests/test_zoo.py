@@ -200,15 +200,3 @@ def last_token() -> nn.Module:
 def test_tied_language_model(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     compare(last_token().eval(), (torch.randint(0, 30, (3, 6)),), dtype)
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_lstm_classifier(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    model = Net(
-        lambda net, tokens: net.head(net.lstm(net.embed(tokens))[0].mean(1)),
-        embed=nn.Embedding(20, 6),
-        lstm=nn.LSTM(6, 5, num_layers=2, bidirectional=True, batch_first=True),
-        head=nn.Linear(10, 3),
-    )
-    compare(model.eval(), (torch.randint(0, 20, (3, 6)),), dtype)

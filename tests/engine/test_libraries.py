@@ -1,21 +1,18 @@
-"""Adapters, experts and language models as libraries build them."""
+"""Adapters, experts and language models as libraries build them, and all modules that PyTorch itself tests."""
 
 from __future__ import annotations
 
-import copy
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from gradient_oracle import loss_norms, relative_error
-from small_nets import Net
+from small_nets import Net, check_losses, recorded
 from torch import Tensor, nn
-
-import fastgrad
+from torch.utils import _pytree as pytree
 
 TOKENS = torch.randint(11, (4, 5), generator=torch.Generator().manual_seed(0))
-# transformers computes norms and angles in float32, also in a float64 model.
-DOUBLE, SINGLE = torch.finfo(torch.float64).eps, torch.finfo(torch.float32).eps
 
 
 def losses_of(model: nn.Module, x: Tensor) -> Tensor:
@@ -24,18 +21,8 @@ def losses_of(model: nn.Module, x: Tensor) -> Tensor:
     return getattr(out, "logits", out).square().flatten(1).cos().sum(1)
 
 
-def assert_exact(model: nn.Module, x: Tensor, eps: float = DOUBLE) -> Tensor:
-    """Both ``record`` and ``clip_gradients`` give what the loop gives."""
-    plain = copy.deepcopy(model)
-    truth = loss_norms((losses_of(plain, row).sum() for row in x.split(1)), plain)
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    with fastgrad.record(model):
-        found = torch.stack(fastgrad.grad_sqnorm(losses_of(model, x).sum(), wanted), 1)
-    assert relative_error(found, truth, eps).max() < 1e3 * eps
-    with fastgrad.clip_gradients(model, 1.0) as clipped:
-        norms = clipped.backward(losses_of(model, x))
-    torch.testing.assert_close(norms, truth.sum(1).sqrt(), rtol=1e3 * eps, atol=0)
-    return truth
+def check(model: nn.Module, x: Tensor, eps: float = torch.finfo(torch.float64).eps) -> None:
+    check_losses(model, lambda x: losses_of(model, x), x, eps)
 
 
 def test_adapters_of_peft_merged_switched_and_disabled() -> None:
@@ -44,59 +31,38 @@ def test_adapters_of_peft_merged_switched_and_disabled() -> None:
     base = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
     config = peft.LoraConfig(r=2, target_modules=["1", "3"], init_lora_weights=False)
     model = peft.get_peft_model(base, config).double().eval()
-    assert_exact(model, TOKENS)
+    check(model, TOKENS)
     model.add_adapter("other", config)
     model.double().eval().set_adapter("other")
-    assert_exact(model, TOKENS)
+    check(model, TOKENS)
 
     def of_all() -> dict[str, Tensor]:
-        with fastgrad.record(model):
-            found = fastgrad.grad_sqnorm(losses_of(model, TOKENS).sum(), list(model.parameters()))
-        return dict(zip((n for n, _ in model.named_parameters()), found, strict=True))
+        found = recorded(model, lambda: losses_of(model, TOKENS).sum())
+        return dict(zip((n for n, _ in model.named_parameters()), found.T, strict=True))
 
     with model.disable_adapter():
         assert not of_all()["base_model.model.1.lora_A.other.weight"].any()
-    assert_exact(model, TOKENS)
+    check(model, TOKENS)
     model.merge_adapter()
     norms = of_all()
     assert not norms["base_model.model.1.lora_A.other.weight"].any()
     assert norms["base_model.model.1.base_layer.weight"].all()
     model.unmerge_adapter()
-    assert_exact(model, TOKENS)
+    check(model, TOKENS)
 
 
-def llama(kind: str, **options: Any) -> Any:
+def test_a_language_model_with_tied_embeddings_rotary_positions_and_grouped_queries() -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=16, pad_token_id=0, tie_word_embeddings=True, **options,
+        num_key_value_heads=2, max_position_embeddings=16, pad_token_id=0, tie_word_embeddings=True,
     )  # fmt: skip
-    return getattr(transformers, kind)(config).double().eval()
-
-
-def test_a_language_model_with_tied_embeddings_rotary_positions_and_grouped_queries() -> None:
-    model = llama("LlamaForCausalLM")
+    model = transformers.LlamaForCausalLM(config).double().eval()
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert_exact(model, TOKENS, SINGLE)
-    assert_exact(model, TOKENS[:3, :2], SINGLE)
-
-
-def test_the_same_as_a_classifier() -> None:
-    model = llama("LlamaForSequenceClassification", num_labels=3)
-    _, features = fastgrad.GradientFeatures(model, loss="mse")(TOKENS)
-    true = loss_norms(((model(row).logits - 1).square().sum() for row in TOKENS.split(1)), model)
-    assert relative_error(features, true, SINGLE).max() < 1e3 * SINGLE
-
-
-def chosen(net: Any, x: Tensor) -> Tensor:
-    """Each layer adds to the tokens that chose it, in one tensor of all."""
-    gates = net.route(x).softmax(-1)
-    out, (_, best) = torch.zeros_like(x), gates.topk(2)
-    for i, expert in enumerate(net.experts):
-        here = (best == i).any(-1)
-        out[here] = out[here] + expert(x[here]) * gates[here][:, i : i + 1]
-    return out
+    # transformers computes norms and angles in float32, also in a float64 model.
+    for tokens in (TOKENS, TOKENS[:3, :2]):
+        check(model, tokens, torch.finfo(torch.float32).eps)
 
 
 def dispatched(net: Any, x: Tensor) -> Tensor:
@@ -109,11 +75,61 @@ def dispatched(net: Any, x: Tensor) -> Tensor:
     return torch.einsum("bec,ecd->bd", dispatch, made)
 
 
-@pytest.mark.parametrize(("function", "shape"), [(chosen, (4, 5, 6)), (dispatched, (9, 6))])
-def test_experts(function: Any, shape: tuple[int, ...]) -> None:
+def test_experts() -> None:
     torch.manual_seed(0)
     layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
-    model = nn.Sequential(Net(function, route=nn.Linear(6, 3), experts=layers), nn.Linear(6, 3), nn.Flatten()).double()
-    x = torch.randn(shape).double()
-    assert_exact(model, x)
-    assert_exact(model, x.flip(0)[:1])
+    model = nn.Sequential(Net(dispatched, route=nn.Linear(6, 3), experts=layers), nn.Linear(6, 3)).double()
+    check(model, x := torch.randn(9, 6).double())
+    check(model, x.flip(0)[:1])
+
+
+def check_sample(info: Any, sample: Any) -> str:
+    """Whether the norms are those of the loop, or the model is refused by name; "" without a certain batch."""
+    given, forward = sample.constructor_input, sample.forward_input
+    module = info.module_cls(*given.args, **given.kwargs).double().eval()
+    tensors = [t for t in (*forward.args, *forward.kwargs.values()) if isinstance(t, Tensor) and t.dim()]
+    if not list(module.parameters()) or not tensors or len({len(t) for t in tensors}) > 1 or len(tensors[0]) < 2:
+        return ""
+    samples = len(tensors[0])
+    if samples in (size for t in tensors for size in t.shape[1:]):
+        return ""
+
+    def losses(rows: slice) -> Tensor:
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t[rows] if t.dim() else t, (forward.args, forward.kwargs))
+        out = module(*args, **kwargs)
+        floats = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
+        if any(t.dim() < 2 or (rows.start is None and samples not in t.shape) for t in floats):
+            raise LookupError("an output of all samples")
+        # Sums of squares of normalised values are constants.
+        return sum((t.pow(3).sum() for t in floats), torch.zeros(()))
+
+    try:
+        losses(slice(None))
+        truth = loss_norms((losses(slice(i, i + 1)) for i in range(samples)), module)
+    except Exception:
+        return "invalid"
+    try:
+        found = recorded(module, lambda: losses(slice(None)))
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"refused: {error}" if " must " in str(error) else f"foreign {type(error).__name__}: {error}"
+    wrong = found.shape != truth.shape or relative_error(found, truth, 2e-16).max() > 1e-8
+    return "wrong" if wrong else "right"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_modules_of_pytorchs_own_tests() -> None:
+    pytest.importorskip("expecttest")
+    from torch.testing._internal.common_modules import module_db
+
+    found, bad = Counter[str](), []
+    for info in module_db:
+        given = {"device": "cpu", "dtype": torch.float64, "requires_grad": False, "training": False}
+        for sample in info.module_inputs_func(info, **given):
+            torch.manual_seed(0)
+            verdict = check_sample(info, sample)
+            found[verdict.partition(":")[0]] += 1
+            if verdict.partition(":")[0] not in ("", "invalid", "right", "refused"):
+                bad.append((info.name, sample.constructor_input.args, sample.constructor_input.kwargs, verdict))
+    assert not bad, bad
+    assert found["right"] > 250, found

@@ -101,3 +101,17 @@ def test_memory_that_ran_out_is_no_fault_of_the_model(error: Exception) -> None:
         assert raised.value is error
         assert torch.equal(extractor(x, mask)[1], truth)
         assert extractor.report() == routes
+
+
+def test_memory_of_a_long_recording_is_flat() -> None:
+    model, x, counts = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(6, 3), []
+    gc.freeze()  # what other tests have made is neither searched nor counted
+    try:
+        with fastgrad.record(model):
+            for _ in range(12):
+                fastgrad.grad_sqnorm(model(x).sum(), list(model.parameters()))
+                gc.collect()
+                counts.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
+    finally:
+        gc.unfreeze()
+    assert counts[-1] <= counts[5] + 2

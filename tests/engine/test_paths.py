@@ -9,16 +9,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_nets import Net, alone, assert_exact, check, features_of_squares, inputs, parts, recorded, routes
+from small_nets import (
+    Net,
+    alone,
+    assert_exact,
+    check,
+    check_several,
+    features_of_squares,
+    inputs,
+    parts,
+    recorded,
+    routes,
+)
 from torch import Tensor, nn
-
-import fastgrad
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
 
 X = inputs(5, 3)
 
@@ -75,9 +78,8 @@ def large(net: Any, x: Tensor, yes: Any) -> Tensor:
     return net.head(torch.tanh(net.other(h)) * net.scale if yes else h)
 
 
-def counted(net: Any, x: Tensor) -> Tensor:
-    """As many steps as the largest value says."""
-    for _ in range(min(int(x.abs().max()), 4)):
+def counted(net: Any, x: Tensor, steps: int) -> Tensor:
+    for _ in range(steps):
         x = torch.tanh(net.layer(x))
     return net.head(x)
 
@@ -103,7 +105,8 @@ def nested(net: Any, x: Tensor) -> Tensor:
 READ: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "bool": lambda net, x: large(net, x, x.abs().max() > 100),
     "item": lambda net, x: large(net, x, x.abs().max().item() > 100),
-    "int": counted,
+    "int": lambda net, x: counted(net, x, min(int(x.abs().max()), 4)),
+    "int, fewer steps": lambda net, x: counted(net, x, 4 - min(int(x.abs().max()), 3)),
     "tolist": lambda net, x: large(net, x, max(map(abs, x.tolist()[0])) > 100),
     "index": lambda net, x: net.head(x @ [net.matrix, net.layer.weight][(x.sum() > 0).long()]),
     "equal": lambda net, x: large(net, x, torch.equal(x, x.clamp(-100, 100))),
@@ -127,31 +130,31 @@ def test_a_value_chooses(name: str) -> None:
 
 
 def unrolled(net: Any, x: Tensor) -> Tensor:
-    """One layer for every step of a sequence ``(B, T, 3)``."""
+    """One layer, or a cell, for every step of a sequence ``(B, T, 3)``."""
     h = x.new_zeros(len(x), 3)
     for t in range(x.shape[1]):
         h = torch.tanh(net.layer(h + x[:, t])) if net.cell is None else net.cell(x[:, t], h)
-    return net.head(h)
+    return h.unsqueeze(1)
 
 
-@pytest.mark.parametrize("cell", [None, nn.GRUCell(3, 3), nn.RNNCell(3, 3, nonlinearity="relu")], ids=str)
-def test_a_length_chooses(cell: nn.Module | None) -> None:
-    check(parts(unrolled, cell=cell), *[(inputs(5, length, 3),) for length in (1, 4, 2, 0)])
+#: Of sequences ``(B, T, 3)``: what is summed over positions, and the parts that it needs.
+LENGTHS: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Any]]] = {
+    "rule": (lambda net, x: net.layer(x), {}),
+    "rows": (lambda net, x: net.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2]), {}),
+    "twice": (lambda net, x: net.layer(torch.tanh(net.layer(x))), {}),
+    "attention": (lambda net, x: net.attention(x, x, x, need_weights=False)[0],
+        {"attention": nn.MultiheadAttention(3, 1, batch_first=True)}),
+    "unrolled": (unrolled, {"cell": None}),
+    "GRU cell": (unrolled, {"cell": nn.GRUCell(3, 3)}),
+    "RNN cell": (unrolled, {"cell": nn.RNNCell(3, 3, nonlinearity="relu")}),
+}  # fmt: skip
 
 
-SUMMED: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    "rule": lambda net, x: net.layer(x),
-    "rows": lambda net, x: net.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2]),
-    "twice": lambda net, x: net.layer(torch.tanh(net.layer(x))),
-    "attention": lambda net, x: net.attention(x, x, x, need_weights=False)[0],
-}
-
-
-@pytest.mark.parametrize("lengths", [(3, 0, 2), (0, 3, 0)])
-@pytest.mark.parametrize("way", SUMMED)
-def test_sequences_without_a_position(way: str, lengths: tuple[int, ...]) -> None:
-    attention = nn.MultiheadAttention(3, 1, batch_first=True)
-    model = parts(lambda net, x: net.head(SUMMED[way](net, x).sum(1)), attention=attention)
+@pytest.mark.parametrize("lengths", [(1, 4, 2, 0), (0, 3, 0)])
+@pytest.mark.parametrize("way", LENGTHS)
+def test_a_length_chooses(way: str, lengths: tuple[int, ...]) -> None:
+    function, layers = LENGTHS[way]
+    model = parts(lambda net, x: net.head(function(net, x).sum(1)), **layers)
     check(model, *[(inputs(5, length, 3),) for length in lengths])
 
 
@@ -178,22 +181,17 @@ def test_padded_samples_are_a_group() -> None:
 
 
 def test_groups_take_part_in_one_backward_pass() -> None:
-    model, gradients = parts(nested), torch.randn(2, 5, 2, dtype=torch.float64)
+    model = parts(nested)
     assert len({tuple((row > 0).tolist()) for row in X[:, :2]}) > 2
-    with fastgrad.record(model):
-        model(0.1 * X.abs())
-        out, parameters = model(X), list(model.parameters())
-        both = fastgrad.grad_sqnorm(out, parameters, grad_outputs=gradients, is_grads_batched=True, retain_graph=True)
-        for s, at in enumerate(gradients):
-            one = fastgrad.grad_sqnorm(out, parameters, grad_outputs=at, retain_graph=True)
-            assert_exact(torch.stack([b[s] for b in both], 1), torch.stack(one, 1))
-    torch.testing.assert_close(out, torch.stack([model(row[None])[0] for row in X]))
+    for x in (0.1 * X.abs(), X):
+        check_several(model, model, x, torch.randn(2, 5, 2, dtype=torch.float64))
 
 
 USES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": lambda x, table: x + table.mean(0),
     "prototypes": lambda x, table: (x @ table.mT).softmax(-1) @ table,
     "positions": lambda x, table: x + table[0],
+    "mask": lambda x, table: (table.tril() @ x.unsqueeze(2)).squeeze(2),
 }
 
 
@@ -239,6 +237,7 @@ def test_a_refusal_leads_to_where_the_model_raised_it() -> None:
         raise ValueError("labels are missing")
 
     for args in ((inputs(4, 3),), (inputs(4, 4), inputs(4, 4))):
+        model = parts(raising)
         with pytest.raises(ValueError, match="labels are missing") as caught:
-            recorded(parts(raising), lambda args=args: parts(raising)(*args))
+            recorded(model, lambda args=args, model=model: model(*args))
         assert caught.traceback[-1].name == "raising"

@@ -10,21 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import fastgrad
-from tests.fuzz.loop import (
-    InvalidError,
-    RefusedError,
-    WrongError,
-    alike,
-    compare,
-    floats,
-    losses_of,
-    ones_losses,
-    same_output,
-    squared,
-    state,
-    tolerance,
-    truth,
-)  # fmt: skip
+from tests.fuzz import loop
+from tests.fuzz.loop import InvalidError, RefusedError, WrongError
 
 # A refusal names the argument and what it must be; some RuntimeErrors are documented.
 REFUSALS = re.compile(
@@ -100,16 +87,16 @@ class Session:
             raise WrongError(f"foreign {type(error).__name__}: {error}") from error
         finally:
             self.model.zero_grad()
-            now = state(self.model)
-            if not any(alike(now, other) for other in allowed):
+            now = loop.state(self.model)
+            if not any(loop.alike(now, other) for other in allowed):
                 other = allowed[-1]
-                names = [n for n in now.keys() | other.keys() if not alike(now.get(n), other.get(n))]
+                names = [n for n in now.keys() | other.keys() if not loop.alike(now.get(n), other.get(n))]
                 raise WrongError(f"the model was changed: {names[0]}")
 
     def same_output(self, found: Any, expected: Any, drawn: Tensor) -> None:
         """Compare outputs; which sample gets which random number is not promised."""
         try:
-            same_output(found, expected)
+            loop.same_output(found, expected)
         except WrongError as error:
             torch.manual_seed(self.calls)
             if torch.equal(torch.get_rng_state(), drawn):
@@ -118,34 +105,34 @@ class Session:
 
     def record(self, *, B: int, T: int, batched: bool = False, **options: Any) -> None:
         """Squared norms of every parameter, of a loss on all that the model returns."""
-        inputs, before = self.inputs(B, T, **options), state(self.model)
-        output, after, drawn, rows = truth(self.model, inputs, losses_of, self.calls)
+        inputs, before = self.inputs(B, T, **options), loop.state(self.model)
+        output, after, drawn, rows = loop.truth(self.model, inputs, loop.losses_of, self.calls)
         parameters = list(self.model.parameters())
 
         def call() -> Any:
             with fastgrad.record(self.model):
                 out = self.model(**inputs)
-                losses = losses_of(out, B)
+                losses = loop.losses_of(out, B)
                 if not batched:
                     return out, torch.stack(fastgrad.grad_sqnorm(losses.sum(), parameters), -1)
                 both = torch.stack([torch.ones_like(losses), -2 * torch.ones_like(losses)])
                 found = fastgrad.grad_sqnorm(losses, parameters, grad_outputs=both, is_grads_batched=True)
                 return out, torch.stack(found, -1)
 
-        out, found = self.run(call, state(after), before)
+        out, found = self.run(call, loop.state(after), before)
         if not torch.equal(torch.get_rng_state(), drawn):
             raise WrongError("other random numbers were drawn than without the package")
-        dtype = floats(out)[0].dtype
+        dtype = loop.floats(out)[0].dtype
         self.same_output(out, output, drawn)
-        true = squared(rows, len(parameters))
+        true = loop.squared(rows, len(parameters))
         for i, factor in enumerate([1, 4] if batched else [1]):
-            compare("norms", found[i] if batched else found, factor * true, dtype)
+            loop.compare("norms", found[i] if batched else found, factor * true, dtype)
 
     def features(self, *, B: int, T: int, **options: Any) -> None:
         """`GradientFeatures`, of one extractor for all calls."""
-        inputs, before = self.inputs(B, T, **options), state(self.model)
+        inputs, before = self.inputs(B, T, **options), loop.state(self.model)
         pieces = inputs["x"].split(self.chunk or max(B, 1))
-        parts = [truth(self.model, inputs | {"x": x}, self.ones, self.calls, evaluate=True) for x in pieces]
+        parts = [loop.truth(self.model, inputs | {"x": x}, self.ones, self.calls, evaluate=True) for x in pieces]
 
         def call() -> Any:
             if self.extractor is None:
@@ -153,40 +140,40 @@ class Session:
             return self.extractor(**inputs)
 
         logits, features = self.run(call, before, before)
-        same_output(logits, torch.cat([floats(part[0])[0] for part in parts]))
+        loop.same_output(logits, torch.cat([loop.floats(part[0])[0] for part in parts]))
         if features.requires_grad or logits.requires_grad:
             raise WrongError("features carry a graph")
         rows = [row for part in parts for row in part[3]]
-        compare("features", features, squared(rows, features.shape[1]), logits.dtype)
+        loop.compare("features", features, loop.squared(rows, features.shape[1]), logits.dtype)
 
     def ones(self, output: Any, _: int) -> Tensor:
         """The losses of `GradientFeatures`."""
-        return ones_losses(self.loss, floats(output)[0])
+        return loop.ones_losses(self.loss, loop.floats(output)[0])
 
     def clip(self, *, B: int, T: int, **options: Any) -> None:
         """Clipped gradients, at the middle of the samples' norms."""
-        inputs, before = self.inputs(B, T, **options), state(self.model)
+        inputs, before = self.inputs(B, T, **options), loop.state(self.model)
         if not any(p.requires_grad for p in self.model.parameters()):
             return
-        output, after, drawn, rows = truth(self.model, inputs, losses_of, self.calls, trainable=True)
-        norms = squared(rows, len(rows[0]) if rows else 0).sum(1).sqrt()
+        output, after, drawn, rows = loop.truth(self.model, inputs, loop.losses_of, self.calls, trainable=True)
+        norms = loop.squared(rows, len(rows[0]) if rows else 0).sum(1).sqrt()
         limit = float(norms.median()) or 1.0 if B else 1.0
 
         def call() -> Any:
             with fastgrad.clip_gradients(self.model, limit) as clipped:
                 out = self.model(**inputs)
-                norms = clipped.backward(losses_of(out, B))
+                norms = clipped.backward(loop.losses_of(out, B))
                 return out, norms, [p.grad for p in self.model.parameters() if p.requires_grad]
 
-        out, found, grads = self.run(call, state(after), before)
-        dtype = floats(out)[0].dtype
+        out, found, grads = self.run(call, loop.state(after), before)
+        dtype = loop.floats(out)[0].dtype
         self.same_output(out, output, drawn)
-        compare("clipped norms", found, norms, dtype)
+        loop.compare("clipped norms", found, norms, dtype)
         factors = (limit / norms).clamp(max=1).tolist()
         scale = sum(factor * norm for factor, norm in zip(factors, norms.tolist(), strict=True))
         for column, grad in enumerate(grads):
             zero = torch.zeros((), dtype=torch.float64)
             total = sum((f * row[column] for f, row in zip(factors, rows, strict=True)), zero)
             error = (total if grad is None else grad.double() - total).norm()
-            if not error <= tolerance(dtype) * scale + 1e5 * torch.finfo(dtype).eps:
+            if not error <= loop.tolerance(dtype) * scale + 1e5 * torch.finfo(dtype).eps:
                 raise WrongError("clipped gradients are off")

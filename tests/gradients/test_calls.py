@@ -1,9 +1,8 @@
-"""Sequences of calls: targets of a batch, masks, graphs, memory, steps of an optimizer, parameters of two models."""
+"""What else happens to a recorded model: towers, copies, hooks, tensors left elsewhere, transforms, threads."""
 
 from __future__ import annotations
 
 import copy
-import gc
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from gradient_oracle import loss_norms, true_norms
-from small_nets import Net
+from gradient_oracle import loss_norms
+from small_nets import Net, assert_exact, recorded
 from torch import Tensor, nn
 from torch.nn.modules import module
+from torch.utils.hooks import RemovableHandle
 
 import fastgrad
-from fastgrad import losses
 
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 Y = torch.tensor([0, 1, 1, 0, 1, 1])
@@ -28,46 +27,6 @@ Y = torch.tensor([0, 1, 1, 0, 1, 1])
 def model() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
-
-
-@pytest.mark.parametrize("chunk_size", [None, 2])
-@pytest.mark.parametrize("target", [Y, F.one_hot(Y, 2).double() * 0.7])
-def test_targets_of_a_call(model: nn.Sequential, chunk_size: int | None, target: Tensor) -> None:
-    extractor = fastgrad.GradientFeatures(model, loss="cross_entropy", chunk_size=chunk_size)
-    truth = true_norms(model, (X,), lambda i, z: losses.delta(z, target[i : i + 1], loss="cross_entropy"))
-    torch.testing.assert_close(extractor(X, target=target)[1], truth)
-    one, *same = (fastgrad.GradientFeatures(model, target=t)(X)[1] for t in (1, lambda _: 1, lambda _: torch.tensor(1)))
-    assert all(torch.equal(one, other) for other in same)
-
-
-def masked(net: Any, x: Tensor, mask: Tensor) -> Tensor:
-    return net.head(torch.tanh(mask @ net.layer(x)).mean(1))
-
-
-@pytest.mark.parametrize("samples", [1, 2, 3, 4, 5])
-def test_a_mask_of_positions_is_no_batch(samples: int) -> None:
-    torch.manual_seed(0)
-    model = Net(masked, layer=nn.Linear(3, 3), head=nn.Linear(3, 2)).double()
-    x = torch.randn(samples, samples, 3).double()
-    mask = torch.ones(samples, samples).tril().double()
-    for chunk_size in (None, 2):
-        _, features = fastgrad.GradientFeatures(model, loss="mse", chunk_size=chunk_size)(x, mask)
-        rows = [true_norms(model, (one,), lambda _, z: 2 * (z - 1), mask=mask) for one in x.unsqueeze(1)]
-        torch.testing.assert_close(features, torch.cat(rows))
-
-
-def test_memory_of_a_long_recording_is_flat(model: nn.Sequential) -> None:
-    counts = []
-    gc.freeze()  # what other tests have made is neither searched nor counted
-    try:
-        with fastgrad.record(model):
-            for _ in range(12):
-                fastgrad.grad_sqnorm(model(X).sum(), list(model.parameters()))
-                gc.collect()
-                counts.append(sum(issubclass(type(o), Tensor) for o in gc.get_objects()))
-    finally:
-        gc.unfreeze()
-    assert counts[-1] <= counts[5] + 2
 
 
 def test_towers_of_two_batch_sizes(model: nn.Sequential) -> None:
@@ -117,41 +76,106 @@ class Scaled(nn.Sequential):
         return super().__call__(1.5 * x) * 2
 
 
-#: What is done to all modules: how it is registered, and what it does.
-GLOBAL: dict[str, tuple[Any, Any]] = {
-    "none": (lambda hook: module.register_module_forward_hook(hook), lambda *_: None),
-    "output": (module.register_module_forward_hook, lambda _, __, output: 1.5 * output),
-    "input": (module.register_module_forward_pre_hook, lambda _, args: (1.5 * args[0],)),
-    "gradient": (module.register_module_full_backward_pre_hook, lambda _, grads: tuple(2 * g for g in grads)),
-}
+#: Hooks of a module, or of all; each works once.
+HOOKS: dict[str, Callable[[nn.Module], RemovableHandle]] = {
+    "input": lambda part: part.register_forward_pre_hook(lambda _, args: (2 * args[0],)),
+    "output": lambda part: part.register_forward_hook(lambda *call: 3 * call[-1], with_kwargs=True),
+    "gradient of the input": lambda part: part.register_full_backward_hook(lambda _, given,
+        __: tuple(None if g is None else -2 * g for g in given)),
+    "gradient of the output": lambda part: part.register_full_backward_pre_hook(lambda _, given: (3 * given[0],)),
+    "input of all": lambda _: module.register_module_forward_pre_hook(lambda _, args: (1.5 * args[0],)),
+    "output of all": lambda _: module.register_module_forward_hook(lambda _, __, output: 1.5 * output),
+    "gradient of all": lambda _: module.register_module_full_backward_pre_hook(lambda _, given: (2 * given[0],)),
+}  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:Full backward hook")
-@pytest.mark.parametrize("kind", GLOBAL)
-@pytest.mark.parametrize("scaled", [False, True])
-def test_what_is_done_around_a_forward_is_done_once(model: nn.Sequential, kind: str, *, scaled: bool) -> None:
-    register, hook = GLOBAL[kind]
-    model = Scaled(*model) if scaled else model
-    handle = register(hook)
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("place", ["", "0", "2"])
+@pytest.mark.parametrize("kind", HOOKS)
+def test_what_is_done_around_a_forward_is_done_once(model: nn.Sequential, place: str, kind: str) -> None:
+    model = Scaled(*model) if place == "2" else model
+    handle = HOOKS[kind](model.get_submodule(place))
     try:
-        truth = true_norms(model, (X,), lambda i, z: 2 * z)
+        outside = model(X)
+        truth = loss_norms((out.square().sum() for out in outside.split(1)), model)
         with fastgrad.record(model):
-            output = model(X)
-            found = fastgrad.grad_sqnorm(output.square().sum(), list(model.parameters()))
-        torch.testing.assert_close(output, model(X))
+            inside = model(X)
+            found = fastgrad.grad_sqnorm(inside.square().sum(), list(model.parameters()))
     finally:
         handle.remove()
-    torch.testing.assert_close(torch.stack(found, 1), truth)
+    torch.testing.assert_close(inside, outside)
+    assert_exact(torch.stack(found, 1), truth)
+
+
+def leaking(net: Any, x: Tensor) -> Tensor:
+    """Leaves in an attribute what a function without a rule gives, or what follows one with a rule."""
+    h = x @ net.weight
+    z = net.last(torch.tanh(h))
+    net.kept = z * 2 if net.behind else h
+    return z
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_what_a_module_gives_in_an_attribute(behind: bool) -> None:
+    torch.manual_seed(0)
+    weight, last = nn.Parameter(torch.randn(3, 3)), nn.Linear(3, 3)
+    model = Net(leaking, behind=behind, weight=weight, last=last, kept=None).double()
+
+    def loss(x: Tensor) -> Tensor:
+        return model(x).sum() + model.kept.square().sum()
+
+    truth = loss_norms(map(loss, X.split(1)), model)
+    for _ in range(2):
+        assert_exact(recorded(model, lambda: loss(X)), truth)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_a_hook_keeps_outside_of_the_model(model: nn.Sequential, inside: bool) -> None:
+    """It is what the recorded call gave, with its gradients; of a first call it is the latest."""
+    kept: list[Tensor] = []
+    model[0].register_forward_hook(lambda _, __, output: kept.append(output if inside else output.detach()))
+    for _ in range(2):
+        with fastgrad.record(model):
+            out = model(X)
+            assert kept[-1].shape == (6, 4)
+            found = fastgrad.grad_sqnorm(out.sum() + kept[-1].square().sum(), list(model.parameters()))
+        rows = ((model(row), kept[-1]) for row in X.split(1))
+        assert_exact(torch.stack(found, 1), loss_norms((z.sum() + h.square().sum() for z, h in rows), model))
+
+
+#: Terms through calls that ``torch.func`` transforms, which have gradients per sample.
+TRANSFORMED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "vmap": lambda model, x: torch.func.vmap(lambda x: model(x).square().sum())(x),
+    "jacrev": lambda model, x: torch.func.jacrev(lambda x: model(x).square().sum())(x),
+    "grad": lambda model, x: torch.func.grad(lambda x: model(x).square().sum())(x),
+    "functional_call": lambda model, x: torch.func.vmap(lambda x: torch.func.functional_call(model,
+        {n: 1 + 2 * p for n, p in model.named_parameters()}, (x,)))(x),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", TRANSFORMED)
+def test_a_term_through_a_transformed_call_is_refused(model: nn.Sequential, way: str) -> None:
+    """It would be left out like a weight decay."""
+    parameters = list(model.parameters())
+    with fastgrad.record(model):
+        term = TRANSFORMED[way](model, X).square().sum()
+        assert len(fastgrad.grad_sqnorm(model(X).sum() + term.detach(), parameters)) == 4
+        with pytest.raises(ValueError, match=r"torch\.func transforms"):
+            fastgrad.grad_sqnorm(model(X).sum() + term, parameters)
+
+
+def test_a_transformed_call_on_what_a_recorded_one_gives(model: nn.Sequential) -> None:
+    with fastgrad.record(model):
+        loss = torch.func.vmap(model[2])(model[1](model[0](X))).square().sum()
+        (found,) = fastgrad.grad_sqnorm(loss, model[0].weight)
+    assert_exact(found[:, None], loss_norms((model(row).square().sum() for row in X), model)[:, :1])
 
 
 def test_a_loss_may_be_computed_in_another_thread(model: nn.Sequential) -> None:
-    truth = true_norms(model, (X,), lambda i, z: 2 * z)
-
     def found() -> Tensor:
-        with ThreadPoolExecutor(1) as pool, fastgrad.record(model):
-            output = model(X)
-            loss = pool.submit(lambda: output.square().sum()).result()
-            return torch.stack(fastgrad.grad_sqnorm(loss, list(model.parameters())), 1)
+        with ThreadPoolExecutor(1) as pool:
+            return recorded(model, lambda: pool.submit(model(X).square().sum).result())
 
+    truth = loss_norms((out.square().sum() for out in model(X)), model)
     with ThreadPoolExecutor(1) as pool:
-        torch.testing.assert_close(pool.submit(found).result(), truth)
+        assert_exact(pool.submit(found).result(), truth)

@@ -62,16 +62,6 @@ def test_any_leading_shape_and_dtype(
     torch.testing.assert_close((got.double().exp() if log else got.double()), wide, rtol=rtol, atol=1e-30)
 
 
-@pytest.mark.parametrize("N", [255, 1000, 1027, 128256])
-def test_top_class_is_found_wherever_it_is(N: int) -> None:
-    z = torch.randn(8, N)
-    for row, place in enumerate([0, N - 1, N // 2, 31, 32, N - 2, 1, 33]):
-        z[row, place] = z[row].max() + 15
-    got = fastgrad.contrast_sqnorm(torch.zeros(8, 1), z).double()
-    exact = fastgrad.contrast_sqnorm(torch.zeros(8, 1).double(), z.double())
-    assert ((got - exact).abs() / exact).max() <= 1e-5
-
-
 def test_statistics_equal_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(last_layer, "_CHUNK", 25)
     for loss in LOSSES:
@@ -177,30 +167,21 @@ def test_differentiable_in_everything(loss: str) -> None:
         assert check(lambda a, y, t=target: fastgrad.target_sqnorm(a, y, t, loss=loss), (h, z))
 
 
-def _everything(h: torch.Tensor, weight: torch.Tensor, b: torch.Tensor, V: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def everything(h: torch.Tensor, weight: torch.Tensor, b: torch.Tensor | None, V: torch.Tensor) -> tuple[Any, ...]:
+    """Logits, norms, their statistics, what else logits give, and units of a layer over rows."""
     z, norms = fastgrad.linear_contrast_sqnorm(h, weight, b)
-    return (
-        norms,
-        fastgrad.contrast_sqnorm(h, z, loss="bce", log=True),
-        fastgrad.target_sqnorm(h, z, "ones"),
-        fastgrad.target_sqnorm(h, z, z.argmax(-1)),
-        fastgrad.linear_contrast_stats(h, weight, b).expected,
-        fastgrad.contrast_rows_linear(h, z, V),
-    )
+    others = fastgrad.contrast_sqnorm(h, z, loss="bce", log=True), fastgrad.target_sqnorm(h, z, "ones")
+    stats, classes = fastgrad.linear_contrast_stats(h, weight, b), fastgrad.target_sqnorm(h, z, z.argmax(-1))
+    return z, norms, *stats, *others, classes, fastgrad.contrast_rows_linear(h, z, V)
 
 
 def test_autocast_reduces_no_precision_and_casts_mixed_dtypes_as_linear_does() -> None:
-    h, z, weight, b, units = (torch.randn(*shape) for shape in ((6, 3), (6, 5), (5, 3), (5,), (2, 15)))
-
-    def everything(h: torch.Tensor, b: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        rows = fastgrad.contrast_rows_linear(h, z.to(h.dtype), units)
-        return *fastgrad.linear_contrast_sqnorm(h, weight, b), *fastgrad.linear_contrast_stats(h, weight, b), rows
-
-    expected = everything(h, None)
+    h, weight, b, units = (torch.randn(*shape) for shape in ((6, 3), (5, 3), (5,), (2, 15)))
+    expected = everything(h, weight, None, units)
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(everything(h, None), expected)
+        torch.testing.assert_close(everything(h, weight, None, units), expected)
         for other in (b, None):
-            logits, norms, _, largest, *_ = everything(h.bfloat16(), other)
+            logits, norms, _, largest, *_ = everything(h.bfloat16(), weight, other, units)
             assert torch.equal(logits, linear(h.bfloat16(), weight, other))
             assert torch.equal(norms, fastgrad.contrast_sqnorm(h.bfloat16(), logits, bias=other is not None))
             torch.testing.assert_close(largest, norms.amax(-1))
@@ -228,12 +209,12 @@ def test_features_or_logits_alone_under_vmap(loss: str, places: tuple[int | None
 
 
 def test_compiles_without_graph_breaks_at_dynamic_batch() -> None:
-    compiled = torch.compile(_everything, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(everything, fullgraph=True, dynamic=True, backend="aot_eager")
     weight, b, V = torch.randn(11, 7), torch.randn(11), torch.randn(3, 77)
     for B in (2, 5, 9):
         h = torch.randn(B, 7)
         *got, units = compiled(h, weight, b, V)
-        *expected, wanted = _everything(h, weight, b, V)
+        *expected, wanted = everything(h, weight, b, V)
         torch.testing.assert_close(got, expected, rtol=64 * EPS, atol=64 * EPS)
         # 77 products of V with h and p - y, whose length is below the root of 2, are added up in another order.
         budget = 77 * EPS * 2**0.5 * h.norm(dim=1, keepdim=True) * V.norm(dim=1)
@@ -293,8 +274,8 @@ def test_bad_input_is_named(call: Callable[[], Any], error: type[Exception], mes
 
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(dispatch, "TRITON_INSTALLED", True)
     for found, message in ((True, r"impl.*cpu.*TRITON_INTERPRET"), (False, "checkout without symbolic links")):
-        monkeypatch.setattr(dispatch, "TRITON_INSTALLED", True)
         monkeypatch.setattr(dispatch, "KERNELS_FOUND", found)
         with pytest.raises(ValueError, match=message):
             fastgrad.contrast_sqnorm(H, Z, impl="triton")

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_nets import Net
+from gradient_oracle import doubled, sample_gradients
+from small_nets import SMALL, build, waves
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
 
 import fastgrad
 from fastgrad.engine import backward, products
@@ -21,105 +21,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")
 
 #: Relative to the product of two norms: some sums of thousands of roundings.
 ALLOWED = 100 * torch.finfo(torch.float32).eps
+Losses = Callable[[Tensor], Tensor]
 
 
-def reused(net: Any, x: Tensor) -> Tensor:
-    """One linear function called three times, and its weight turned by a product from the left."""
-    for _ in range(3):
-        x = torch.tanh(net.linear(x))
-    return x @ net.linear.weight * net.scale
-
-
-def unrolled(net: Any, x: Tensor) -> Tensor:
-    h = x.new_zeros(len(x), 4)
-    for t in range(x.shape[1]):
-        h = net.cell(x[:, t], h)
-    return h
-
-
-def grouped(net: Any, x: Tensor) -> Tensor:
-    """Samples take one of two paths by the sign of their first number."""
-    h = net.one(x)
-    if (x[:, 0] < 0).any():
-        h = torch.where(x[:, :1] < 0, torch.tanh(net.two(x)), h)
-    return net.last(h)
-
-
-def one_by_one(net: Any, x: Tensor) -> Tensor:
-    """``nonzero`` has shapes that depend on data, so that samples run alone."""
-    at = ((h := net.one(x)) > 0).nonzero(as_tuple=True)
-    return net.last(torch.zeros_like(h).index_put(at, h[at]))
-
-
-def tied(words: int) -> Net:
-    return Net(lambda net, x: F.linear(torch.tanh(net.mix(net.table(x))), net.table.weight).mean(1),
-               table=nn.Embedding(words, 5, padding_idx=1), mix=nn.Linear(5, 5))  # fmt: skip
-
-
-def of_reused() -> Net:
-    return Net(reused, linear=nn.Linear(6, 6), scale=nn.Parameter(torch.tensor(0.7)))
-
-
-def of_paths(function: Any) -> Net:
-    return Net(function, one=nn.Linear(6, 4), two=nn.Linear(6, 4), last=nn.Linear(4, 3))
-
-
-def sequence(layer: nn.Module) -> Net:
-    return Net(lambda net, x: net.inner(x)[0].sum(1), inner=layer)
-
-
-#: Models, and shapes of their inputs; of tokens with the number of words in front.
-ROWS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "linear": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), (6,)),
-    "positions": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), (4, 6)),
-    "many positions": (lambda: nn.Linear(3, 2), (60, 3)),
-    "few positions": (lambda: nn.Sequential(nn.Linear(300, 200), nn.Tanh(), nn.Linear(200, 3)), (2, 300)),
-    "reused": (of_reused, (6,)),
-    "reused, positions": (of_reused, (3, 6)),
-    "embedding": (lambda: nn.Sequential(nn.Embedding(11, 3, padding_idx=2), nn.Flatten(), nn.Linear(21, 2)), (-11, 7)),
-    "embedding, one index": (lambda: nn.Sequential(nn.Embedding(11, 3), nn.Flatten(), nn.Linear(3, 2)), (-11, 1)),
-    "tied": (lambda: tied(11), (-11, 6)),
-    "tied, large table": (lambda: tied(5000), (-5000, 2)),
-    "conv": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 5, 2)), (3, 8, 8)),
-    "conv, one position": (lambda: nn.Conv2d(30, 40, 3), (30, 3, 3)),
-    "conv, dilated": (lambda: nn.Conv1d(3, 4, 3, dilation=2, padding="same"), (3, 9)),
-    "conv3d": (lambda: nn.Conv3d(2, 3, 2, stride=2), (2, 4, 5, 4)),
-    "conv, groups": (lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 8, 3, groups=8)), (4, 7, 7)),
-    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2), (4, 5, 5)),
-    "transposed, one position": (lambda: nn.ConvTranspose2d(40, 30, 2), (40, 1, 1)),
-    "lstm": (lambda: sequence(nn.LSTM(3, 4, 2, batch_first=True, bidirectional=True, proj_size=2)), (5, 3)),
-    "gru": (lambda: sequence(nn.GRU(3, 4, batch_first=True)), (5, 3)),
-    "unrolled cell": (lambda: Net(unrolled, cell=nn.GRUCell(3, 4)), (5, 3)),
-    "norms": (
-        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.BatchNorm2d(4),
-                              nn.InstanceNorm2d(4, affine=True), nn.LayerNorm([4, 4])), (3, 6, 6)),
-    "attention": (lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), (3, 4)),
-    "copies": (lambda: nn.Sequential(nn.Linear(6, 4), nn.PReLU(4), weight_norm(nn.Linear(4, 3))), (6,)),
-    "groups": (lambda: of_paths(grouped), (6,)),
-    "alone": (lambda: of_paths(one_by_one), (6,)),
-}  # fmt: skip
-
-
-def build(name: str, samples: int = 5, seed: int = 0) -> tuple[Any, Tensor]:
-    torch.manual_seed(seed)
-    make, shape = ROWS[name]
-    model = make().eval()
-    return model, torch.randint(-shape[0], (samples, *shape[1:])) if shape[0] < 0 else torch.randn(samples, *shape)
-
-
-def loss(out: Tensor) -> Tensor:
-    return (out.flatten(1).sin() * torch.arange(1, out[0].numel() + 1)).sum()
-
-
-def truth(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] = loss) -> list[Tensor]:
+def truth(model: nn.Module, x: Tensor, losses: Losses = waves) -> list[Tensor]:
     """Gradients ``(B, numel)`` of each parameter in float64."""
     model = copy.deepcopy(model).double()
-    parameters, rows = list(model.parameters()), []
-    for one in x.double().split(1) if x.is_floating_point() else x.split(1):
-        found = torch.autograd.grad(loss(model(one)), parameters, allow_unused=True)
-        pairs = zip(found, parameters, strict=True)
-        rows.append([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in pairs])
-    return [torch.stack(each) for each in zip(*rows, strict=True)]
+    rows = sample_gradients((losses(model(row)).sum() for row in doubled(x).split(1)), list(model.parameters()))
+    return [torch.stack(each).reshape(len(x), -1) for each in zip(*rows, strict=True)]
+
+
+def loss(model: nn.Module, x: Tensor) -> Tensor:
+    return waves(model(x)).sum()
 
 
 def assert_grams(found: Tensor, g: list[Tensor], h: list[Tensor] | None = None, allowed: float = ALLOWED) -> None:
@@ -129,9 +42,9 @@ def assert_grams(found: Tensor, g: list[Tensor], h: list[Tensor] | None = None, 
     assert ((found.double() - left @ right.mT).abs() <= allowed * scale + 1e-300).all()
 
 
-def grams(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] = loss, **options: Any) -> Any:
+def grams(model: nn.Module, x: Tensor, losses: Losses = waves, **options: Any) -> Any:
     with fastgrad.record(model):
-        return fastgrad.grad_gram(loss(model(x)), list(model.parameters()), **options)
+        return fastgrad.grad_gram(losses(model(x)).sum(), list(model.parameters()), **options)
 
 
 @pytest.fixture(params=[None, 200], ids=["whole", "parts"])
@@ -141,13 +54,13 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(products, "CHUNK_BYTES", request.param)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", SMALL)
 @pytest.mark.usefixtures("chunk")
 def test_inner_products(name: str) -> None:
     model, x = build(name)
     g, parameters = truth(model, x), list(model.parameters())
     with fastgrad.record(model):
-        out = loss(model(x))
+        out = loss(model, x)
         norms = fastgrad.grad_sqnorm(out, parameters, retain_graph=True)
         found = fastgrad.grad_gram(out, parameters, retain_graph=True)
         each = fastgrad.grad_gram(out, parameters, each=True)
@@ -163,7 +76,7 @@ def test_inner_products(name: str) -> None:
     assert torch.linalg.eigvalsh(found.double()).min() >= -ALLOWED * found.diagonal().sum()
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("route", [0, 1], ids=["positions", "formed"])
 def test_both_ways_agree(name: str, route: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "seconds", lambda *given: (route, 1 - route))
@@ -171,25 +84,25 @@ def test_both_ways_agree(name: str, route: int, monkeypatch: pytest.MonkeyPatch)
     assert_grams(grams(model, x), truth(model, x))
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("samples", [3, 7])
 def test_two_calls(name: str, samples: int) -> None:
     model, x = build(name)
     y = build(name, samples, seed=1)[1]
     with fastgrad.record(model):
         parameters = list(model.parameters())
-        found = fastgrad.grad_gram(loss(model(x)), parameters, other=loss(model(y)))
-        parts = fastgrad.grad_gram(loss(model(x)), parameters, other=loss(model(y)), each=True)
+        found = fastgrad.grad_gram(loss(model, x), parameters, other=loss(model, y))
+        parts = fastgrad.grad_gram(loss(model, x), parameters, other=loss(model, y), each=True)
     assert_grams(found, truth(model, x), truth(model, y))
     torch.testing.assert_close(torch.stack(parts).double().sum(0).float(), found, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", SMALL)
 @pytest.mark.usefixtures("chunk")
 def test_sums_of_squares(name: str) -> None:
     model, x = build(name)
     with fastgrad.record(model):
-        found = fastgrad.grad_square_sum(loss(model(x)), list(model.parameters()))
+        found = fastgrad.grad_square_sum(loss(model, x), list(model.parameters()))
     g = truth(model, x)
     largest = torch.cat(g, 1).square().sum()
     for square, own, p in zip(found, g, model.parameters(), strict=True):
@@ -204,7 +117,7 @@ def test_confident_samples_in_float64() -> None:
         model[2].weight *= 60
 
     def confident(out: Tensor) -> Tensor:
-        return F.cross_entropy(out, out.detach().argmax(1), reduction="sum")
+        return F.cross_entropy(out, out.detach().argmax(1), reduction="none")
 
     found = grams(model.double(), x.double(), confident)
     assert found.dtype == torch.float64
@@ -216,12 +129,12 @@ def test_two_losses_of_one_call_and_one_loss_of_two() -> None:
     y, parameters = x.flip(0) + 1, list(model.parameters())
     with fastgrad.record(model):
         out = model(x)
-        found = fastgrad.grad_gram(loss(out), parameters, other=out.square().sum())
-        of_two = fastgrad.grad_gram(loss(model(x)) + loss(model(y)), parameters)
+        found = fastgrad.grad_gram(out.sin().sum(), parameters, other=out.square().sum())
+        of_two = fastgrad.grad_gram(loss(model, x) + loss(model, y), parameters)
         none = model(x[:0]).sum()
         assert fastgrad.grad_gram(none, parameters, retain_graph=True).shape == (0, 0)
         assert not fastgrad.grad_square_sum(none, parameters)[0].any()
-    assert_grams(found, truth(model, x), truth(model, x, lambda out: out.square().sum()))
+    assert_grams(found, truth(model, x, torch.sin), truth(model, x, torch.square))
     assert_grams(of_two, [a + b for a, b in zip(truth(model, x), truth(model, y), strict=True)])
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import pickle
 import threading
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gradient_oracle import loss_norms, relative_error, true_norms
-from small_nets import Net, assert_exact, check_losses, recorded
+from small_nets import Net, check_losses, check_several, recorded
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -61,21 +59,10 @@ def test_any_order_and_single_parameters(model: nn.Sequential) -> None:
 
 
 @pytest.mark.parametrize("calls", [1, 2])
-def test_batched_output_gradients(model: nn.Sequential, calls: int) -> None:
-    gradients, unused = torch.randn(6, 4, 3), nn.Linear(3, 2)
-    model.add_module("unused", unused)
-
-    def run(x: Tensor) -> Tensor:
-        return model[:5](x) if calls == 1 else model[:5](x) * model[:5](x.flip(3))
-
-    with fastgrad.record(model):
-        z, parameters = run(X), list(model.parameters())
-        batched = fastgrad.grad_sqnorm(z, parameters, grad_outputs=gradients, is_grads_batched=True)
-    assert all(b.shape == (6, 4) for b in batched)
-    assert not batched[-1].any()
-    for s, at in enumerate(gradients):
-        truth = loss_norms(((run(x) * g).sum() for x, g in zip(X.split(1), at, strict=True)), model)
-        assert_close(torch.stack([b[s] for b in batched], 1), truth)
+def test_several_gradients_at_once(model: nn.Sequential, calls: int) -> None:
+    model.add_module("unused", nn.Linear(3, 2))
+    run = (lambda x: model[:5](x)) if calls == 1 else (lambda x: model[:5](x) * model[:5](x.flip(3)))
+    check_several(model.double(), run, X.double(), torch.randn(6, 4, 3, dtype=torch.float64))
 
 
 def test_batched_gradients_behind_a_checkpoint_around_the_model(model: nn.Sequential) -> None:
@@ -103,61 +90,33 @@ def test_a_first_call_within_a_checkpoint(nested: bool) -> None:
     check_losses(net, lambda x: checkpoint(net, x, use_reentrant=False).square().sum(1), x)
 
 
-#: Terms through calls that ``torch.func`` transforms, which have gradients per sample.
-TRANSFORMED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
-    "vmap": lambda model, x: torch.func.vmap(lambda x: model(x).square().sum())(x),
-    "jacrev": lambda model, x: torch.func.jacrev(lambda x: model(x).square().sum())(x),
-    "grad": lambda model, x: torch.func.grad(lambda x: model(x).square().sum())(x),
-    "functional_call": lambda model, x: torch.func.vmap(lambda x: torch.func.functional_call(model,
-        {n: 1 + 2 * p for n, p in model.named_parameters()}, (x,)))(x),
-}  # fmt: skip
+def of_parts(model: nn.Sequential, x: Tensor) -> Tensor:
+    hidden = model[3](model[2](model[1](model[0](x))))
+    return model[4](hidden).square().sum(1) + hidden.square().sum(1)
 
 
-@pytest.mark.parametrize("way", TRANSFORMED)
-def test_a_term_through_a_transformed_call_is_refused(way: str) -> None:
-    """It would be left out like a weight decay."""
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-    x, parameters = torch.randn(5, 3), list(model.parameters())
+#: Losses ``(B,)`` of several calls, such as a contrastive one of two views.
+CALLS: dict[str, Callable[[nn.Sequential, Tensor], Tensor]] = {
+    "parts": of_parts,
+    "two views": lambda model, x: (model(x) * model(x.flip(3))).sum(1).cos(),
+    "three views": lambda model, x: (model(x) * (model(x.flip(3)) + model(x.roll(1, 2)).cos())).sum(1),
+    "a part and the whole": lambda model, x: (model[:4](x) @ model[4].weight.detach().T + model(x)).sum(1),
+}
+
+
+@pytest.mark.parametrize("way", CALLS)
+def test_uses_in_several_calls_add_up(model: nn.Sequential, way: str) -> None:
+    losses = CALLS[way]
+    truth = loss_norms((losses(model, row).sum() for row in X.split(1)), model)
+    assert_close(recorded(model, lambda: losses(model, X).sum()), truth)
+
+
+def test_several_outputs(model: nn.Sequential) -> None:
     with fastgrad.record(model):
-        term = TRANSFORMED[way](model, x).square().sum()
-        assert len(fastgrad.grad_sqnorm(model(x).sum() + term.detach(), parameters)) == 4
-        with pytest.raises(ValueError, match=r"torch\.func transforms"):
-            fastgrad.grad_sqnorm(model(x).sum() + term, parameters)
-
-
-def test_a_transformed_call_on_what_a_recorded_one_gives() -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
-    x, weight = torch.randn(5, 3, dtype=torch.float64), model[0].weight
-    with fastgrad.record(model):
-        loss = torch.func.vmap(model[2])(model[1](model[0](x))).square().sum()
-        (found,) = fastgrad.grad_sqnorm(loss, weight)
-    assert_exact(found[:, None], loss_norms((model(row).square().sum() for row in x), model)[:, :1])
-
-
-def test_several_outputs_and_parts_called_alone(model: nn.Sequential) -> None:
-    with fastgrad.record(model):
-        hidden = model[3](model[2](model[1](model[0](X))))
-        z = model[4](hidden)
-        found = fastgrad.grad_sqnorm([z, hidden], list(model.parameters()), grad_outputs=[z.detach(), hidden.detach()])
-
-    def loss(x: Tensor, z: Tensor, h: Tensor) -> Tensor:
-        h_alone = model[:4](x)
-        return (model[4](h_alone) * z).sum() + (h_alone * h).sum()
-
-    rows = zip(X.split(1), z.detach().split(1), hidden.detach().split(1), strict=True)
-    assert_close(torch.stack(found, 1), loss_norms(itertools.starmap(loss, rows), model))
-
-
-def test_ordinary_backward_works_inside(model: nn.Sequential) -> None:
-    with fastgrad.record(model):
-        x = X.clone().requires_grad_()
-        cross_entropy(model, x).backward()
-    inside = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    model.zero_grad()
-    y = X.clone().requires_grad_()
-    cross_entropy(model, y).backward()
-    assert all(torch.allclose(a, p.grad, rtol=1e-4, atol=1e-6) for a, p in zip(inside, model.parameters(), strict=True))
-    assert torch.allclose(x.grad, y.grad, atol=1e-6)
+        z = model[4](hidden := model[:4](X))
+        gradients = [2 * z.detach(), 2 * hidden.detach()]
+        found = fastgrad.grad_sqnorm([z, hidden], list(model.parameters()), grad_outputs=gradients)
+    assert_close(torch.stack(found, 1), loss_norms((of_parts(model, row).sum() for row in X.split(1)), model))
 
 
 def test_nothing_stays_on_the_model(model: nn.Sequential) -> None:
@@ -217,6 +176,7 @@ def test_what_is_refused(model: nn.Sequential) -> None:
               for out in (torch.zeros(()), before.sum(), before.sum() + decay, decay)),
             (lambda: fastgrad.grad_sqnorm(z, [nn.Parameter(torch.zeros(2))]), ValueError, "number 0 is not one"),
             (lambda: fastgrad.grad_sqnorm(z, parameters, is_grads_batched=True), ValueError, "grad_outputs must be"),
+            (lambda: fastgrad.grad_sqnorm(z * decay, parameters), ValueError, "depend on '0.weight' through calls"),
             (lambda: fastgrad.grad_sqnorm(z + other, parameters), ValueError,
              r"calls of one number of samples; '0.weight' .* of 2 and 4"),
             (lambda: torch.func.functional_call(model, {n: 2 * p for n, p in model.named_parameters()}, (X,)),
@@ -227,29 +187,6 @@ def test_what_is_refused(model: nn.Sequential) -> None:
                 call()
 
 
-def test_uses_in_several_calls_add_up(model: nn.Sequential) -> None:
-    """As in a contrastive loss of two views, or a consistency of two draws."""
-    parameters, views = list(model.parameters()), (X, X.flip(3), X[:, :, 1:], X.roll(1, 2))
-    views = (*views[:2], nn.functional.pad(views[2], (0, 0, 1, 0)), views[3])
-
-    def loss(*views: Tensor) -> Tensor:
-        first, *others = (model(view) for view in views)
-        return sum((first * other).sum(1).cos().sum() for other in others)
-
-    for count in (2, 3, 4):
-        with fastgrad.record(model):
-            found = fastgrad.grad_sqnorm(loss(*views[:count]), parameters)
-        assert_close(
-            torch.stack(found, 1),
-            loss_norms((loss(*rows) for rows in zip(*(v.split(1) for v in views[:count]), strict=True)), model),
-        )
-    # Parts count as calls, too.
-    with fastgrad.record(model):
-        found = fastgrad.grad_sqnorm((model[:4](X) @ model[4].weight.detach().T + model(X)).sum(), parameters)
-    truth = loss_norms(((model[:4](x) @ model[4].weight.detach().T + model(x)).sum() for x in X.split(1)), model)
-    assert_close(torch.stack(found, 1), truth)
-
-
 def test_a_structure_of_inputs_is_checked_once(model: nn.Sequential) -> None:
     calls = []
     model[4].register_forward_hook(lambda *_: calls.append(1))
@@ -258,79 +195,6 @@ def test_a_structure_of_inputs_is_checked_once(model: nn.Sequential) -> None:
         with fastgrad.record(model):
             model(x)
         assert len(calls) == runs
-
-
-HOOKS: dict[str, Any] = {
-    "input": lambda part: part.register_forward_pre_hook(lambda _, args: (2 * args[0],)),
-    "output": lambda part: part.register_forward_hook(lambda *call: 3 * call[-1], with_kwargs=True),
-    "gradient of the input": lambda part: part.register_full_backward_hook(lambda _, given,
-        __: tuple(None if g is None else -2 * g for g in given)),
-    "gradient of the output": lambda part: part.register_full_backward_pre_hook(lambda _, given: (3 * given[0],)),
-}  # fmt: skip
-
-
-@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-@pytest.mark.parametrize("place", ["", "0", "2"])
-@pytest.mark.parametrize("kind", HOOKS)
-def test_hooks_of_modules_work_once(place: str, kind: str) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-    HOOKS[kind](model.get_submodule(place))
-    x = torch.randn(6, 4).double()
-    outside = model(x)
-    truth = loss_norms((out.square().sum() for out in outside.split(1)), model)
-    with fastgrad.record(model):
-        inside = model(x)
-        found = fastgrad.grad_sqnorm(inside.square().sum(), list(model.parameters()))
-    torch.testing.assert_close(inside, outside)
-    assert_exact(torch.stack(found, 1), truth)
-
-
-def leaking(net: Any, x: Tensor) -> Any:
-    """A layer without a rule and one with a rule, and what they make, in a place where it is not returned."""
-    h = x @ net.weight
-    z = net.last(torch.tanh(h))
-    if net.way == "attribute":
-        net.kept = h
-    elif net.way == "complex":
-        return z, torch.fft.fft(h)
-    elif net.way == "object":
-        return z, types.SimpleNamespace(value=h)
-    elif net.way == "behind a rule":
-        net.kept = z * 2
-    return z
-
-
-@pytest.mark.parametrize("way", ["attribute", "complex", "object", "behind a rule"])
-def test_what_a_module_gives_in_another_way_than_its_output(way: str) -> None:
-    torch.manual_seed(0)
-    model = Net(leaking, way=way, weight=nn.Parameter(torch.randn(4, 4)), last=nn.Linear(4, 3), kept=None).double()
-    x = torch.randn(5, 4, dtype=torch.float64)
-
-    def loss(x: Tensor) -> Tensor:
-        out = model(x)
-        z, other = out if isinstance(out, tuple) else (out, model.kept)
-        return z.sum() + getattr(other, "value", other).abs().square().sum()
-
-    truth = loss_norms(map(loss, x.split(1)), model)
-    for _ in range(2):
-        assert_exact(recorded(model, lambda: loss(x)), truth)
-
-
-@pytest.mark.parametrize("inside", [False, True])
-def test_what_a_hook_keeps_outside_of_the_model(inside: bool) -> None:
-    """It is what the recorded call gave, with its gradients; of a first call it is the latest."""
-    torch.manual_seed(0)
-    model, kept = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double(), []
-    model[0].register_forward_hook(lambda _, __, output: kept.append(output if inside else output.detach()))
-    x = torch.randn(6, 4).double()
-    for _ in range(2):
-        with fastgrad.record(model):
-            out = model(x)
-            assert kept[-1].shape == (6, 5)
-            found = fastgrad.grad_sqnorm(out.sum() + kept[-1].square().sum(), list(model.parameters()))
-        rows = ((model(row), kept[-1]) for row in x.split(1))
-        assert_exact(torch.stack(found, 1), loss_norms((z.sum() + h.square().sum() for z, h in rows), model))
 
 
 class Prompted(nn.Module):
@@ -362,7 +226,7 @@ def test_a_parameter_that_another_method_uses_is_refused(name: str) -> None:
             fastgrad.grad_sqnorm(loss, model.get_parameter(name), retain_graph=True)
         (bias,) = fastgrad.grad_sqnorm(loss, model.body.bias)
         # A decay is a term of its own, which is left out, also of what no call uses.
-        loss = model(x).square().sum() / 2 - 3 * sum(p.square().sum() for p in parameters)
+        loss = (model(x).square().sum() - 6 * sum(p.square().sum() for p in parameters)) / 2
         found = fastgrad.grad_sqnorm(loss, parameters)
         (zeros,) = fastgrad.grad_sqnorm(model.body(x).sum() + model.prompt.square().sum(), model.prompt)
     truth = loss_norms((model(row).square().sum() for row in x.split(1)), model)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from small_nets import Net
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from fastgrad import GradientFeatures, checks, clip_gradients, grad_sqnorm, record
 from fastgrad.layers import register_rule
@@ -16,9 +19,20 @@ from fastgrad.layers import register_rule
 NET, X, Y = nn.Linear(3, 4), torch.rand(5, 3), torch.tensor([0, 3, 1, 0, 1])
 COMPILED = nn.Linear(3, 4)
 COMPILED.compile(backend="eager")
+
+with warnings.catch_warnings(action="ignore"):  # torch.jit is deprecated
+    TRACED = torch.jit.trace(nn.Linear(4, 3), torch.rand(2, 4))
 TWO, BATCH_NORM = nn.Sequential(nn.Linear(3, 3), NET), nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
 WITHOUT_STATISTICS = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False))
 BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    **{f"{name} {entry.__name__}": (lambda entry=entry, part=part: entry(part), error, message)
+       for entry in (GradientFeatures, record)
+       for name, part, error, message in (
+        ("complex", nn.Linear(4, 3, dtype=torch.complex64), TypeError, "parameters; 'weight' was torch.complex64"),
+        ("meta", nn.Sequential(nn.Linear(4, 3, device="meta")), ValueError, "'0.weight' was on the meta device"),
+        ("lazy", nn.Sequential(nn.LazyLinear(3)), ValueError, r"'0.weight' was not initialized \(call a lazy"),
+        ("traced part", nn.Sequential(TRACED), TypeError, "ordinary modules; '0' was a"),
+        ("traced", TRACED, TypeError, "ordinary modules; 'model' was a"))},
     "model": (lambda: GradientFeatures(torch.relu), TypeError, "model must be"),
     "no parameters": (lambda: GradientFeatures(nn.ReLU()), ValueError, "model must have parameters"),
     "no statistics": (lambda: GradientFeatures(WITHOUT_STATISTICS), ValueError, "'1' keeps no running stat"),
@@ -96,21 +110,30 @@ def test_a_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
         record(NET)
 
 
-def test_a_batch_norm_that_lost_its_statistics() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
-    extractor = GradientFeatures(model)
-    extractor(torch.rand(5, 2))
-    model[1].running_mean = model[1].running_var = None
-    with pytest.raises(ValueError, match="batch norm '1' keeps no running statistics"):
-        extractor(torch.rand(5, 2))
+@pytest.mark.filterwarnings("ignore")
+def test_parameters_that_are_parts() -> None:
+    whole = nn.Linear(4, 3).double()
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(whole, mesh=init_device_mesh("cpu", (1,)))
+        for sharded in (whole, FullyShardedDataParallel(nn.Linear(4, 3), device_id=torch.device("cpu"))):
+            for entry in (GradientFeatures, record):
+                with pytest.raises(TypeError, match=r"must hold whole parameters; .* was a (DTensor|FullySharded)"):
+                    entry(sharded)
+    finally:
+        distributed.destroy_process_group()
 
 
-def test_a_batch_norm_that_is_set_to_training_later() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
+def test_a_batch_norm_that_changes_later() -> None:
+    model, x = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval(), torch.rand(5, 2)
     with record(model):
         model.train()
         with pytest.raises(ValueError, match="its batch norm '1' is in training mode"):
-            model(torch.rand(5, 2))
+            model(x)
+    (extractor := GradientFeatures(model))(x)
+    model[1].running_mean = model[1].running_var = None
+    with pytest.raises(ValueError, match="batch norm '1' keeps no running statistics"):
+        extractor(x)
 
 
 def test_a_list_of_one_tensor_for_each_sample() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,15 +28,18 @@ def doubled(tree: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, tree)
 
 
-def loss_norms(losses: Iterable[Tensor], model: nn.Module) -> Tensor:
-    """``(B, P)``: squared norms of the gradients of each of the losses, one a sample, by trainable parameter."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    rows = []
+def sample_gradients(losses: Iterable[Tensor], parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Gradients of each of the losses, one a sample, in float64."""
     for loss in losses:
         grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        zero = torch.zeros((), dtype=torch.float64)
-        rows.append(torch.stack([zero if g is None else g.double().square().sum() for g in grads]))
-    return torch.stack(rows)
+        pairs = zip(grads, parameters, strict=True)
+        yield [torch.zeros_like(p, dtype=torch.float64) if g is None else g.to_dense().double() for g, p in pairs]
+
+
+def loss_norms(losses: Iterable[Tensor], model: nn.Module) -> Tensor:
+    """``(B, P)``: squared norms of the gradients of each of the losses, one a sample, by trainable parameter."""
+    rows = sample_gradients(losses, [p for p in model.parameters() if p.requires_grad])
+    return torch.stack([torch.stack([g.square().sum() for g in row]) for row in rows])
 
 
 def true_norms(
@@ -78,18 +81,19 @@ def true_norms(
 
 
 def clipped_gradients(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], losses: Callable[..., Tensor], limit: float
+    model: nn.Module, x: Tensor, losses: Callable[[Tensor, Tensor], Tensor], limit: float
 ) -> tuple[Tensor, list[Tensor]]:
-    """Norms of all samples, and the sum of their gradients clipped to the limit, by trainable parameter."""
+    """Norms of all samples, and the sum of their gradients clipped to the limit, by trainable parameter.
+
+    ``losses(output, x)`` are those of the samples.
+    """
     model = copy.deepcopy(model).double()
     parameters = [p for p in model.parameters() if p.requires_grad]
     total, norms = [torch.zeros_like(p) for p in parameters], []
-    for x, y in batches:
-        for a, b in zip(doubled(x).split(1), y.split(1), strict=True):
-            grads = [g.to_dense() for g in torch.autograd.grad(losses(model, a, b), parameters)]
-            norms.append(torch.stack([g.square().sum() for g in grads]).sum().sqrt())
-            for t, g in zip(total, grads, strict=True):
-                t += (limit / norms[-1]).clamp(max=1) * g
+    for grads in sample_gradients((losses(model(row), row).sum() for row in doubled(x).split(1)), parameters):
+        norms.append(torch.stack([g.square().sum() for g in grads]).sum().sqrt())
+        for t, g in zip(total, grads, strict=True):
+            t += (limit / norms[-1]).clamp(max=1) * g
     return torch.stack(norms), total
 
 
