@@ -101,17 +101,13 @@ def saving_plainly() -> Iterator[None]:
             autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
-def is_fake(tensor: Tensor) -> bool:
-    """Whether ``tensor`` has no values, as while a graph is recorded. Reading them would fail."""
-    return isinstance(tensor, FakeTensor)
-
-
 def is_transformed() -> bool:
     """Whether a ``torch.func`` transform is active. If unknown, tensors inside would get ``requires_grad_``.
 
-    A transformed function has no autograd graph that probes could be part of.
+    A transformed function has no autograd graph that probes could be part of. ``torch.compile``, while it traces a call,
+    would mistake the check itself for a transform.
     """
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
@@ -195,7 +191,7 @@ def is_traced() -> bool:
 
 def is_readable(*tensors: Tensor) -> bool:
     """Whether Python may read values. If unknown, a branch on values would fail in a trace or be fixed in a graph."""
-    return not (is_traced() or any(is_fake(t) or is_wrapped(t) for t in tensors))
+    return not (is_traced() or any(isinstance(t, FakeTensor) or is_wrapped(t) for t in tensors))
 
 
 def outside_of_compilation(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
@@ -272,8 +268,8 @@ def require_cpp_compiler(what: str) -> None:
         ) from error
 
 
-def compile_package(program: torch.export.ExportedProgram, file: Path, *, keep_layout: bool) -> None:
-    """Compile ``program`` to native code in a ``.pt2``; ``keep_layout`` keeps the memory layout of convolutions."""
+def compile_package(program: torch.export.ExportedProgram, file: Path) -> None:
+    """Compile ``program`` to native code in a ``.pt2``."""
     import torch._inductor.config
 
     options: dict[str, Any] = {
@@ -285,8 +281,6 @@ def compile_package(program: torch.export.ExportedProgram, file: Path, *, keep_l
         # of a ReLU opens or closes a path of the backward pass.
         "cpp.enable_floating_point_contract_flag": "fast",
     }
-    if keep_layout:
-        options["layout_optimization"] = False
     # Otherwise the code would use every instruction of this machine. Older PyTorch has no such option.
     if platform.machine() in ("x86_64", "AMD64") and getattr(torch._inductor.config.cpp, "march", "") is None:
         options["cpp.march"] = X86.get(torch.backends.cpu.get_cpu_capability())

@@ -293,4 +293,4 @@ def compile_function(
     program = trace(function, example_input, max_batch=max_batch)
     kernels = _torch.keeping(*OWN_KERNELS) if example_input.device.type == "cpu" else contextlib.nullcontext()
     with checks.without_warnings(), kernels:
-        _torch.compile_package(program, Path(path), keep_layout=False)
+        _torch.compile_package(program, Path(path))
