@@ -104,7 +104,7 @@ def saving_plainly() -> Iterator[None]:
 def is_transformed() -> bool:
     """Whether a ``torch.func`` transform is active. If unknown, tensors inside would get ``requires_grad_``.
 
-    A transformed function has no autograd graph that probes could be part of. ``torch.compile``, while it traces a call,
+    A transformed function has no autograd graph that probes could be part of. While ``torch.compile`` traces a call, it
     would mistake the check itself for a transform.
     """
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
