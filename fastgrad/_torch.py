@@ -207,12 +207,11 @@ def flat_graph(
 ) -> torch.fx.GraphModule:
     """Record every operation of ``function(*inputs)``, including backward passes, as one flat graph of their tensors.
 
-    Without it, there is no exported file and no compiled extraction: ``torch.export`` and ``torch.compile`` do not
-    follow a backward pass inside ``forward``.
+    Without it, no model with a backward pass inside ``forward`` could be exported: ``torch.export`` does not follow it.
 
     The function runs once, on fake tensors; ValueError if its operations depend on values. Tensors whose dimension 0 is
     ``batch``, at least 2, carry the batch, whose size becomes a symbol; None records constant sizes. ``functional``
-    replaces in-place operations, which a loop body must not contain. The graph takes the tensors positionally.
+    replaces in-place operations. The graph takes the tensors positionally.
     """
     from torch._dispatch.python import enable_python_dispatcher
     from torch.fx.experimental.proxy_tensor import make_fx

@@ -19,15 +19,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastgrad.checks import extra, without_warnings
 from fastgrad.deploy.file.description import Description, description_text, outputs_of
 from fastgrad.deploy.file.graph import trace
-from fastgrad.deploy.file.onnx_file import INPUT, KEY, runtime, sum_entry
+from fastgrad.deploy.file.onnx_file import INPUT, KEY, LARGEST, runtime, sum_entry
 from fastgrad.deploy.file.onnx_operators import decompositions
 
 #: The oldest operator set to which PyTorch translates; every runtime since 2022 reads it.
 OPSET = 18
 #: Whether this PyTorch writes ONNX: the passes of 2.8 refuse its own translation.
 TRANSLATES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
-#: Protocol buffers must have fewer bytes.
-_LARGEST = 2**31
 #: With at most this many products per number of a map, computing a grid of its positions twice costs less than writing
 #: the map for two readers.
 _MAX_PRODUCTS = 32
@@ -66,7 +64,7 @@ def convert(
             raise
         subsample_convs(result.model)
     model = result.model_proto
-    if model.ByteSize() >= _LARGEST:
+    if model.ByteSize() >= LARGEST:
         raise RuntimeError("the model is larger than the 2 GB that one ONNX file can hold; export to .pt2")
     _tidy(model)
     try:
