@@ -98,9 +98,10 @@ def saving_plainly() -> Iterator[None]:
 def is_transformed() -> bool:
     """Whether a ``torch.func`` transform is active. If unknown, tensors inside would get ``requires_grad_``.
 
-    A transformed function has no autograd graph that probes could be part of.
+    A transformed function has no autograd graph that probes could be part of. While ``torch.compile`` traces a call, it
+    would mistake the check itself for a transform.
     """
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
@@ -196,44 +197,30 @@ def outside_of_compilation(function: Callable[_Arguments, _Result]) -> Callable[
     return left
 
 
-def flat_graph(
-    function: Callable[..., Any], inputs: Any, batch: int | None, *, functional: bool = False
-) -> torch.fx.GraphModule:
-    """Record every operation of ``function(*inputs)``, including backward passes, as one flat graph of their tensors.
+def flat_graph(function: Callable[[Tensor], Any], batch: Tensor, *, functional: bool = False) -> torch.fx.GraphModule:
+    """Record every operation of ``function(batch)``, including backward passes, as one flat graph.
 
-    Without it, there is no exported file and no compiled extraction: ``torch.export`` and ``torch.compile`` do not
-    follow a backward pass inside ``forward``.
+    Without it, no model with a backward pass inside ``forward`` could be exported: ``torch.export`` does not follow it.
 
-    The function runs once, on fake tensors; ValueError if its operations depend on values. Tensors whose dimension 0 is
-    ``batch``, at least 2, carry the batch, whose size becomes a symbol; None records constant sizes. ``functional``
-    replaces in-place operations, which a loop body must not contain. The graph takes the tensors positionally.
+    The function runs once, on a fake tensor; ValueError if its operations depend on values. The size of dimension 0, at
+    least 2 here, becomes a symbol. ``functional`` replaces in-place operations.
     """
     from torch._dispatch.python import enable_python_dispatcher
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-
-    def fake(tensor: Tensor) -> Tensor:
-        sizes = [DimDynamic.STATIC] * tensor.dim()
-        if tensor.shape[:1] == (batch,):
-            sizes[0] = DimDynamic.DYNAMIC
-        context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
-        return mode.from_tensor(tensor, symbolic_context=context)
-
-    def flat(*tensors: Tensor) -> Any:
-        given = iter(tensors)
-        return function(*pytree.tree_map_only(Tensor, lambda _: next(given), inputs))
-
-    tensors = [fake(leaf) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    sizes = [DimDynamic.DYNAMIC] + [DimDynamic.STATIC] * (batch.dim() - 1)
+    context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
+    fake = mode.from_tensor(batch, symbolic_context=context)
     # Some operators compute shapes in C++, where a symbolic size would become a number; the Python dispatcher avoids
-    # that. The mode "real" takes the tensors as they are, and they are fake already.
+    # that. The mode "real" takes the tensor as it is, and it is fake already.
+    record = functools.partial(make_fx, tracing_mode="real", _allow_non_fake_inputs=True)
     try:
         with mode, enable_python_dispatcher():
-            graph = make_fx(flat, tracing_mode="real", _allow_non_fake_inputs=True)(*tensors)
+            graph: torch.fx.GraphModule = record(function)(fake)
             if functional:
-                pure = torch.func.functionalize(graph)
-                graph = make_fx(pure, tracing_mode="real", _allow_non_fake_inputs=True)(*tensors)
+                graph = record(torch.func.functionalize(graph))(fake)
     except RuntimeError as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if str(frame.f_globals.get("__name__")).startswith("fastgrad."):
@@ -262,8 +249,8 @@ def require_cpp_compiler(what: str) -> None:
         ) from error
 
 
-def compile_package(program: torch.export.ExportedProgram, file: Path, *, keep_layout: bool) -> None:
-    """Compile ``program`` to native code in a ``.pt2``; ``keep_layout`` keeps the memory layout of convolutions."""
+def compile_package(program: torch.export.ExportedProgram, file: Path) -> None:
+    """Compile ``program`` to native code in a ``.pt2``."""
     import torch._inductor.config
 
     options: dict[str, Any] = {
@@ -275,8 +262,6 @@ def compile_package(program: torch.export.ExportedProgram, file: Path, *, keep_l
         # of a ReLU opens or closes a path of the backward pass.
         "cpp.enable_floating_point_contract_flag": "fast",
     }
-    if keep_layout:
-        options["layout_optimization"] = False
     # Otherwise the code would use every instruction of this machine. Older PyTorch has no such option.
     if platform.machine() in ("x86_64", "AMD64") and getattr(torch._inductor.config.cpp, "march", "") is None:
         options["cpp.march"] = X86.get(torch.backends.cpu.get_cpu_capability())

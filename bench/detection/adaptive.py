@@ -63,7 +63,7 @@ def white_box(model: TwoStageModel, example: Tensor) -> WhiteBox:
         logits, blocks = extraction(x)
         return logits, detector.evidence(values_of(detector.scores, blocks)[0], cap=math.inf).sum(-1)
 
-    graph = flat_graph(scores, (example,), len(example), functional=True)
+    graph = flat_graph(scores, example, functional=True)
     aten = torch.ops.aten
     for node in list(graph.graph.nodes):
         if node.target in (aten.detach.default, aten.lift_fresh_copy.default, aten.alias.default):

@@ -180,20 +180,13 @@ def run(arguments: argparse.Namespace) -> int:
     challenges = challenging(network, test, generator)
     shown = {"clean digits": test, **challenges}
     scores = {name: {which: score(images) for which, images in shown.items()} for name, score in scorers.items()}
-    table = {
-        name: {
-            c: roc_auc_score(np.repeat([0, 1], [len(test), len(found[c])]), np.append(found["clean digits"], found[c]))
-            for c in challenges
-        }
-        for name, found in scores.items()
-    }
     threshold = -np.log(0.05)
     draw(out / "demo.png", scores[DEFAULT], shown, threshold)
 
     lines = [f"| method | {' | '.join(challenges)} | mean |", "|---|" + "---|" * (len(challenges) + 1)]
-    for name, row in table.items():
-        values = [*row.values(), np.mean(list(row.values()))]
-        lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
+    for name, (usual, *others) in ((name, found.values()) for name, found in scores.items()):
+        row = [roc_auc_score(np.repeat([0, 1], [len(usual), len(o)]), np.append(usual, o)) for o in others]
+        lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in (*row, np.mean(row))) + " |")
     rows = "\n".join(lines)
     flagged = float((scores[DEFAULT]["clean digits"] > threshold).mean())
     text = f"""\

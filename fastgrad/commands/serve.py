@@ -33,13 +33,9 @@ _POSITIVE = (
     ("--max-body-mb", float, 16.0, "largest body in MiB; larger ones are answered 413 (16)"),
     ("--max-model-mb", float, 1024.0, "largest model file in MiB (1024)"),
     ("--max-pixels", int, MAX_PIXELS, "largest image in pixels; larger ones are answered 413 (10 million)"),
-    (
-        "--max-connections",
-        int,
-        512,
-        "open connections; beyond, the longest-waiting one is closed (512, or what open files allow)",
-    ),
-)
+    ("--max-connections", int, 512,
+     "open connections; beyond, the longest-waiting one is closed (512, or what open files allow)"),
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

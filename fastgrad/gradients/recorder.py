@@ -167,8 +167,7 @@ def _dispatch(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
                     break
                 if in_backward() and id(module) not in recording._called:
                     break  # a checkpoint inside a recorded call computes a part of it again
-                # While torch.compile traces this call, it would mistake the check for a transform.
-                if not torch.compiler.is_compiling() and is_transformed():
+                if is_transformed():
                     return recording._call_transformed(forward, args, kwargs)
                 # torch.compile cannot follow a recorded call.
                 return outside_of_compilation(recording._call)(module, forward, args, kwargs)

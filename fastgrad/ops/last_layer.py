@@ -34,8 +34,7 @@ def _contrasts(features: Tensor, logits: Tensor, loss: str, bias: bool, log: boo
     """
     inference = not (torch.is_grad_enabled() and (features.requires_grad or logits.requires_grad))
     # vmap may map only the features, and the softmax then has no room for the mapped norms.
-    plain = torch.compiler.is_compiling() or not is_transformed()
-    if inference and plain and loss == "cross_entropy" and not log and logits.numel():
+    if inference and not is_transformed() and loss == "cross_entropy" and not log and logits.numel():
         return _cross_entropy(features, logits, bias, mean)
     norms = losses.contrast_norms(logits, loss=loss, reduction=losses.REDUCTIONS[mean], log=log)
     scale = features.to(norms.dtype).square().sum(-1, keepdim=True) + (1 if bias else 0)

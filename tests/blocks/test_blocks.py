@@ -409,4 +409,4 @@ def test_a_traced_map_is_read_before_the_network_overwrites_it(size: int) -> Non
         return extraction(x)[1]["activations"]
 
     expected = read(x)
-    torch.testing.assert_close(flat_graph(read, (x[:2],), 2)(x), expected)
+    torch.testing.assert_close(flat_graph(read, x[:2])(x), expected)

@@ -242,10 +242,7 @@ def _check_steady(two_stage: nn.Module, example_input: Tensor, alone: Tensor) ->
 
 
 def _calibration(
-    two_stage: nn.Module,
-    scores: Tensor | np.ndarray[Any, Any] | None,
-    false_alarm_rate: float,
-    chosen: float | None,
+    two_stage: nn.Module, scores: Tensor | np.ndarray[Any, Any] | None, false_alarm_rate: float, chosen: float | None
 ) -> dict[str, Any]:
     """Return a description's fields about in-distribution scores; none without scores or any threshold."""
     if scores is None:
@@ -282,15 +279,11 @@ def _calibration(
 
 
 def compile_function(
-    function: Callable[[Tensor], Any],
-    example_input: Tensor,
-    path: str | os.PathLike[str],
-    *,
-    max_batch: int = 1024,
+    function: Callable[[Tensor], Any], example_input: Tensor, path: Path, *, max_batch: int = 1024
 ) -> None:
     """Trace ``function``, compile it for batches of any size, write it to ``path``; the arguments are `trace`'s."""
     _torch.require_cpp_compiler("export")
     program = trace(function, example_input, max_batch=max_batch)
     kernels = _torch.keeping(*OWN_KERNELS) if example_input.device.type == "cpu" else contextlib.nullcontext()
     with checks.without_warnings(), kernels:
-        _torch.compile_package(program, Path(path), keep_layout=False)
+        _torch.compile_package(program, path)

@@ -26,7 +26,7 @@ def trace(function: Callable[[Tensor], Any], example_input: Tensor, *, max_batch
     size = torch.export.Dim("batch", min=1, max=max(max_batch, len(batch)))
     with without_warnings():
         try:
-            graph = flat_graph(function, (batch,), len(batch))
+            graph = flat_graph(function, batch)
             return torch.export.export(graph, (batch,), dynamic_shapes=({0: size},))
         except Exception as error:
             if re.search("constraint|speciali|concrete integer", str(error), re.IGNORECASE):

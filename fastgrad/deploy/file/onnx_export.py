@@ -6,6 +6,7 @@ Operations without an ONNX form are refused by name.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,16 +19,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastgrad.checks import extra, without_warnings
 from fastgrad.deploy.file.description import Description, description_text, outputs_of
 from fastgrad.deploy.file.graph import trace
-from fastgrad.deploy.file.onnx_file import INPUT, KEY, runtime, sum_entry
+from fastgrad.deploy.file.onnx_file import INPUT, KEY, LARGEST, runtime, sum_entry
 from fastgrad.deploy.file.onnx_operators import decompositions
-from fastgrad.deploy.file.onnx_optimizer import subsample_convs
 
 #: The oldest operator set to which PyTorch translates; every runtime since 2022 reads it.
 OPSET = 18
 #: Whether this PyTorch writes ONNX: the passes of 2.8 refuse its own translation.
 TRANSLATES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
-#: Protocol buffers must have fewer bytes.
-_LARGEST = 2**31
+#: With at most this many products per number of a map, computing a grid of its positions twice costs less than writing
+#: the map for two readers.
+_MAX_PRODUCTS = 32
 
 
 def convert(
@@ -63,7 +64,7 @@ def convert(
             raise
         subsample_convs(result.model)
     model = result.model_proto
-    if model.ByteSize() >= _LARGEST:
+    if model.ByteSize() >= LARGEST:
         raise RuntimeError("the model is larger than the 2 GB that one ONNX file can hold; export to .pt2")
     _tidy(model)
     try:
@@ -90,6 +91,33 @@ def _tidy(model: Any) -> None:
     for part in (model, graph, *graph.node, *values, *graph.initializer):
         del part.metadata_props[:]
         part.doc_string = ""
+
+
+def subsample_convs(model: Any) -> None:
+    """Give each grid of positions of a convolution's output, in an ``onnx_ir.Model``, a convolution of that grid alone.
+
+    A grid is a pooling with windows of one position. Without it as a second reader, the activation after the
+    convolution fuses with it. ONNX Runtime then keeps images in blocks of channels, which an activation that stands
+    alone, such as Clip, does not support.
+    """
+    import onnx_ir as ir
+    import onnx_ir.passes.common as passes
+
+    for node in model.graph:
+        conv = node.inputs[0].producer() if node.op_type == "MaxPool" else None
+        if conv is None or conv.op_type != "Conv" or (weight := conv.inputs[1].const_value) is None:
+            continue
+        steps = node.attributes["strides"].as_ints()
+        # A pooling that also returns indices, as for a gradient, stays.
+        single = set(node.attributes["kernel_shape"].as_ints()) == {1} and len(node.outputs) == 1
+        rounded = "ceil_mode" in node.attributes and node.attributes["ceil_mode"].as_int()
+        if not single or rounded or math.prod(weight.shape[1:]) > _MAX_PRODUCTS * math.prod(steps):
+            continue
+        strides = [one * other for one, other in zip(conv.attributes["strides"].as_ints(), steps, strict=True)]
+        attributes = {**conv.attributes, "strides": ir.AttrInt64s("strides", strides)}
+        grid = ir.Node("", "Conv", conv.inputs, attributes.values(), name=node.name)
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], [grid], node.outputs, grid.outputs)
+    passes.RemoveUnusedNodesPass()(model)
 
 
 def write(

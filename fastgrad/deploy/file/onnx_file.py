@@ -25,7 +25,7 @@ KEY = "fastgrad"
 #: Key of the entry with the SHA-256, in hexadecimal digits.
 SUM = "fastgrad.sha256"
 #: Protocol buffers have fewer bytes.
-_LARGEST = 2**31
+LARGEST = 2**31
 
 
 def runtime() -> Any:
@@ -95,8 +95,8 @@ def read_metadata(path: str | os.PathLike[str]) -> str | None:
         import onnx
     try:
         with open_regular(path) as file:
-            if os.fstat(file.fileno()).st_size >= _LARGEST:
-                raise ValueError(f"protocol buffers have less than {_LARGEST} bytes")
+            if os.fstat(file.fileno()).st_size >= LARGEST:
+                raise ValueError(f"protocol buffers have less than {LARGEST} bytes")
             model = onnx.load(file, "protobuf", load_external_data=False)
     except Exception as error:
         raise RuntimeError(f"it is not a whole ONNX file: {error}") from error

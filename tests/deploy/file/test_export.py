@@ -316,7 +316,7 @@ def test_system_without_compiled_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(torch, "__version__", "2.8.0+cpu")
     with pytest.raises(RuntimeError, match=r"on Windows from PyTorch 2\.9 on; it was 2\.8\.0"):
-        compile_function(TinyTwoStage(), X, "m.pt2")
+        compile_function(TinyTwoStage(), X, Path("m.pt2"))
 
 
 def test_graph_of_one_batch_size() -> None:

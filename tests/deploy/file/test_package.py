@@ -222,7 +222,7 @@ def test_instructions_of_compiled_code(tmp_path: Path, monkeypatch: pytest.Monke
     for name, compiled in (("AVX2", "haswell"), ("AVX512", "skylake-avx512"), ("DEFAULT", "x86-64"), ("SVE256", None)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=name: name)
         monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-        compile_package(cast(Any, None), tmp_path / "m.pt2", keep_layout=False)
+        compile_package(cast(Any, None), tmp_path / "m.pt2")
         assert given.get("cpp.march") == (compiled if hasattr(torch._inductor.config.cpp, "march") else None)
         assert name in X86 or compiled is None
 
