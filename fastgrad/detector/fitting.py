@@ -157,12 +157,15 @@ def _require_own(extraction: Extraction, x: Inputs) -> None:
             stacklevel=5,  # whoever calls `TwoStageModel.fit`
         )
         return
-    for name, values in whole.items():
-        alone = torch.cat([part[name] for part in parts]).float()
-        if len(values) != min(8, samples) or alone.shape != values.shape or not agree(alone, values.float(), _ROUNDING):
+    for block in extraction.blocks:
+        alone, together = torch.cat([part[block.name] for part in parts]).double(), whole[block.name].double()
+        if block.squared_norms and extraction.log:
+            # Norms that are 0 up to rounding have logarithms that differ.
+            alone, together = alone.exp(), together.exp()
+        if len(together) != min(8, samples) or not agree(alone, together, _ROUNDING):
             raise ValueError(
-                f"blocks must hold a row for each sample that is its own; {name!r} has other rows, or other values "
-                "with other samples in the batch"
+                f"blocks must hold a row for each sample that is its own; {block.name!r} has other rows, or other "
+                "values with other samples in the batch"
             )
 
 

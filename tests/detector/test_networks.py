@@ -11,6 +11,7 @@ from small_nets import Net
 from torch import nn
 
 from fastgrad import TwoStageModel
+from fastgrad.blocks import Block
 from fastgrad.challenges import CHALLENGES
 
 
@@ -127,6 +128,21 @@ def test_no_single_sample():
 
     with pytest.raises(RuntimeError, match="one alone"):
         TwoStageModel(behind(several), blocks=["logits"]).fit(loader(60))
+
+
+class Rounding(Block):
+    """Two squared norms, of which one is 0 but for rounding, as those of a key's bias in attention are."""
+
+    name = "rounding"
+    squared_norms = True
+
+    def values(self, found):
+        return torch.tensor([0.0, -40.0 - found.samples]).expand(found.samples, 2)
+
+
+def test_norms_that_are_rounding():
+    two_stage = TwoStageModel(small_network(), blocks=["logits", Rounding()]).fit(loader(60), None)
+    assert two_stage.report().kept == ["logits", "rounding"]
 
 
 def frozen(net: Any, x: torch.Tensor) -> torch.Tensor:
