@@ -20,7 +20,7 @@ from fastgrad.challenges import (
     generate_challenges,
     iter_challenges,
 )
-from fastgrad.challenges.generate import STEPS
+from fastgrad.challenges.kinds import STEPS
 
 
 def test_form_and_range() -> None:
