@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from small_images import photos, small_net
+from small_nets import Net
 from torch import Generator
 
 from fastgrad.challenges import PixelRange, challenge_cost, fgsm, generate_challenges, iter_challenges, pgd
@@ -61,6 +62,10 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: made(images=torch.full((1, 3, 8, 8), torch.nan)), ValueError, "finite"),
     (lambda: made(images=torch.ones(1, 3, 8, 8, device="meta")), ValueError, "images must be dense and hold values"),
     (lambda: made(images=torch.ones(1, 3, 8, 8).to_sparse()), ValueError, "images must be dense .* torch.sparse_coo"),
+    (
+        lambda: made(model=Net(lambda net, x: net.net(x)[0], net=small_net()), names=["pgd-2"]),
+        ValueError, r"must return logits of shape \(B, N\); it returned \(4,\)",
+    ),
     (lambda: attacked(pgd, steps=0), ValueError, "steps must be an integer of at least 1; it was 0"),
     (lambda: attacked(pgd, generator=0), TypeError, "generator must be a Generator; it was int"),
     (lambda: turns(names=[]), ValueError, "names must"),
@@ -75,7 +80,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: PixelRange(ONE, torch.ones(3)), ValueError, r"high must have shape \(1,\)"),
     (lambda: PixelRange(torch.zeros(3), torch.tensor([1.0, 0, 1])), ValueError, "low must be below high everywhere"),
     *((partial(attacked, attack, **given), *said) for attack in (fgsm, pgd) for given, *said in ATTACKS),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("call", "error", "words"), BAD)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-import io
+import pickle
 import re
 
 import numpy as np
@@ -51,17 +51,12 @@ def resigned(data, *change):
     return data.replace(storage._EMPTY.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
 
 
-def pickled():
-    torch.save({"weight": torch.zeros(3)}, file := io.BytesIO())
-    return file.getvalue()
-
-
 FOREIGN = r"path must be a file written by TwoStageModel\.save; .* is not one"
 CHANGED = "has been changed or damaged"
 FILES = {
     "empty": (lambda data: b"", FOREIGN),
     "an archive": (lambda data: b"PK\x03\x04 not ours", FOREIGN),
-    "a pickle": (lambda data: pickled(), FOREIGN),
+    "a pickle": (lambda data: pickle.dumps({"weight": 3.0}), FOREIGN),
     "foreign tensors": (lambda data: safetensors.torch.save({"weight": torch.zeros(3)}), FOREIGN),
     "half": (lambda data: data[: len(data) // 2], CHANGED),
     "a byte less": (lambda data: data[:-1], CHANGED),
