@@ -14,7 +14,7 @@ import fastgrad
 ROOT = Path(fastgrad.__file__).parent
 ORDER = [
     "_torch", "atomic", "checks", "kernels", "losses", "ops", "layers", "batches", "prediction", "memory",
-    "evaluation", "engine", "gradients", "scores", "blocks", "challenges", "introspection", "metrics", "plots",
+    "evaluation", "engine", "gradients", "scores", "blocks", "challenges", "metrics", "introspection", "plots",
     "detector", "interop", "deploy", "commands", "__main__",
 ]  # fmt: skip
 #: What these may import of anything but the standard library.

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -32,9 +31,8 @@ from bench.detection.subject import BATCH, Fit, Seen, Subject
 from bench.detection.train import HELD_OUT, fit_layer
 from fastgrad import IntrospectiveClassifier, TwoStageModel, contrast_sqnorm
 from fastgrad.batches import take
-from fastgrad.detector import fitting
 from fastgrad.detector.price import DEFAULT_BLOCKS
-from fastgrad.introspection.correction import Choice, Labelled, choose, mixed
+from fastgrad.introspection.correction import mixed
 from fastgrad.metrics import ece
 
 #: Splits of images that the network was not trained on, clean images of each, clean test images, images of each kind.
@@ -80,16 +78,8 @@ def answered(subject: Subject, tests: Mapping[str, Seen], seed: int) -> Answers:
     """Return probabilities by method and case, for all methods fitted on one split."""
     fit = Fit(subject)
     # Detector, gate and correction are those of `TwoStageModel.fit`; H is trained below on each of its possible inputs.
-    chosen: list[Choice] = []
-
-    def choice(data: Labelled, seed: int, *, draft: bool) -> Choice:
-        """Let the model keep a correction and thus its gate, whatever is chosen."""
-        chosen.append(choose(data, seed))
-        return choose(data, seed, draft=True)
-
-    with mock.patch.object(fitting, "choose", choice):
-        two_stage = fitted(fit, DEFAULT_BLOCKS, correct=True, challenges_per_input=3, max_samples=len(fit.clean.images))
-    correction = chosen[-1].correction
+    two_stage = fitted(fit, DEFAULT_BLOCKS, correct="always", challenges_per_input=3, max_samples=len(fit.clean.images))
+    kept_by_default = two_stage.report().correction.startswith("kept:")
     kept = subject.kept("inputs/generated/fit", dict)
     groups = torch.from_numpy(kept["groups"])
     labels = subject.parts["fit"][1][groups]
@@ -110,8 +100,9 @@ def answered(subject: Subject, tests: Mapping[str, Seen], seed: int) -> Answers:
         gate = odds.sigmoid().unsqueeze(1)
         found.setdefault(NETWORK, {})[case] = first
         logits = two_stage.temperature_(values["logits"])
-        other = first if correction is None else mixed(first.log(), correction(values["features"], logits), odds).exp()
-        found.setdefault("correction", {})[case] = other
+        corrected = mixed(first.log(), two_stage.correction_(values["features"], logits), odds).exp()
+        found.setdefault("correction, kept always", {})[case] = corrected
+        found.setdefault("correction", {})[case] = corrected if kept_by_default else first
         read = reads(values, subject.layer)
         answers = {f"H on {name}": torch.from_numpy(H.predict_proba(read[name])).float() for name, H in second.items()}
         answers["last layer, trained again"] = again(values["features"]).softmax(1)

@@ -1,4 +1,4 @@
-"""Groups of features that a detector computes from an input, one file per block.
+"""Groups of features that a detector computes from an input.
 
 | block            | reads                | price (forward passes) | content                                |
 |------------------|----------------------|------------------------|----------------------------------------|
@@ -21,12 +21,10 @@ import inspect
 
 from fastgrad.blocks.activations import Activations
 from fastgrad.blocks.block import Block
-from fastgrad.blocks.contrasts import Contrasts
-from fastgrad.blocks.features import Features
 from fastgrad.blocks.gradients import Gradients
-from fastgrad.blocks.image import Image
+from fastgrad.blocks.last_layer import Contrasts, Features
+from fastgrad.blocks.local_contrast import Image, Roughness
 from fastgrad.blocks.logits import Logits
-from fastgrad.blocks.roughness import Roughness
 from fastgrad.blocks.view import View
 
 #: Every block by name.
@@ -45,11 +43,8 @@ def register_block(block: type[Block]) -> type[Block]:
     """
     if not (isinstance(block, type) and issubclass(block, Block)):
         raise TypeError(f"block must be a subclass of Block; it was {block!r}")
-    takes = [
-        one
-        for one in inspect.signature(block).parameters.values()
-        if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
-    ]
+    every = inspect.signature(block).parameters.values()
+    takes = [one for one in every if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
     if needed := [one.name for one in takes if one.default is one.empty]:
         raise TypeError(f"block must be one that can be made without arguments; {block.__name__} needs {needed}")
     # Otherwise a block loaded from a file would get their defaults.

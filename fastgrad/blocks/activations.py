@@ -28,7 +28,6 @@ class Activations(Block):
 
     name = "activations"
     alarm = "inner activations unlike those of known inputs"
-    shapes = "(B, D)"
 
     def refusal(self, subject: Subject) -> str | None:
         layers = "normalisation, convolution, linear, recurrent or attention layer but the last"

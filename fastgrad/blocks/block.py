@@ -59,7 +59,7 @@ class Block:
     name: ClassVar[str]
     alarm: ClassVar[str] = ""
     ranks: ClassVar[tuple[int, ...]] = (2,)
-    shapes: ClassVar[str]
+    shapes: ClassVar[str] = "(B, D)"
     squared_norms: ClassVar[bool] = False
     live: ClassVar[bool] = False
 

@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 from fastgrad.challenges.attacks import fgsm, pgd
-from fastgrad.challenges.generate import (
-    CHALLENGES,
-    Challenges,
-    Kind,
-    challenge_cost,
-    challenge_names,
-    generate_challenges,
-    iter_challenges,
-)
+from fastgrad.challenges.generate import Challenges, generate_challenges, iter_challenges
+from fastgrad.challenges.kinds import CHALLENGES, Kind, challenge_cost, challenge_names
 from fastgrad.challenges.pixels import PixelRange
 
 __all__ = [

@@ -2,77 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 
 from fastgrad import checks
-from fastgrad.challenges import attacks, corruptions
+from fastgrad.challenges import corruptions
+from fastgrad.challenges.kinds import challenge_names, kinds_for, row_of, turns_of
 from fastgrad.challenges.pixels import PixelRange, check_images
 
-#: Steps of a projected gradient attack, and the share of inputs that are attacked where others are corrupted. Tuned on
-#: photographs with EfficientNet-Lite0. AUROC of attacks after JPEG: 5 steps .877, 10 steps .894; attacks on .25 of the
-#: inputs .868, on .3 .877, on .4 .895, but then a ResNet-20 loses .01 on unseen corruptions. Without one-step attacks,
-#: photographs would lose nothing, and a ResNet-20 .02 on near sets.
-STEPS, ATTACKED = 10, 0.3
-#: Cost of a gradient at the image, in forward passes: forward, and backward without weight gradients.
-_GRADIENT = 2.4
 #: Values in a batch of images that is altered together on a CPU; on other devices eight times as many.
 _NUMBERS = 1 << 21
 #: A challenge is left out if no pixel changes by more than this share of the range, half a level of a byte.
 _UNCHANGED = 1 / 510
 #: Lowest and highest JPEG quality that cameras and websites use; attacks survive it, most of their traces do not.
 _QUALITIES = (60, 95)
-_T = TypeVar("_T")
-
-
-class Kind(NamedTuple):
-    """One kind of challenge.
-
-    Attributes:
-        strengths: Mild to severe: shares of the unit range, pixels, JPEG quality, grid cells.
-        family: Kinds of one family resemble each other: what finds one finds the others.
-        function: Maps unit images, strength and generator to altered images; an attack also takes the model.
-        passes: Forward passes per image; 0 for a kind that needs no model.
-        jpeg: Whether JPEG compression follows, which removes most of an attack's traces in the pixels.
-    """
-
-    strengths: tuple[float, ...]
-    family: str
-    function: Callable[..., Tensor]
-    passes: float = 0.0
-    jpeg: bool = False
-
-
-_EPSILONS = (2 / 255, 4 / 255, 8 / 255)
-_pgd = functools.partial(attacks.pgd, steps=STEPS)
-
-#: Every kind of challenge by name; a kind is one row.
-CHALLENGES: Mapping[str, Kind] = MappingProxyType(
-    {
-        "noise": Kind((0.04, 0.10, 0.20), "grain", corruptions.noise),
-        "blur": Kind((0.7, 1.2, 2.0), "blur", corruptions.blur),
-        "contrast": Kind((0.6, 0.35, 0.15), "light", corruptions.contrast),
-        "compression": Kind((40, 20, 8), "grain", corruptions.compression),
-        "brightness": Kind((0.15, 0.3, 0.45), "light", corruptions.brightness),
-        "shuffle": Kind((2, 4, 8), "layout", corruptions.shuffle),
-        "inversion": Kind((1.0,), "light", corruptions.inversion),
-        "mixture": Kind((0.25, 0.4, 0.5), "layout", corruptions.mixture),
-        "phase": Kind((0.3, 0.6, 1.0), "texture", corruptions.phase),
-        "magnification": Kind((3, 5, 8), "blur", corruptions.magnification),
-        "tiling": Kind((2, 4), "layout", corruptions.tiling),
-        "fgsm": Kind(_EPSILONS, "grain", attacks.fgsm, _GRADIENT),
-        "pgd": Kind(_EPSILONS, "grain", _pgd, 1 + STEPS * _GRADIENT),
-        "compressed_fgsm": Kind(_EPSILONS, "grain", attacks.fgsm, _GRADIENT, jpeg=True),
-        "compressed_pgd": Kind(_EPSILONS, "grain", _pgd, 1 + STEPS * _GRADIENT, jpeg=True),
-    }
-)
 
 
 class Challenges(NamedTuple):
@@ -87,74 +35,6 @@ class Challenges(NamedTuple):
     inputs: Tensor
     kinds: list[str]
     sources: Tensor
-
-
-def challenge_names(names: Sequence[str] | None = None, severities: Sequence[int] | None = None) -> list[str]:
-    """Return full names such as ``"noise-2"`` (kind and severity; 1 is the mildest).
-
-    Args:
-        names: kinds (``"noise"``: all its severities) or full names; None for every kind.
-        severities: keep only these severities of the kinds named without one; None for all. Kinds with fewer
-            severities give the ones they have.
-
-    Raises:
-        TypeError: ``names`` or ``severities`` is not a sequence.
-        ValueError: A name is neither (the message lists those that exist), or a severity is not 1, 2 or 3.
-    """
-    for what, given in (("names", names), ("severities", severities)):
-        if given is not None and (isinstance(given, str) or not isinstance(given, Iterable)):
-            raise TypeError(f"{what} must be a sequence; it was {given!r}")
-    wanted = {1, 2, 3} if severities is None else set(severities)
-    if not wanted <= {1, 2, 3}:
-        raise ValueError(f"severities must be among 1, 2 and 3; they were {list(severities or ())!r}")
-    full: list[str] = []
-    for name in CHALLENGES if names is None else names:
-        kind, _, level = str(name).partition("-")
-        checks.one_of("names", kind, CHALLENGES)
-        levels = range(1, len(CHALLENGES[kind].strengths) + 1)
-        if level:
-            checks.one_of("names", name, [f"{kind}-{n}" for n in levels])
-            full.append(name)
-        else:
-            full += [f"{kind}-{n}" for n in levels if n in wanted]
-    return full
-
-
-def challenge_cost(each: int = 3, *, names: Sequence[str] | None = None) -> float:
-    """Return how many forward passes per clean input it takes to make ``each`` challenges and to read them."""
-    checks.at_least(1, each=each)
-    attacked, _, share = _turns(challenge_names(names))
-    passes = 0.0
-    for turn in range(len(attacked)):
-        made: dict[Any, float] = {}
-        for kind, strength in map(_row, kinds_for(attacked, turn, each)):
-            # As in `_altered`, JPEG reuses the attack just made if the strength is the same.
-            if not kind.jpeg or made.get(kind.function) != strength:
-                passes += kind.passes
-            made[kind.function] = strength
-    return each + share * passes / max(1, len(attacked))
-
-
-def _row(name: str) -> tuple[Kind, float]:
-    """Return the kind and strength of a full name."""
-    kind, _, level = name.partition("-")
-    return CHALLENGES[kind], CHALLENGES[kind].strengths[int(level) - 1]
-
-
-def _turns(full: Sequence[str]) -> tuple[list[str], list[str], float]:
-    """Return the names of attacks in the order in which inputs get them, the others, and the share of inputs attacked.
-
-    An attack costs many passes and JPEG none, so each attack is used once as it is, and twice through JPEG.
-    """
-    attacked = [name for name in full for _ in range(1 + _row(name)[0].jpeg) if _row(name)[0].passes]
-    attacked.sort(key=lambda name: (name.rpartition("_")[2], _row(name)[0].jpeg))
-    others = [name for name in full if not _row(name)[0].passes]
-    return attacked, others, ATTACKED if attacked and others else float(bool(attacked))
-
-
-def kinds_for(kinds: Sequence[_T], turn: int, each: int) -> list[_T]:
-    """Return the ``each`` kinds of the input whose turn it is."""
-    return [kinds[place % len(kinds)] for place in range(turn * each, (turn + 1) * each)]
 
 
 def iter_challenges(
@@ -197,7 +77,7 @@ def iter_challenges(
     if pixels is None:
         pixels = PixelRange.of(inputs)
     checks.is_a(PixelRange, pixels=pixels)
-    attacked, others, share = _turns(full)
+    attacked, others, share = turns_of(full)
     order = torch.randperm(len(others), generator=Generator().manual_seed(int(seed)), device="cpu")
     others = [others[place] for place in order]
     groups: defaultdict[Any, list[tuple[int, str]]] = defaultdict(list)
@@ -207,7 +87,7 @@ def iter_challenges(
         turn = kinds_for(attacked, before, each) if under_attack else kinds_for(others, number - before, each)
         for name in turn:
             # All strengths of an attack are made together.
-            groups[_row(name)[0].function if under_attack else name].append((number - first, name))
+            groups[row_of(name)[0].function if under_attack else name].append((number - first, name))
     size, inputs = int(batch_size or _fitting(inputs)), inputs.detach()
 
     def batches() -> Iterator[Challenges]:
@@ -290,7 +170,7 @@ def _altered(
     if not wanted:
         return inputs[:0]
     generator = Generator().manual_seed(zlib.crc32(draw.encode()))
-    rows = [_row(name) for _, name in wanted]
+    rows = [row_of(name) for _, name in wanted]
     own = [(place, strength) for (place, _), (_, strength) in zip(wanted, rows, strict=True)]
     through = torch.tensor([kind.jpeg for kind, _ in rows], device="cpu")
     # JPEG takes the attacked image before it in the list if that has the same input and strength.
@@ -318,7 +198,7 @@ def _check(model: nn.Module | None, images: Tensor, names: Sequence[str], batch_
     check_images(images)
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module or None; it was {type(model).__name__}")
-    needing = sorted({name.partition("-")[0] for name in names if _row(name)[0].passes})
+    needing = sorted({name.partition("-")[0] for name in names if row_of(name)[0].passes})
     if model is None and needing:
         raise ValueError(f"model must be given for {', '.join(needing)}; it was None")
     if model is not None and needing and any(t.is_inference() for t in (*model.parameters(), *model.buffers())):

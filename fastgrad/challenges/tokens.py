@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastgrad.batches import batch_size, take
-from fastgrad.challenges.generate import kinds_for
+from fastgrad.challenges.kinds import kinds_for
 
 IDS, MASK, SEGMENTS = "input_ids", "attention_mask", "token_type_ids"
 #: Shares of an input's tokens that are altered, mild to severe. With components of activations alone, shares of .05 to

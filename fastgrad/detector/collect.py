@@ -17,6 +17,7 @@ from fastgrad.batches import bar, batch_size, bytes_of, carrying, pieces, split_
 from fastgrad.blocks.extraction import Extraction, Inputs
 from fastgrad.challenges import CHALLENGES, PixelRange, iter_challenges
 from fastgrad.challenges.attacks import gradients_reach
+from fastgrad.challenges.tokens import iter_token_challenges
 from fastgrad.detector.constants import CHALLENGED_TOGETHER
 
 
@@ -100,7 +101,6 @@ class Sample:
     held_out: NDArray[np.bool_]  # (n,): those that only calibrate
     each: int  # challenges to generate from each input that is not held out; 0 for none
     pixels: PixelRange | None  # of images
-    tokens: Sequence[Batch] = ()  # challenges of token ids, which need no network
     normalisation: list[list[float]] | None = None  # mean and standard deviation by channel, if the user gave them
 
 
@@ -180,29 +180,39 @@ def drawn_batches(sample: Sample, verbose: bool | None) -> Iterator[Batch]:
 
 def generated_batches(
     sample: Sample, model: nn.Module, device: torch.device, seed: int, verbose: bool | None
-) -> Iterator[Batch]:
-    """Yield challenges, if any, generated from inputs not held out; attacks only if gradients reach the images."""
+) -> Iterable[Batch]:
+    """Return challenges, if any, generated from inputs not held out; those of images are made when they are read."""
     if not sample.each:
-        return
-    if sample.pixels is None:
-        yield from bar(sample.tokens, "challenges", verbose)
-        return
-    first, pixels = 0, PixelRange(sample.pixels.low.to(device), sample.pixels.high.to(device))
-    rows = [row for x in sample.clean[0].images() for row in x.split(1)]
-    attacked = gradients_reach(model, rows[0].to(device))
-    names = [name for name, kind in CHALLENGES.items() if attacked or not kind.passes]
-    parts: list[NDArray[np.intp]] = []
-    fitting = np.flatnonzero(~sample.held_out[: len(rows)])
-    for _, group in itertools.groupby(fitting, key=lambda number: rows[number].shape):
-        alike = np.array(list(group))
-        parts += np.split(alike, range(CHALLENGED_TOGETHER, len(alike), CHALLENGED_TOGETHER))
-    for numbers in bar(parts, "challenges", verbose):
-        inputs = torch.cat([rows[number] for number in numbers]).to(device)
-        for made in iter_challenges(
-            model, inputs, each=sample.each, names=names, first=first, seed=seed, pixels=pixels
-        ):
-            yield made.inputs, made.kinds, numbers[made.sources.cpu().numpy() - first].tolist()
-        first += len(inputs)
+        return ()
+    clean, each, pixels = sample.clean[0], sample.each, sample.pixels
+    fitting = np.flatnonzero(~sample.held_out[: len(clean)])
+    if pixels is None:
+        tokens = list(iter_token_challenges(clean.batches, fitting.tolist(), each=each, seed=seed))
+        if not tokens:
+            raise ValueError(
+                "clean must give token ids that can be left out, moved or replaced, for challenges to be generated; "
+                "all were padding, alone in their input, or held by every input. Give challenges=None, or a loader of "
+                "challenges"
+            )
+        return bar(tokens, "challenges", verbose)
+
+    def altered_images(pixels: PixelRange) -> Iterator[Batch]:
+        """Yield them, with attacks only if gradients reach the images."""
+        rows = [row for x in clean.images() for row in x.split(1)]
+        attacked = gradients_reach(model, rows[0].to(device))
+        names = [name for name, kind in CHALLENGES.items() if attacked or not kind.passes]
+        parts: list[NDArray[np.intp]] = []
+        for _, group in itertools.groupby(fitting, key=lambda number: rows[number].shape):
+            alike = np.array(list(group))
+            parts += np.split(alike, range(CHALLENGED_TOGETHER, len(alike), CHALLENGED_TOGETHER))
+        first = 0
+        for numbers in bar(parts, "challenges", verbose):
+            inputs = torch.cat([rows[number] for number in numbers]).to(device)
+            for made in iter_challenges(model, inputs, each=each, names=names, first=first, seed=seed, pixels=pixels):
+                yield made.inputs, made.kinds, numbers[made.sources.cpu().numpy() - first].tolist()
+            first += len(inputs)
+
+    return altered_images(PixelRange(pixels.low.to(device), pixels.high.to(device)))
 
 
 def read(extraction: Extraction, device: torch.device, batches: Iterable[Batch]) -> FeatureTable:

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,17 +41,6 @@ _ROUNDING = 2.5e-3
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a two-stage model was made with."""
-
-    model: nn.Module
-    detector: UncertaintyDetector | None
-    blocks: tuple[Block, ...] | None
-    budget: float
-    seed: int
-
-
-@dataclass(frozen=True)
 class Parts:
     """What a fit gives a two-stage model; parts that it does not need are None."""
 
@@ -65,25 +54,34 @@ class Parts:
     gains: Callable[[], dict[str, Gain]] | None = None
 
 
-def fit(asked: Asked, options: loaders.FitOptions, answer: Callable[[Parts], Callable[[Inputs], object]]) -> Parts:
-    """Fit what was ``asked`` for; ``answer`` returns how it would answer with some parts, to measure the price."""
-    refuse_devices(asked.model)
-    base = asked.detector or UncertaintyDetector(log=False, random_state=asked.seed)
-    clean, given = loaders.draw_all(options, asked.seed, base.calibration_fraction)
-    device, verbose = device_of(asked.model), options.verbose
+def fit(
+    model: nn.Module,
+    detector: UncertaintyDetector | None,
+    asked: Sequence[Block] | None,
+    options: loaders.FitOptions,
+    answer: Callable[[Parts], Callable[[Inputs], object]],
+) -> Parts:
+    """Fit with the blocks that were ``asked`` for, or with as many of the preset's as fit the budget.
+
+    ``answer`` returns how a two-stage model would answer with some parts, to measure the price.
+    """
+    refuse_devices(model)
+    base = detector or UncertaintyDetector(log=False, random_state=options.seed)
+    clean, given = loaders.draw_all(options, base.calibration_fraction)
+    device, verbose = device_of(model), options.verbose
     x = to_device(clean[0].batches[0], device)
-    subject = watch(asked.model, *arguments(x))
-    blocks = _blocks(asked, subject)
+    subject = watch(model, *arguments(x))
+    blocks = _blocks(asked, options.budget, subject)
     if options.correct and subject.head is None:
         raise ValueError("correct=True needs a model that ends in a linear layer")
-    sample = loaders.build_sample(clean, given, subject.classes, asked.seed, clone(base), options)
+    sample = loaders.build_sample(clean, given, subject.classes, clone(base), options)
     served = [block for block in blocks if block.refusal(subject) is None]
     # The correction reads h, also where the detector does not.
     added = [Features()] if options.correct and all(block.name != Features.name for block in served) else []
     # Logarithms of norms cannot underflow, but the user's detector may expect the norms themselves.
-    extraction = Extraction(asked.model, [*served, *added], log=not base.log, known=subject)
+    extraction = Extraction(model, [*served, *added], log=not base.log, known=subject)
+    generated = collect.generated_batches(sample, model, device, options.seed, verbose)
     _require_own(extraction, x)
-    generated = collect.generated_batches(sample, asked.model, device, asked.seed, verbose)
     features = collect.read(extraction, device, itertools.chain(collect.drawn_batches(sample, verbose), generated))
     # A challenge has the label of the clean input it was made from; inputs held out have no challenges.
     labels = np.where(features.groups >= 0, sample.labels[features.groups], -1)
@@ -101,22 +99,17 @@ def fit(asked: Asked, options: loaders.FitOptions, answer: Callable[[Parts], Cal
 
     def complete(names: tuple[str, ...], *, draft: bool) -> tuple[Parts, Calibrated, tuple[str, str | None]]:
         """Return parts with these blocks, what their detector was fitted on, and words about risk and correction."""
-        own = {name: value for name, value in read.items() if name in names}
-        table = Table(own, by_name, kinds, groups, held_out, base.log)
+        some = {name: value for name, value in read.items() if name in names}
+        table = Table(some, by_name, kinds, groups, held_out, base.log)
         fitted = fit_table(base, table, check_random_state(clone(base).random_state), draft=draft)
         gate = NoisyOr.fit(None, fitted.evidence, challenging, challenging) if options.correct else None
         log_p, correction, corrected, kept = logits.double().log_softmax(-1), None, None, list(names)
         if gate is not None:
-            some, odds = labelled.numpy(), gate.log_odds(fitted.evidence)
-            given = Labelled(
-                features.blocks[Features.name][some],
-                logits[some],
-                odds[some],
-                truth[some],
-                challenging[some],
-                groups[some],
+            h, odds, own = features.blocks[Features.name], gate.log_odds(fitted.evidence), labelled.numpy()
+            given = Labelled(h[own], logits[own], odds[own], truth[own], challenging[own], groups[own])
+            correction, log_p[labelled], corrected = choose(
+                given, options.seed, always=options.correct == "always", draft=draft
             )
-            correction, log_p[labelled], corrected = choose(given, asked.seed, draft=draft)
             gate, kept = (None, kept) if correction is None else (gate, [*kept, Features.name])
         risk, why = _risk(log_p, truth, fitted, options.risk)
         for part in (fitted.module, correction, gate, temperature, risk):
@@ -126,9 +119,9 @@ def fit(asked: Asked, options: loaders.FitOptions, answer: Callable[[Parts], Cal
         parts = Parts(own_extraction, fitted.module, correction, gate, temperature, risk)
         return parts, fitted, (why, corrected)
 
-    if asked.blocks is None:
+    if asked is None:
         price = fit_to_budget(
-            asked.model, blocks, x, asked.budget, subject=subject,
+            model, blocks, x, options.budget, subject=subject,
             answer=lambda some: answer(complete(tuple(block.name for block in some), draft=True)[0]),
         )  # fmt: skip
     else:
@@ -140,17 +133,16 @@ def fit(asked: Asked, options: loaders.FitOptions, answer: Callable[[Parts], Cal
     return replace(parts, report=report, gains=functools.partial(gains, fitted.table, features.kinds))
 
 
-def _blocks(asked: Asked, subject: Subject) -> list[Block]:
+def _blocks(asked: Sequence[Block] | None, budget: float, subject: Subject) -> Sequence[Block]:
     """Return the blocks that were asked for, or those of the preset."""
-    if asked.blocks is None:
-        names = EXTENDED_BLOCKS if asked.budget >= EXTENDED_FROM else DEFAULT_BLOCKS
-        return [BLOCKS[name]() for name in names]  # `fit_to_budget` reports those that cannot be served
-    for block in asked.blocks:
-        why = block.refusal(subject)
-        if why is not None:
+    if asked is None:
+        # `fit_to_budget` reports those that cannot be served.
+        return [BLOCKS[name]() for name in (EXTENDED_BLOCKS if budget >= EXTENDED_FROM else DEFAULT_BLOCKS)]
+    for block in asked:
+        if (why := block.refusal(subject)) is not None:
             possible = ", ".join(repr(name) for name, kind in BLOCKS.items() if kind().refusal(subject) is None)
             raise ValueError(f"blocks must be ones that the network can serve, {possible}; {block.name!r}: {why}")
-    return list(asked.blocks)
+    return asked
 
 
 def _require_own(extraction: Extraction, x: Inputs) -> None:
@@ -165,12 +157,15 @@ def _require_own(extraction: Extraction, x: Inputs) -> None:
             stacklevel=5,  # whoever calls `TwoStageModel.fit`
         )
         return
-    for name, values in whole.items():
-        alone = torch.cat([part[name] for part in parts]).float()
-        if len(values) != min(8, samples) or alone.shape != values.shape or not agree(alone, values.float(), _ROUNDING):
+    for block in extraction.blocks:
+        alone, together = torch.cat([part[block.name] for part in parts]).double(), whole[block.name].double()
+        if block.squared_norms and extraction.log:
+            # Norms that are 0 up to rounding have logarithms that differ.
+            alone, together = alone.exp(), together.exp()
+        if len(together) != min(8, samples) or not agree(alone, together, _ROUNDING):
             raise ValueError(
-                f"blocks must hold a row for each sample that is its own; {name!r} has other rows, or other values "
-                "with other samples in the batch"
+                f"blocks must hold a row for each sample that is its own; {block.name!r} has other rows, or other "
+                "values with other samples in the batch"
             )
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from sklearn.utils import check_random_state
 from torch import Tensor
 
 from fastgrad import checks
 from fastgrad.challenges import PixelRange
-from fastgrad.challenges.tokens import ids_of, iter_token_challenges
+from fastgrad.challenges.tokens import ids_of
 from fastgrad.detector import collect, constants
 from fastgrad.detector.collect import Drawn, Sample
 from fastgrad.detector.estimator import UncertaintyDetector
@@ -22,7 +21,7 @@ from fastgrad.detector.inputs import held_out_of
 
 @dataclass(frozen=True)
 class FitOptions:
-    """Arguments of `TwoStageModel.fit` of the same names."""
+    """Arguments of `TwoStageModel.fit`, and two of the model, of the same names."""
 
     clean: Iterable[Any]
     challenges: str | Iterable[Any] | None
@@ -30,11 +29,13 @@ class FitOptions:
     max_samples: int
     challenges_per_input: int | None
     risk: bool | None
-    correct: bool
+    correct: bool | Literal["always"]
     clip: tuple[float, float] | None
     mean: Sequence[float] | None
     std: Sequence[float] | None
     verbose: bool | None
+    budget: float
+    seed: int
 
     def normalisation(self, channels: int) -> list[list[float]] | None:
         """Return, from ``clip``, ``mean`` and ``std``, the mean and standard deviation that normalised unit images."""
@@ -45,7 +46,7 @@ class FitOptions:
         return [[float((m - black) / (white - black)) for m in mean], [float(s / (white - black)) for s in std]]
 
 
-def draw_all(options: FitOptions, seed: int, fraction: float | None) -> tuple[list[Drawn], Drawn | None]:
+def draw_all(options: FitOptions, fraction: float | None) -> tuple[list[Drawn], Drawn | None]:
     """Read all loaders once and return `Sample.clean` and `Sample.challenges`."""
     checks.at_least(constants.FEWEST_CLEAN, max_samples=options.max_samples)
     challenges, each = options.challenges, options.challenges_per_input
@@ -58,7 +59,7 @@ def draw_all(options: FitOptions, seed: int, fraction: float | None) -> tuple[li
 
     def draw(name: str, loader: Iterable[Any], shift: int) -> Drawn:
         checks.is_loader(name, loader)
-        return collect.draw(name, loader, options.max_samples, seed + shift, verbose=options.verbose)
+        return collect.draw(name, loader, options.max_samples, options.seed + shift, verbose=options.verbose)
 
     least = constants.FEWEST_CLEAN
     clean = [draw("clean", options.clean, 0)]
@@ -78,12 +79,7 @@ def draw_all(options: FitOptions, seed: int, fraction: float | None) -> tuple[li
 
 
 def build_sample(
-    drawn: list[Drawn],
-    given: Drawn | None,
-    classes: int,
-    seed: int,
-    detector: UncertaintyDetector,
-    options: FitOptions,
+    drawn: list[Drawn], given: Drawn | None, classes: int, detector: UncertaintyDetector, options: FitOptions
 ) -> Sample:
     """Check what was drawn, and decide what is held out and challenged."""
     clean, *others = drawn
@@ -108,18 +104,17 @@ def build_sample(
         raise ValueError(f"{what} needs at least {constants.FEWEST_LABELLED} inputs with labels; there were {labelled}")
     images = clean.images()
     pixels = _pixels(drawn, options)
-    each, tokens = 0, list[collect.Batch]()
+    each = 0
     if isinstance(options.challenges, str):
         _require_kind(clean, images)
         most = max(1, constants.MOST_CHALLENGES // int((~held_out).sum()))
         each = options.challenges_per_input or min(constants.EACH, most)
-        tokens = [] if images else _token_challenges(clean, ~held_out[:count], each, seed)
     different, least = len(np.setdiff1d(sources[:count], sources[count:])), constants.FEWEST_CLEAN
     if different < least:
         suffix = " that calibration does not give" if others else ""
         raise ValueError(f"clean must give at least {least} different inputs{suffix}; it gave {different}")
     normalisation = options.normalisation(images[0].shape[1]) if images else None
-    return Sample(drawn, given, labels, sources, held_out, each, pixels, tokens, normalisation)
+    return Sample(drawn, given, labels, sources, held_out, each, pixels, normalisation)
 
 
 def _pixels(drawn: list[Drawn], options: FitOptions) -> PixelRange | None:
@@ -162,17 +157,3 @@ def _require_kind(clean: Drawn, images: list[Tensor]) -> None:
             f"challenges can be generated from images (B, C, H, W) only; these had their channels last, {last}. "
             "Move them to dimension 1 (x.movedim(-1, 1)), and back in a module around the network"
         )
-
-
-def _token_challenges(clean: Drawn, fitting: NDArray[np.bool_], each: int, seed: int) -> list[collect.Batch]:
-    """Return challenges of token ids, ``each`` from every input that is fitted on; they need no network."""
-    tokens: list[collect.Batch] = list(
-        iter_token_challenges(clean.batches, np.flatnonzero(fitting).tolist(), each=each, seed=seed)
-    )
-    if not tokens:
-        raise ValueError(
-            "clean must give token ids that can be left out, moved or replaced, for challenges to be "
-            "generated; all were padding, alone in their input, or held by every input. Give "
-            "challenges=None, or a loader of challenges"
-        )
-    return tokens

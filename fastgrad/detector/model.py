@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -183,7 +183,7 @@ class TwoStageModel(nn.Module):
         max_samples: int = constants.MOST_CLEAN,
         challenges_per_input: int | None = None,
         risk: bool | None = None,
-        correct: bool = False,
+        correct: bool | Literal["always"] = False,
         clip: tuple[float, float] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -208,7 +208,8 @@ class TwoStageModel(nn.Module):
             risk: True refuses data without labels, False fits no risk, None fits it if at least 30 labels allow it.
             correct: Whether to learn a correction of the answers to unusual inputs from labels and generated challenges
                 (`fastgrad.introspection.correction`). It is kept only if it certainly answers inputs that it was not
-                fitted on better; otherwise a warning says by how much. The report shows both accuracies.
+                fitted on better; otherwise a warning says by how much. ``"always"`` keeps it anyway. The report shows
+                both accuracies.
             clip: Values of black and white of the images, before ``mean`` and ``std``. None means 0 and 1 with
                 ``mean``, or else the range of the images drawn from ``clean``.
             mean: Per-channel mean that normalised the images.
@@ -225,15 +226,15 @@ class TwoStageModel(nn.Module):
                 logits. The network or a block mixes samples of a batch.
                 All of it is checked before the first challenge is read.
         """
-        checks.is_bool(
-            **{name: v for name, v in (("risk", risk), ("verbose", verbose)) if v is not None}, correct=correct
-        )
+        checks.is_bool(**{name: v for name, v in (("risk", risk), ("verbose", verbose)) if v is not None})
+        if not isinstance(correct, bool) and correct != "always":
+            raise TypeError(f"correct must be True, False or 'always'; it was {correct!r}")
         options = loaders.FitOptions(
-            clean, challenges, calibration, max_samples, challenges_per_input, risk, correct, clip, mean, std, verbose
-        )
-        asked = fitting.Asked(self.model, self.detector, self.blocks, self.budget, self.seed)
+            clean, challenges, calibration, max_samples, challenges_per_input, risk, correct, clip, mean, std, verbose,
+            budget=self.budget, seed=self.seed,
+        )  # fmt: skip
         with buffers_kept(self.model):
-            parts = fitting.fit(asked, options, self._with)
+            parts = fitting.fit(self.model, self.detector, self.blocks, options, self._with)
         self._take(parts)
         return self
 

@@ -17,7 +17,7 @@ from fastgrad.detector.calibrate import Table, assign_folds, fit_scores, values_
 from fastgrad.detector.challenge_classifier import ChallengeClassifier
 from fastgrad.detector.constants import CAP, WEIGHT
 from fastgrad.detector.price import PriceReport
-from fastgrad.introspection.correction import Interval
+from fastgrad.metrics.interval import Interval
 from fastgrad.scores.conformal import PValues, weighted
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from fastgrad.detector.constants import FLOOR, RISK_STEPS
 from fastgrad.losses import compute_dtype
 from fastgrad.scores.fitted import Fitted
+from fastgrad.scores.softmax_regression import equal_shares
 from fastgrad.scores.temperature import Temperature
 
 
@@ -47,7 +48,7 @@ class NoisyOr(Fitted):
         usable = evidence.isfinite().all(1)
         other, evidence, event, challenging = (v[usable] for v in (other, evidence, event, challenging))
         rows = torch.cat([evidence, torch.ones_like(evidence[:, :1])], 1)
-        shares = torch.where(challenging, 0.5 / challenging.sum().double(), 0.5 / (~challenging).sum().double())
+        shares = equal_shares(challenging)
 
         def objective(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
             values = torch.from_numpy(flat)

@@ -5,9 +5,8 @@ Scores follow the estimators of this package: higher means less reliable. scikit
 """
 
 from fastgrad.metrics.calibration import Reliability, ece, mce, reliability
-from fastgrad.metrics.detection import fpr_at_tpr
 from fastgrad.metrics.risk_coverage import RiskCoverage, augrc, aurc, e_aurc, risk_coverage
-from fastgrad.metrics.thresholds import certified_threshold, false_alarm_threshold, threshold_for
+from fastgrad.metrics.thresholds import certified_threshold, false_alarm_threshold, fpr_at_tpr, threshold_for
 
 __all__ = [
     "Reliability",

@@ -1,4 +1,4 @@
-"""Thresholds of a score: from costs, or with a guarantee.
+"""Thresholds of a score: from costs, with a guarantee, or at a share of what is to be found.
 
 The guarantees are exact binomial bounds (Clopper and Pearson, "The use of confidence or fiducial limits illustrated in
 the case of the binomial", 1934). They hold for new inputs that could have been drawn along with the calibration inputs,
@@ -177,6 +177,25 @@ def false_alarm_threshold(uncertainty: ArrayLike | Tensor, max_rate: float = 0.0
     # The most alarms among n inputs that are improbable at a larger rate.
     alarms = int(np.flatnonzero(binom.cdf(np.arange(len(scores)), len(scores), max_rate) <= 1 - confidence)[-1])
     return float(np.sort(scores)[-alarms - 1])
+
+
+def fpr_at_tpr(clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor, tpr: float = 0.95) -> float:
+    """Return the share of clean samples flagged at the largest threshold that flags ``tpr`` of the challenging ones.
+
+    Args:
+        clean: Scores of clean samples ``(n,)``.
+        challenging: Scores of challenging samples ``(m,)``.
+        tpr: Share of challenging samples that are flagged, in (0, 1].
+
+    Raises:
+        TypeError: ``tpr`` is not a number.
+        ValueError: An argument is empty, not one-dimensional, not finite or out of range.
+    """
+    checks.lies_in("(0, 1]", tpr=tpr)
+    first, second = checks.vector("clean", clean), checks.vector("challenging", challenging)
+    # The k-th largest challenging score is the largest threshold that still flags k challenging samples.
+    needed = max(1, math.ceil(tpr * len(second) - 1e-9))
+    return float((first >= np.sort(second)[-needed]).mean())
 
 
 def _fewest(share: float, confidence: float) -> int:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small_nets import Net
 from torch import Tensor, nn
 
 from fastgrad._torch import flat_graph
@@ -31,50 +34,24 @@ def test_every_block_says_in_words_what_its_alarm_means() -> None:
         assert not set(text) & set(";.")
 
 
-class Residual(nn.Module):
+def summed(net: Any, x: Tensor) -> Tensor:
     """Two normalised convolutions with a sum around the second, activations in place."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
-        self.conv, self.second = nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(2, 4)
-        self.relu, self.head = nn.ReLU(inplace=True), nn.Linear(4, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.relu(self.norm(self.stem(x)))
-        x = self.relu(self.second(self.conv(x)) + x)
-        return self.head(x.mean((2, 3)))
+    x = net.relu(net.norm(net.stem(x)))
+    return net.head(net.relu(net.second(net.conv(x)) + x).mean((2, 3)))
 
 
-class Tokens(nn.Module):
+def masked(net: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Layer norms on tokens, an attention that a mask keeps from padding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 8)
-        self.first, self.second = nn.LayerNorm(8), nn.LayerNorm(8)
-        self.mix, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        x = self.first(self.embed(input_ids))
-        x = self.second(x + self.mix(x, x, x, key_padding_mask=attention_mask == 0, need_weights=False)[0])
-        return self.head(x[:, 0])
-
-
-class Recurrent(nn.Module):
-    """No normalisation at all."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm, self.head = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.lstm(x)[0][:, -1])
+    x = net.first(net.embed(input_ids))
+    x = net.second(x + net.mix(x, x, x, key_padding_mask=attention_mask == 0, need_weights=False)[0])
+    return net.head(x[:, 0])
 
 
 def residual() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    net = Residual().double().eval()
+    convs = {"stem": nn.Conv2d(3, 4, 3, padding=1), "conv": nn.Conv2d(4, 4, 3, padding=1)}
+    norms = {"norm": nn.BatchNorm2d(4), "second": nn.GroupNorm(2, 4)}
+    net = Net(summed, **convs, **norms, relu=nn.ReLU(inplace=True), head=nn.Linear(4, 5)).double().eval()
     with torch.no_grad():
         net.norm.running_mean.uniform_(-1, 1)
         net.norm.running_var.uniform_(0.5, 2)
@@ -115,17 +92,10 @@ def test_an_output_without_positions_is_read_as_it_is() -> None:
     expected = torch.cat([first, net[2](first.relu())], 1).detach()
     torch.testing.assert_close(Extraction(net, [Activations()])(x)[1]["activations"], expected)
 
-    class Pooled(nn.Module):
-        """Words, whose mean goes through a layer in place."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.words, self.pooler, self.head = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(self.pooler(self.words(x).mean(1)).tanh_())
-
-    pooled, x = Pooled().eval(), torch.randn(7, 9, 4)
+    # Words, whose mean goes through a layer in place.
+    layers = {"words": nn.Linear(4, 6), "pooler": nn.Linear(6, 5), "head": nn.Linear(5, 3)}
+    pooled, x = Net(lambda net, x: net.head(net.pooler(net.words(x).mean(1)).tanh_()), **layers), torch.randn(7, 9, 4)
+    pooled.eval()
     words = pooled.words(x)
     expected = torch.cat([words.square().mean(1).log(), pooled.pooler(words.mean(1))], 1).detach()
     torch.testing.assert_close(Extraction(pooled, [Activations()])(x)[1]["activations"], expected)
@@ -161,7 +131,8 @@ def test_view_is_a_divergence_under_the_same_network() -> None:
 # Attention has no batching rule for its backward pass in PyTorch: slower, not wrong.
 def test_padding_says_nothing() -> None:
     torch.manual_seed(0)
-    net = Tokens().double().eval()
+    layers = {"embed": nn.Embedding(11, 8), "mix": nn.MultiheadAttention(8, 2, batch_first=True)}
+    net = Net(masked, **layers, first=nn.LayerNorm(8), second=nn.LayerNorm(8), head=nn.Linear(8, 3)).double().eval()
     ids, mask = torch.randint(1, 11, (4, 6)), torch.ones(4, 6, dtype=torch.long)
     short = {"input_ids": ids[:, :4], "attention_mask": mask[:, :4]}
     mask[:, 4:] = 0
@@ -178,7 +149,9 @@ def test_padding_says_nothing() -> None:
 
 def test_a_network_without_normalisation_is_read_at_its_layers() -> None:
     torch.manual_seed(0)
-    net, x = Recurrent().double().eval(), torch.randn(5, 7, 4, dtype=torch.float64)
+    layers = {"lstm": nn.LSTM(4, 6, batch_first=True), "head": nn.Linear(6, 3)}
+    net = Net(lambda net, x: net.head(net.lstm(x)[0][:, -1]), **layers).double().eval()
+    x = torch.randn(5, 7, 4, dtype=torch.float64)
     subject = watch(net, *arguments(x))
     assert [place.path for place in subject.channels] == ["lstm"]
     _, values = Extraction(net, [Activations()])(x)
@@ -213,28 +186,52 @@ def test_a_block_of_ones_own_is_known_by_its_name() -> None:
         torch.testing.assert_close(values["brightness"], x.mean((1, 2, 3))[:, None])
     finally:
         del BLOCKS["brightness"]
-    with pytest.raises(ValueError, match=r"block must have a name of its own; Taken's was 'logits'"):
-        register_block(type("Taken", (Block,), {"name": "logits"}))
-    with pytest.raises(ValueError, match="Nameless's was ''"):
-        register_block(type("Nameless", (Block,), {}))
-    with pytest.raises(TypeError, match="subclass of Block; it was 5"):
-        register_block(5)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"made without arguments; Needing needs \['level'\]"):
-        register_block(type("Needing", (Block,), {"name": "needing", "__init__": lambda self, level: None}))
-    # A file would forget the level.
-    make = {"name": "forgetting", "__init__": lambda self, level=1, size=2: None, "options": lambda self: {"size": 2}}
-    with pytest.raises(TypeError, match=r"its arguments from options\(\); Forgetting has none for \['level'\]"):
-        register_block(type("Forgetting", (Block,), make))
-    assert not {"needing", "forgetting"} & set(BLOCKS)
-    for name in ("my.block", "training", "forward", "challenges"):
-        with pytest.raises(ValueError, match=f"name of a block must .*; it was '{name}'"):
-            type("Named", (Block,), {"name": name})
-    array = type("Other", (Block,), {"name": "array", "values": lambda self, found: found.image().numpy()})()
-    without = type("Without", (Block,), {"name": "without"})()
-    with pytest.raises(NotImplementedError, match="the block 'without' must define values"):
-        Extraction(net, [without])(x)
-    with pytest.raises(TypeError, match=r"values of the block 'array' must be a torch\.Tensor; it was ndarray"):
-        Extraction(net, [array])(x)
+
+
+def own(**members: Any) -> type[Block]:
+    return type("Own", (Block,), members)
+
+
+def needing(self: Any, level: Any) -> None: ...
+
+
+def forgetting(self: Any, level: int = 1, size: int = 2) -> None: ...
+
+
+#: What cannot be a block, or cannot be registered.
+REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (lambda: register_block(own(name="logits")), ValueError, "block must have a name of its own; Own's was 'logits'"),
+    (lambda: register_block(own()), ValueError, "Own's was ''"),
+    (lambda: register_block(5), TypeError, "subclass of Block; it was 5"),
+    (
+        lambda: register_block(own(name="needing", __init__=needing)),
+        TypeError, r"made without arguments; Own needs \['level'\]",
+    ),
+    (  # a file would forget the level
+        lambda: register_block(own(name="forgetting", __init__=forgetting, options=lambda self: {"size": 2})),
+        TypeError, r"its arguments from options\(\); Own has none for \['level'\]",
+    ),
+    *((partial(own, name=name), ValueError, f"name of a block must .*; it was '{name}'")
+      for name in ("my.block", "training", "forward", "challenges")),
+    (lambda: extracted(own(name="without")()), NotImplementedError, "the block 'without' must define values"),
+    (
+        lambda: extracted(own(name="array", values=lambda self, found: found.image().numpy())()),
+        TypeError, r"values of the block 'array' must be a torch\.Tensor; it was ndarray",
+    ),
+]  # fmt: skip
+
+
+def extracted(block: Block) -> Any:
+    net, x = residual()
+    return Extraction(net, [block])(x)
+
+
+@pytest.mark.parametrize(("call", "error", "words"), REFUSED)
+def test_no_block(call: Callable[[], Any], error: type[Exception], words: str) -> None:
+    known = set(BLOCKS)
+    with pytest.raises(error, match=words):
+        call()
+    assert set(BLOCKS) == known
 
 
 @pytest.mark.parametrize("name", sorted(BLOCKS))
@@ -252,56 +249,37 @@ def test_nothing_of_the_model_is_changed_also_after_an_error(name: str) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
-class Positions(nn.Module):
+def positions() -> nn.Module:
     """Layer norms and linear layers, as a transformer has them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.hidden = nn.LayerNorm(6), nn.Linear(6, 8)
-        self.second, self.back = nn.LayerNorm(8), nn.Linear(8, 6)
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head((x + self.back(self.second(self.hidden(self.first(x))))).mean(1))
+    norms = {"first": nn.LayerNorm(6), "second": nn.LayerNorm(8)}
+    layers = {"hidden": nn.Linear(6, 8), "back": nn.Linear(8, 6), "head": nn.Linear(6, 3)}
+    return Net(lambda net, x: net.head((x + net.back(net.second(net.hidden(net.first(x))))).mean(1)), **norms, **layers)
 
 
 def test_a_network_with_layer_norms_is_read_at_its_layers() -> None:
     """Every position has one scale behind a layer norm, however unusual it is."""
-    subject = watch(Positions().eval(), *arguments(torch.randn(4, 5, 6)))
+    subject = watch(positions().eval(), *arguments(torch.randn(4, 5, 6)))
     assert [place.path for place in subject.channels] == ["hidden", "back"]
     # A layer that is called twice has no one output.
-    twice, square = Positions().eval(), nn.Linear(6, 6)
+    twice, square = positions().eval(), nn.Linear(6, 6)
     twice.back = nn.Sequential(twice.back, square, square)
     subject = watch(twice, *arguments(torch.randn(4, 5, 6)))
     assert [place.path for place in subject.channels] == ["hidden", "back.0"]
 
 
-class Siamese(nn.Module):
-    """One layer for both halves of an input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layer(x[:, :3]) * self.layer(x[:, 3:]))
-
-
 def test_a_network_whose_layers_are_called_twice_is_refused_for_that() -> None:
+    layers = {"layer": nn.Linear(3, 4), "head": nn.Linear(4, 3)}
+    siamese = Net(lambda net, x: net.head(net.layer(x[:, :3]) * net.layer(x[:, 3:])), **layers)
     with pytest.raises(ValueError, match=r"'activations': the network calls no .* layer but the last exactly once"):
-        Extraction(Siamese().eval(), [Activations()])(torch.randn(4, 6))
+        Extraction(siamese.eval(), [Activations()])(torch.randn(4, 6))
 
 
 def test_layer_norms_are_read_where_there_is_nothing_else() -> None:
-    net = Positions().eval()
+    net = positions().eval()
     net.hidden = nn.Sequential(nn.Identity())
     net.second, net.back = nn.LayerNorm(6), nn.Identity()
     subject = watch(net, *arguments(torch.randn(4, 5, 6)))
     assert [place.path for place in subject.channels] == ["first", "second"]
-
-
-class Conv2dNormActivation(nn.Sequential):
-    """A container named as torchvision names its own."""
 
 
 class Normalize(nn.Module):
@@ -312,8 +290,11 @@ class Normalize(nn.Module):
 
 
 def test_containers_and_scaled_pixels_are_no_normalisation_layers() -> None:
+    # A container named as torchvision names its own.
+    named = type("Conv2dNormActivation", (nn.Sequential,), {})
+
     def unit(inputs: int, outputs: int) -> nn.Module:
-        return Conv2dNormActivation(nn.Conv2d(inputs, outputs, 3), nn.BatchNorm2d(outputs), nn.ReLU())
+        return named(nn.Conv2d(inputs, outputs, 3), nn.BatchNorm2d(outputs), nn.ReLU())
 
     net = nn.Sequential(Normalize(), unit(3, 8), unit(8, 8), nn.Flatten(), nn.Linear(8 * 16, 3)).eval()
     places = watch(net, *arguments(torch.randn(3, 3, 8, 8))).channels
@@ -382,17 +363,11 @@ def test_a_grid_takes_evenly_spaced_positions_inside_any_map(shape: tuple[int, .
     assert channels.channel_dim(nn.Linear(3, 4), tuple(value.shape[1:2])) is None
 
 
-class FrozenBatchNorm2d(nn.Module):
-    """As detectors have it: no class of PyTorch's own."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.ones(channels))
-
-
 @pytest.mark.parametrize("size", [4, 5])
 def test_maps_as_wide_as_they_have_channels_are_read_by_channel(size: int) -> None:
-    assert channels.channel_dim(FrozenBatchNorm2d(4), (3, 4, size, size)) == 1
+    # As detectors have it: no class of PyTorch's own.
+    frozen = type("FrozenBatchNorm2d", (nn.Module,), {"weight": torch.ones(4)})()
+    assert channels.channel_dim(frozen, (3, 4, size, size)) == 1
     assert channels.channel_dim(nn.LayerNorm(size), (3, 4, size, size)) == -1
 
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from small_images import images, small_network
 from small_nets import Net
 from torch import nn
 
+import fastgrad
 from fastgrad.blocks import Activations, Contrasts, Features, Gradients
 from fastgrad.blocks.extraction import Extraction
 from fastgrad.blocks.subject import watch
@@ -18,6 +20,37 @@ def unmappable(net: Any, x: torch.Tensor) -> torch.Tensor:
     """``vmap`` refuses ``.item()``."""
     h = torch.tanh(net.inner(x))
     return net.head(h if h.sum().item() < torch.inf else x)
+
+
+def decoyed(net: Any, x: torch.Tensor) -> Any:
+    logits = net.head(net.body(x))
+    net.decoy(logits)
+    return {"logits": logits}
+
+
+HEADS: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
+    "last": (small_network, "6"),
+    "before another": (
+        lambda: Net(decoyed, body=nn.Flatten(), head=nn.Linear(192, 3), decoy=nn.Linear(3, 3)), "head",
+    ),
+    "none": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.Sigmoid()), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_the_layer_that_returned_the_logits(case: str) -> None:
+    make, head = HEADS[case]
+    assert watch(make(), (images(2),), {}).head == head
+
+
+def test_blocks_hold_what_they_say() -> None:
+    network, x = small_network().eval(), images(4)
+    logits, blocks = Extraction(network, [Gradients(), Features()], log=False)(x)
+    torch.testing.assert_close(blocks["features"], network[:-1](x).detach())
+    torch.testing.assert_close(logits, network(x).detach())
+    ones = fastgrad.target_sqnorm(blocks["features"], logits, "ones", loss="bce", bias=False)
+    place = [name for name, _ in network.named_parameters()].index("6.weight")
+    torch.testing.assert_close(blocks["gradients"][:, 0, place], ones, rtol=1e-4, atol=0)
 
 
 def test_h_where_the_network_runs_more_than_once() -> None:

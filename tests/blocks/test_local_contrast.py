@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from small_nets import Net
 from torch import Tensor, nn
 
 from fastgrad.blocks import Roughness
 from fastgrad.blocks.extraction import Extraction
-from fastgrad.blocks.image import image_statistics
-from fastgrad.blocks.local_contrast import mean_extremes
-from fastgrad.blocks.roughness import roughness
+from fastgrad.blocks.local_contrast import image_statistics, mean_extremes, roughness
 from fastgrad.blocks.subject import is_image, watch
 
 EPS = torch.finfo(torch.float32).eps
@@ -138,35 +137,30 @@ def test_what_is_no_image_is_refused(value: object) -> None:
             image_statistics(value)
 
 
-class Classifier(nn.Module):
+def classifier(*layers: nn.Module, width: int) -> Net:
     """Layers, a mean over what is left of positions, and a head."""
-
-    def __init__(self, *layers: nn.Module, width: int) -> None:
-        super().__init__()
-        self.layers, self.head = nn.Sequential(*layers), nn.Linear(width, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layers(x).flatten(2).mean(2))
+    head = nn.Linear(width, 5)
+    return Net(lambda net, x: net.head(net.layers(x).flatten(2).mean(2)), layers=nn.Sequential(*layers), head=head)
 
 
 def test_normalised_maps_come_before_others() -> None:
     torch.manual_seed(0)
-    net = Classifier(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(True), nn.Conv2d(4, 6, 3), width=6).eval()
+    net = classifier(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(True), nn.Conv2d(4, 6, 3), width=6).eval()
     x = torch.randn(7, 3, 9, 8)
     assert watch(net, (x,), {}).first == "layers.1"
     logits, values = Extraction(net, [Roughness()])(x)
     expected = roughness(net.layers[1](net.layers[0](x)).detach())
     torch.testing.assert_close(values["roughness"], expected, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(logits, net(x).detach())
-    plain = Classifier(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), width=6).eval()
+    plain = classifier(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), width=6).eval()
     assert watch(plain, (x,), {}).first == "layers.0"
 
 
 @pytest.mark.parametrize(
     ("net", "shape"),
     [
-        (Classifier(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), width=4), (2, 3, 20)),
-        (Classifier(nn.Conv2d(3, 4, 3, stride=4), width=4), (2, 3, 8, 8)),
+        (classifier(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), width=4), (2, 3, 20)),
+        (classifier(nn.Conv2d(3, 4, 3, stride=4), width=4), (2, 3, 8, 8)),
     ],
     ids=["signals", "maps without neighbours"],
 )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_nets import Net
 from torch import Tensor, nn
 
 from fastgrad import TwoStageModel
@@ -126,7 +127,13 @@ BAD: dict[str, tuple[Callable[[TwoStageModel], Any], str]] = {
     "some labels": (lambda m: m.fit([*pairs(CLEAN[:40]), CLEAN[40:]]), "20 of 60 inputs had no label"),
     "other count": (lambda m: m.fit([(CLEAN, torch.arange(5))]), "a batch had 60 inputs and 5"),
     "risk": (lambda m: m.fit([CLEAN], risk=True), "risk=True needs at least 30 inputs with labels; there were 0"),
-    "risk of few": (lambda m: m.fit(pairs(CLEAN[:25]), risk=True), "at least 30 inputs with labels; there were 25"),
+    "risk of one too few": (lambda m: m.fit(pairs(CLEAN[:29]), risk=True), "risk=True needs at least 30 .* were 29"),
+    "correction of too few": (lambda m: m.fit(pairs(CLEAN[:29]), correct=True), "correct=True needs .* there were 29"),
+    "correction without labels": (lambda m: m.fit([CLEAN], correct=True), "needs challenges='generate' .* no labels"),
+    "correction without challenges": (
+        lambda m: m.fit(pairs(CLEAN), None, correct=True),
+        "correct=True needs challenges='generate' .* other challenges or none",
+    ),
     "constant": (lambda m: m.fit([torch.ones(60, 3, 4, 4)]), "images that show something; every one was constant"),
     "infinite": (lambda m: m.fit([CLEAN / 0]), "finite images"),
     "range": (lambda m: m.fit([CLEAN * 255], clip=(0, 1)), "must lie in the range that clip, mean and std give"),
@@ -181,21 +188,6 @@ def test_bad_input_is_refused_before_any_challenge_is_made(case: str, monkeypatc
         fit(TwoStageModel(network(), blocks=["logits"]))
 
 
-def test_what_the_answer_needs_is_refused_before_any_challenge_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*_: object, **__: object) -> None:
-        raise AssertionError("a challenge was made")
-
-    monkeypatch.setattr(collect, "iter_challenges", never)
-    for options in ({"risk": True}, {"correct": True}):
-        with pytest.raises(
-            ValueError, match=rf"{next(iter(options))}=True needs at least 30 inputs with labels; there were 29"
-        ):
-            TwoStageModel(network(), blocks=["logits"]).fit(pairs(CLEAN[:29]), **options)
-    masked = nn.Sequential(network(), nn.Threshold(-0.15, -math.inf))
-    with pytest.raises(ValueError, match=r"clean and calibration must give .* blocks are finite; \['logits'\]"):
-        TwoStageModel(masked, blocks=["logits"]).fit([CLEAN])
-
-
 def test_what_the_network_can_take_is_no_mistake() -> None:
     """Inputs that lack a dimension, which the network adds; dark images, of which no challenges are made."""
     flat = nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (-1, 48)), nn.Linear(48, 3)).eval()
@@ -207,17 +199,15 @@ def test_what_the_network_can_take_is_no_mistake() -> None:
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_a_network_without_an_answer_is_not_calibrated(value: float) -> None:
-    class Overflowing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network()
-
-        def forward(self, x: Tensor) -> Tensor:
-            logits: Tensor = self.network(x)
-            return logits.index_fill(1, torch.tensor(1), value).where(x[:, :1, 0, 0] > x[:, 1:2, 0, 0], logits)
+    def overflowing(net: Any, x: Tensor) -> Tensor:
+        logits: Tensor = net.network(x)
+        return logits.index_fill(1, torch.tensor(1), value).where(x[:, :1, 0, 0] > x[:, 1:2, 0, 0], logits)
 
     with pytest.raises(ValueError, match=r"clean .* an answer to; for \d+ it gave NaN or infinity"):
-        TwoStageModel(Overflowing(), blocks=["image"]).fit(pairs(CLEAN), None)
+        TwoStageModel(Net(overflowing, network=network()), blocks=["image"]).fit(pairs(CLEAN), None)
+    masked = nn.Sequential(network(), nn.Threshold(-0.15, -math.inf))
+    with pytest.raises(ValueError, match=r"clean and calibration must give .* blocks are finite; \['logits'\]"):
+        TwoStageModel(masked, blocks=["logits"]).fit([CLEAN])
 
 
 def test_labels_of_the_calibration_count_for_the_risk() -> None:
@@ -226,18 +216,6 @@ def test_labels_of_the_calibration_count_for_the_risk() -> None:
     assert "from 60 clean inputs" in str(model.report())
     model.fit([CLEAN[:25]], None, pairs(CLEAN[25:]), risk=True)
     assert "from 35 clean inputs" in str(model.report())
-
-
-def test_a_correction_needs_labels_and_generated_challenges() -> None:
-    model = TwoStageModel(network(), blocks=["logits"])
-    for clean, challenges, had in (
-        ([CLEAN], "generate", "no labels"),
-        (pairs(CLEAN), None, "other challenges or none"),
-    ):
-        with pytest.raises(ValueError, match=f"correct=True needs challenges='generate' .* {had}"):
-            model.fit(clean, challenges, correct=True)
-    with pytest.raises(TypeError, match="clean must be a loader of batches; it was Tensor"):
-        model.fit(CLEAN)
 
 
 def test_without_labels_there_is_no_risk_and_the_report_says_so() -> None:

@@ -17,7 +17,6 @@ from fastgrad.detector.fitting import _blocks
 from fastgrad.detector.model import TwoStageModel
 from fastgrad.detector.price import DEFAULT_BLOCKS, EXTENDED_BLOCKS, _seconds, fit_to_budget, price
 from fastgrad.detector.report import Report
-from fastgrad.introspection.correction import choose
 
 
 @pytest.fixture(autouse=True)
@@ -125,12 +124,10 @@ def test_the_answer_itself_is_measured_and_the_model_stays_as_it_was(counting, i
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("correct", [False, True])
+@pytest.mark.parametrize("correct", [False, "always"])
 def test_a_fit_measures_the_parts_that_its_user_will_call(monkeypatch, correct):
     measured = []
     monkeypatch.setattr("fastgrad.detector.price.price", lambda _, run, *__: (measured.append(run), (1.0, 0.0))[1])
-    # Whatever the correction is, it is kept.
-    monkeypatch.setattr(fitting, "choose", lambda data, seed, draft: choose(data, seed, draft=True))
     x = torch.rand(60, 3, 8, 8)
     two_stage = TwoStageModel(network()).fit([(x, torch.arange(60) % 4)], correct=correct, verbose=False)
 
@@ -143,15 +140,16 @@ def test_a_fit_measures_the_parts_that_its_user_will_call(monkeypatch, correct):
     answer = draft(take(x, slice(0, 5), 60))
     assert torch.equal(answer.logits, two_stage(x[:5]).logits)
     assert (answer.risk is None) == (two_stage.risk_ is None)
-    assert (draft.correction_ is None) != correct
+    assert (draft.correction_ is None) != bool(correct)
+    assert ("correction    kept as asked, but not certainly better: " in str(two_stage.report())) == bool(correct)
 
 
 def test_dropped_blocks_cause_no_further_fit(monkeypatch):
     fitted, drafts = [], []
+    chosen, plain = fitting.choose, fitting.fit_table
     monkeypatch.setattr(
-        fitting, "choose", lambda data, seed, draft: (drafts.append(draft), choose(data, seed, draft=True))[1]
+        fitting, "choose", lambda *given, draft, **how: (drafts.append(draft), chosen(*given, draft=draft, **how))[1]
     )
-    plain = fitting.fit_table
     monkeypatch.setattr("fastgrad.detector.price.price", lambda *_: (9.0, 0.0))
     monkeypatch.setattr(
         fitting, "fit_table", lambda *given, draft: (fitted.append(draft), plain(*given, draft=draft))[1]
@@ -159,7 +157,7 @@ def test_dropped_blocks_cause_no_further_fit(monkeypatch):
     x = torch.rand(60, 3, 8, 8)
     two_stage = TwoStageModel(network())
     with pytest.warns(RuntimeWarning, match="which is kept alone"):
-        two_stage.fit([(x, torch.arange(60) % 4)], correct=True, verbose=False)
+        two_stage.fit([(x, torch.arange(60) % 4)], correct="always", verbose=False)
     assert len(two_stage.report().price.dropped) == len(DEFAULT_BLOCKS) - 1
     assert drafts == fitted == [True] * len(DEFAULT_BLOCKS) + [False]
     assert two_stage.gate_ is not None
@@ -224,6 +222,5 @@ def test_the_price_of_single_inputs_is_measured_too_and_said_where_it_is_above_t
 
 def test_presets_hold_known_blocks_and_the_second_pass_begins_at_two():
     for budget, names in ((1.2, DEFAULT_BLOCKS), (2.0, (*DEFAULT_BLOCKS, "view"))):
-        two_stage = TwoStageModel(network(), budget=budget)
-        assert tuple(block.name for block in _blocks(two_stage, two_stage)) == names
+        assert tuple(block.name for block in _blocks(None, budget, None)) == names
     assert set(EXTENDED_BLOCKS) <= set(BLOCKS)

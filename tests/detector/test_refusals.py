@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.exceptions import NotFittedError
+from small_nets import Net
 from torch import nn
 
 from fastgrad import TwoStageModel, UncertaintyDetector
@@ -61,11 +62,9 @@ class Silent(Logits):
         return iter(())
 
 
-class Centred(nn.Module):
+def centred(net: Any, x: torch.Tensor) -> Any:
     """Scales inputs by what is usual in their batch."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (x - x.mean()) / x.std()
+    return net.net((x - x.mean()) / x.std())
 
 
 def scripted() -> nn.Module:
@@ -76,13 +75,6 @@ def scripted() -> nn.Module:
 def made_in_inference_mode() -> nn.Module:
     with torch.inference_mode():
         return copy.deepcopy(NET)
-
-
-class Logarithm(nn.Module):
-    """Has no value for black."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.log()
 
 
 HEADLESS = r"the network can serve, .*'logits'.*; 'features': .*linear layer"
@@ -120,6 +112,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "another network's": (lambda: TwoStageModel(NET, detector=fitted())(IMAGES), ValueError, "'gradients' must have"),
     "seed": (lambda: TwoStageModel(NET, seed=-1), ValueError, "seed must be an integer"),
     "no fit": (lambda: TwoStageModel(NET)(IMAGES), RuntimeError, "must be fitted first"),
+    "nothing to explain": (lambda: TwoStageModel(NET).explain(IMAGES), RuntimeError, "must be fitted first"),
     "no report": (lambda: TwoStageModel(NET).report(), RuntimeError, "a report needs a fit"),
     "unknown": (lambda: TwoStageModel(NET, blocks=["colours"]), ValueError, "among .*'image'.*; one was 'colours'"),
     "twice": (lambda: TwoStageModel(NET, blocks=["logits", Logits()]), ValueError, "differ; 'logits' was there twice"),
@@ -136,12 +129,14 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "softmax": (lambda: TwoStageModel(nn.Sequential(NET, nn.Softmax(1))).fit([IMAGES], None), ValueError, SOFTMAX),
     "one output": (lambda: TwoStageModel(ONE).fit([(IMAGES, torch.ones(60))], None), ValueError, "with one output"),
     "last": (lambda: TwoStageModel(FLAT).fit([IMAGES.movedim(1, -1)]), ValueError, r"last, \(60, 8, 8, 3\). Move"),
-    "mixing": (lambda: TwoStageModel(nn.Sequential(Centred(), NET)).fit([IMAGES]), ValueError, "its logits of a s"),
+    "mixing": (lambda: TwoStageModel(Net(centred, net=NET)).fit([IMAGES]), ValueError, "its logits of a s"),
     "ranked": (lambda: TwoStageModel(NET, blocks=[Logits(), Ranked()]).fit([IMAGES]), ValueError, "'ranked' has other"),
     "summed": (lambda: TwoStageModel(NET, blocks=[Summed()]).fit([*IMAGES.split(1)]), ValueError, "'summed' has one"),
     "pixels": (lambda: TwoStageModel(FLAT, blocks=["image"]).fit([IMAGES.view(60, 48, 2, 2)]), ValueError, "3 x 3"),
+    "no loader": (lambda: TwoStageModel(NET).fit(IMAGES), TypeError, "a loader of batches; it was Tensor"),
     "few": (lambda: TwoStageModel(NET).fit([IMAGES[:3]], None), ValueError, "at least"),
     "risk": (lambda: TwoStageModel(NET).fit([IMAGES], None, risk="yes"), TypeError, "risk must be .* 'yes'"),  # type: ignore[arg-type]
+    "correct": (lambda: TwoStageModel(NET).fit([IMAGES], None, correct="yes"), TypeError, "'always'; it was 'yes'"),  # type: ignore[arg-type]
     "verbose": (lambda: TwoStageModel(NET).fit([IMAGES], None, verbose=2), TypeError, "verbose must be .* 2"),  # type: ignore[arg-type]
     "no score": (lambda: TwoStageModel(NET, blocks=[Silent()]).fit([IMAGES], None), ValueError, "at least one score"),
     "correction without a layer": (
@@ -156,7 +151,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "sparse": (lambda: TwoStageModel(NET).fit([IMAGES], [IMAGES.to_sparse()]), ValueError, "challenges must be dense"),
     "no answer": (lambda: TwoStageModel(NET).fit([IMAGES], [WITHOUT]), ValueError, "challenges must .* 60 it"),
     "no answer to some": (
-        lambda: TwoStageModel(nn.Sequential(Logarithm(), NET)).fit([0.1 + 0.8 * IMAGES]), ValueError,
+        lambda: TwoStageModel(Net(lambda net, x: net.net(x.log()), net=NET)).fit([0.1 + 0.8 * IMAGES]), ValueError,
         r"challenges must give .* NaN or infinity\. They were generated: give the clip of the images, a loader",
     ),
     "no answers": (lambda: TwoStageModel(NET).fit([IMAGES], None, [WITHOUT]), ValueError, "calibration must .* 60 it"),

@@ -26,6 +26,7 @@ FORMS = {
     "forward": ["logits", "features", "activations", "image", "roughness"],
     "view": ["logits", "activations", "view"],
     "contrasts": ["contrasts", "logits", "features", "image"],
+    "corrected": ["logits", "activations"],
 }
 
 
@@ -43,4 +44,11 @@ def two_stage_model(form: str) -> TwoStageModel:
         nn.functional.cross_entropy(net(x), labels).backward()
         optimizer.step()
     # In training mode, as it comes from a training loop: a fitted module is exported as it is.
-    return TwoStageModel(net, blocks=FORMS[form]).fit([(shapes(400, 1)[0],)], None)
+    live = TwoStageModel(net, blocks=FORMS[form])
+    if form != "corrected":
+        return live.fit([(shapes(400, 1)[0],)], None)
+    # Labels that the network does not know, but h does.
+    x, labels = shapes(400, 1)
+    live.fit([(x, (labels + 1) % 4)], correct=True)
+    assert live.correction_ is not None
+    return live

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from fastgrad.introspection.correction import Interval, Labelled, choose, mixed
+from fastgrad.introspection.correction import Labelled, choose, mixed
 
 
 def labelled(count: int, *, shift: float) -> Labelled:
@@ -36,6 +37,7 @@ def test_what_h_knows_beside_the_logits_corrects_challenges_and_leaves_clean_inp
     # The answers by folds say what answers to new inputs are like.
     estimate = (found.log_p.argmax(1) == labelled(150, shift=3.0).labels)[150:].double().mean()
     assert abs(float(estimate - right[new.challenging].mean())) < 0.1
+    assert found.words.startswith("kept: ")
     assert "of 150 clean inputs right by the network" in found.words
 
 
@@ -47,7 +49,12 @@ def test_without_anything_to_correct_the_network_answers_alone() -> None:
     ):
         found = choose(data, 0)
     assert found.correction is None
+    assert found.words.startswith("not kept: ")
     assert torch.equal(found.log_p, data.logits.double().log_softmax(1))
+    with warnings.catch_warnings(action="error"):
+        anyway = choose(data, 0, always=True)
+    assert anyway.correction is not None
+    assert anyway.words == found.words.replace("not kept", "kept as asked, but not certainly better")
 
 
 def test_a_draft_changes_no_answer() -> None:
@@ -55,10 +62,3 @@ def test_a_draft_changes_no_answer() -> None:
     found = choose(data, 0, draft=True)
     assert found.correction is not None
     assert torch.equal(found.correction(data.h, data.logits), data.logits)
-
-
-def test_values_of_one_source_count_once() -> None:
-    values = np.random.default_rng(0).normal(size=100)
-    once, twice = Interval.of(values, np.arange(100)), Interval.of(np.tile(values, 2), np.tile(np.arange(100), 2))
-    assert twice == pytest.approx(once)
-    assert once.half == pytest.approx(1.96 * values.std() / 10)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import fastgrad
 from fastgrad import metrics
+from fastgrad.metrics.interval import Interval
 
 
 def scores(seed: int, ties: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -246,3 +247,10 @@ def test_what_holds_no_real_numbers_is_refused_by_name(name: str, call, what: st
 def test_a_rate_that_is_no_number_is_refused_by_name(tpr: object) -> None:
     with pytest.raises(TypeError, match="tpr must be a number; it was"):
         metrics.fpr_at_tpr([1.0], [2.0], tpr)  # type: ignore[arg-type]
+
+
+def test_values_of_one_source_count_once() -> None:
+    values = np.random.default_rng(0).normal(size=100)
+    once, twice = Interval.of(values, np.arange(100)), Interval.of(np.tile(values, 2), np.tile(np.arange(100), 2))
+    assert twice == pytest.approx(once)
+    assert once.half == pytest.approx(1.96 * values.std() / 10)

@@ -48,7 +48,7 @@ def in_onnx(form: str) -> tuple[TwoStageModel, ModelPackage]:
 
 
 @pytest.mark.parametrize(
-    "form", [pytest.param(form, marks=[] if form == "forward" else pytest.mark.slow) for form in FORMS]
+    "form", [pytest.param(form, marks=[] if form in ("forward", "corrected") else pytest.mark.slow) for form in FORMS]
 )
 def test_every_block_in_onnx(form: str) -> None:
     live, package = in_onnx(form)
@@ -58,8 +58,8 @@ def test_every_block_in_onnx(form: str) -> None:
         x, _ = shapes(batch, 2000 + batch)
         (prediction, evidence), (expected, reasons, _) = package.explain(x), live.explain(x)
         assert list(evidence) == list(reasons)
-        for ours, theirs in zip(prediction[:3], expected[:3], strict=True):
-            assert difference(ours, theirs) <= ROUNDING
+        for ours, theirs in zip(prediction, expected, strict=True):  # without labels there is no risk
+            assert ours is theirs or difference(ours, theirs) <= ROUNDING
         for block, found in evidence.items():
             assert difference(found, reasons[block]) <= ROUNDING
 

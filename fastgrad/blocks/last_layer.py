@@ -1,4 +1,4 @@
-"""h, the input of the last linear layer."""
+"""The last linear layer: its input h, and the squared norms of its gradients for all contrast classes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from fastgrad.blocks.block import JOINT, Array, Block, Part, Settings
 from fastgrad.blocks.forward import Pass, Reading
 from fastgrad.blocks.subject import Subject
+from fastgrad.gradients.contrasts import contrast_sqnorm
 from fastgrad.scores.rows import ScoreRows
 
 
@@ -17,7 +18,6 @@ class Features(Block):
 
     name = "features"
     alarm = "last features unlike those of known inputs"
-    shapes = "(B, D)"
 
     def refusal(self, subject: Subject) -> str | None:
         return None if subject.head is not None else "the network does not end in a linear layer"
@@ -29,9 +29,30 @@ class Features(Block):
         return found.readings(self.name)[0]
 
     @classmethod
+    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
+        yield cls.distance(blocks, settings)
+
+    @classmethod
     def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> ScoreRows:
         return cls.rows(blocks, settings, **JOINT)
 
+
+class Contrasts(Features):
+    """`fastgrad.contrast_sqnorm` of h and the logits, ``(B, N)``: a function of the softmax and ``||h||`` alone."""
+
+    name = "contrasts"
+    alarm = "other answers unusually near or far"
+    ranks = (2, 3, 4)
+    shapes = "(B, N), (B, N, P) or (B, S, N, P)"
+    squared_norms = True
+
+    def values(self, found: Pass) -> Tensor:
+        return contrast_sqnorm(super().values(found), found.logits, bias=found.subject.bias, log=found.log)
+
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        yield cls.distance(blocks, settings)
+        yield cls.mixture(blocks, settings, rank=True)
+
+    @classmethod
+    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> ScoreRows:
+        return cls.rows(blocks, settings, rank=True)

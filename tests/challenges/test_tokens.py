@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_nets import Net
 from torch import Tensor, nn
 
 from fastgrad import TwoStageModel
@@ -154,17 +155,6 @@ def test_a_mask_has_any_dtype(dtype: torch.dtype) -> None:
         assert torch.equal(made["attention_mask"], wanted["attention_mask"].to(dtype))
 
 
-class Spectrum(nn.Module):
-    """A network of complex numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(16, 8), nn.Linear(8, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(torch.view_as_real(x).flatten(1)).tanh())
-
-
 BAD: dict[str, tuple[Any, str]] = {
     "complex": (torch.randn(40, 8, dtype=torch.complex64), "token ids have an integer dtype"),
     "one token": (torch.arange(40)[:, None], "clean must give token ids that can be left out, moved or replaced"),
@@ -178,7 +168,9 @@ BAD: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_what_no_challenges_are_made_of_is_refused(case: str) -> None:
     given, message = BAD[case]
-    network = Spectrum() if case == "complex" else Reader()
+    layers = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 2))
+    spectrum = Net(lambda net, x: net.layers(torch.view_as_real(x)), layers=layers)
+    network = spectrum if case == "complex" else Reader()
     with pytest.raises(ValueError, match=message):
         TwoStageModel(network.eval(), blocks=["logits"]).fit([given])
 

@@ -1,0 +1,89 @@
+"""What is refused: the message names the argument."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from small_images import photos, small_net
+from small_nets import Net
+from torch import Generator
+
+from fastgrad.challenges import PixelRange, challenge_cost, fgsm, generate_challenges, iter_challenges, pgd
+
+
+def made(**given: Any) -> Any:
+    return generate_challenges(**{"model": small_net(), "images": photos(), **given})
+
+
+def turns(images: Any = None, **given: Any) -> Any:
+    return iter_challenges(None, photos() if images is None else images, **{"names": ["noise"], **given})
+
+
+def attacked(attack: Any, **given: Any) -> Any:
+    arguments = {"model": small_net(), "unit": photos(), "epsilon": 0.1, "generator": Generator()}
+    return attack(**{**arguments, "pixels": PixelRange.of(photos(), clip=(0, 1)), **given})
+
+
+#: Of both attacks.
+ATTACKS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"model": print}, TypeError, "model must be a Module"),
+    ({"unit": [0.5]}, TypeError, "unit must be a torch.Tensor"),
+    ({"unit": torch.zeros(3, 8, 8)}, ValueError, "unit must have shape"),
+    ({"unit": 255 * photos()}, ValueError, r"unit must lie in \[0, 1\] .*; it reached \["),
+    ({"unit": photos() - torch.nan}, ValueError, "unit must be finite"),
+    ({"epsilon": "8/255"}, TypeError, "epsilon must be a number"),
+    ({"epsilon": torch.tensor(8)}, TypeError, "epsilon must have a floating dtype"),
+    ({"epsilon": -0.1}, ValueError, "epsilon must not be negative"),
+    ({"pixels": (0, 1)}, TypeError, "pixels must be a PixelRange"),
+]
+ONE = torch.zeros(1)
+BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (lambda: made(names=["fog"]), ValueError, "names must be one of"),
+    (lambda: made(names=["noise-9"]), ValueError, "noise-9"),
+    (lambda: made(names="noise"), TypeError, "sequence"),
+    (lambda: made(names=[3]), ValueError, "names must be one of .* it was '3'"),
+    (lambda: made(severities=[4]), ValueError, "severities"),
+    (lambda: made(severities=2), TypeError, "severities must be a sequence; it was 2"),
+    (lambda: made(clip=(1, 0)), ValueError, "clip"),
+    (lambda: made(mean=[0.5] * 3), ValueError, "together"),
+    (lambda: made(mean=[0.5], std=[0.5]), ValueError, "per channel"),
+    (lambda: made(mean=[0.5] * 3, std=[0.0] * 3), ValueError, "std"),
+    (lambda: made(batch_size=0), ValueError, "batch_size"),
+    (lambda: made(seed="x"), ValueError, "seed must be an integer of at least 0; it was 'x'"),
+    (lambda: made(model=None), ValueError, "compressed_fgsm, compressed_pgd, fgsm, pgd; it was None"),
+    (lambda: made(model="resnet"), TypeError, "model"),
+    (lambda: made(images=torch.zeros(3, 8, 8)), ValueError, "B, C, H, W"),
+    (lambda: made(images=torch.zeros(2, 3, 0, 8)), ValueError, "B, C, H, W"),
+    (lambda: made(images=torch.zeros(1, 3, 8, 8, dtype=torch.uint8)), TypeError, "images"),
+    (lambda: made(images=torch.full((1, 3, 8, 8), torch.nan)), ValueError, "finite"),
+    (lambda: made(images=torch.ones(1, 3, 8, 8, device="meta")), ValueError, "images must be dense and hold values"),
+    (lambda: made(images=torch.ones(1, 3, 8, 8).to_sparse()), ValueError, "images must be dense .* torch.sparse_coo"),
+    (
+        lambda: made(model=Net(lambda net, x: net.net(x)[0], net=small_net()), names=["pgd-2"]),
+        ValueError, r"must return logits of shape \(B, N\); it returned \(4,\)",
+    ),
+    (lambda: attacked(pgd, steps=0), ValueError, "steps must be an integer of at least 1; it was 0"),
+    (lambda: attacked(pgd, generator=0), TypeError, "generator must be a Generator; it was int"),
+    (lambda: turns(names=[]), ValueError, "names must"),
+    (lambda: turns(first=1.5), ValueError, "first must"),
+    (lambda: turns(seed=None), ValueError, "seed must"),
+    (lambda: turns(each=0), ValueError, "each must"),
+    (lambda: turns(pixels=(0, 1)), TypeError, "pixels must"),
+    (lambda: turns(photos() / 0, pixels=PixelRange.of(photos())), ValueError, "images must be finite"),
+    (lambda: challenge_cost(0), ValueError, "each must be an integer of at least 1; it was 0"),
+    (lambda: PixelRange(1, 0), TypeError, "low must be a torch.Tensor"),
+    (lambda: PixelRange(ONE, 1.0), TypeError, "high must be a torch.Tensor"),
+    (lambda: PixelRange(ONE, torch.ones(3)), ValueError, r"high must have shape \(1,\)"),
+    (lambda: PixelRange(torch.zeros(3), torch.tensor([1.0, 0, 1])), ValueError, "low must be below high everywhere"),
+    *((partial(attacked, attack, **given), *said) for attack in (fgsm, pgd) for given, *said in ATTACKS),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "words"), BAD)
+def test_the_argument_is_named(call: Callable[[], Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        call()

@@ -1,0 +1,207 @@
+"""A fit: what it takes from loaders, options and the user's detector, what it leaves as it was, and its report."""
+
+import copy
+import math
+import warnings
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_images import CLASSES, images, loader, small_network
+from small_nets import Net
+from torch import nn
+
+from fastgrad import TwoStageModel, UncertaintyDetector
+from fastgrad.blocks import BLOCKS, View
+from fastgrad.challenges import challenge_cost
+from fastgrad.detector import fitting
+
+
+def test_given_loaders():
+    challenges = [(1 - x, [f"kind {i % 3}" for i in range(len(x))]) for x in images(90, 4).split(30)]
+    two_stage = TwoStageModel(small_network(), blocks=["logits", "image"])
+    two_stage.fit(loader(150), challenges, loader(100, 7))
+    assert len(two_stage.calibration_scores) == 100  # all of the calibration loader
+    assert two_stage.report().exact
+    assert two_stage.detector_.scores.challenges.score.bias.shape == (4,)
+    assert two_stage.report().challenges == {f"kind kind {i}": 30 for i in range(3)}
+    # Each is read once, as the 250 clean inputs are.
+    assert two_stage.report().passes == pytest.approx(1 + 90 / 250)
+    for part in ("not measured, as the blocks were named", "100 clean inputs, held out, so rates are exact"):
+        assert part in str(two_stage.report())
+
+
+def test_equal_inputs_are_one_source():
+    x = images(60)
+    twice = TwoStageModel(small_network(), blocks=["logits", "activations"]).fit([x[:40], x, x[40:]], None)
+    # Both are scored by what was fitted on neither.
+    scores = twice.calibration_scores
+    torch.testing.assert_close(torch.cat([scores[:40], scores[100:]]), scores[40:100])
+    assert (twice.report().drawn, twice.report().calibrating) == (120, 60)
+    # Nothing is fitted on what calibrates, though it come among the clean inputs.
+    split, apart = (
+        TwoStageModel(small_network(), blocks=["logits", "activations"]).fit([clean], None, [x[:30]])
+        for clean in (x, x[30:])
+    )
+    torch.testing.assert_close(split(x).uncertainty, apart(x).uncertainty)
+
+
+@pytest.mark.parametrize("blocks", [["gradients", "logits", "features", "image"], ["contrasts", "logits", View()]])
+def test_named_blocks_on_clean_data_alone(blocks):
+    two_stage = TwoStageModel(small_network(), blocks=blocks).fit(loader(120, labels=False), None)
+    names = [getattr(block, "name", block) for block in blocks]
+    assert two_stage.report().kept == names
+    assert two_stage.detector_.sources == sorted(names, key=list(BLOCKS).index)
+    prediction = two_stage(images(5))
+    assert prediction.risk is None
+    torch.testing.assert_close(prediction.probabilities, prediction.logits.softmax(-1))
+    # One sample's result does not depend on its neighbours, beyond rounding.
+    alone = torch.cat([two_stage(x).uncertainty for x in images(5).split(1)])
+    torch.testing.assert_close(alone, prediction.uncertainty, rtol=1e-3, atol=1e-3)
+    assert two_stage(images(5)[:0]).uncertainty.shape == (0,)
+
+
+def test_budget():
+    with pytest.warns(RuntimeWarning, match="the budget must be at least") as warned:
+        two_stage = TwoStageModel(small_network(), budget=1.0).fit(loader(60), None)
+    assert [warning.filename for warning in warned] == [__file__]
+    assert two_stage.report().kept == ["logits"]
+    assert [name for name, _ in two_stage.report().price.dropped][-3:] == ["roughness", "image", "activations"]
+    assert [TwoStageModel(small_network(), budget=kind(2)).budget for kind in (np.float32, np.int64)] == [2, 2]
+
+
+def test_seed(tmp_path):
+    def file(name, **options):
+        two_stage = TwoStageModel(small_network(), blocks=["logits", "image"], **options).fit(loader(60))
+        return two_stage.save(tmp_path / name).read_bytes()
+
+    assert file("one") == file("two") != file("three", seed=1)
+
+
+def test_seed_of_the_detector(monkeypatch):
+    held_out, plain = [], fitting.collect.drawn_batches
+
+    def watched(sample, verbose):
+        held_out.append(sample.held_out.tolist())
+        return plain(sample, verbose)
+
+    monkeypatch.setattr(fitting.collect, "drawn_batches", watched)
+    for seed, own in ((0, 3), (1, 3), (0, 4), (0, np.random.RandomState(3))):
+        detector = UncertaintyDetector(log=False, calibration_fraction=0.5, random_state=own)
+        TwoStageModel(small_network(), detector=detector, blocks=["logits"], seed=seed).fit(loader(60), None)
+    assert held_out[0] == held_out[1] == held_out[3] != held_out[2]
+
+
+def test_detector_of_the_user(tmp_path):
+    detector = UncertaintyDetector(log=False, folds=3, calibration_fraction=0.5, false_alarm_rate=0.1)
+    before = detector.get_params()
+    two_stage = TwoStageModel(small_network(), detector=detector, blocks=["logits", "image"]).fit(loader(80))
+    assert detector.get_params() == before
+    assert not hasattr(detector, "module_")
+    assert len(two_stage.calibration_scores) == 40
+    # What is held out has no challenges.
+    assert sum(two_stage.report().challenges.values()) == 120
+    assert two_stage.threshold() == pytest.approx(-math.log(0.1))
+    stored = two_stage.save(tmp_path / "model.safetensors")
+    assert TwoStageModel.load(stored, two_stage.model).threshold() == two_stage.threshold()
+    detector.fit({"logits": torch.randn(60, CLASSES)})
+    own = copy.deepcopy(detector.module_.state_dict())
+    TwoStageModel(small_network(), detector=detector).half()
+    assert all(detector.module_.state_dict()[name].dtype == value.dtype for name, value in own.items())
+
+
+def test_inference_mode():
+    fits = []
+    for inference in (False, True):
+        model = small_network()
+        with torch.inference_mode(inference), warnings.catch_warnings(action="ignore"):
+            fits.append(TwoStageModel(model, blocks=["logits"]).fit(loader(60), correct=True))
+    assert not any(value.is_inference() for value in fits[1].state_dict().values())
+    torch.testing.assert_close(fits[1](images(5)), fits[0](images(5)), rtol=0, atol=0)
+
+
+def observing(net: Any, x: torch.Tensor) -> torch.Tensor:
+    """Keeps the range of what it sees, as a network to be quantized does; a first input makes room for it."""
+    net.highest.resize_(1).copy_(x.detach().amax())
+    if net.fails and x.requires_grad:
+        raise InterruptedError
+    return net.network(x)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_buffers_are_left_as_they_were(fails):
+    network = Net(observing, network=small_network(), highest=nn.Buffer(torch.empty(0)), fails=fails)
+    for shape in (0,), (1,):
+        before = network.highest.clone()
+        assert before.shape == shape
+        with pytest.raises(InterruptedError) if fails else nullcontext():
+            TwoStageModel(network, blocks=["logits"]).fit(loader())
+        assert torch.equal(network.highest, before)
+        network.eval()(images(3))
+
+
+def test_fit_that_fails_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TwoStageModel(small_network(), blocks=["logits"]).fit(loader(60), None)
+    before = {name: getattr(model, name) for name in ("extraction_", "detector_", "temperature_", "risk_", "report_")}
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("no risk")
+
+    for last in ("_risk", "_report"):
+        with monkeypatch.context() as patch:
+            patch.setattr(fitting, last, fails)
+            with pytest.raises(RuntimeError, match="no risk"):
+                model.fit(loader(80), None)
+        assert all(getattr(model, name) is value for name, value in before.items())
+
+
+def test_price_samples_and_promises(fitted):
+    report = fitted.report()
+    assert report.kept == ["logits", "activations", "image", "roughness", "view"]
+    assert report.price.limit == math.inf
+    assert report.price.measured > 1
+    assert (report.drawn, report.seen, report.calibrating, report.exact) == (200, 200, 200, False)
+    assert sum(report.challenges.values()) == 600
+    # Challenges are read at the price of an answer, as clean inputs are.
+    assert report.passes == pytest.approx(4 * report.price.predicted + challenge_cost(3) - 3)
+    text = str(report)
+    parts = ("logits, activations", "forward passes predicted", "200 of 200", "from 0.005 on", "of their challenges")
+    parts += (" measured on batches of ", ", limit inf", "each scored by what was fitted without it")
+    assert all(part in text for part in parts), text
+
+
+def test_gains(tmp_path):
+    two_stage = TwoStageModel(small_network(), blocks=["logits", "image"]).fit(loader(80))
+    report = two_stage.report(gains=True)
+    assert set(report.gains) == {"logits", "image"}
+    assert all(-1 < gain.auroc < 1 and 0 < gain.interval < 0.5 for gain in report.gains.values())
+    # The network is random and challenges are pictures: what is seen of them is worth more.
+    assert report.gains["image"].auroc > report.gains["logits"].auroc
+    assert f"  image                {report.gains['image'].auroc:+.3f} +- " in str(report)
+    loaded = TwoStageModel.load(two_stage.save(tmp_path / "model.safetensors"), two_stage.model)
+    assert loaded.report().gains == report.gains
+    plain = TwoStageModel(small_network(), blocks=["logits", "image"]).fit(loader(80), None)
+    with pytest.raises(ValueError, match="at least two blocks and two families"):
+        plain.report(gains=True)
+    assert "without generated challenges that have labels: unusual inputs do not raise it" in str(plain.report())
+
+
+def test_correction_that_is_not_kept():
+    labels = torch.randint(0, CLASSES, (120,), generator=torch.Generator().manual_seed(0))
+    model = TwoStageModel(small_network(), blocks=["logits"])
+    with pytest.warns(UserWarning, match=r"no correction certainly answers better.*of 120 clean .* of 360 challenges"):
+        model.fit([(images(120, 1), labels)], challenges_per_input=3, correct=True)
+    assert [model.correction_, model.gate_, len(model.extraction_.blocks)] == [None, None, 1]
+    said = str(model.report())
+    assert "correction    not kept: " in said
+    assert "points); " in said
+    x = images(9, 5)
+    torch.testing.assert_close(model(x).probabilities, model.temperature_(model.extraction_(x)[0]).softmax(1))
+
+
+@pytest.mark.parametrize(("clip", "expected"), [(None, None), ((-1, 1), [[0.5] * 3, [0.5] * 3])])
+def test_range_is_a_normalisation(clip, expected):
+    two_stage = TwoStageModel(small_network(), blocks=["logits"]).fit([2 * images(60) - 1], None, clip=clip)
+    assert two_stage.report().normalisation == expected
