@@ -20,8 +20,8 @@ from bench.detection import __main__ as command
 from bench.detection import adaptive, failure, introspective, networks
 from bench.detection.cases import FAMILIAR, FOREIGN
 from bench.detection.data.corruptions import corrupt
-from bench.detection.registry import SMALL
-from bench.detection.train import EPOCHS
+from bench.detection.subject import SMALL
+from bench.detection.train import RECIPES
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("cifar100", "svhn", "textures"):
         np.savez(tmp_path / "data" / f"{name}.npz", images=rng.integers(0, 256, (40, 32, 32, 3), np.uint8))
     monkeypatch.setattr(networks, "CIFAR_QUICK", (60, 60, 30))
-    monkeypatch.setitem(EPOCHS, "resnet", 2)  # type: ignore[misc]
+    monkeypatch.setitem(RECIPES, "resnet", RECIPES["resnet"]._replace(epochs=2))
     return tmp_path
 
 
