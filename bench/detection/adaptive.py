@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from bench.detection.data import sets
 from bench.detection.methods_ours import fitted
-from bench.detection.registry import NETWORKS, PHOTOGRAPHS, SMALL, Options
-from bench.detection.subject import Fit, Subject
+from bench.detection.registry import NETWORKS
+from bench.detection.subject import PHOTOGRAPHS, SMALL, Fit, Options, Subject
 from bench.report.pages import printed
 from fastgrad import TwoStageModel
 from fastgrad._torch import flat_graph

@@ -18,8 +18,8 @@ from bench.detection.data import files, news, sets
 from bench.detection.data.attacks import attack
 from bench.detection.data.corruptions import corrupt
 from bench.detection.data.photographs import stranger
-from bench.detection.registry import FILES, IMAGES, PHOTOGRAPHS, SMALL, TEXTS, Shown, case
-from bench.detection.subject import BATCH, Subject, packed
+from bench.detection.registry import case
+from bench.detection.subject import BATCH, FILES, IMAGES, PHOTOGRAPHS, SMALL, TEXTS, Shown, Subject, packed
 
 AFTER = " after JPEG"
 #: Attacks on photographs: smaller radii than on CIFAR-10, because the images are larger.
@@ -40,8 +40,11 @@ FAMILIAR = ("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "br
             "jpeg_compression")  # fmt: skip
 FAMILIAR_TEXTS, FAMILIAR_FILES = ("dropped words", "shuffled words"), ("flipped bytes",)
 FOREIGN = ("frost", "fog", "snow", "spatter", "pixelate", "elastic_transform", "saturate", "motion_blur")
+#: Groups of changed inputs, of familiar kinds and of others, and groups of inputs of no class.
+ALIKE, UNALIKE = "corruptions like generated ones", "corruptions unlike generated ones"
 CHANGED_TEXTS = ("changed texts like generated ones", "changed texts unlike generated ones")
 CHANGED_FILES = ("changed files like generated ones", "changed files unlike generated ones")
+STRANGE = ("other sets", "near sets", "far sets", "other texts", "foreign files")
 #: Other sets for photographs, and near and far ones for CIFAR-10 as in OpenOOD.
 STRANGERS = {"textures": "large textures", "CIFAR-100": "cifar100", "grey scenes": "scenes", "letters": "letters"}
 NEAR, FAR = ("cifar100", "tinyimagenet"), ("svhn", "textures")
@@ -101,7 +104,7 @@ for _kind, _attacks in ((PHOTOGRAPHS, PHOTOGRAPHED), (SMALL, TESTED)):
     for _name, _how in _attacks.items():
         case(_name, "attacks", (_kind,))(partial(attacked, _name, _how, False))
         case(_name + AFTER, "attacks" + AFTER, (_kind,))(partial(attacked, _name, _how, True))
-for _names, _group in ((FAMILIAR, "corruptions like generated ones"), (FOREIGN, "corruptions unlike generated ones")):
+for _names, _group in ((FAMILIAR, ALIKE), (FOREIGN, UNALIKE)):
     for _name in _names:
         case(_name, _group, IMAGES)(partial(corrupted, _name, 2))
 for _title, _name in STRANGERS.items():
@@ -128,11 +131,4 @@ for _name in (*files.CHANGED, *files.DISGUISED, *files.UNKNOWN):
 def compressed(subject: Subject, part: str, count: int) -> Shown:
     """Return clean images after the compression of attacked ones, to measure its effect alone."""
     images = sets.compress(subject.parts[part][0][:count])
-    return Shown(images, torch.arange(len(images)))
-
-
-@case("grey", "control", IMAGES)
-def grey(subject: Subject, part: str, count: int) -> Shown:
-    """Return clean images without colour, as a control for other sets that have none."""
-    images = sets.to_tensor(sets.grey(sets.to_bytes(subject.parts[part][0][:count])))
     return Shown(images, torch.arange(len(images)))

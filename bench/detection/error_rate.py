@@ -9,7 +9,6 @@ streams of the generated challenges that the risk is fitted on. The form of our 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,12 +16,11 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from bench.detection import runner
-from bench.detection.cases import CHANGED_FILES, CHANGED_TEXTS
+from bench.detection.cases import ALIKE, CHANGED_FILES, CHANGED_TEXTS, STRANGE, UNALIKE
 from bench.detection.failure import judged
 from bench.detection.methods_ours import answer, blocks_of, fitted
-from bench.detection.registry import CASES, NETWORKS, Options
-from bench.detection.subject import Fit, Subject
-from bench.detection.tables import ALIKE, UNALIKE
+from bench.detection.registry import NETWORKS
+from bench.detection.subject import CASES, Fit, Options, Subject
 from fastgrad.deploy.error_rate import error_rate
 from fastgrad.detector.price import DEFAULT_BLOCKS
 
@@ -30,11 +28,9 @@ Values = NDArray[np.float64]
 DEFAULT_NETWORKS = ("resnet56", "densenet", "lite0", "lite1", "lite2", "news", "magika")
 CHOSEN_ON, OURS = "resnet56", "fastgrad"
 #: Groups of cases by the name in the table; a mixed stream has up to four cases of any group.
-GROUPS: Mapping[str, Sequence[str]] = {
-    "corruptions like generated ones": (ALIKE, CHANGED_TEXTS[0], CHANGED_FILES[0]),
-    "corruptions unlike generated ones": (UNALIKE, CHANGED_TEXTS[1], CHANGED_FILES[1]),
-    "attacks": ("attacks",), "attacks after JPEG": ("attacks after JPEG",),
-    "other sets": ("other sets", "near sets", "far sets", "other texts", "foreign files"),
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    ALIKE: (ALIKE, CHANGED_TEXTS[0], CHANGED_FILES[0]), UNALIKE: (UNALIKE, CHANGED_TEXTS[1], CHANGED_FILES[1]),
+    "attacks": ("attacks",), "attacks after JPEG": ("attacks after JPEG",), "other sets": STRANGE,
 }  # fmt: skip
 #: Attacks that take an hour.
 LEFT_OUT = ("C&W", "DeepFool")
@@ -59,8 +55,7 @@ class Answers(NamedTuple):
         return Answers(*(values[places] for values in self))
 
 
-@dataclass
-class Known:
+class Known(NamedTuple):
     """What the estimates know: labelled clean inputs, the part of them that the detector has not seen, challenges."""
 
     clean: Answers
@@ -150,9 +145,9 @@ def estimates(known: Known) -> dict[str, Callable[[Answers], tuple[float, ...]]]
 def answers(subject: Subject, case: str, two_stage: Any) -> Answers:
     seen = subject.seen(case)
     found = answer(two_stage, seen)
-    parts = [part.double().numpy() for part in (found.logits, found.probabilities, found.risk, found.uncertainty)]
-    labels = subject.parts["test"][1].numpy()[seen.shown.source.clamp_min(0).numpy()]
+    parts = (part.double().numpy() for part in (found.logits, found.probabilities, found.risk, found.uncertainty))
     logits, probabilities, risk, uncertainty = parts
+    labels = subject.parts["test"][1].numpy()[seen.shown.source.clamp_min(0).numpy()]
     return Answers(logits, probabilities, risk, uncertainty, judged(subject, case).wrong, labels)
 
 
@@ -204,18 +199,14 @@ def streams(
 def measure(subject: Subject) -> list[dict[str, Any]]:
     rng = np.random.default_rng(subject.draw)
     two_stage = fitted(Fit(subject), DEFAULT_BLOCKS)
-    names = [
-        name for name, case in CASES.items()
-        if subject.kind in case.kinds and any(case.group in parts for parts in GROUPS.values())
-        and not name.startswith(LEFT_OUT)
-    ]  # fmt: skip
     cases = {}
-    for name in names:
-        try:
-            cases[name] = answers(subject, name, two_stage)
-        except runner.ABSENT as why:
-            if "misleads" not in str(why):
-                raise
+    for name, case in CASES.items():
+        if subject.kind in case.kinds and case.group in sum(GROUPS.values(), ()) and not name.startswith(LEFT_OUT):
+            try:
+                cases[name] = answers(subject, name, two_stage)
+            except runner.ABSENT as why:
+                if "misleads" not in str(why):
+                    raise
     whole = answers(subject, "clean", two_stage)
     # The cases are made from the first images.
     first = round((1 - KNOWN) * len(whole.wrong))
@@ -223,16 +214,16 @@ def measure(subject: Subject) -> list[dict[str, Any]]:
     fit, generated = of_fit(subject, rng)
     temperature = float(two_stage.temperature_.temperature)
     every = estimates(Known(joined([fit, unseen]), unseen, generated, temperature))
-    found: dict[str, list[tuple[str, float, int, float, bool]]] = {}
+    found: dict[str, list[tuple[str, float, int, float, bool]]] = {name: [] for name in every}
     for group, share, size, stream in streams(shown, cases, rng):
         truth = float(stream.wrong.mean())
         for name, estimate in every.items():
             value, *bounds = estimate(stream)
             inside = bool(bounds) and bounds[0] <= truth <= bounds[1]
-            found.setdefault(name, []).append((group, share, size, 100 * (value - truth), inside))
+            found[name].append((group, share, size, 100 * (value - truth), inside))
+    head = {"network": subject.network, "draw": subject.draw}
     return [
-        {"network": subject.network, "draw": subject.draw, "method": name} | row
-        for name, values in found.items() for row in summed(values, with_bounds=name == OURS)
+        head | {"method": name} | row for name, values in found.items() for row in summed(values, name == OURS)
     ]  # fmt: skip
 
 

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from sklearn.metrics import log_loss
 
 from bench.detection import resampled, runner, train
-from bench.detection.cases import CHANGED_FILES, CHANGED_TEXTS
+from bench.detection.cases import ALIKE, CHANGED_FILES, CHANGED_TEXTS, STRANGE, UNALIKE
 from bench.detection.methods_ours import answer, fitted
-from bench.detection.registry import CASES, METHODS, Method, NotRun, Options, Protocol
-from bench.detection.subject import BATCH, Fit, Seen, Subject
-from bench.detection.tables import ALIKE, CIFAR, LITE, UNALIKE
+from bench.detection.registry import METHODS, Method, Protocol
+from bench.detection.subject import BATCH, CASES, Fit, NotRun, Options, Seen, Subject
+from bench.detection.tables import CIFAR, LITE
 from fastgrad.detector.price import DEFAULT_BLOCKS
-from fastgrad.metrics import augrc, aurc
+from fastgrad.metrics import aurc
 
 Values = NDArray[np.float64]
 DEFAULT_NETWORKS = (*LITE, *CIFAR, "news", "magika")
@@ -33,7 +33,7 @@ RIVALS = (
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "clean": (), "clean and corruptions": (ALIKE, UNALIKE, *CHANGED_TEXTS, *CHANGED_FILES),
     "clean and attacks": ("attacks", "attacks after JPEG"),
-    "clean and other sets": ("other sets", "near sets", "far sets", "other texts", "foreign files"),
+    "clean and other sets": STRANGE,
 }  # fmt: skip
 PROBABILITIES = ("softmax", "softmax, temperature", "ensemble of five", "fastgrad, risk")
 
@@ -94,8 +94,7 @@ def judged(subject: Subject, case: str) -> Judged:
 
 def row(scores: Values, found: Judged, probability: bool) -> dict[str, Any]:
     values = resampled.grouped_auroc(scores, found.wrong, found.source)
-    areas = {"aurc": aurc(scores, found.wrong), "augrc": augrc(scores, found.wrong)}
-    made = resampled.columns("auroc", values) | {name: round(1000 * area, 1) for name, area in areas.items()}
+    made = resampled.columns("auroc", values) | {"aurc": round(1000 * aurc(scores, found.wrong), 1)}
     if probability:
         # Differences between the stated risk and the errors, summed in 15 bins of the stated risk.
         differences = np.bincount(np.minimum((scores * 15).astype(int), 14), scores - found.wrong)

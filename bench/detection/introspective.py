@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from bench.detection import recipes, resampled
-from bench.detection.cases import FAMILIAR, FAMILIAR_TEXTS, FOREIGN
+from bench.detection.cases import ALIKE, FAMILIAR, FAMILIAR_TEXTS, FOREIGN, UNALIKE
 from bench.detection.data import sets
 from bench.detection.methods_ours import blocks_of, fitted
 from bench.detection.networks import unseen
-from bench.detection.registry import NETWORKS, SMALL, TEXTS, Options
+from bench.detection.registry import NETWORKS
 from bench.detection.runner import ABSENT
-from bench.detection.subject import BATCH, Fit, Seen, Subject
+from bench.detection.subject import BATCH, SMALL, TEXTS, Fit, Options, Seen, Subject
 from bench.detection.train import HELD_OUT, fit_layer
 from fastgrad import IntrospectiveClassifier, TwoStageModel, contrast_sqnorm
 from fastgrad.batches import take
@@ -136,8 +136,8 @@ def measure(options: Options, network: str, sizes: tuple[int, int, int, int]) ->
     base = replace(base, parts={"fit": (images[:count], labels[:count]), "test": clean}, count=copies)
     groups = {
         "clean": ("clean",),
-        "corruptions like generated ones": FAMILIAR_TEXTS if base.kind == TEXTS else FAMILIAR,
-        "corruptions unlike generated ones": ("typos",) if base.kind == TEXTS else FOREIGN,
+        ALIKE: FAMILIAR_TEXTS if base.kind == TEXTS else FAMILIAR,
+        UNALIKE: ("typos",) if base.kind == TEXTS else FOREIGN,
     }
     tests = {case: base.seen(case) for cases in groups.values() for case in cases}
     truth = {case: clean[1][seen.shown.source] for case, seen in tests.items()}
@@ -150,7 +150,8 @@ def measure(options: Options, network: str, sizes: tuple[int, int, int, int]) ->
         print(f"{network}, split {seed}", file=sys.stderr, flush=True)
     if any(isinstance(module, nn.BatchNorm2d) for module in base.model.modules()):
         found["batch norm adapted"] = [{case: adapted(base.model, seen.images) for case, seen in tests.items()}]
-    for name, model in recipes.networks(options, base.model) if network == recipes.NETWORK else ():
+    for name in recipes.CHANGES if network == recipes.NETWORK else ():
+        model = recipes.trained(name, options)
         found[name] = [{case: probabilities(model, seen.images) for case, seen in tests.items()}]
     rows = []
     right: dict[tuple[str, str], NDArray[np.float64]] = {}

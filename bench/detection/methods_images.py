@@ -8,10 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from bench.detection import recipes
 from bench.detection.methods_ours import log_norms, logistic
-from bench.detection.registry import IMAGES, NotRun, Protocol, Score, method
-from bench.detection.subject import BATCH, Fit, Seen
+from bench.detection.registry import Protocol, Score, method
+from bench.detection.subject import BATCH, IMAGES, Fit, NotRun, Seen
 from fastgrad.scores.mahalanobis import Mahalanobis
 
 
@@ -33,14 +32,6 @@ def grad_uncertainty(fit: Fit) -> Score:
     return lambda seen: torch.cat([detector.predict(h).detach() for h in seen.h.split(BATCH)])
 
 
-@method("DUQ", 2020, "van Amersfoort et al., ICML; a training of its own")
-def duq(fit: Fit) -> Score:
-    if fit.subject.network != recipes.NETWORK:
-        raise NotRun("needs a training of its own")
-    model = recipes.centroids(fit.subject.options)
-    return lambda seen: torch.cat([1 - model(x).amax(1) for x in seen.images.split(BATCH)])
-
-
 @method("gradient norms", 2022, "Lee et al.: all parameters, scored from clean data by a Gaussian", slow=True)
 def gradient_norms(fit: Fit) -> Score:
     clean = log_norms(fit.clean)
@@ -57,12 +48,7 @@ def several_stages(fit: Fit) -> Score:
     return lambda seen: made.predict_structured(seen.stages)
 
 
-def labelled(name: str, year: int, paper: str, columns: Callable[[Fit], Callable[[Seen], Tensor]]) -> None:
-    """Register a logistic regression on columns ``(n, k)``, trained with labelled images of the case."""
-    method(name, year, paper, Protocol.LABELLED)(lambda fit: logistic(columns(fit), fit.clean, fit.challenges))
-
-
-#: Columns that a labelled method may read.
+#: Columns ``(n, k)`` that a labelled method may read.
 COLUMNS: Mapping[str, Callable[[Seen], Tensor]] = {
     "stages": lambda seen: torch.cat(seen.stages, 1),
     "logits": lambda seen: seen.logits.sort(1, descending=True).values[:, :50],
@@ -71,9 +57,9 @@ COLUMNS: Mapping[str, Callable[[Seen], Tensor]] = {
 }
 
 
-def joined(names: Sequence[str], fit: Fit) -> Callable[[Seen], Tensor]:
-    """Return several of `COLUMNS` side by side."""
-    return lambda seen: torch.cat([COLUMNS[name](seen) for name in names], 1)
+def labelled(names: Sequence[str], fit: Fit) -> Score:
+    """Return a logistic regression on several of `COLUMNS`, trained with labelled images of the case."""
+    return logistic(lambda seen: torch.cat([COLUMNS[name](seen) for name in names], 1), fit.clean, fit.challenges)
 
 
 for _name, _year, _paper, _names in (
@@ -84,24 +70,4 @@ for _name, _year, _paper, _names in (
     ("all but gradients", 2026, "control: stages, logits and h", ["stages", "logits", "h"]),
     ("all with gradients", 2026, "control: the same and gradient norms", [*COLUMNS]),
 ):
-    labelled(f"{_name}, labelled", _year, _paper, partial(joined, _names))
-
-
-def local_dimensionality(fit: Fit, neighbours: int = 20, bank: int = 100) -> Callable[[Seen], Tensor]:
-    """Return for every stage ``-1 / mean(log(d_i / d_k))`` over the k nearest clean images of ``bank``."""
-    clean = [stage[:bank] for stage in fit.clean.stages]
-
-    def of(seen: Seen) -> Tensor:
-        columns = []
-        for known, values in zip(clean, seen.stages, strict=True):
-            distance = torch.cdist(values, known)
-            # A sample must not be a neighbour of itself.
-            distance[distance < 1e-4] = torch.inf
-            nearest = distance.topk(min(neighbours, len(known) - 1), 1, largest=False).values
-            columns.append(-1 / (nearest / nearest[:, -1:]).clamp_min(1e-12).log().mean(1).clamp_max(-1e-6))
-        return torch.stack(columns, 1)
-
-    return of
-
-
-labelled("LID", 2018, "Ma et al., ICLR", local_dimensionality)
+    method(f"{_name}, labelled", _year, _paper, Protocol.LABELLED)(partial(labelled, _names))

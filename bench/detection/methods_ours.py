@@ -17,8 +17,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from bench.detection.registry import METHODS, TEXTS, NotRun, Protocol, Score, method
-from bench.detection.subject import BATCH, Fit, Seen, Subject, packed
+from bench.detection.registry import METHODS, Protocol, Score, method
+from bench.detection.subject import BATCH, TEXTS, Fit, NotRun, Seen, Subject, packed
 from fastgrad import TwoStageModel
 from fastgrad.blocks import BLOCKS, Gradients
 from fastgrad.blocks.extraction import Extraction

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.detection.registry import NotRun, Score, method
-from bench.detection.subject import BATCH, Fit, Seen
+from bench.detection.registry import Score, method
+from bench.detection.subject import BATCH, Fit, NotRun, Seen
 from fastgrad.scores.mahalanobis import Mahalanobis
 
 

@@ -15,9 +15,9 @@ import torch
 from bench.detection.architectures import Classifier, dense_network, residual_network
 from bench.detection.data import files, photographs, sets
 from bench.detection.data import news as data
-from bench.detection.registry import FILES, PHOTOGRAPHS, SMALL, TEXTS, NotRun, Options, network
-from bench.detection.subject import Subject, read
-from bench.detection.train import HELD_OUT, LONG, file, logistic_layer, trained
+from bench.detection.registry import network
+from bench.detection.subject import FILES, PHOTOGRAPHS, SMALL, TEXTS, NotRun, Options, Subject, read
+from bench.detection.train import HELD_OUT, RECIPES, file, logistic_layer, trained
 
 #: Photographs to fit and to test on, and images of a case: for each draw from the 1,000, and in quick mode.
 DRAWS = ((600, 400, 120), (400, 200, 60), (400, 200, 60), (240, 160, 40))
@@ -148,7 +148,7 @@ def small(name: str, options: Options, draw: int) -> Subject:
     if name in PUBLISHED:
         model = PUBLISHED[name].load(options.cache / f"{name}-cifar10.pth.tar")
     else:
-        if options.quick and name in LONG and not file(name, 0, options.cache).exists():
+        if options.quick and RECIPES[name].long and not file(name, 0, options.cache).exists():
             raise NotRun("its training takes hours on one core, and quick mode leaves it out")
         model = trained(name, 0, options.data, options.cache)
     model = model.requires_grad_(False).to(memory_format=torch.channels_last)

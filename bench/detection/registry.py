@@ -12,20 +12,14 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from bench.detection.subject import Fit, Seen, Subject
+from bench.detection.subject import CASES, Case, Fit, Options, Seen, Subject
 
-Score = Callable[["Seen"], Tensor]
+Score = Callable[[Seen], Tensor]
 Any_ = TypeVar("Any_", bound=Callable[..., object])
-
-
-class NotRun(Exception):  # noqa: N818
-    """Why a method or a case has no result for a network."""
 
 
 class Protocol(enum.Enum):
@@ -34,16 +28,6 @@ class Protocol(enum.Enum):
     CLEAN = "clean data only"
     GENERATED = "with generated challenges"
     LABELLED = "with labelled challenges"
-
-
-class Shown(NamedTuple):
-    """Images of a case ``(n, C, H, W)`` in [0, 1]; for an attack only those that mislead the network.
-
-    ``source`` ``(n,)`` are the places, in their part, of the clean images they are made from; -1 for other sets.
-    """
-
-    images: Tensor
-    source: Tensor
 
 
 class Method(NamedTuple):
@@ -57,14 +41,6 @@ class Method(NamedTuple):
     slow: bool = False
 
 
-class Case(NamedTuple):
-    """A kind of unusual inputs: the group whose mean it enters, and the kinds of data that have it."""
-
-    group: str
-    kinds: tuple[str, ...]
-    make: Callable[[Subject, str, int], Shown]
-
-
 class Network(NamedTuple):
     """A classifier with its data; ``tuned`` if choices of this package were compared on it."""
 
@@ -73,20 +49,7 @@ class Network(NamedTuple):
     make: Callable[[Options, int], Subject]
 
 
-class Options(NamedTuple):
-    """A command's options: folders of data and cache, small sets, samples of the data or seeds of networks."""
-
-    data: Path
-    cache: Path
-    quick: bool = False
-    draws: int = 1
-
-
-#: Kinds of data: photographs, of which a class has one or two; images of 32 pixels; texts; files.
-PHOTOGRAPHS, SMALL, TEXTS, FILES = "photographs", "small images", "texts", "files"
-IMAGES = (PHOTOGRAPHS, SMALL)
 METHODS: dict[str, Method] = {}
-CASES: dict[str, Case] = {}
 NETWORKS: dict[str, Network] = {}
 
 

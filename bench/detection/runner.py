@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from bench.detection import resampled
-from bench.detection.registry import CASES, METHODS, NETWORKS, Method, NotRun, Options, Protocol
-from bench.detection.subject import Fit, Subject
+from bench.detection.registry import METHODS, NETWORKS, Method, Protocol
+from bench.detection.subject import CASES, Fit, NotRun, Options, Subject
 from bench.detection.tables import Table
 
 Values = NDArray[np.float64]

@@ -1,4 +1,4 @@
-"""A network with its clean images, and what one pass reads from images."""
+"""A network with its clean images, the cases that it is shown, and what one pass reads from images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +17,35 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bench.detection import cache
-from bench.detection.registry import CASES, FILES, PHOTOGRAPHS, NotRun, Options, Shown
 
 #: Images at a time.
 BATCH = 16
+#: Kinds of data: photographs, of which a class has one or two; images of 32 pixels; texts; files.
+PHOTOGRAPHS, SMALL, TEXTS, FILES = "photographs", "small images", "texts", "files"
+IMAGES = (PHOTOGRAPHS, SMALL)
+
+
+class NotRun(Exception):  # noqa: N818
+    """Why a method or a case has no result for a network."""
+
+
+class Options(NamedTuple):
+    """A command's options: folders of data and cache, small sets, samples of the data or seeds of networks."""
+
+    data: Path
+    cache: Path
+    quick: bool = False
+    draws: int = 1
+
+
+class Shown(NamedTuple):
+    """Images of a case ``(n, C, H, W)`` in [0, 1]; for an attack only those that mislead the network.
+
+    ``source`` ``(n,)`` are the places, in their part, of the clean images they are made from; -1 for other sets.
+    """
+
+    images: Tensor
+    source: Tensor
 
 
 @dataclass
@@ -52,11 +78,9 @@ class Subject:
     @cached_property
     def key(self) -> str:
         """Digest of the weights and the data."""
-        images = [
-            part.double().flatten(2).mean(-1).numpy() if part.ndim > 2 else part.numpy()
-            for part, _ in self.parts.values()
-        ]
-        return cache.digest(self.model, *images, self.count)
+        inputs = (part for part, _ in self.parts.values())
+        means = [x.double().flatten(2).mean(-1).numpy() if x.ndim > 2 else x.numpy() for x in inputs]
+        return cache.digest(self.model, *means, self.count)
 
     @property
     def few(self) -> bool:
@@ -84,6 +108,18 @@ class Subject:
             part: (self.seen("clean", part).logits.argmax(1) == labels).nonzero()[:, 0]
             for part, (_, labels) in self.parts.items()
         }
+
+
+class Case(NamedTuple):
+    """A kind of unusual inputs: the group whose mean it enters, and the kinds of data that have it."""
+
+    group: str
+    kinds: tuple[str, ...]
+    make: Callable[[Subject, str, int], Shown]
+
+
+#: Cases by name; `registry.case` adds them.
+CASES: dict[str, Case] = {}
 
 
 @dataclass
@@ -138,8 +174,7 @@ class Seen:
         return self._maps("stage")
 
     def _maps(self, kind: str) -> list[Tensor]:
-        found = [value for name, value in self._read.items() if name.startswith(kind)]
-        if not found:
+        if not (found := [value for name, value in self._read.items() if name.startswith(kind)]):
             raise NotRun("needs a network with maps")
         return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from bench.detection.cases import CHANGED_FILES, CHANGED_TEXTS
+from bench.detection.cases import ALIKE, CHANGED_FILES, CHANGED_TEXTS, UNALIKE
 from bench.detection.registry import Protocol
 
 
@@ -19,7 +19,6 @@ class Table(NamedTuple):
 
 LITE = ("lite0", "lite1", "lite2")
 CIFAR = ("resnet20", "resnet18", "resnet56", "densenet", "vit")
-ALIKE, UNALIKE = "corruptions like generated ones", "corruptions unlike generated ones"
 
 TABLES = {
     "photographs": Table(

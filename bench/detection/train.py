@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,29 +21,41 @@ from bench.detection.transformer import Transformer, pretrained
 
 #: Training images at the end of the training part that no network sees: detectors are fitted on them.
 HELD_OUT = 5000
-#: Untrained networks. The first is small; the others are those of the literature on CIFAR-10.
-NETWORKS: Mapping[str, Callable[[], Classifier | Transformer]] = {
-    "resnet": residual_network,
-    "resnet18": partial(residual_network, width=64, stages=4, blocks=2, stride=1),
-    "resnet20": partial(residual_network, width=16, stages=3, blocks=3, stride=1),
-    "vit": Transformer,
-}
-#: Passes over the data, and highest learning rates.
-EPOCHS: Mapping[str, int] = {"resnet": 8, "resnet18": 8, "resnet20": 12, "vit": 2}
-RATES: Mapping[str, float] = {"resnet": 0.3, "resnet18": 0.15, "resnet20": 0.3, "vit": 1e-4}
-#: Networks whose training takes hours on one core.
-LONG = ("resnet18", "vit")
-#: Image sizes, each for an equal share of the passes: coarse shapes are learned faster from small images.
-SIZES: Mapping[str, tuple[int, ...]] = {"resnet18": (16, 24, 32, 32), "resnet20": (16, 16, 24, 32)}
-
-Loss = Callable[[Any, Tensor, Tensor], Tensor]
 SGD = partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4, nesterov=True)
-#: Optimizers of the networks that are not trained by SGD.
-OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {"vit": partial(torch.optim.AdamW, weight_decay=0.05)}
+
+
+class Recipe(NamedTuple):
+    """How a network is made and trained.
+
+    Attributes:
+        make: Returns the untrained network.
+        epochs: Passes over the data.
+        rate: Highest learning rate.
+        sizes: Image sizes, each for an equal share of the passes: coarse shapes are learned faster from small images.
+        long: Whether the training takes hours on one core.
+    """
+
+    make: Callable[[], Classifier | Transformer]
+    epochs: int
+    rate: float
+    sizes: tuple[int, ...] = ()
+    optimizer: Callable[..., torch.optim.Optimizer] = SGD
+    long: bool = False
+
+
+#: The first is small; the others are those of the literature on CIFAR-10.
+RECIPES: dict[str, Recipe] = {
+    "resnet": Recipe(residual_network, 8, 0.3),
+    "resnet18": Recipe(
+        partial(residual_network, width=64, stages=4, blocks=2, stride=1), 8, 0.15, (16, 24, 32, 32), long=True),
+    "resnet20": Recipe(
+        partial(residual_network, width=16, stages=3, blocks=3, stride=1), 12, 0.3, (16, 16, 24, 32)),
+    "vit": Recipe(Transformer, 2, 1e-4, optimizer=partial(torch.optim.AdamW, weight_decay=0.05), long=True),
+}  # fmt: skip
 
 
 def file(network: str, seed: int, folder: Path) -> Path:
-    return folder / f"{network}-{seed}-{EPOCHS[network]}.pt"
+    return folder / f"{network}-{seed}-{RECIPES[network].epochs}.pt"
 
 
 def shown(root: Path) -> tuple[Tensor, Tensor]:
@@ -65,20 +77,15 @@ def augment_crop(x: Tensor, padded: Tensor, index: Tensor, generator: torch.Gene
     return torch.where(flip[:, None, None, None], images.flip(3), images)
 
 
-def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(model(x).float(), y)
-
-
 def fit(
     model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, seed: int, rate: float = 0.3, batch: int = 128,
     sizes: Sequence[int] = (), optimizer: Callable[..., torch.optim.Optimizer] = SGD,
-    change: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None, loss_of: Loss = cross_entropy,
+    change: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> nn.Module:  # fmt: skip
     """Train a model in place with one cycle of the learning rate.
 
     Images ``(n, C, H, W)`` in [0, 1] are resized to each of ``sizes``, if there are any, for an equal share of the
-    passes. Then ``change`` is applied to them. ``loss_of`` takes model, images and labels. ``seed`` seeds order, crops
-    and flips.
+    passes. Then ``change`` is applied to them. ``seed`` seeds order, crops and flips.
     """
     device = next(model.parameters()).device
     model = model.to(memory_format=torch.channels_last)
@@ -98,11 +105,9 @@ def fit(
             x = augment_crop(images, padded, index, generator)
             if sizes and (size := sizes[epoch * len(sizes) // epochs]) != x.shape[-1]:
                 x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
-            x = x.to(device, memory_format=torch.channels_last)
-            y = labels[index].to(device)
-            x = x if change is None else change(model, x, y)
+            x = change(x.to(device, memory_format=torch.channels_last))
             with torch.autocast(device.type, torch.bfloat16, enabled=native):
-                loss = loss_of(model, x, y)
+                loss = F.cross_entropy(model(x).float(), labels[index].to(device))
             descent.zero_grad()
             loss.backward()
             descent.step()
@@ -153,7 +158,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def trained(network: str, seed: int, root: Path, folder: Path) -> Any:
     """Return a network from the cache's ``folder``, or trained now and kept there, in evaluation mode."""
-    epochs = EPOCHS[network]
+    recipe = RECIPES[network]
 
     def train(model: Any) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -163,11 +168,11 @@ def trained(network: str, seed: int, root: Path, folder: Path) -> Any:
         else:
             stem = next(m for m in model.stem.modules() if isinstance(m, nn.Conv2d))
             whiten(stem, model.normalize(images[:2000]))
-        how: dict[str, Any] = {"sizes": SIZES.get(network, ()), "optimizer": OPTIMIZERS.get(network, SGD)}
-        fit(model.to(device), images, labels, epochs=epochs, seed=seed, rate=RATES[network], **how)
+        how: dict[str, Any] = {"epochs": recipe.epochs, "sizes": recipe.sizes, "optimizer": recipe.optimizer}
+        fit(model.to(device), images, labels, seed=seed, rate=recipe.rate, **how)
         score = accuracy(model.cpu(), *sets.load(root, "cifar10", "test").labelled())
         print(f"{network}, seed {seed}: {score:.1%} of test images right", file=sys.stderr, flush=True)
 
     torch.manual_seed(seed)
-    recipe = {"network": network, "seed": seed, "epochs": epochs}
-    return cache.weights(file(network, seed, folder), NETWORKS[network](), recipe, train)
+    kept = {"network": network, "seed": seed, "epochs": recipe.epochs}
+    return cache.weights(file(network, seed, folder), recipe.make(), kept, train)

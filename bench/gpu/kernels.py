@@ -22,13 +22,12 @@ from bench.gpu.compile_cases import Case
 from bench.gpu.sanitize import cases as small
 from bench.report import pages
 
-RESULTS = Path(__file__).parents[1] / "results"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def predicted(name: str) -> float | None:
     """Return the microseconds that the compile report predicts for a case on this device, if it does."""
-    rows = json.loads((RESULTS / "compile.json").read_text())["rows"]
+    rows = json.loads((pages.RESULTS / "compile.json").read_text())["rows"]
     arch = "sm_{}{}".format(*torch.cuda.get_device_capability()) if DEVICE == "cuda" else ""
     times = [row.get("us") for row in rows if (row["case"], row["arch"]) == (name, arch)]
     return sum(times) if times and None not in times else None

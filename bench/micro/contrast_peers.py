@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.registry import SEED, Implementation, scaled_error
+from bench.registry import SEED
 
 
 def normals(device: str, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
@@ -41,20 +41,9 @@ class Head:
         """The logits in float64."""
         return F.linear(*(t.double() for t in self.layer))
 
-    @cached_property
-    def factor(self) -> Tensor:
-        """``||h||^2 + 1`` in float64, ``(B, 1)``."""
-        return self.h.double().square().sum(-1, keepdim=True) + 1
-
     def norms(self, logits: Tensor) -> Tensor:
         """Return all contrasts' squared norms in float64, by leave-one-out sums."""
-        p = logits.double().softmax(-1)
-        top = p.argmax(-1, keepdim=True)
-        rest = p.scatter(-1, top, 0.0)
-        s1, s2 = rest.sum(-1, keepdim=True), rest.square().sum(-1, keepdim=True)
-        # 1 - p_k keeps its digits in float64 for every k but the largest.
-        norms = (1 - rest).square() + (p.square().sum(-1, keepdim=True) - rest.square())
-        return norms.scatter(-1, top, s1.square() + s2) * self.factor
+        return stable(self.h, logits, torch.float64)
 
     def module(self) -> torch.nn.Linear:
         """Return the last layer as a module, in float32."""
@@ -63,21 +52,25 @@ class Head:
         return layer
 
 
+def factor(h: Tensor, kind: torch.dtype = torch.float32) -> Tensor:
+    """Return ``||h||^2 + 1``, ``(B, 1)``."""
+    return h.to(kind).square().sum(-1, keepdim=True) + 1
+
+
 def textbook(h: Tensor, z: Tensor) -> Tensor:
     """Return ``(||p||^2 - 2 p_k + 1)(||h||^2 + 1)``, the textbook form."""
     p = z.float().softmax(-1)
-    squares = p.square().sum(-1, keepdim=True)
-    return (squares - 2 * p + 1) * (h.float().square().sum(-1, keepdim=True) + 1)
+    return (p.square().sum(-1, keepdim=True) - 2 * p + 1) * factor(h)
 
 
-def stable(h: Tensor, z: Tensor) -> Tensor:
+def stable(h: Tensor, z: Tensor, kind: torch.dtype = torch.float32) -> Tensor:
     """Return the same norms by leave-one-out sums, which keep their digits where the network is confident."""
-    p = z.float().softmax(-1)
+    p = z.to(kind).softmax(-1)
     top = p.argmax(-1, keepdim=True)
     rest = p.scatter(-1, top, 0.0)
     s1, s2 = rest.sum(-1, keepdim=True), rest.square().sum(-1, keepdim=True)
     norms = (p.square().sum(-1, keepdim=True) - 2 * p + 1).scatter(-1, top, s1.square() + s2)
-    return norms * (h.float().square().sum(-1, keepdim=True) + 1)
+    return norms * factor(h, kind)
 
 
 def compiled(function: Callable[..., Any], *tensors: Tensor) -> Callable[[], Any]:
@@ -140,24 +133,3 @@ def pytorch_ood(head_: Head) -> Callable[[], Tensor]:
     h = head_.h.float()
     detector = GradNorm(head_.module(), param_filter=lambda name: name == "weight").to(h.device)
     return lambda: detector.predict(h)
-
-
-def loss_alone(head_: Head, device: str) -> Iterator[Implementation]:
-    """Yield kernels that compute the mean cross-entropy of a linear layer without its logits, and no norms."""
-    labels = torch.arange(len(head_.h), device=device) % len(head_.bias)
-    plain = F.cross_entropy(head_.exact - head_.bias.double(), labels)
-
-    def liger() -> Callable[[], Tensor]:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-        return partial(liger_fused_linear_cross_entropy, head_.h, head_.weight, labels)
-
-    def cut() -> Callable[[], Tensor]:
-        from cut_cross_entropy import linear_cross_entropy
-
-        return partial(linear_cross_entropy, head_.h, head_.weight, labels)
-
-    check = partial(scaled_error, reference=plain)
-    for name, peer in (("loss alone, Liger", liger), ("loss alone, Cut Cross-Entropy", cut)):
-        if device == "cuda":
-            yield Implementation(name, peer, check, 10 * head_.unit)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastgrad
 from bench.micro import contrast_peers as peers
-from bench.micro.contrast_peers import Head, stable, textbook
+from bench.micro.contrast_peers import Head, factor, stable, textbook
 from bench.registry import Implementation, case, relative_error, scaled_error
 
 OURS, PEERS = 1e-5, 1e-3
@@ -117,7 +117,7 @@ def uniform(B: int, N: int, D: int, dtype: str, device: str) -> Iterator[Impleme
     head_ = Head(B, N, D, dtype, device)
     h, z = head_.h, head_.z
     delta = z.double().softmax(-1) - 1 / N
-    check = partial(relative_error, reference=delta.square().sum(-1) * head_.factor.squeeze(-1))
+    check = partial(relative_error, reference=delta.square().sum(-1) * factor(h, torch.float64)[:, 0])
     yield from _forms(partial(fastgrad.target_sqnorm, h, z, "uniform"), check, OURS, device)
     yield _softmax(head_)
     absolute = delta.abs().sum(-1) * h.double().abs().sum(-1)
@@ -135,8 +135,7 @@ def uniform(B: int, N: int, D: int, dtype: str, device: str) -> Iterator[Impleme
 
 @case(
     "last-layer", "statistics" + TITLE, against="linear alone",
-    names=(*FORMS, "linear alone", "linear, softmax, closed form", "loss alone, Liger",
-           "loss alone, Cut Cross-Entropy"),
+    names=(*FORMS, "linear alone", "linear, softmax, closed form"),
     tiny=_at(TINY[-1:]), quick=_at(QUICK[-1:]), full=_at(FULL[-1:]), gpu=_at([(1024, 128256, 4096)], "bfloat16"),
 )  # fmt: skip
 def statistics(B: int, N: int, D: int, dtype: str, device: str) -> Iterator[Implementation]:
@@ -162,4 +161,3 @@ def statistics(B: int, N: int, D: int, dtype: str, device: str) -> Iterator[Impl
     yield from _forms(partial(fastgrad.linear_contrast_stats, *head_.layer), check, tolerance, device)
     yield _linear(head_)
     yield Implementation("linear, softmax, closed form", lambda: unfused, check, max(PEERS, tolerance))
-    yield from peers.loss_alone(head_, device)

@@ -12,17 +12,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad
+from torch.func import functional_call
 
 import fastgrad
 from bench.micro import network_peers as peers
-from bench.micro.models import NETWORKS, Network, images
-from bench.micro.network_peers import CE, UNIT, Task
+from bench.micro.models import NETWORKS, Network, images, zoo
+from bench.micro.tasks import LABELS, UNIT, Task, flat
 from bench.registry import Implementation, case
 
 #: Errors allowed, relative to the product of two norms: the forward pass alone rounds instance norms of four pixels
@@ -31,18 +29,6 @@ ALLOWED = 1e-3
 #: Bytes of gradients that a peer may hold.
 MEMORY = 3 << 30
 one = partial(Implementation, graph=False)
-
-
-def _torchvision(name: str, **options: Any) -> nn.Module:
-    import torchvision
-
-    model: nn.Module = getattr(torchvision.models, name)(num_classes=10, **options)
-    for module in model.modules():
-        if isinstance(module, (nn.ReLU, nn.Hardswish, nn.Hardsigmoid)):
-            module.inplace = False
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
 
 
 class Encoder(nn.Module):
@@ -62,28 +48,19 @@ def _vectors(batch: int, made: torch.Generator) -> Tensor:
 
 
 MODELS: dict[str, Network] = {
-    **{name: NETWORKS[name] for name in NETWORKS},
+    **NETWORKS,
     "ResNet-18 instance norm 64x64": (
-        partial(_torchvision, "resnet18", norm_layer=partial(nn.InstanceNorm2d, affine=True)), images(64)),
+        partial(zoo, "resnet18", norm_layer=partial(nn.InstanceNorm2d, affine=True)), images(64)),
     "MobileNetV3 group norm 64x64": (
-        partial(_torchvision, "mobilenet_v3_small", norm_layer=partial(nn.GroupNorm, 1)), images(64)),
-    "AlexNet 64x64": (partial(_torchvision, "alexnet"), images(64)),
-    "SqueezeNet 64x64": (partial(_torchvision, "squeezenet1_1"), images(64)),
+        partial(zoo, "mobilenet_v3_small", norm_layer=partial(nn.GroupNorm, 1)), images(64)),
+    "AlexNet 64x64": (partial(zoo, "alexnet"), images(64)),
+    "SqueezeNet 64x64": (partial(zoo, "squeezenet1_1"), images(64)),
     "transformer T=32": (Encoder, _vectors),
 }  # fmt: skip
 
 
 class GramTask(Task):
     """The same network with a label for every sample."""
-
-    def losses(self, logits: Tensor) -> Tensor:
-        return F.cross_entropy(
-            logits, torch.arange(len(logits), device=logits.device) % logits.shape[1], reduction="none"
-        )
-
-    def loss(self, logits: Tensor) -> Tensor:
-        """Return the sum over samples."""
-        return self.losses(logits).sum()
 
     @cached_property
     def exact(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,21 +69,16 @@ class GramTask(Task):
         ``(3, B)``, the norms of these three and the norms ``(B,)``.
         """
         double = self.double()
-        parameters = list(double.model.parameters())
-
-        def gradient(i: int) -> list[Tensor]:
-            logits = double.model(double.x[i : i + 1])
-            loss = F.cross_entropy(logits, torch.tensor([i % logits.shape[1]], device=logits.device))
-            return list(torch.autograd.grad(loss, parameters, materialize_grads=True))
 
         def dot(g: list[Tensor], h: list[Tensor]) -> Tensor:
             return torch.stack([(a * b).sum() for a, b in zip(g, h, strict=True)]).sum()
 
+        parameters = list(double.model.parameters())
         total = list(torch.autograd.grad(double.loss(double.model(double.x)), parameters, materialize_grads=True))
-        sides = [gradient(0), gradient(len(self.x) - 1), total]
+        sides = [double.gradient(0), double.gradient(len(self.x) - 1), total]
         found = []
         for i in range(len(self.x)):
-            g = gradient(i)
+            g = double.gradient(i)
             found.append(torch.stack([*(dot(side, g) for side in sides), dot(g, g)]))
         *products, squares = torch.stack(found, 1)
         return torch.stack(products), torch.stack([dot(side, side) for side in sides]).sqrt(), squares.sqrt()
@@ -148,40 +120,22 @@ def autogram(task: GramTask) -> Callable[[], Tensor]:
 
     model = copy.deepcopy(task.model)  # its hooks stay
     engine = Engine(model, batch_dim=0)
-    return lambda: engine.compute_gramian(task.losses(model(task.x)))
+    return lambda: engine.compute_gramian(task.losses(model(task.x), task.y))
 
 
 def vmapped(task: GramTask) -> Callable[[], Tensor]:
     """Compute all gradients by vmap(grad), and their products."""
-    parameters, buffers = peers._state(task.model)
-    labels = torch.arange(len(task.x), device=task.x.device)
-
-    def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        logits = functional_call(task.model, (parameters, buffers), (x.unsqueeze(0),))
-        return F.cross_entropy(logits, (y % logits.shape[1])[None])
-
-    each = torch.func.vmap(grad(loss), in_dims=(None, 0, 0), randomness="different")
-
-    def call() -> Tensor:
-        found = each(parameters, task.x, labels)
-        total: Any = 0
-        for g in found.values():
-            total = total + g.flatten(1) @ g.flatten(1).mT
-        return total
-
-    return peers._batching(call)
+    each = torch.func.vmap(peers.of_sample(task), randomness="different")
+    return peers.batching(lambda: sum(g.flatten(1) @ g.flatten(1).mT for g in each(task.x, task.y)))
 
 
 def loop(task: GramTask) -> Callable[[], Tensor]:
     parameters = list(task.model.parameters())
 
     def call() -> Tensor:
-        losses = task.losses(task.model(task.x))
-        rows = []
-        for loss in losses:
-            grads = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
-            rows.append(torch.cat([g.flatten() for g in grads]))
-        found = torch.stack(rows)
+        losses = task.losses(task.model(task.x), task.y)
+        backward = partial(torch.autograd.grad, inputs=parameters, retain_graph=True, materialize_grads=True)
+        found = torch.stack([flat(backward(loss)) for loss in losses])
         return found @ found.mT
 
     return call
@@ -189,13 +143,13 @@ def loop(task: GramTask) -> Callable[[], Tensor]:
 
 def tangent(task: GramTask) -> Callable[[], Tensor]:
     """Compute products with the summed gradient, which is known, by one forward pass with a tangent."""
-    parameters, buffers = peers._state(task.model)
+    parameters, buffers = peers.state(task.model)
 
     def losses(values: dict[str, Tensor]) -> Tensor:
-        return task.losses(functional_call(task.model, (values, buffers), (task.x,)))
+        return task.losses(functional_call(task.model, (values, buffers), (task.x,)), task.y)
 
     total = torch.func.grad(lambda values: losses(values).sum())(parameters)
-    return peers._batching(lambda: torch.func.jvp(losses, (parameters,), (total,))[1])
+    return peers.batching(lambda: torch.func.jvp(losses, (parameters,), (total,))[1])
 
 
 @case(
@@ -211,7 +165,7 @@ def tangent(task: GramTask) -> Callable[[], Tensor]:
 )  # fmt: skip
 def gram(name: str, batch: int, device: str) -> Iterator[Implementation]:
     """The matrix of a batch; products with one summed gradient and sums of squares are for comparison."""
-    task = GramTask(MODELS[name], batch, device, CE)
+    task = GramTask(MODELS[name], batch, device, LABELS)
     yield one("fastgrad", partial(ours, task), task.gram_error, ALLOWED)
     yield one("training step", partial(peers.step, task), lambda found: 0.0, UNIT)
     yield one("TorchJD autogram", partial(autogram, task), task.gram_error, ALLOWED)
@@ -230,6 +184,6 @@ def gram(name: str, batch: int, device: str) -> Iterator[Implementation]:
 )  # fmt: skip
 def growth(name: str, batch: int, device: str) -> Iterator[Implementation]:
     """How the cost grows with the batch."""
-    task = GramTask(MODELS[name], batch, device, CE)
+    task = GramTask(MODELS[name], batch, device, LABELS)
     yield one("fastgrad", partial(ours, task), task.gram_error, ALLOWED)
     yield one("training step", partial(peers.step, task), lambda found: 0.0, UNIT)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,14 +73,16 @@ def plain(classes: int = 10, width: int = 32, norm: bool = False) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 
-def densenet() -> nn.Module:
-    """Return torchvision's DenseNet-121, with activations that are not in place."""
-    from torchvision.models import densenet121
+def zoo(name: str, **options: Any) -> nn.Module:
+    """Return torchvision's network of ten classes, without dropout and with activations that are not in place."""
+    from torchvision.models import get_model
 
-    model: nn.Module = densenet121(num_classes=10)
+    model: nn.Module = get_model(name, num_classes=10, **options)
     for module in model.modules():
-        if isinstance(module, nn.ReLU):
+        if isinstance(module, (nn.ReLU, nn.Hardswish, nn.Hardsigmoid)):
             module.inplace = False
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     return model
 
 
@@ -155,7 +158,7 @@ NETWORKS: dict[str, Network] = {
     "ResNet-18 group norm 32x32": (partial(resnet, norm=lambda c: nn.GroupNorm(c // 32, c)), images(32)),
     "ResNet-50 64x64": (partial(resnet, 100, deep=True), images(64)),
     "ResNet-50 224x224": (partial(resnet, 1000, deep=True), images(224)),
-    "DenseNet-121 64x64": (densenet, images(64)),
+    "DenseNet-121 64x64": (partial(zoo, "densenet121"), images(64)),
     "ViT-B/16 64x64": (partial(ViT, 100, 64), images(64)),
     "ViT-B/16 224x224": (ViT, images(224)),
     "GPT T=6": (partial(GPT, 16, 6, 8, 1, 2), tokens(6, 16)),

@@ -17,19 +17,18 @@ because the logits that they follow are rounded.
 
 from __future__ import annotations
 
-import copy
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastgrad
 from bench.micro import network_peers as peers
 from bench.micro.models import NETWORKS, images, plain
-from bench.micro.network_peers import BCE, CE, UNIT, ClippedTask, Task, error, sqnorms
+from bench.micro.tasks import BCE, CE, UNIT, ClippedTask, Task, middle_error, norm_error, sqnorms
 from bench.registry import Implementation, case, relative_error, scaled_error
 
 OURS, PEERS = 1e-4, 1e-3
@@ -70,7 +69,7 @@ def network(name: str, batch: int, signal: str, device: str) -> Iterator[Impleme
     task = Task(NETWORKS[name], batch, device, signal)
     yield from same_for_all(task)
     yield one("forward", partial(peers.forward, task), task.against(peers.forward), UNIT)
-    near = peers.middle_error if task.x.is_floating_point() else scaled_error
+    near = middle_error if task.x.is_floating_point() else scaled_error
     data_check = task.against(peers.data_gradients, near)
     yield one("forward and data gradients", partial(peers.data_gradients, task), data_check, OURS)
     yield one("BackPACK BatchL2Grad", partial(peers.backpack, task), task.error, PEERS)
@@ -101,25 +100,14 @@ def contrasts(name: str, batch: int, device: str) -> Iterator[Implementation]:
     """All N contrasts through the whole network, ``(B, N, P)``, with cross-entropy."""
     task = Task(NETWORKS[name], batch, device)
     classes = int(peers.forward(task)().shape[1])
-
-    def against(k: int, logits: Tensor) -> Tensor:
-        labels = torch.full(logits.shape[:1], k, device=device)
-        return F.cross_entropy(logits, labels, reduction="sum")
+    each = [task.labelled(torch.full((batch,), k, device=device)) for k in range(classes)]
 
     def check(norms: Tensor) -> float:
-        exact = task.double()
-        return max(
-            error(norms[b, k], sqnorms(against(k, exact.model(exact.x[b : b + 1])), exact.model))
-            for b in (0, batch - 1)
-            for k in (0, classes - 1)
-        )
+        ends = itertools.product((0, batch - 1), (0, classes - 1))
+        return max(norm_error(norms[b, k], sqnorms(each[k].double().gradient(b))) for b, k in ends)
 
     def looped(make: Callable[[Task], Callable[[], Tensor]]) -> Callable[[], Tensor]:
-        calls = []
-        for k in range(classes):
-            single = copy.copy(task)
-            single.loss = partial(against, k)  # type: ignore[method-assign]
-            calls.append(make(single))
+        calls = [make(one) for one in each]
         return lambda: torch.stack([call() for call in calls], 1)
 
     yield one("fastgrad", partial(features, task, "cross_entropy contrast"), check, OURS)

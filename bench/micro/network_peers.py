@@ -1,123 +1,24 @@
-"""The inputs of the network's cases, and other ways to per-sample gradient norms and to sums of clipped gradients."""
+"""Other ways to per-sample gradient norms and to sums of clipped gradients; each function returns the timed call."""
 
 from __future__ import annotations
 
 import copy
-import statistics
-from collections.abc import Callable, Iterable
-from functools import cached_property, partial
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgrad
-from bench.micro.models import Network
-from bench.registry import SEED, scaled_error
+from bench.micro.tasks import ClippedTask, Task, sqnorms
 
 Norms = Callable[[], Tensor]
-Check = Callable[[Tensor], float]
 Gradients = Callable[[], list[Tensor]]
 #: Bytes of gradients that ``vmap`` may hold at once.
 MEMORY = 1 << 30
-BCE, CE = "bce ones", "cross_entropy predicted"
-#: Error allowed for a plain product of float32, relative to its largest entry.
-UNIT = 256 * torch.finfo(torch.float32).eps
-
-
-class Task:
-    """A network in evaluation mode, a batch, and the loss of a signal, `BCE` or `CE`."""
-
-    def __init__(self, network: Network, batch: int, device: str, signal: str = BCE) -> None:
-        build, inputs = network
-        torch.manual_seed(SEED)
-        self.model = build().eval().to(device)
-        self.x = inputs(batch, torch.Generator().manual_seed(SEED)).to(device)
-        self.signal = signal
-
-    def loss(self, logits: Tensor) -> Tensor:
-        """Return the sum over samples."""
-        if self.signal == BCE:
-            return F.binary_cross_entropy_with_logits(logits, torch.ones_like(logits), reduction="sum")
-        return F.cross_entropy(logits, logits.detach().argmax(-1), reduction="sum")
-
-    def double(self) -> Task:
-        one = copy.copy(self)
-        one.model = copy.deepcopy(self.model).double()
-        one.x = self.x.double() if self.x.is_floating_point() else self.x
-        return one
-
-    @cached_property
-    def _wanted(self) -> list[Tensor]:
-        exact = self.double()
-        return [sqnorms(exact.loss(exact.model(x)), exact.model) for x in (exact.x[:1], exact.x[-1:])]
-
-    def error(self, norms: Tensor) -> float:
-        """Return the relative error of ``(B, P)`` on the first and last sample."""
-        worst = max(map(error, (norms[0], norms[-1]), self._wanted))
-        return worst if bool(torch.isfinite(norms).all()) else float("inf")
-
-    def against(self, call: Callable[[Task], Norms], error: Callable[..., float] = scaled_error) -> Check:
-        """Return the check against the same call in float64."""
-        return lambda found: error(found, call(self.double())())
-
-
-class ClippedTask(Task):
-    """The same in training mode, with a label for every sample and the norm to clip to."""
-
-    def __init__(self, network: Network, batch: int, device: str) -> None:
-        super().__init__(network, batch, device)
-        self.model.train()
-        self.y = torch.arange(batch, device=device) % 10
-        self.max_norm = 1.0
-
-    def loss(self, logits: Tensor, reduction: str = "sum") -> Tensor:
-        """Return the sum over samples, or with ``reduction="none"`` each loss."""
-        return F.cross_entropy(logits, self.y, reduction=reduction)
-
-    def distance(self, gradients: Iterable[Tensor]) -> float:
-        """Return the relative distance from the sum of a float64 loop's clipped gradients."""
-        return float((_flat(gradients).double() - self.exact).norm() / self.exact.norm())
-
-    @cached_property
-    def exact(self) -> Tensor:
-        """Return the sum of a float64 loop's clipped gradients, flat."""
-        return self._loop(self.double())
-
-    @cached_property
-    def rounding(self) -> float:
-        """Return the distance of the same loop in the network's own precision: what its rounding costs any method."""
-        return self.distance([self._loop(self)])
-
-    def _loop(self, task: Task) -> Tensor:
-        total: Any = 0
-        for x, y in zip(task.x, self.y, strict=True):
-            loss = F.cross_entropy(task.model(x[None]), y[None])
-            gradient = _flat(torch.autograd.grad(loss, list(task.model.parameters())))
-            total = total + min(1.0, self.max_norm / float(gradient.norm())) * gradient
-        found: Tensor = total
-        return found
-
-
-def _flat(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
-
-
-def sqnorms(loss: Tensor, model: nn.Module) -> Tensor:
-    return torch.stack([g.square().sum() for g in torch.autograd.grad(loss, list(model.parameters()))])
-
-
-def error(found: Tensor, wanted: Tensor) -> float:
-    """Return the largest error relative to the norm plus 1e-12 of the sum of all norms."""
-    return float(((found.double() - wanted).abs() / (wanted + 1e-12 * wanted.sum())).max())
-
-
-def middle_error(found: Tensor, wanted: Tensor) -> float:
-    """Return the median of the samples' errors: at the kink of a ReLU, rounding gives another gradient."""
-    return statistics.median(map(scaled_error, found, wanted))
 
 
 def step(task: Task) -> Norms:
@@ -175,28 +76,44 @@ def opacus(task: Task) -> Norms:
     return call
 
 
-def vmap(task: Task) -> Norms:
-    """PyTorch's tutorial on per-sample gradients, in chunks that keep the gradients within `MEMORY`."""
-    parameters, buffers = _state(task.model)
-
-    def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
-        return task.loss(functional_call(task.model, (parameters, buffers), (sample.unsqueeze(0),)))
-
-    def norms(sample: Tensor) -> Tensor:
-        return torch.stack([g.square().sum() for g in grad(loss)(parameters, sample).values()])
-
-    batched = torch.func.vmap(norms, randomness="different", chunk_size=_chunk(task))
-    return _batching(lambda: batched(task.x))
-
-
 def loop(task: Task) -> Norms:
-    return lambda: torch.stack([sqnorms(task.loss(task.model(sample[None])), task.model) for sample in task.x])
+    return lambda: torch.stack([sqnorms(task.gradient(i)) for i in range(len(task.x))])
+
+
+def state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    return {name: p.detach() for name, p in model.named_parameters()}, dict(model.named_buffers())
+
+
+def of_sample(task: Task) -> Callable[[Tensor, Tensor], list[Tensor]]:
+    """Return the function that PyTorch's tutorial on per-sample gradients vectorises: a sample's, given its label."""
+    parameters, buffers = state(task.model)
+
+    def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return task.losses(functional_call(task.model, (parameters, buffers), (x[None],)), y[None]).sum()
+
+    return lambda x, y: list(grad(loss)(parameters, x, y).values())
+
+
+def batching(call: Callable[[], Any]) -> Callable[[], Any]:
+    """Avoid the CPU's fused attention, which has no batching rule and would run sample by sample."""
+    return sdpa_kernel(SDPBackend.MATH)(call)  # type: ignore[operator, no-any-return]
+
+
+def _chunk(task: Task) -> int:
+    """Return how many samples' gradients stay within `MEMORY`."""
+    return max(1, min(len(task.x), MEMORY // sum(p.nbytes for p in task.model.parameters())))
+
+
+def vmap(task: Task) -> Norms:
+    gradients = of_sample(task)
+    norms = torch.func.vmap(lambda x, y: sqnorms(gradients(x, y)), randomness="different", chunk_size=_chunk(task))
+    return batching(lambda: norms(task.x, task.y))
 
 
 def clipped(task: ClippedTask) -> Gradients:
     def backward() -> None:
         with fastgrad.clip_gradients(task.model, task.max_norm) as clipped:
-            clipped.backward(task.loss(task.model(task.x), "none"))
+            clipped.backward(task.losses(task.model(task.x), task.y))
 
     return _gradients(task.model, backward)
 
@@ -228,41 +145,23 @@ def clipped_by_ghosts(task: ClippedTask) -> Gradients:
     model = GradSampleModuleFastGradientClipping(copy.deepcopy(task.model), **how)
     optimizer = _optimizer(DPOptimizerFastGradientClipping, model, task)
     wrapped = partial(DPTensorFastGradientClipping, model, optimizer, loss_reduction="sum")
-    return _gradients(model, lambda: wrapped(task.loss(model(task.x), "none")).backward())
+    return _gradients(model, lambda: wrapped(task.losses(model(task.x), task.y)).backward())
 
 
 def clipped_by_vmap(task: ClippedTask) -> Gradients:
-    parameters, buffers = _state(task.model)
-
-    def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(task.model, (parameters, buffers), (x[None],)), y[None])
-
-    each, chunk = torch.func.vmap(grad(loss), in_dims=(None, 0, 0)), _chunk(task)
+    each, chunk = torch.func.vmap(of_sample(task)), _chunk(task)
 
     def call() -> list[Tensor]:
-        totals = [torch.zeros_like(p) for p in parameters.values()]
+        totals = [torch.zeros_like(p) for p in task.model.parameters()]
         for x, y in zip(task.x.split(chunk), task.y.split(chunk), strict=True):
-            found = list(each(parameters, x, y).values())
+            found = each(x, y)
             norms = torch.stack([g.flatten(1).square().sum(1) for g in found]).sum(0).sqrt()
             factors = (task.max_norm / norms).clamp(max=1)
             for total, g in zip(totals, found, strict=True):
                 total += torch.einsum("b,b...->...", factors, g)
         return totals
 
-    return _batching(call)
-
-
-def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    return {name: p.detach() for name, p in model.named_parameters()}, dict(model.named_buffers())
-
-
-def _chunk(task: Task) -> int:
-    return max(1, min(len(task.x), MEMORY // sum(p.nbytes for p in task.model.parameters())))
-
-
-def _batching(call: Callable[[], Any]) -> Callable[[], Any]:
-    """Avoid the CPU's fused attention, which has no batching rule and would run sample by sample."""
-    return sdpa_kernel(SDPBackend.MATH)(call)  # type: ignore[operator, no-any-return]
+    return batching(call)
 
 
 def _gradients(model: nn.Module, backward: Callable[[], None]) -> Gradients:

@@ -57,14 +57,6 @@ def pivot(rows: Iterable[Row], index: Sequence[str], column: str, value: str, fo
     return table(lines.values())
 
 
-def spread(values: Sequence[float]) -> str:
-    """Return the mean and the half width of the 95 % interval over draws."""
-    from scipy.special import stdtrit  # here, so that a GPU run needs no more than PyTorch
-
-    half = stdtrit(len(values) - 1, 0.975) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.fmean(values):.3f} ± {half:.3f}"
-
-
 def share(value: float, count: int) -> str:
     """Return a share of ``count`` with its 95 % interval."""
     low, high = wilson(round(value * count), count)

@@ -39,15 +39,6 @@ def test_other_sets_share_the_compression_of_the_first(tmp_path: Path) -> None:
     assert torch.equal(sets.stranger(tmp_path, "textures", plain, 20), sets.to_tensor(pictures[order]))
 
 
-def test_a_missing_set_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"fashion-mnist\.npz"):
-        sets.load(tmp_path, "fashion")
-    with pytest.raises(ValueError, match="cifar10"):
-        sets.load(tmp_path, "imagenet")
-    with pytest.raises(FileNotFoundError, match=r"ag-news\.csv"):
-        news.News(tmp_path, tmp_path, 0)
-
-
 def test_published_sizes() -> None:
     def parameters(model: torch.nn.Module) -> int:
         return sum(p.numel() for p in model.parameters())
@@ -84,12 +75,16 @@ def test_files_are_changed(name: str) -> None:
     assert changed != content
 
 
-def test_the_network_of_files_answers_as_its_onnx_file(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def source() -> files.Files:
     pytest.importorskip("onnxruntime")
     try:
-        source = files.Files(0)
+        return files.Files(0)
     except ModuleNotFoundError:
         pytest.skip("magika is not installed")
+
+
+def test_the_network_of_files_answers_as_its_onnx_file(source: files.Files, monkeypatch: pytest.MonkeyPatch) -> None:
     everything = list(files._folders())
     monkeypatch.setattr(files, "_folders", lambda: iter(everything[:20]))
     inputs, labels = source.files("test", 64)
@@ -105,13 +100,10 @@ def test_the_network_of_files_answers_as_its_onnx_file(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(("moved", "outcome"), [(1, does_not_raise()), (32, pytest.raises(ValueError, match="differ"))])
 def test_files_whose_norm_rounds_do_not_refuse_the_network(
-    moved: int, outcome: AbstractContextManager[object], monkeypatch: pytest.MonkeyPatch
+    moved: int, outcome: AbstractContextManager[object], source: files.Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runtime = pytest.importorskip("onnxruntime")
-    try:
-        source = files.Files(0)
-    except ModuleNotFoundError:
-        pytest.skip("magika is not installed")
+    import onnxruntime as runtime
+
     texts = torch.randint(32, 127, (32, 2 * files.ENDS), generator=torch.Generator().manual_seed(0))
     session = runtime.InferenceSession
 
@@ -143,20 +135,29 @@ def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
         cache.arrays(tmp_path / "2.npz", dict)
 
 
-def test_a_damaged_set_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "part", "error", "words"),
+    [("imagenet", "test", ValueError, "name must be one of cifar10, .*; it was 'imagenet'"),
+     ("cifar100", "test", FileNotFoundError, r"must hold cifar100\.npz or cifar100-32\.npz with a test part"),
+     ("textures", "test", ValueError, r"textures\.npz must be a whole \.npz file"),
+     ("letters", "train", FileNotFoundError, r"notmnist\.npz or notmnist-28\.npz with a train part"),
+     ("letters", "test", ValueError, "'letters' must have labels")],
+)  # fmt: skip
+def test_a_set_that_cannot_be_read_is_named(
+    name: str, part: str, error: type[Exception], words: str, tmp_path: Path
+) -> None:
+    """Nothing is there of one set; of the others half a file, or a file without labels."""
     np.savez(tmp_path / "textures.npz", images=np.zeros((9, 32, 32, 3), np.uint8))
     assert len(sets.load(tmp_path, "textures").images) == 9
     _truncate(tmp_path / "textures.npz")
-    with pytest.raises(ValueError, match=r"textures\.npz must be a whole \.npz file"):
-        sets.load(tmp_path, "textures")
+    np.savez(tmp_path / "notmnist.npz", test_images=np.zeros((9, 28, 28), np.uint8))
+    with pytest.raises(error, match=words):
+        sets.load(tmp_path, name, part).labelled()
 
 
-def test_a_set_without_labels_is_named(tmp_path: Path) -> None:
-    np.savez(tmp_path / "fashion-mnist.npz", test_images=np.zeros((9, 28, 28), np.uint8))
-    with pytest.raises(ValueError, match="'fashion' must have labels"):
-        sets.load(tmp_path, "fashion").labelled()
-    with pytest.raises(FileNotFoundError, match=r"fashion-mnist\.npz with a train part"):
-        sets.load(tmp_path, "fashion", "train")
+def test_missing_news_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"ag-news\.csv"):
+        news.News(tmp_path, tmp_path, 0)
 
 
 def _refuse(model: nn.Module) -> None:

@@ -17,10 +17,8 @@ from bench.detection import methods_ours, methods_outputs, registry  # noqa: F40
 from bench.detection.architectures import residual_network
 from bench.detection.data import news
 from bench.detection.methods_ours import AllNorms, NormalisationNorms, answer, blocks_of, fitted
-from bench.detection.registry import CASES, SMALL, TEXTS, Options, Shown
-from bench.detection.subject import Fit, Subject
+from bench.detection.subject import CASES, SMALL, TEXTS, Fit, Options, Shown, Subject
 from fastgrad import TwoStageModel
-from fastgrad.blocks.extraction import Extraction
 from fastgrad.detector import collect
 from fastgrad.detector.price import DEFAULT_BLOCKS
 
@@ -87,12 +85,6 @@ def test_norms_of_normalisation_layers_are_those_of_vectors(subject: Subject) ->
     )
 
 
-def test_a_model_answers_by_the_network_again(subject: Subject) -> None:
-    two_stage = fitted(Fit(subject), DEFAULT_BLOCKS, None)
-    answer(two_stage, subject.seen("darker"))
-    assert isinstance(two_stage.extraction_, Extraction)
-
-
 def of_texts(tmp_path: Path, ids: Tensor) -> Subject:
     config = BertConfig(  # type: ignore[call-arg]
         vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
@@ -121,8 +113,3 @@ def test_padding_is_no_part_of_a_text(tmp_path: Path) -> None:
     for name, value in blocks_of(subject, "alone", alone, DEFAULT_BLOCKS).items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
     assert "activations" in found
-
-
-def test_the_control_has_the_challenges_of_the_default(subject: Subject) -> None:
-    challenges = methods_ours._Generated(subject, "generated", "fit").images
-    assert challenges.shape == (120, 3, 16, 16)

@@ -16,8 +16,8 @@ pytest.importorskip("pytorch_ood")
 
 from bench.detection import registry, runner
 from bench.detection.architectures import residual_network
-from bench.detection.registry import CASES, METHODS, NETWORKS, SMALL, Method, NotRun, Options, Protocol, Shown
-from bench.detection.subject import Fit, Seen, Subject
+from bench.detection.registry import METHODS, NETWORKS, Method, Protocol
+from bench.detection.subject import CASES, SMALL, Fit, NotRun, Options, Seen, Shown, Subject
 from bench.detection.tables import Table
 from bench.report import pages
 

@@ -20,8 +20,8 @@ from bench.detection import __main__ as command
 from bench.detection import adaptive, failure, introspective, networks
 from bench.detection.cases import FAMILIAR, FOREIGN
 from bench.detection.data.corruptions import corrupt
-from bench.detection.registry import SMALL
-from bench.detection.train import EPOCHS
+from bench.detection.subject import SMALL
+from bench.detection.train import RECIPES
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("cifar100", "svhn", "textures"):
         np.savez(tmp_path / "data" / f"{name}.npz", images=rng.integers(0, 256, (40, 32, 32, 3), np.uint8))
     monkeypatch.setattr(networks, "CIFAR_QUICK", (60, 60, 30))
-    monkeypatch.setitem(EPOCHS, "resnet", 2)  # type: ignore[misc]
+    monkeypatch.setitem(RECIPES, "resnet", RECIPES["resnet"]._replace(epochs=2))
     return tmp_path
 
 
@@ -79,7 +79,9 @@ def test_the_table_of_errors_runs(folder: Path, monkeypatch: pytest.MonkeyPatch)
 def test_the_table_of_introspection_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(introspective, "QUICK", (2, 60, 40, 10))
     found = {(row["method"], row["case"]): row for row in rows_of(folder, "introspective", "--networks", "resnet")}
-    assert {"H on h, gated", "last layer, trained again", "batch norm adapted", "SimCLR"} <= {name for name, _ in found}
+    assert {"H on h, gated", "last layer, trained again", "batch norm adapted", "trained on AugMix"} <= {
+        name for name, _ in found
+    }
     assert found["network", "clean"]["gain"] == 0
     assert all(0 <= row["accuracy"] <= 1 and 0 <= row["ece"] <= 1 for row in found.values())
 

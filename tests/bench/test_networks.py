@@ -1,4 +1,4 @@
-"""Networks of the tables: of published ones the right file or a reason, of others the recipe that trains them."""
+"""Networks of the tables: of published ones the right file or a reason, of others the training."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from bench.detection.networks import KINDS, PUBLISHED, RANGES
-from bench.detection.registry import NotRun
-from bench.detection.train import fit, whiten
+from bench.detection.recipes import CHANGES
+from bench.detection.subject import NotRun
+from bench.detection.train import accuracy, fit, fit_layer, whiten
 
 
-def test_a_network_whose_weights_are_nowhere_is_not_run(tmp_path: Path) -> None:
-    nowhere = PUBLISHED["densenet"]._replace(url=(tmp_path / "absent").as_uri())
-    with pytest.raises(NotRun, match="cannot be downloaded"):
-        nowhere.load(tmp_path / "cache" / "weights")
-
-
-def test_weights_are_those_that_were_published(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "error", "words"), [(None, NotRun, "cannot be downloaded"), (b"another file", ValueError, "SHA-256")]
+)
+def test_weights_are_those_that_were_published(
+    content: bytes | None, error: type[Exception], words: str, tmp_path: Path
+) -> None:
     path = tmp_path / "weights"
-    path.write_bytes(b"another file")
-    with pytest.raises(ValueError, match="SHA-256"):
-        PUBLISHED["densenet"].load(path)
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(error, match=words):
+        PUBLISHED["densenet"]._replace(url=(tmp_path / "absent").as_uri()).load(path)
 
 
 def test_every_class_of_photographs_has_a_kind() -> None:
@@ -64,8 +65,8 @@ def test_whitening_filters_see_uncorrelated_patches_and_their_negatives() -> Non
     assert torch.equal(convolution.weight[54:], rest)
 
 
-def test_images_grow_in_equal_shares_of_the_passes() -> None:
-    seen: list[int] = []
+def test_images_grow_in_equal_shares_of_the_passes_and_are_changed() -> None:
+    seen: list[tuple[int, float]] = []
 
     class Network(nn.Module):
         def __init__(self) -> None:
@@ -73,9 +74,27 @@ def test_images_grow_in_equal_shares_of_the_passes() -> None:
             self.layer = nn.Linear(3, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            seen.append(x.shape[-1])
+            seen.append((x.shape[-1], float(x.max())))
             return self.layer(x.mean((2, 3)))
 
-    images, labels = torch.rand(8, 3, 8, 8), torch.randint(0, 2, (8,))
-    fit(Network(), images, labels, epochs=5, seed=0, batch=8, sizes=(4, 8))
-    assert seen == [4, 4, 4, 8, 8]
+    images, labels = torch.ones(8, 3, 8, 8), torch.randint(0, 2, (8,))
+    fit(Network(), images, labels, epochs=5, seed=0, batch=8, sizes=(4, 8), change=torch.zeros_like)
+    assert seen == [(4, 0), (4, 0), (4, 0), (8, 0), (8, 0)]
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_is_done_to_batches_stays_an_image(name: str) -> None:
+    torch.manual_seed(0)
+    x = torch.rand(20, 3, 32, 32)
+    found = CHANGES[name](x)
+    assert found.shape == x.shape
+    assert 0 <= found.min() <= found.max() <= 1
+    assert not torch.equal(found, x)
+
+
+def test_a_last_layer_learns() -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(4).repeat(64)
+    h, layer = torch.eye(4)[labels], nn.Linear(4, 4)
+    fit_layer(layer, h, labels, epochs=20, rate=1e-1, batch=32)
+    assert accuracy(layer, h, labels) == 1

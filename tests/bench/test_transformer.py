@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.detection import registry, subject, transformer
+from bench.detection import subject, transformer
 
 
 def test_its_tokens_are_read_as_maps_are(tmp_path: Path) -> None:
     model = transformer.Transformer().eval()
     images = torch.rand(3, 3, 32, 32)
     parts = {part: (images, torch.zeros(3, dtype=torch.long)) for part in ("fit", "test")}
-    own = subject.Subject("vit", 0, model, parts, registry.Options(tmp_path, tmp_path), registry.SMALL, 3, model.stages)
+    own = subject.Subject("vit", 0, model, parts, subject.Options(tmp_path, tmp_path), subject.SMALL, 3, model.stages)
     tokens: list[torch.Tensor] = []
     with model.encoder.norm.register_forward_hook(lambda module, args, output: tokens.append(output)):
         seen = own.seen("clean")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gradient_oracle import CONVOLUTIONS, conv_sqnorm, weight_norms
+from gradient_oracle import CONVOLUTIONS as BY_AXES
+from gradient_oracle import conv_sqnorm, weight_norms
 
 triton = pytest.importorskip("triton")
 
 from bench.gpu.compile_cases import configured  # noqa: E402
+from bench.gpu.sanitize.cases import CONVOLUTIONS  # noqa: E402
 from bench.gpu.sanitize.cases import LAYERS as SMALL  # noqa: E402
 from fastgrad.ops.conv.sqnorm import linear_sqnorm  # noqa: E402
 from fastgrad.ops.triton import layer_sqnorm  # noqa: E402
@@ -18,25 +20,19 @@ pytestmark = pytest.mark.usefixtures("poison")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-CASES = {
-    "plain": ((1, 18, 4, 5), 17, (3, 3), {"padding": 1}),
-    "strided": ((2, 3, 7, 7), 5, (3, 2), {"stride": (2, 3), "padding": (1, 0)}),
-    "dilated groups": ((1, 4, 5, 4), 6, (3, 3), {"dilation": 2, "padding": 2, "groups": 2}),
-    "depthwise": ((1, 3, 4, 5), 3, (3, 3), {"padding": 1, "groups": 3}),
-    "1d": ((2, 7, 11), 4, (5,), {"stride": 2, "padding": 2}),
-    "3d": ((1, 3, 4, 5, 3), 4, (2, 3, 2), {"padding": (1, 0, 1)}),
-}
+CASES = CONVOLUTIONS | {"depthwise": ((1, 3, 4, 5), 3, (3, 3), (1, 1), (1, 1), (1, 1), 3)}
 
 
 @pytest.mark.parametrize(
     ("case", "dtype"), [(case, torch.float32) for case in CASES] + [("strided", dtype) for dtype in DTYPES[1:]]
 )
 def test_convolution(case, dtype, device):
-    shape, outputs, kernel, options = CASES[case]
+    shape, outputs, kernel, stride, padding, dilation, groups = CASES[case]
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     generator = torch.Generator().manual_seed(11)
     a = torch.randn(shape, generator=generator).to(dtype)
-    weight = torch.zeros(outputs, shape[1] // options.get("groups", 1), *kernel)
-    like = CONVOLUTIONS[False][a.dim() - 3](a.float(), weight, **options)
+    weight = torch.zeros(outputs, shape[1] // groups, *kernel)
+    like = BY_AXES[False][a.dim() - 3](a.float(), weight, **options)
     g = torch.randn(2, *like.shape, generator=generator).to(dtype)
     g = g.transpose(1, 2).contiguous().transpose(1, 2)
     with configured(**SMALL):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,14 @@ from torch import Tensor
 
 Bytes = NDArray[np.uint8]
 
-#: File names tried for every set, in order, and torchvision's loader for the set.
-SETS: dict[str, tuple[tuple[str, ...], str | None]] = {
-    "cifar10": (("cifar10", "cifar10-jpeg"), "CIFAR10"),
-    "cifar100": (("cifar100", "cifar100-32"), "CIFAR100"),
-    "tinyimagenet": (("tinyimagenet", "tinyimagenet-32"), None),
-    "svhn": (("svhn", "svhn-gray-32"), "SVHN"),
-    "textures": (("textures", "textures-32"), None),
-    "fashion": (("fashion-mnist",), "FashionMNIST"),
-    "letters": (("notmnist", "notmnist-28"), None),
-    "scenes": (("scenes", "scenes-28"), None),
-    "photographs": (("imagenet-sample-256",), None),
-    "large textures": (("textures-256",), None),
-}
+#: File names tried for every set, in order, and torchvision's loader of some.
+SETS: Mapping[str, tuple[str, ...]] = {
+    "cifar10": ("cifar10", "cifar10-jpeg"), "cifar100": ("cifar100", "cifar100-32"),
+    "tinyimagenet": ("tinyimagenet", "tinyimagenet-32"), "svhn": ("svhn", "svhn-gray-32"),
+    "textures": ("textures", "textures-32"), "letters": ("notmnist", "notmnist-28"), "scenes": ("scenes", "scenes-28"),
+    "photographs": ("imagenet-sample-256",), "large textures": ("textures-256",),
+}  # fmt: skip
+TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN"}
 
 
 @dataclass(frozen=True)
@@ -101,20 +96,17 @@ def _from_npz(path: Path, name: str, part: str, limit: int | None, start: int) -
         return Split(name, images, None if labels is None else labels[window], compressed)
 
 
-def _from_torchvision(root: Path, loader: str, name: str, part: str, limit: int | None, start: int) -> Split | None:
+def _from_torchvision(root: Path, name: str, part: str, limit: int | None, start: int) -> Split | None:
     from torchvision import datasets
 
-    where: dict[str, Any] = {"split": part} if loader == "SVHN" else {"train": part == "train"}
+    where: dict[str, Any] = {"split": part} if name == "svhn" else {"train": part == "train"}
     try:
-        loaded = getattr(datasets, loader)(root=str(root), download=False, **where)
+        loaded = getattr(datasets, TORCHVISION[name])(root=str(root), download=False, **where)
     except RuntimeError:
         return None
-    images = np.asarray(loaded.data)
-    if loader == "SVHN":
-        images = images.transpose(0, 2, 3, 1)
-    labels = np.asarray(loaded.labels if loader == "SVHN" else loaded.targets, dtype=np.int64)
-    images = images if images.ndim == 4 else images[..., None]
-    return Split(name, images, labels, False).at(_window(len(images), start, limit))
+    images, labels = loaded.data, loaded.labels if name == "svhn" else loaded.targets
+    images = images.transpose(0, 2, 3, 1) if name == "svhn" else images
+    return Split(name, images, np.asarray(labels, np.int64), False).at(_window(len(images), start, limit))
 
 
 def held_out(total: int, wanted: int) -> int:
@@ -136,42 +128,32 @@ def load(root: Path, name: str, part: str = "test", limit: int | None = None, st
     """
     if name not in SETS:
         raise ValueError(f"name must be one of {', '.join(SETS)}; it was {name!r}")
-    files, loader = SETS[name]
-    for path in filter(Path.exists, (root / f"{file}.npz" for file in files)):
+    for path in filter(Path.exists, (root / f"{file}.npz" for file in SETS[name])):
         try:
             split = _from_npz(path, name, part, limit, start)
         except Exception as error:  # readers raise many kinds where a file was cut off or overwritten
             raise ValueError(f"{path} must be a whole .npz file; it cannot be read ({error})") from error
         if split is not None:
             return split
-    if loader is not None and (split := _from_torchvision(root, loader, name, part, limit, start)):
+    if name in TORCHVISION and (split := _from_torchvision(root, name, part, limit, start)):
         return split
-    wanted = " or ".join(f"{file}.npz" for file in files)
+    wanted = " or ".join(f"{file}.npz" for file in SETS[name])
     raise FileNotFoundError(f"{root} must hold {wanted} with a {part} part for the set {name!r}")
-
-
-def grey(images: Bytes) -> Bytes:
-    """Return the luma of colour images on all three channels."""
-    luma = images.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
-    return np.repeat(luma.round().clip(0, 255).astype(np.uint8)[..., None], 3, -1)
 
 
 def stranger(
     root: Path, name: str, like: Split, limit: int, start: int = 0, recompress: Callable[[Bytes], Bytes] = jpeg
 ) -> Tensor:
-    """Return ``limit`` images of another set in the shape and with the compression history of ``like``.
+    """Return ``limit`` images of another set in the size and with the compression history of ``like``, in colour.
 
     JPEG's blocks alone would reveal a set that was never compressed, so such a set passes through ``recompress``.
     """
     split = load(root, name, limit=limit, start=start)
-    images, (size, channels) = split.images, like.images.shape[2:]
-    if images.shape[3] == 1 and channels == 3:
+    images, size = split.images, like.images.shape[2]
+    if images.shape[3] == 1:
         images = np.repeat(images, 3, -1)
-    if images.shape[3] == 3 and channels == 1:
-        images = grey(images)[..., :1]
     if images.shape[1] != size:
-        enlarged = [Image.fromarray(x.squeeze()).resize((size, size), Image.Resampling.BICUBIC) for x in images]
-        images = np.stack(enlarged).reshape(-1, size, size, channels)
-    if like.compressed and channels == 3 and not split.compressed:
+        images = np.stack([Image.fromarray(x).resize((size, size), Image.Resampling.BICUBIC) for x in images])
+    if like.compressed and not split.compressed:
         images = recompress(images)
     return to_tensor(images)
