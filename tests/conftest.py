@@ -13,6 +13,7 @@ import locale
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,8 +41,22 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     whole = whole and not getattr(options, "cov_source", None)
     if whole and getattr(options, "numprocesses", 0) is None and not (options.usepdb or options.collectonly):
         options.numprocesses = min(PROCESSES, 1 + (os.cpu_count() or 1))
-        # Tests of one file share servers.
         options.dist, options.loadscopereorder = "loadfile", False
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give one process the tests of a file, or of the folder whose tests share a server, which takes long to start."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, folder = super()._split_scope(nodeid), "tests/deploy/serve/"
+            return folder if file.startswith(folder) else file
+
+    return Scheduling(config, log)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -130,16 +145,6 @@ def tiny_package(exports: pathlib.Path) -> pathlib.Path:
     except RuntimeError as error:
         pytest.skip(str(error))
     return export_tiny(exports, "tiny.pt2")
-
-
-@pytest.fixture(scope="session")
-def tiny_explained(exports: pathlib.Path) -> pathlib.Path:
-    """The same model in an ONNX file that gives the evidence."""
-    from deploy_models import export_tiny
-    from onnx_needed import skip_without_onnx
-
-    skip_without_onnx()
-    return export_tiny(exports, "explained.onnx", evidence=True)
 
 
 @pytest.fixture(scope="session")

@@ -84,6 +84,7 @@ def test_monitor_keeps_the_last_thousand() -> None:
         (lambda: error_rate([np.nan] * 30, [1.0] * 30, 0.1), "risk must be finite"),
         (lambda: error_rate([0.1] * 30, [np.nan] * 30, 0.1), "uncertainty must not hold NaN"),
         (lambda: error_rate([0.1] * 30, [1.0] * 30, 0.0), "excess must lie in .* without generated challenges"),
+        (lambda: error_rate([0.1] * 30, [1.0] * 30, "0.1"), "excess must be a number"),
         (lambda: error_rate([0.1] * 30, [1.0] * 30, 0.1, confidence=1), "confidence must lie in"),
         (lambda: DriftMonitor(np.arange(100), excess=1.5), "excess must lie in"),
         (lambda: DriftMonitor(np.arange(100), excess=0.1).update([1.0], [0.1, 0.2]), "risk must have shape"),
@@ -91,10 +92,5 @@ def test_monitor_keeps_the_last_thousand() -> None:
     ],
 )
 def test_bad_input(call, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(TypeError if "a number" in words else ValueError, match=words):
         call()
-
-
-def test_an_excess_is_a_number() -> None:
-    with pytest.raises(TypeError, match="excess must be a number"):
-        error_rate([0.1] * 30, [1.0] * 30, "0.1")  # type: ignore[arg-type]

@@ -36,7 +36,7 @@ def test_no_line_begins_with_a_value() -> None:
 @pytest.mark.parametrize("page", parameters(PAGES))
 def test_the_page_runs_as_printed(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exports: Path) -> None:
     if "<!-- needs: model.pt2 -->" in page.read_text():
-        shutil.copy(export_tiny(exports, "explained.pt2", evidence=True), tmp_path / "model.pt2")
+        shutil.copy(export_tiny(exports, "tiny.pt2"), tmp_path / "model.pt2")
     for package, version in re.findall(r"^<!-- needs: (\w+)(?: ([\d.]+))? -->$", page.read_text(), re.MULTILINE):
         pytest.importorskip(package, minversion=version or None)
     monkeypatch.chdir(tmp_path)

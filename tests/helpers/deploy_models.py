@@ -57,8 +57,11 @@ class TinyTwoStage(nn.Module):
         return float(torch.quantile(scores, 1 - false_alarm_rate))
 
 
-def export_tiny(folder: Path, name: str, evidence: bool = False) -> Path:
-    """Export `TinyTwoStage` to a folder of all processes, in the first that asks; compiling takes seconds."""
+def export_tiny(folder: Path, name: str) -> Path:
+    """Export `TinyTwoStage` with its evidence to a folder of all processes, in the first that asks.
+
+    Compiling takes many seconds: all tests, those of the documentation's pages too, share one ``tiny.pt2``.
+    """
     import torch._inductor.config
 
     from fastgrad.deploy.file.export import export
@@ -76,7 +79,7 @@ def export_tiny(folder: Path, name: str, evidence: bool = False) -> Path:
             mean=[0.5] * 3,
             std=[0.25] * 3,
             max_batch=64,
-            evidence=evidence,
+            evidence=True,
         )
 
 

@@ -15,17 +15,17 @@ from fastgrad.deploy.file.package import ModelPackage
 
 
 class Load:
-    """Connections that send numbered images and check each answer against the direct call."""
+    """Connections that send numbered images, each ``pause`` seconds after an answer, and check what they are told."""
 
     def __init__(
-        self, server: Server, package: Path, path: str = "/predict", images: int = 40, keep: bool = True
+        self, server: Server, package: Path, path: str = "/predict", *, keep: bool = True, pause: float = 0.0
     ) -> None:
-        self.server, self.path, self.keep = server, path, keep
+        self.server, self.path, self.keep, self.pause = server, path, keep, pause
         model = ModelPackage(package)
-        self.contents = [image(i, (8 + i % 5, 9)) for i in range(images)]
+        self.contents = [image(i, (8 + i % 5, 9)) for i in range(40)]
         inputs = [decode_image(content, model.description) for content in self.contents]
         self.expected = [float(model(x[None]).uncertainty) for x in inputs]
-        assert len({round(value, 6) for value in self.expected}) == images  # a swap would show
+        assert len({round(value, 6) for value in self.expected}) == 40  # a swap would show
         self.lock = threading.Lock()
         self.right = self.wrong = self.unavailable = self.lost = self.cut = self.refused = 0
         self.stop = threading.Event()
@@ -33,7 +33,7 @@ class Load:
     def client(self, number: int, requests: int) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=60)
         for i in range(requests):
-            if self.stop.is_set():
+            if self.stop.wait(self.pause):
                 break
             index = (number * 7919 + i) % len(self.contents)
             made = sent = False

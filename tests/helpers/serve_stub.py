@@ -51,7 +51,8 @@ def stub(
 
 def make(package: Path, delay: float = 0.0, error: Exception | None = None, **options: Any) -> Any:
     app = create_app(str(package), **options)
-    rows = dict.fromkeys(app.state.models, (0.1, 0.2, 0.3, 0.4, 1.0))
+    # Probabilities, uncertainty and evidence.
+    rows = dict.fromkeys(app.state.models, (0.1, 0.2, 0.3, 0.4, 1.0, 0.5, 0.5))
     return stub(app, rows, delay, error, options.get("limits", Limits()))
 
 

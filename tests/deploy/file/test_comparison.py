@@ -17,8 +17,8 @@ def check(file: Path, change: Callable[[Tensor, Tensor], Tensor], tolerance: flo
     live = TinyTwoStage()
 
     def answers(x: Tensor) -> tuple[Tensor, ...]:
-        logits, probabilities, uncertainty = live(x)
-        return logits, probabilities, change(x, uncertainty)
+        (logits, probabilities, uncertainty), parts = live.explain(x)
+        return logits, probabilities, change(x, uncertainty), torch.stack(list(parts.values()), -1)
 
     compare(file, answers, X, tolerance, torch.finfo(torch.float32).eps)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps
 from serve_client import image, many_scans, png
 
@@ -15,33 +16,34 @@ from fastgrad.deploy.file import images
 from fastgrad.deploy.file.images import ImageError, ImageTooLargeError, decode_image, decode_pixels
 from fastgrad.deploy.file.package import Description
 
-
-@pytest.mark.parametrize(
-    ("shape", "content", "message"),
-    [((3, 8, 8), b"", "the image is empty"), ((3, 8, 8), b"GIF99", "none of .*PNG"), ((9,), b"", "takes no images")],
-)
-def test_image_errors(shape: tuple[int, ...], content: bytes, message: str) -> None:
-    with pytest.raises(ImageError, match=message):
-        decode_image(content, Description(shape, "float32", 4, 8, "cpu"))
-
-
-def test_too_large_for_pillow() -> None:
-    with pytest.raises(ImageTooLargeError, match="decompression bomb"):
-        decode_pixels(png(20_000, 20_000, 8, 0, b""), (3, 8, 8))
+IMAGES = Description((3, 8, 8), "float32", 4, 8, "cpu", mean=[0.5] * 3, std=[0.25] * 3)
+NO_IMAGES = Description((9,), "float32", 4, 8, "cpu")
 
 
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
+        ({}, ImageError, "the image is empty"),
+        ({"content": b"GIF99"}, ImageError, "none of .*PNG"),
+        ({"description": NO_IMAGES}, ImageError, "takes no images"),
+        ({"content": png(11_000, 1000, 8, 0, b"")}, ImageTooLargeError, "at most 10000000"),
+        ({"content": png(20_000, 20_000, 8, 0, b"")}, ImageTooLargeError, "decompression bomb"),
         ({"content": None}, TypeError, "content must be bytes; it was NoneType"),
         ({"description": None}, TypeError, "description must be a Description; it was NoneType"),
         ({"max_pixels": 0}, ValueError, "max_pixels must be an integer of at least 1; it was 0"),
     ],
 )
-def test_arguments_that_are_refused(given: dict[str, Any], error: type[Exception], message: str) -> None:
-    arguments = {"content": b"", "description": Description((3, 8, 8), "float32", 4, 8, "cpu"), **given}
+def test_refusals(given: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        decode_image(**arguments)
+        decode_image(**{"content": b"", "description": IMAGES, **given})
+
+
+def test_scaling_of_the_centered_part() -> None:
+    wide, out = np.zeros((8, 16, 3), dtype=np.uint8), io.BytesIO()
+    wide[:, 4:12] = 255
+    Image.fromarray(wide).save(out, "PNG")
+    # (1 - 0.5) / 0.25: only the white middle is left.
+    assert torch.equal(decode_image(out.getvalue(), IMAGES), torch.full((3, 8, 8), 2.0))
 
 
 def test_jpeg_of_many_scans() -> None:
@@ -51,7 +53,7 @@ def test_jpeg_of_many_scans() -> None:
     assert decode_pixels(inside, (3, 8, 8)).shape == (3, 8, 8)
     for view in (bytes, bytearray, memoryview):
         with pytest.raises(ImageTooLargeError, match="the image has more than 100 scans"):
-            decode_image(view(many_scans(101)), Description((3, 8, 8), "float32", 4, 8, "cpu"))
+            decode_image(view(many_scans(101)), IMAGES)
 
 
 def test_time_limit_of_decoding(monkeypatch: pytest.MonkeyPatch) -> None:

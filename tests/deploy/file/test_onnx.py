@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +19,13 @@ from python_process import run_python
 from torch import nn
 
 from fastgrad.deploy.file.comparison import compare, difference
-from fastgrad.deploy.file.description import Description, description_text
+from fastgrad.deploy.file.description import DTYPES, Description, description_text
 from fastgrad.deploy.file.export import export
-from fastgrad.deploy.file.onnx_export import convert
 from fastgrad.deploy.file.onnx_file import KEY
 from fastgrad.deploy.file.package import ModelPackage, PackageError, read_description
 from fastgrad.detector.model import TwoStageModel
 
+onnx = pytest.importorskip("onnx")
 skip_without_onnx()
 pytestmark = WARNINGS
 
@@ -79,12 +81,12 @@ import numpy as np
 import onnxruntime
 session = onnxruntime.InferenceSession(sys.argv[1])
 description = json.loads(session.get_modelmeta().custom_metadata_map["fastgrad"])
-assert [value.name for value in session.get_outputs()] == ["logits", "probabilities", "uncertainty"]
+assert [value.name for value in session.get_outputs()] == ["logits", "probabilities", "uncertainty", "evidence"]
 assert session.get_inputs()[0].shape == ["batch", *description["input_shape"]]
 batches = np.load(sys.argv[2])
 found = {}
 for name, x in batches.items():
-    logits, probabilities, uncertainty = session.run(None, {"input": x})
+    logits, probabilities, uncertainty, _ = session.run(None, {"input": x})
     found |= {f"{name}-logits": logits, f"{name}-p": probabilities, f"{name}-u": uncertainty}
 np.savez(sys.argv[3], **found)
 print(json.dumps([description["labels"], description["threshold"]]))
@@ -104,139 +106,129 @@ def test_numpy_and_onnx_runtime_alone(tiny_onnx: Path, tmp_path: Path) -> None:
 
 
 def test_no_paths_in_the_file(tiny_onnx: Path) -> None:
-    import onnx
-
     assert b"site-packages" not in tiny_onnx.read_bytes()
     assert [prop.key for prop in onnx.load(tiny_onnx).metadata_props] == ["fastgrad", "fastgrad.sha256"]
 
 
-@pytest.mark.parametrize("place", ["a weight", "a constant in a branch"])
-def test_external_data(place: str, tiny_onnx: Path, tmp_path: Path) -> None:
-    """No digest of the file covers what it reads from elsewhere."""
-    import onnx
-
-    model = onnx.load(tiny_onnx)
-    tensor = model.graph.initializer[0]
-    if place != "a weight":
-        branch = onnx.helper.make_graph([onnx.helper.make_node("Constant", [], ["c"], value=tensor)], "then", [], [])
-        model.graph.node.append(onnx.helper.make_node("If", ["x"], ["y"], then_branch=branch, else_branch=branch))
-        tensor = model.graph.node[-1].attribute[0].g.node[0].attribute[0].t
+def outside(tensor: Any) -> None:
     tensor.ClearField("raw_data")
     tensor.data_location = onnx.TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value="weights.bin")
-    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
-    for read in (read_description, ModelPackage):
-        with pytest.raises(PackageError, match=r"m\.onnx is not a readable \.onnx: it keeps data in another file"):
-            read(tmp_path / "m.onnx")
 
 
-def test_graph_of_another_dtype(tiny_onnx: Path, tmp_path: Path) -> None:
-    import onnx
+def outside_in_a_branch(model: Any) -> None:
+    constant = onnx.helper.make_node("Constant", [], ["c"], value=model.graph.initializer[0])
+    branch = onnx.helper.make_graph([constant], "then", [], [])
+    model.graph.node.append(onnx.helper.make_node("If", ["x"], ["y"], then_branch=branch, else_branch=branch))
+    outside(model.graph.node[-1].attribute[0].g.node[0].attribute[0].t)
 
-    model = onnx.load(tiny_onnx)
-    entry = model.metadata_props[0]
-    entry.value = entry.value.replace('"float32"', '"float64"')
-    del model.metadata_props[1]
+
+def zero_a_weight(model: Any) -> None:
+    weight = max(model.graph.initializer, key=lambda value: len(value.raw_data))
+    weight.raw_data = bytes(len(weight.raw_data))
+
+
+def answer_once(model: Any) -> None:
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0]), "first"))
+    for output in model.graph.output:
+        name, output.name = output.name, f"of one {output.name}"
+        model.graph.node.append(onnx.helper.make_node("Gather", [name, "first"], [output.name]))
+
+
+def describe(model: Any, change: Callable[[str], str] = str) -> None:
+    """Change the description, and leave the checksum out."""
+    model.metadata_props[0].value = change(model.metadata_props[0].value)
+    del model.metadata_props[1:]
+
+
+#: No digest of the file covers what it reads from elsewhere.
+ELSEWHERE = r"m\.onnx is not a readable \.onnx: it keeps data in another file"
+CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a weight elsewhere": (lambda model: outside(model.graph.initializer[0]), ELSEWHERE),
+    "a branch's constant elsewhere": (outside_in_a_branch, ELSEWHERE),
+    "another dtype": (
+        lambda model: describe(model, lambda text: text.replace('"float32"', '"float64"')),
+        r"m\.onnx cannot be run: ONNX Runtime cannot run it: .*$",
+    ),
+    "no description": (lambda model: model.ClearField("metadata_props"), r"not written by fastgrad\.export"),
+    "a huge description": (
+        lambda model: describe(model, lambda _: f"[{'{},' * 2**21}0]"),
+        "description must have at most 4194304 bytes",
+    ),
+    "a changed weight": (zero_a_weight, "is damaged, or was changed after it was written"),
+    # A file without a checksum is run.
+    "fewer answers": (
+        lambda model: (describe(model), answer_once(model)),
+        r"gives \[\(1, 4\), \(1, 4\), \(1,\), \(1, 2\)\] for 3 inputs",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("run", [ModelPackage.__call__, ModelPackage.explain, ModelPackage.rows])
+def test_changed_file(name: str, run: Callable[..., Any], tiny_onnx: Path, tmp_path: Path) -> None:
+    change, message = CHANGES[name]
+    change(model := onnx.load(tiny_onnx))
     onnx.save(model, tmp_path / "m.onnx")
-    with pytest.raises(PackageError, match=r"m\.onnx cannot be run: ONNX Runtime cannot run it: .*$"):
-        ModelPackage(tmp_path / "m.onnx")(torch.zeros(1, 3, 8, 8, dtype=torch.float64))
+
+    def load_and_run() -> None:
+        package = ModelPackage(tmp_path / "m.onnx")
+        run(package, torch.zeros(3, 3, 8, 8, dtype=DTYPES[package.description.input_dtype]))
+
+    with pytest.raises(PackageError, match=message):
+        load_and_run()
 
 
-class Foreign(TinyTwoStage):
-    """An operation without ONNX form."""
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
-        logits, probabilities, uncertainty = super().forward(x)
-        return logits, probabilities, uncertainty + torch.linalg.eigvalsh(probabilities.T @ probabilities).sum()
-
-
-class Unsteady(TinyTwoStage):
-    """Another answer at every call."""
+class Changed(TinyTwoStage):
+    """Something is added to the uncertainty, which may depend on how often the model was called."""
 
     calls = 0
+
+    @staticmethod
+    def change(probabilities: torch.Tensor, calls: int) -> Any:
+        return 0
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
         self.calls += 1
         logits, probabilities, uncertainty = super().forward(x)
-        return logits, probabilities, uncertainty + 0.1 * self.calls
+        return logits, probabilities, uncertainty + self.change(probabilities, self.calls)
 
 
-def test_no_onnx_form(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"no ONNX form exists of aten\._linalg_eigh\.default; export to \.pt2"):
-        export(Foreign(), X, tmp_path / "m.onnx")
-    assert not list(tmp_path.iterdir())
-
-    def weighted(x: torch.Tensor) -> torch.Tensor:
-        return x.sum((1, 2, 3)) + torch.bincount(x.flatten().long().clamp(0), x.flatten(), minlength=9)[0]
-
-    # PyTorch has a translation of it, which does not take weights.
-    with pytest.raises(RuntimeError, match=r"no ONNX form exists of aten\.bincount\.default; export to \.pt2$"):
-        convert(weighted, X, outputs=["y"])
-
-
-def test_file_with_other_answers_does_not_appear(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"the file's uncertainty differ .* at most 0.0001 is allowed"):
-        export(Unsteady(), X, tmp_path / "m.onnx")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda p, _: torch.linalg.eigvalsh(p.T @ p).sum(),
+            r"no ONNX form exists of aten\._linalg_eigh\.default; export to \.pt2",
+        ),
+        # PyTorch has a translation of it, which does not take weights.
+        (
+            lambda p, _: torch.bincount(p.argmax(1), p[:, 0], minlength=9)[0],
+            r"no ONNX form exists of aten\.bincount\.default; export to \.pt2$",
+        ),
+        (lambda _, calls: 0.1 * calls, r"the file's uncertainty differ .* at most 0\.0001 is allowed"),
+    ],
+)
+def test_no_file_appears(change: Any, message: str, tmp_path: Path) -> None:
+    model = Changed()
+    model.change = change
+    with pytest.raises(RuntimeError, match=message):
+        export(model, X, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 
 
 def test_file_that_onnx_runtime_cannot_run(tmp_path: Path) -> None:
-    import onnx
-    from onnx import TensorProto, helper
+    def value(name: str, *shape: int | str) -> Any:
+        return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.DOUBLE, shape)
 
-    def value(name: str, *shape: int | str) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(name, TensorProto.DOUBLE, shape)
-
-    conv, x = helper.make_node("Conv", ["input", "input"], ["logits"]), value("input", "batch", 3, 4, 4)
-    graph = helper.make_graph([conv], "graph", [x], [value("logits", "batch", "n", 1, 1)])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    conv, x = onnx.helper.make_node("Conv", ["input", "input"], ["logits"]), value("input", "batch", 3, 4, 4)
+    graph = onnx.helper.make_graph([conv], "graph", [x], [value("logits", "batch", "n", 1, 1)])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
     description = Description(input_shape=(3, 4, 4), input_dtype="float64", classes=2, max_batch=8, device="cpu")
     model.metadata_props.add(key=KEY, value=description_text(description))
     onnx.save(model, file := tmp_path / "m.onnx")
     with pytest.raises(RuntimeError, match=r"the file cannot be run: .* implementation for Conv.*; export to \.pt2"):
         compare(file, lambda x: (x,), torch.zeros(1, 3, 4, 4, dtype=torch.float64), ROUNDING, 1e-16)
-
-
-def test_huge_description(tiny_onnx: Path, tmp_path: Path) -> None:
-    import onnx
-
-    model = onnx.load(tiny_onnx)
-    next(entry for entry in model.metadata_props if entry.key == KEY).value = f"[{'{},' * 2**21}0]"
-    onnx.save(model, tmp_path / "m.onnx")
-    with pytest.raises(PackageError, match="description must have at most 4194304 bytes"):
-        read_description(tmp_path / "m.onnx")
-
-
-def test_fewer_answers_than_inputs(tiny_onnx: Path, tmp_path: Path) -> None:
-    import onnx
-
-    model = onnx.load(tiny_onnx)
-    del model.metadata_props[1:]
-    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0]), "first"))
-    for output in model.graph.output:
-        name, output.name = output.name, f"of one {output.name}"
-        model.graph.node.append(onnx.helper.make_node("Gather", [name, "first"], [output.name]))
-    onnx.save(model, tmp_path / "m.onnx")
-    package = ModelPackage(tmp_path / "m.onnx")
-    assert len(package(torch.zeros(1, 3, 8, 8)).logits) == 1
-    for run in (package, package.explain, package.rows):
-        with pytest.raises(PackageError, match=r"gives \[\(1, 4\), \(1, 4\), \(1,\)\] for 3 inputs"):
-            run(torch.zeros(3, 3, 8, 8))
-
-
-def test_changed_file(tiny_onnx: Path, tmp_path: Path) -> None:
-    import onnx
-
-    model = onnx.load(tiny_onnx)
-    x = torch.zeros(1, 3, 8, 8)
-    weight = max(model.graph.initializer, key=lambda value: len(value.raw_data))
-    weight.raw_data = bytes(len(weight.raw_data))
-    onnx.save(model, tmp_path / "changed.onnx")
-    with pytest.raises(PackageError, match="is damaged, or was changed after it was written"):
-        ModelPackage(tmp_path / "changed.onnx")
-    del model.metadata_props[-1]
-    onnx.save(model, tmp_path / "changed.onnx")
-    assert ModelPackage(tmp_path / "changed.onnx")(x).logits.shape == (1, 4)
 
 
 def test_lengths_beyond_the_end(tmp_path: Path) -> None:
@@ -247,37 +239,39 @@ def test_lengths_beyond_the_end(tmp_path: Path) -> None:
             read_description(tmp_path / "long.onnx")
 
 
-def test_network_of_words(tmp_path: Path) -> None:
+class Words(nn.Module):
     """Its live module has no answer to the input of NaN that other files are asked."""
 
-    class Words(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table, self.last = nn.Embedding(20, 8, padding_idx=0), nn.Linear(8, 4)
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.last = nn.Embedding(20, 8, padding_idx=0), nn.Linear(8, 4)
 
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            words = x.round().long()
-            known = (words != 0).unsqueeze(-1)
-            logits = self.last((self.table(words) * known).sum(1) / known.sum(1).clamp(min=1))
-            return logits, logits.softmax(1), -logits.amax(1)
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        words = x.round().long()
+        known = (words != 0).unsqueeze(-1)
+        logits = self.last((self.table(words) * known).sum(1) / known.sum(1).clamp(min=1))
+        return logits, logits.softmax(1), -logits.amax(1)
 
+
+class Steps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps, self.last = nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = self.last(self.steps(x)[0][:, -1])
+        return logits, logits.softmax(1), -logits.amax(1)
+
+
+#: Texts of twelve words, one of none, and sequences of two steps: each takes a second to translate.
+TEXTS = torch.arange(84.0).view(7, 12) % 20 * (torch.arange(7) > 0)[:, None]
+SEQUENCES = torch.arange(84.0).view(7, 2, 6).sin()
+
+
+@pytest.mark.parametrize(("network", "x"), [(Words, TEXTS), (Steps, SEQUENCES)])
+def test_other_networks(network: type[nn.Module], x: torch.Tensor, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    live, texts = Words().eval().requires_grad_(False), torch.randint(0, 20, (7, 12)).float()
-    package = ModelPackage(export(live, texts[:3], tmp_path / "m.onnx"))
-    check(package, live, texts[:1], texts[:2], texts, torch.zeros(2, 12))
-
-
-def test_lstm(tmp_path: Path) -> None:
-    class Sequence(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.steps, self.last = nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 4)
-
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            logits = self.last(self.steps(x)[0][:, -1])
-            return logits, logits.softmax(1), -logits.amax(1)
-
-    torch.manual_seed(0)
-    live, x = Sequence().eval().requires_grad_(False), torch.randn(7, 5, 6)
-    package = ModelPackage(export(live, x[:3], tmp_path / "m.onnx"))
+    live = network().eval().requires_grad_(False)
+    package = ModelPackage(export(live, x[-3:], tmp_path / "m.onnx"))
+    assert package.explain(x)[1] == {}
     check(package, live, x[:1], x[:2], x)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,15 +19,15 @@ pytestmark = WARNINGS
 
 
 def written(
-    model: nn.Module, x: Tensor, outputs: tuple[str, ...], folder: Path, rtol: float = 1e-5, atol: float = 1e-5
+    model: Callable[[Tensor], Any], x: Tensor, outputs: tuple[str, ...], folder: Path
 ) -> tuple[Path, Counter[str]]:
-    """A file that answers as ``model`` does, and its operators; the default tolerance is of sums of few terms."""
+    """A file that answers as ``model`` does, with the rounding of sums of few terms, and its operators."""
     import onnx
 
     proto = onnx_export.convert(model, x, outputs=outputs)
     onnx.save(proto, file := folder / "m.onnx")
     for found, expected in zip(onnx_file.load(file)(x), model(x), strict=True):
-        torch.testing.assert_close(found, expected.detach(), rtol=rtol, atol=atol)
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
     return file, Counter(node.op_type for node in proto.graph.node)
 
 
@@ -48,70 +50,72 @@ class Gridded(nn.Module):
         return nn.functional.relu6(second), torch.cat([grid.flatten(1) for grid in grids], 1)
 
 
-@pytest.mark.parametrize("size", [64, 65, 79])
-def test_grid_gets_its_own_convolution(size: int, tmp_path: Path) -> None:
-    torch.manual_seed(size)
-    x = 8 * torch.randn(3, 3, size, size - 3)
-    file, kinds = written(Gridded(32).eval(), x, ("map", "grids"), tmp_path)
-    assert (kinds["Conv"], kinds["MaxPool"]) == (4, 0)
+def test_grid_gets_its_own_convolution(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    models = {size: Gridded(32).eval() for size in (64, 65, 79)}
+
+    def crops(x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(value for size, model in models.items() for value in model(x[..., :size, : size - 3]))
+
+    names = tuple(f"{name} {size}" for size in models for name in ("map", "grids"))
+    file, kinds = written(crops, 8 * torch.randn(3, 3, 79, 76), names, tmp_path)
+    assert (kinds["Conv"], kinds["MaxPool"]) == (4 * len(models), 0)
     assert optimized(file, tmp_path)["Clip"] == 0
 
 
-def test_expensive_grid_reads_the_map() -> None:
-    class Dense(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(64, 64, 3, padding=1)
+class Dense(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(64, 64, 3, padding=1)
 
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            x = self.conv(x)
-            return torch.relu(x), nn.functional.max_pool2d(x, 1, 2)
-
-    proto = onnx_export.convert(Dense().eval(), torch.randn(2, 64, 8, 8), outputs=("y", "grid"))
-    assert Counter(node.op_type for node in proto.graph.node)["Conv"] == 1
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.conv(x)
+        return torch.relu(x), nn.functional.max_pool2d(x, 1, 2)
 
 
-def test_a_mean_with_another_divisor(tmp_path: Path) -> None:
-    class Sums(nn.Module):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            pooled = nn.functional.avg_pool2d(x, 3, 2, 1, count_include_pad=False, divisor_override=2)
-            return pooled, nn.functional.avg_pool3d(x[:, None], 2, divisor_override=3)
-
-    written(Sums(), torch.randn(3, 4, 8, 12), ("pooled", "volumes"), tmp_path)
+def test_expensive_grid_reads_the_map(tmp_path: Path) -> None:
+    assert written(Dense().eval(), torch.randn(2, 64, 8, 8), ("y", "grid"), tmp_path)[1]["Conv"] == 1
 
 
-def test_tensor_that_is_written(tmp_path: Path) -> None:
-    class Turn(nn.Module):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            y, z = torch.empty_like(x), x.clone()
-            y[:, ::2], y[:, 1::2] = -x[:, 1::2], x[:, ::2]
-            z[:, 1:3], z[:, 5], z[:, 6:] = 0, 1.5, x[:, :1]
-            return y, z
-
-    written(Turn(), torch.randn(3, 8), ("y", "z"), tmp_path)
+def means(x: Tensor) -> tuple[Tensor, ...]:
+    """With another divisor."""
+    pooled = nn.functional.avg_pool2d(x, 3, 2, 1, count_include_pad=False, divisor_override=2)
+    return pooled, nn.functional.avg_pool3d(x[:, None], 2, divisor_override=3)
 
 
-class Unmasked(nn.Module):
+def turns(x: Tensor) -> tuple[Tensor, ...]:
+    """Tensors that are written."""
+    y, z = torch.empty_like(x), x.clone()
+    y[:, ::2], y[:, 1::2] = -x[:, 1::2], x[:, ::2]
+    z[:, 1:3], z[:, 5], z[:, 6:] = 0, 1.5, x[:, :1]
+    return y, z
+
+
+def masks(x: Tensor) -> tuple[Tensor, ...]:
     """Numbers less integers, as language models make of a mask what is added to attention."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        mask = (x > 0).long()
-        return 1.0 - mask, 1 - mask, torch.rsub(mask, 0.5, alpha=2)
+    mask = (x > 0).long()
+    return 1.0 - mask, 1 - mask, torch.rsub(mask, 0.5, alpha=2)
 
 
-def test_a_number_less_integers(tmp_path: Path) -> None:
-    written(Unmasked().eval(), torch.randn(3, 4), ("float", "integer", "twice"), tmp_path)
+BOUNDS = [(0, 0.5), (0.25, 1), (-1.5, -1), (1, 0.5), (-1, 1), (None, 0.5), (-0.5, None), (0, None)]
 
 
-@pytest.mark.parametrize(
-    ("low", "high"), [(0, 0.5), (0.25, 1), (-1.5, -1), (1, 0.5), (-1, 1), (None, 0.5), (-0.5, None), (0, None)]
-)
-def test_bounds_of_other_types(low: float | None, high: float | None, tmp_path: Path) -> None:
-    class Clamp(nn.Module):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return x.clamp(low, high), (4 * x).int().clamp(low, high).float()
+def bounds(x: Tensor) -> tuple[Tensor, ...]:
+    """Of other types than what they bound."""
+    clamped = [(x.clamp(low, high), (4 * x).int().clamp(low, high).float()) for low, high in BOUNDS]
+    return tuple(value for pair in clamped for value in pair)
 
-    written(Clamp(), torch.tensor([[-1.2, -0.3, 0.3, 0.7, 1.2]] * 3), ("y", "integers"), tmp_path)
+
+def test_translations(tmp_path: Path) -> None:
+    """In one graph, as each takes a second to translate."""
+    numbers = torch.tensor([[-1.2, -0.3, 0.3, 0.7, 1.2]] * 3)
+    x = torch.cat([numbers, torch.arange(1152.0).sin().view(3, -1)], 1)
+
+    def all_of_them(x: Tensor) -> tuple[Tensor, ...]:
+        numbers, rest = x[:, :5], x[:, 5:]
+        return *bounds(numbers), *turns(rest[:, :8]), *masks(rest[:, :4]), *means(rest.reshape(-1, 4, 8, 12))
+
+    written(all_of_them, x, tuple(f"y{i}" for i in range(len(all_of_them(x)))), tmp_path)
 
 
 def optimized(file: Path, folder: Path) -> Counter[str]:

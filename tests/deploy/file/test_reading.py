@@ -50,15 +50,13 @@ def test_hashed_is_copied(tmp_path: Path) -> None:
     assert copy.stat().st_size == 0
 
 
-@pytest.mark.parametrize("kind", ["pt2", "onnx"])
-def test_no_foreseeable_names(kind: str, tiny_package: Path, tiny_onnx: Path, tmp_path: Path) -> None:
+def test_no_foreseeable_names(tiny_package: Path, tiny_onnx: Path, tmp_path: Path) -> None:
     """PyTorch's compiler would load shared objects from ``torchinductor_<user>``; ONNX Runtime would write ``.ses``."""
-    file = {"pt2": tiny_package, "onnx": tiny_onnx}[kind]
-    code = "import sys; from fastgrad.deploy.file.package import ModelPackage; ModelPackage(sys.argv[1])"
+    code = "import sys; from fastgrad.deploy.file.package import ModelPackage; [*map(ModelPackage, sys.argv[1:])]"
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     for name in ("TORCHINDUCTOR_CACHE_DIR", "ORT_DISABLE_TELEMETRY"):
         environment.pop(name, None)
-    run_python("-c", code, file, env=environment)
+    run_python("-c", code, tiny_package, tiny_onnx, env=environment)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,11 @@ def folder(tmp_path: Path) -> Path:
     (base / "short.PNG").write_bytes(image(0, (40, 40))[:100])
     (base / "notes.txt").write_text("no image")
     return base
+
+
+@pytest.fixture
+def run(folder: Path, tiny_package: Path, tmp_path: Path) -> Callable[..., dict[str, int]]:
+    """Score these images into ``tmp_path / "o"``; options change that."""
+    from fastgrad.deploy.score.local import score
+
+    return lambda **options: score(**{"model_path": tiny_package, "images": folder, "out": tmp_path / "o", **options})

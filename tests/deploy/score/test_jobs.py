@@ -13,11 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from scored import OPTIONS, begin, errors, table
 
-from fastgrad.deploy.score import job
-from fastgrad.deploy.score import local as score_module
-from fastgrad.deploy.score.local import score
+from fastgrad.deploy.score import job, local
 
-FOREIGN = "was not made by fastgrad score and is left as it is"
+Run = Callable[..., dict[str, int]]
 
 
 def without_job(part: Path, others: dict[bytes, bytes] | None = None) -> None:
@@ -25,9 +23,7 @@ def without_job(part: Path, others: dict[bytes, bytes] | None = None) -> None:
     pq.write_table(pq.read_table(part).replace_schema_metadata(others or {}), part)
 
 
-def test_interrupted_run_goes_on(
-    folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_run_goes_on(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, parts, plain = tmp_path / "o", tmp_path / "o.parts", job.write_part
     written: list[str] = []
 
@@ -37,20 +33,20 @@ def test_interrupted_run_goes_on(
         written.append(path.name)
         plain(rows, path, *more)
 
-    score(tiny_package, folder, tmp_path / "whole")
+    run(out=tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr(job, "write_part", stopping)
         with pytest.raises(KeyboardInterrupt):
-            score(tiny_package, folder, out, batch=2, part=4)
+            run(batch=2, part=4)
     assert not out.exists()
     # Other options would mix two jobs in one file, and so would other images of the same names.
     with pytest.raises(ValueError, match="another job"):
-        score(tiny_package, folder, out, batch=2, part=5)
+        run(batch=2, part=5)
     touched = folder / "00.png"
     before = touched.stat()
     os.utime(touched, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     with pytest.raises(ValueError, match="another job"):
-        score(tiny_package, folder, out, batch=2, part=4)
+        run(batch=2, part=4)
     os.utime(touched, ns=(before.st_atime_ns, before.st_mtime_ns))
     # A part that another job wrote, one that is none, and what a process that was killed has left.
     without_job(parts / "part-00000000.parquet")
@@ -60,67 +56,58 @@ def test_interrupted_run_goes_on(
         patch.setattr(
             job, "write_part", lambda rows, path, *more: (written.append(path.name), plain(rows, path, *more))
         )
-        assert score(tiny_package, folder, out, batch=2, part=4)["continued"] == 4
+        assert run(batch=2, part=4)["continued"] == 4
     assert written == [f"part-{i:08d}.parquet" for i in (0, 1, 0, 2, 3, 4, 5)]
     assert errors(out) == errors(tmp_path / "whole")
     assert [row["class"] for row in table(out)] == [row["class"] for row in table(tmp_path / "whole")]
     assert not parts.exists()
 
 
-def test_slower_run_adds_no_part(
-    folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, plain, late = tmp_path / "o.parquet", Path.unlink, []
+def test_slower_run_adds_no_part(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, late = Path.unlink, []
 
     def unlink(path: Path, *more: Any, **options: Any) -> None:
         if path.name == "part-00000001.parquet":
             with pytest.raises(FileNotFoundError):
-                job.write_part([], tmp_path / "o.parquet.parts" / "part-00000000.parquet", pa.schema([]), b"slower")
+                job.write_part([], tmp_path / "o.parts" / "part-00000000.parquet", pa.schema([]), b"slower")
             late.append(path)
         plain(path, *more, **options)
 
     monkeypatch.setattr(Path, "unlink", unlink)
-    score(tiny_package, folder, out, part=4)
+    run(part=4)
     assert len(late) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "o.parquet"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "o"]
 
 
-def test_place_of_the_unfinished_table(
-    folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_place_of_the_unfinished_table(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """There, the run that goes on removes it; next to the output, nothing ever would."""
     places, plain = [], pq.ParquetWriter
-
-    def writer(path: Path, *more: Any) -> Any:
-        places.append(path.parent.name)
-        return plain(path, *more)
-
-    monkeypatch.setattr(job.pq, "ParquetWriter", writer)
-    score(tiny_package, folder, tmp_path / "o.parquet")
-    assert places[-1] == "o.parquet.parts"
+    monkeypatch.setattr(
+        job.pq, "ParquetWriter", lambda path, *more: (places.append(path.parent.name), plain(path, *more))[1]
+    )
+    run()
+    assert places[-1] == "o.parts"
 
 
 @pytest.mark.parametrize("at", [0, 2, 4])
-def test_two_runs_at_once(
-    at: int, folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, plain, counts = tmp_path / "o.parquet", job.Job.write, []
+def test_two_runs_at_once(at: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, counts = job.Job.write, []
 
     def write(self: job.Job, model: Any, index: int, *more: Any) -> int:
         if index == at:
             monkeypatch.setattr(job.Job, "write", plain)
-            counts.append(score(tiny_package, folder, out, part=4))
+            counts.append(run(part=4))
         return plain(self, model, index, *more)
 
     monkeypatch.setattr(job.Job, "write", write)
-    with pytest.raises(ValueError, match=r"o\.parquet\.parts was removed meanwhile, as by another run with this out"):
-        score(tiny_package, folder, out, part=4)
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("o")] == ["o.parquet"]
-    assert pq.read_table(out).num_rows == counts[0]["images"]
+    with pytest.raises(ValueError, match=r"o\.parts was removed meanwhile, as by another run with this out"):
+        run(part=4)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("o")] == ["o"]
+    assert pq.read_table(tmp_path / "o").num_rows == counts[0]["images"]
 
 
 def test_two_jobs_with_one_folder(
-    folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = tmp_path / "o.parts"
     first = begin(tiny_package, folder, parts)
@@ -134,7 +121,7 @@ def test_two_jobs_with_one_folder(
         with pytest.raises(ValueError, match=r"o\.parts holds the parts of another job"):
             begin(tiny_package, folder, parts, 5)
     first.paths[0].unlink()
-    assert score(tiny_package, folder, tmp_path / "o", part=4, **OPTIONS)["images"] == 23
+    assert run(part=4, **OPTIONS)["images"] == 23
     assert not list(tmp_path.glob("o.parts*"))
 
 
@@ -149,44 +136,33 @@ def test_part_that_comes_meanwhile(
 
 
 def before_joining(change: Callable[[job.Job], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = score_module.join_parts
-
-    def join(done: job.Job, out: Path) -> None:
-        change(done)
-        plain(done, out)
-
-    monkeypatch.setattr(score_module, "join_parts", join)
+    plain = local.join_parts
+    monkeypatch.setattr(local, "join_parts", lambda done, out: (change(done), plain(done, out)))
 
 
-def test_parts_of_another_job(
-    folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_of_another_job(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         before_joining(lambda done: without_job(done.paths[1], {b"fastgrad.job": b"another"}), patch)
         with pytest.raises(ValueError, match=r"00001\.parquet was written by another run"):
-            score(tiny_package, folder, tmp_path / "o", part=4)
+            run(part=4)
     assert not (tmp_path / "o").exists()
-    assert score(tiny_package, folder, tmp_path / "o", part=4)["continued"] == 19
+    assert run(part=4)["continued"] == 19
 
 
-def test_files_of_others_stay(
-    folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "o.parts").mkdir()
+def test_files_of_others_stay(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("o.parts", "n.parts", "elsewhere", "e.parts"):
+        (tmp_path / name).mkdir()
     (tmp_path / "o.parts" / "thesis.txt").write_text("the only copy")
-    (tmp_path / "n.parts").mkdir()
     (tmp_path / "n.parts" / "part-00000000.parquet").write_bytes(b"a part by its name alone")
-    (tmp_path / "elsewhere").mkdir()
     (tmp_path / "l.parts").symlink_to(tmp_path / "elsewhere")
     for name in "onl":
-        with pytest.raises(ValueError, match=FOREIGN):
-            score(tiny_package, folder, tmp_path / name)
+        with pytest.raises(ValueError, match="was not made by fastgrad score and is left as it is"):
+            run(out=tmp_path / name)
     assert (tmp_path / "o.parts" / "thesis.txt").read_text() == "the only copy"
     # Without a finished part it may be a job's, which ended before, for example because a disk was full.
-    (tmp_path / "e.parts").mkdir()
     (tmp_path / "e.parts" / ".fastgrad-0123456789abcdef").write_bytes(b"torn")
-    assert score(tiny_package, folder, tmp_path / "e")["images"] == 23
+    assert run(out=tmp_path / "e")["images"] == 23
     # What is put next to the parts of a job stays, too.
     before_joining(lambda done: (done.folder / "notes.txt").write_text("mine"), monkeypatch)
-    score(tiny_package, folder, tmp_path / "p")
+    run(out=tmp_path / "p")
     assert [path.name for path in (tmp_path / "p.parts").iterdir()] == ["notes.txt"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from serve_client import image
 from fastgrad.commands import cli
 from fastgrad.commands import score as score_command
 from fastgrad.deploy.score import job
-from fastgrad.deploy.score.local import score
 
+Run = Callable[..., dict[str, int]]
 COLUMNS = "image_column and key_column must be None for a folder; they were"
 
 
@@ -43,9 +44,8 @@ COLUMNS = "image_column and key_column must be None for a folder; they were"
     ],
 )
 def test_bad_arguments(
-    change: dict[str, Any], message: str, folder: Path, tiny_package: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    change: dict[str, Any], message: str, run: Run, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     pq.write_table(pa.table({"image": [image(0)]}), "in.parquet")
     shutil.copy(tiny_package, "model.pt2")
@@ -53,9 +53,8 @@ def test_bad_arguments(
     Path("photo.png").write_bytes(image(1))
     Path("other.pt2").write_bytes(b"no model")
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    arguments = {"model_path": tiny_package, "images": folder, "out": tmp_path / "o", **change}
     with pytest.raises((TypeError, ValueError), match=message):
-        score(**arguments)
+        run(**change)
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
@@ -64,16 +63,9 @@ def test_model_without_images(tiny_package: Path, tmp_path: Path) -> None:
         begin(tiny_package, tmp_path, tmp_path / "o.parts", input_shape=(12,), mean=None, std=None)
 
 
-def test_own_table_is_replaced(folder: Path, tiny_package: Path, tmp_path: Path) -> None:
-    for _ in range(2):
-        assert score(tiny_package, folder, tmp_path / "o")["images"] == 23
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
 @pytest.mark.parametrize("name", ["pipe", "caf\udce9.txt", "part-caf\udce9.parquet"])
-def test_files_that_pyarrow_cannot_open(
-    name: str, folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_that_pyarrow_cannot_open(name: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "o.parts").mkdir()
     for path in (tmp_path / "o.parts" / name, tmp_path / name):
         if name == "pipe":
@@ -84,16 +76,13 @@ def test_files_that_pyarrow_cannot_open(
             path.touch()
     for out in (tmp_path / "o", tmp_path / name):
         with pytest.raises(ValueError, match="was not made by fastgrad score"):
-            score(tiny_package, folder, out)
+            run(out=out)
 
 
 def test_command_line(
-    folder: Path,
-    tiny_package: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    folder: Path, tiny_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> None:  # fmt: skip
     command = ["score", str(tiny_package), str(folder), "--out", str(tmp_path / "o.parquet")]
     assert cli.main(command) == 0
     captured = capsys.readouterr()
@@ -103,6 +92,7 @@ def test_command_line(
     assert "--workers needs --ray" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", None)
+        # Its own table is replaced.
         assert cli.main(command) == 0
 
     def stop(*args: Any, **options: Any) -> None:

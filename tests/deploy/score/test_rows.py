@@ -24,51 +24,42 @@ from fastgrad.deploy.file.answer import answer, reason
 from fastgrad.deploy.file.images import decode_image
 from fastgrad.deploy.file.package import ModelPackage, read_description
 from fastgrad.deploy.score import job
-from fastgrad.deploy.score.local import score
 
+Run = Callable[..., dict[str, int]]
 MISSING = "the file cannot be read: No such file or directory"
 NO_FILE = "the file cannot be read: it is no regular file"
 
 
 @pytest.mark.parametrize("part", [1, 7, 100])
-def test_one_row_per_image(part: int, folder: Path, model_file: Path, tmp_path: Path) -> None:
-    counts = score(model_file, folder, tmp_path / "o.parquet", batch=4, part=part)
-    rows, model = table(tmp_path / "o.parquet"), ModelPackage(model_file)
-    assert [row["name"] for row in rows] == sorted(
+def test_one_row_per_image(part: int, run: Run, folder: Path, model_file: Path, tmp_path: Path) -> None:
+    # Black and white alone lie far out.
+    for i in range(3):
+        pixels = np.random.default_rng(i).integers(0, 2, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels * 255).save(folder / f"odd {i}.png")
+    counts = run(model_path=model_file, batch=4, part=part)
+    rows, model = table(tmp_path / "o"), ModelPackage(model_file)
+    names = [
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in (".png", ".jpg")
-    )
+    ]
+    assert [row["name"] for row in rows] == sorted(names)
     for row in rows:
         if row["name"].split(".")[0] in ("bad", "empty", "short"):
             assert row.pop("error")
             assert set(row.values()) == {row["name"], None}
             continue
-        direct = model(decode_image((folder / row["name"]).read_bytes(), model.description)[None])
-        assert row["class"] == int(direct.probabilities.argmax())
-        assert row["label"] == model.description.labels[row["class"]]
-        assert row["uncertainty"] == pytest.approx(float(direct.uncertainty), rel=1e-5, abs=1e-5)
-        assert row["reliable"] == (row["uncertainty"] <= model.description.threshold)
-        assert row["error"] is row["evidence"] is row["alarm"] is row["accepted"] is None
-    unreliable = sum(row["reliable"] is False for row in rows)
-    assert counts == {"images": 23, "unreadable": 3, "unreliable": unreliable, "continued": 0}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "o.parquet"]
-
-
-def test_row_is_the_servers_answer(tiny_explained: Path, tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
-    for i in range(20):
-        # Black and white alone lie far out.
-        pixels = np.random.default_rng(i).integers(0, 2 if i % 2 else 256, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(pixels * (255 if i % 2 else 1)).save(tmp_path / "images" / f"{i:02d}.png")
-    score(tiny_explained, tmp_path / "images", tmp_path / "o", part=7)
-    model, rows = ModelPackage(tiny_explained), table(tmp_path / "o")
-    for row in rows:
-        x = decode_image((tmp_path / "images" / row["name"]).read_bytes(), model.description)
+        x = decode_image((folder / row["name"]).read_bytes(), model.description)
         served = answer(model.description, model.description.threshold, model.rows(x[None])[0])
-        assert row["risk"] is served["risk"] is None
-        assert row["evidence"] == pytest.approx(served["evidence"], rel=1e-5, abs=1e-5)
-        assert row["alarm"] == served["alarm"]
+        assert row["probability"] == pytest.approx(served["probabilities"][row["class"]], rel=1e-5)
+        for name in ("uncertainty", "evidence"):
+            assert row[name] == pytest.approx(served[name], rel=1e-5, abs=1e-5)
+        for name in ("class", "label", "risk", "reliable", "accepted", "alarm"):
+            assert row[name] == served[name]
+        assert row["error"] is None
         assert (row["alarm"] is None) == row["reliable"]
-    assert any(row["alarm"] for row in rows)
+    unreliable = sum(row["reliable"] is False for row in rows)
+    assert unreliable
+    assert counts == {"images": 26, "unreadable": 3, "unreliable": unreliable, "continued": 0}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "o"]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +71,7 @@ def test_reason(evidence: list[float], expected: str | None) -> None:
     assert reason(words, dict(zip(words, evidence, strict=False))) == expected
 
 
-def test_images_in_parquet(tiny_package: Path, tmp_path: Path) -> None:
+def test_images_in_parquet(run: Run, tmp_path: Path) -> None:
     contents, ids = [*(image(i) for i in range(30)), b"bad", bytes(5000)], [f"id {i}" for i in range(33)]
     contents.append(None)
     cells = {
@@ -93,7 +84,7 @@ def test_images_in_parquet(tiny_package: Path, tmp_path: Path) -> None:
     for kind, cell in cells.items():
         source = tmp_path / f"{kind}.parquet"
         pq.write_table(pa.table({"id": ids, "image": cell, "other": list(range(33))}), source, row_group_size=5)
-        counts = score(tiny_package, source, tmp_path / "o", part=8, max_bytes=1000)
+        counts = run(images=source, part=8, max_bytes=1000)
         assert (counts["images"], counts["unreadable"]) == (33, 3)
         results.append(table(tmp_path / "o"))
     assert all(result == results[0] for result in results)
@@ -102,7 +93,7 @@ def test_images_in_parquet(tiny_package: Path, tmp_path: Path) -> None:
         "the image is too large; at most 1000 bytes are read", "the image is empty"
     ]  # fmt: skip
     # More than the system can count is no limit.
-    assert score(tiny_package, source, tmp_path / "o", max_bytes=2**63)["images"] == 33
+    assert run(images=source, max_bytes=2**63)["images"] == 33
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="makes pipes")
@@ -119,7 +110,7 @@ def test_images_in_parquet(tiny_package: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("late", [True, False], ids=["after it is listed", "while it is listed"])
 def test_file_becomes_something_else(
     become: Callable[[Path], Any], error: str, late: bool,
-    folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     victim, listed, walk = folder / "04.png", job.list_folder, os.walk
 
@@ -140,14 +131,14 @@ def test_file_becomes_something_else(
         monkeypatch.setattr(job, "list_folder", after)
     else:
         monkeypatch.setattr(os, "walk", during)
-    score(tiny_package, folder, tmp_path / "o")
+    run()
     # What is no regular file when it is listed is no image.
     assert errors(tmp_path / "o").get("04.png") == (error if late or error != NO_FILE else None)
     assert len(errors(tmp_path / "o")) == (23 if late or error != NO_FILE else 22)
 
 
-def test_odd_files(tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, out = tmp_path / "images", tmp_path / "o"
+def test_odd_files(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, out = tmp_path / "odd", tmp_path / "o"
     (base / "closed").mkdir(parents=True)
     (base / "good.png").write_bytes(image(0))
     Path(os.fsdecode(os.fsencode(base) + b"/caf\xe9.png")).write_bytes(image(1))
@@ -156,39 +147,34 @@ def test_odd_files(tiny_package: Path, tmp_path: Path, monkeypatch: pytest.Monke
     (base / "broken.png").symlink_to("nowhere")
     (base / "link.png").symlink_to("good.png")
     (base / "folder.png").symlink_to("closed")
-    monkeypatch.setattr(job, "MAX_SECONDS", 0.0)
-    score(tiny_package, base, out, max_bytes=9000)
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "MAX_SECONDS", 0.0)
+        run(images=base, max_bytes=9000)
     assert set(errors(out).values()) == {"decoding the image takes more than 0 s", MISSING,
                                    "the image is too large; at most 9000 bytes are read"}  # fmt: skip
-    monkeypatch.setattr(job, "MAX_SECONDS", 60.0)
-    score(tiny_package, base, out)
+    run(images=base)
     good = dict.fromkeys((r"caf\xe9.png", "good.png", "large.png", "link.png"))
     old = "the image cannot be read: it is none of JPEG, PNG, WEBP"
     assert errors(out) == good | {"broken.png": MISSING, "old.tif": old}
-    with monkeypatch.context() as patch:
-        patch.setattr(ModelPackage, "rows", lambda _, x: np.full((len(x), 5), np.nan))
-        score(tiny_package, base, out)
+    monkeypatch.setattr(ModelPackage, "rows", lambda _, x: np.full((len(x), 7), np.nan))
+    run(images=base)
     assert errors(out)["good.png"] == "the model's result for this input is not a finite number"
 
 
-def test_limits_of_file_and_caller(
-    folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_limits_of_file_and_caller(run: Run, tiny_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = dataclasses.replace(read_description(tiny_package), max_batch=3)
     monkeypatch.setattr(package, "read_description", lambda path: small)
-    assert score(tiny_package, folder, tmp_path / "o")["unreadable"] == 3
-    assert score(tiny_package, folder, tmp_path / "o", max_pixels=71)["unreadable"] == 23
+    assert run()["unreadable"] == 3
+    assert run(max_pixels=71)["unreadable"] == 23
 
 
-def test_table_is_no_image(folder: Path, tiny_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_is_no_image(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     for out in (folder / "table.png", Path("table.png"), Path("more") / ".." / "table.png"):
-        assert score(tiny_package, folder, out)["images"] == 23
+        assert run(out=out)["images"] == 23
 
 
-def test_decoding_beside_the_network(
-    folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decoding_beside_the_network(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     running, decoding, numbers = threading.Event(), threading.Event(), itertools.count()
     rows, decode = ModelPackage.rows, job.decode_pixels
 
@@ -207,11 +193,11 @@ def test_decoding_beside_the_network(
 
     monkeypatch.setattr(ModelPackage, "rows", slow)
     monkeypatch.setattr(job, "decode_pixels", watched)
-    score(tiny_package, folder, tmp_path / "o", batch=2, decoders=1)
+    run(batch=2, decoders=1)
     assert decoding.is_set()
 
 
-def test_warnings_come_back(tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warnings_come_back(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inside, over, numbers = threading.Event(), threading.Event(), itertools.count()
     open_image, decode, before = Image.open, job.decode_pixels, list(warnings.filters)
 
@@ -230,11 +216,11 @@ def test_warnings_come_back(tiny_package: Path, tmp_path: Path, monkeypatch: pyt
         finally:
             over.set()
 
-    (tmp_path / "images").mkdir()
+    (tmp_path / "two").mkdir()
     for name in ("1.png", "2.png"):
-        (tmp_path / "images" / name).write_bytes(warned_of())
+        (tmp_path / "two" / name).write_bytes(warned_of())
     monkeypatch.setattr(Image, "open", together)
     monkeypatch.setattr(job, "decode_pixels", watched)
     # Pillow warns of both, which is an error in these tests, and none of the images.
-    assert score(tiny_package, tmp_path / "images", tmp_path / "o", decoders=2)["unreadable"] == 0
+    assert run(images=tmp_path / "two", decoders=2)["unreadable"] == 0
     assert warnings.filters == before

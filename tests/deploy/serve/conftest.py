@@ -1,4 +1,4 @@
-"""One server for all tests that need a running one: it holds a file of each kind, and one that explains itself."""
+"""One server for all tests that need a running one: it holds a file of each kind."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from serve_client import Server, running
 
 from fastgrad.deploy.file.package import ModelPackage
 
+for needed in ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "PIL"):
+    pytest.importorskip(needed)
+
 
 @dataclass
 class Named:
-    """One of the server's models."""
+    """One of the server's models, and the folder of the server's temporary files."""
 
     server: Server
     name: str
     file: Path
+    temporary: Path
 
     def predict(self, body: Any, content_type: str, **headers: str) -> tuple[int, Any]:
         return self.server.predict(body, content_type, path=f"/predict/{self.name}", **headers)
@@ -30,20 +34,18 @@ class Named:
 
 
 @pytest.fixture(scope="session")
-def shared(
-    tiny_package: Path, tiny_onnx: Path, tiny_explained: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Named]]:
-    """The models by name: ``pt2``, ``onnx``, ``explained``."""
+def shared(tiny_package: Path, tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Named]]:
+    """The models by name: ``pt2``, ``onnx``."""
     folder = tmp_path_factory.mktemp("served")
-    files = {"pt2": tiny_package, "onnx": tiny_onnx, "explained": tiny_explained}
-    copies = {name: folder / f"{name}{file.suffix}" for name, file in files.items()}
-    named = []
-    for name, file in files.items():
-        shutil.copyfile(file, copies[name])
-        named += ["--model", f"{name}={copies[name]}"]
-    with running(None, *named, probe=folder / "pauses") as server:
-        yield {name: Named(server, name, copy) for name, copy in copies.items()}
+    (temporary := folder / "temporary").mkdir()
+    files = [shutil.copyfile(file, folder / f"{file.suffix[1:]}{file.suffix}") for file in (tiny_package, tiny_onnx)]
+    options = [part for file in files for part in ("--model", f"{file.stem}={file}")]
+    # A busy machine may need longer for a new process than the 30 seconds of the default.
+    options += ["--timeout", "120"]
+    with running(None, *options, probe=folder / "pauses", env={"TMPDIR": str(temporary)}) as server:
+        yield {file.stem: Named(server, file.stem, file, temporary) for file in files}
     assert server.process.returncode == 0
+    assert not list(temporary.iterdir())
 
 
 @pytest.fixture(scope="session", params=["pt2", "onnx"])
@@ -56,3 +58,9 @@ def served(request: pytest.FixtureRequest, shared: dict[str, Named]) -> Named:
 def package(served: Named) -> ModelPackage:
     """The same file, run directly."""
     return ModelPackage(served.file)
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """The event loop of tests that are coroutines."""
+    return "asyncio"

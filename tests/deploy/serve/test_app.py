@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
+import hmac
 import json
 import os
 from pathlib import Path
@@ -11,18 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-pytest.importorskip("fastapi")
-pytest.importorskip("python_multipart")
-pytest.importorskip("prometheus_client")
-pytest.importorskip("PIL")
-
 from deploy_models import write_archive
 from serve_client import acall, call, image, unhurried
 from serve_stub import PNG, make, stub, the_one
 
+from fastgrad.commands import cli, serve
 from fastgrad.deploy.error_rate import error_rate
-from fastgrad.deploy.file.package import Description, PackageError
+from fastgrad.deploy.file.package import Description
 from fastgrad.deploy.serve.app import create_app
 from fastgrad.deploy.serve.bodies import Limits, Readers
 from fastgrad.deploy.serve.child import ChildDiedError, RequestError
@@ -71,6 +68,14 @@ def test_key(tiny_package: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert 'fastgrad_requests_total{status="401"} 80.0' in the_one(app).metrics.render().decode()
 
 
+def test_constant_time_of_the_key(tiny_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append((a, b)) or a == b)
+    post(make(tiny_package, api_key="secret"), {**PNG, "authorization": "Bearer s"})
+    # Equal lengths whatever was sent: what is compared are digests.
+    assert [(len(a), len(b)) for a, b in compared] == [(32, 32)]
+
+
 def test_guard_of_one_route() -> None:
     """Ray Serve's deployment answers where it is put, also at ``/``."""
     guard = Guard("secret", ())
@@ -104,35 +109,37 @@ def test_hosts_and_origins(tiny_package: Path, headers: dict[str, str], status: 
     assert post(app, {**PNG, **headers})[0] == status
 
 
-def test_every_refusal_names_no_path(tiny_package: Path) -> None:
+def test_error_names_no_path(tiny_package: Path) -> None:
     app = make(tiny_package, error=RuntimeError(f"cannot open {tiny_package}"))
-    with pytest.raises(RuntimeError, match="cannot open"):
-        post(app)
     sent: list[dict[str, Any]] = []
     with pytest.raises(RuntimeError, match="cannot open"):
         call(app, "POST", "/predict", PNG, [image()], sent=sent)
     assert [message["status"] for message in sent if "status" in message] == [500]
     assert sent[-1]["body"] == b'{"detail":"the server failed; its log says why"}'
-    assert 'fastgrad_requests_total{status="500"} 2.0' in the_one(app).metrics.render().decode()
+    assert 'fastgrad_requests_total{status="500"} 1.0' in the_one(app).metrics.render().decode()
 
 
-def test_constant_time_of_the_key(tiny_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import hmac
-
-    compared = []
-    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append((a, b)) or a == b)
-    app = make(tiny_package, api_key="secret")
-    post(app, {**PNG, "authorization": "Bearer s"})
-    # Equal lengths whatever was sent: what is compared are digests.
-    assert [(len(a), len(b)) for a, b in compared] == [(32, 32)]
+SECONDS, BODY = {"limits": Limits(seconds=0.1)}, {"limits": Limits(body=1000)}
+PARTS: dict[str, Any] = {"chunks": [bytes(600)] * 3}
 
 
-def test_timeouts_are_504_and_408(tiny_package: Path) -> None:
-    app = make(tiny_package, delay=5, limits=Limits(seconds=0.1))
-    status, _, answer = post(app)
-    assert status == 504
-    assert "0.1 s" in answer["detail"]
-    assert post(app, chunks=[b"a", b"b"], pause=0.3)[0] == 408
+@pytest.mark.parametrize(
+    ("options", "sent", "status", "detail"),
+    [
+        ({"delay": 5, **SECONDS}, {}, 504, "no answer within 0.1 s"),
+        (SECONDS, {"chunks": [b"a", b"b"], "pause": 0.3}, 408, "the body did not arrive within 0.1 s"),
+        (BODY, {"headers": {**PNG, "content-length": "2000"}}, 413, "the body is too large"),
+        (BODY, PARTS, 413, "the body is too large"),
+        (BODY, {"headers": {**PNG, "content-length": "10"}, **PARTS}, 413, "the body is too large"),
+        (BODY, {}, 200, ""),
+        ({"error": ChildDiedError("it ended")}, {}, 500, "the model failed on this input: it ended"),
+    ],
+)
+def test_limits(options: dict[str, Any], sent: dict[str, Any], status: int, detail: str, tiny_package: Path) -> None:
+    app = make(tiny_package, **options)
+    found, _, answer = post(app, **sent)
+    assert found == status
+    assert answer.get("detail", "").startswith(detail)
     assert app.state.readers.active == 0
 
 
@@ -178,26 +185,12 @@ def test_full_queue_is_503(tiny_package: Path) -> None:
     assert post(app)[0] == 200
 
 
-def test_body_limit(tiny_package: Path) -> None:
-    app = make(tiny_package, limits=Limits(body=1000))
-    assert post(app, {**PNG, "content-length": "2000"}, [bytes(1000)] * 2)[0] == 413
-    assert post(app, PNG, [bytes(600)] * 3)[0] == 413
-    assert post(app, {**PNG, "content-length": "10"}, [bytes(600)] * 3)[0] == 413
-    assert post(app, PNG, [image()])[0] == 200
-
-
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_numbers_beyond_the_dtype(dtype: str) -> None:
     """JSON has no infinity, but numbers that Python reads as one."""
     for value, fits in ((b"65504", True), (b"1e39", dtype == "float64"), (b"-1e999", False)):
         with contextlib.nullcontext() if fits else pytest.raises(RequestError, match=f"finite numbers of type {dtype}"):
             read_input("application/json", b'{"inputs": [%s]}' % value, (1,), dtype, max_pixels=1)
-
-
-def test_failing_model_is_500(tiny_package: Path) -> None:
-    status, _, answer = post(make(tiny_package, error=ChildDiedError("its process ended 3 times")))
-    assert status == 500
-    assert answer == {"detail": "the model failed on this input: its process ended 3 times"}
 
 
 def test_readiness(tiny_package: Path) -> None:
@@ -266,7 +259,7 @@ def test_limits_are_numbers() -> None:
 
 def test_several_models_answer_by_name(tiny_package: Path) -> None:
     app = create_app({"small": str(tiny_package), "second": str(tiny_package)}, false_alarm_rate=0.01)
-    stub(app, {name: (0.1, 0.2, 0.3, 0.4, len(name)) for name in ("small", "second")})
+    stub(app, {name: (0.1, 0.2, 0.3, 0.4, len(name), 0.5, 0.5) for name in ("small", "second")})
     for path, uncertainty in (("/predict", 5.0), ("/predict/small", 5.0), ("/predict/second", 6.0)):
         status, _, body = call(app, "POST", path, PNG, [image()])
         assert (status, json.loads(body)["uncertainty"]) == (200, uncertainty)
@@ -282,7 +275,7 @@ def test_several_models_answer_by_name(tiny_package: Path) -> None:
 
 
 def test_drift_alarm_and_reset(tiny_package: Path, caplog: pytest.LogCaptureFixture) -> None:
-    app = stub(create_app(str(tiny_package)), {"tiny": (1.0, 0.0, 0.0, 0.0, 1e3)})
+    app = stub(create_app(str(tiny_package)), {"tiny": (1.0, 0.0, 0.0, 0.0, 1e3, 0.5, 0.5)})
     for _ in range(20):
         answer = post(app)[2]
         assert answer["reliable"] is False
@@ -338,49 +331,45 @@ def test_accepted_and_error_rate(tmp_path: Path) -> None:
 
 
 def test_command_line_errors(tiny_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from fastgrad.commands import cli
-
     file, marked = str(tiny_package), tmp_path / "marked"
     marked.write_text("secret\r\n", "utf-8-sig")
+    zeros, positive = "0" * 64, "must be positive and finite; it was"
     for arguments, message in (
-        ([file, "--workers", "0"], "--workers must be positive and finite; it was 0"),
-        ([file, "--max-batch", "0"], "--max-batch must be positive and finite; it was 0"),
-        ([file, "--decoders", "0"], "--decoders must be positive and finite; it was 0"),
-        ([file, "--max-pixels", "0"], "--max-pixels must be positive and finite; it was 0"),
-        ([file, "--timeout", "0"], "--timeout must be positive and finite; it was 0"),
-        ([file, "--max-body-mb", "nan"], "--max-body-mb must be positive and finite; it was nan"),
-        ([file, "--drain-seconds", "-1"], "--drain-seconds must be positive and finite; it was -1"),
-        ([file, "--timeout", "inf"], "--timeout must be positive and finite; it was inf"),
-        ([file, "--batch-wait-ms", "nan"], "--batch-wait-ms must be from 0 to 60000; it was nan"),
-        ([file, "--port", "65536"], "--port must be from 0 to 65535; it was 65536"),
-        ([file, "--sha256", "0" * 64], "one pair was '', '000"),
-        ([file, "--sha256", "tiny=" + "0" * 64], "must have the SHA-256 000"),
-        ([file, "--model", f"a={file}"], "give one MODEL, or --model NAME=PATH"),
-        (["--model", file], "--model must be NAME=PATH"),
-        (["--model", f"a={file}", "--model", f"a={file}"], "each name once"),
-        (["--model", f"a/b={file}"], "one was 'a/b'"),
-        ([file, "--false-alarm-rate", "0.5"], "false_alarm_rate must be one"),
+        ("--max-body-mb nan", f"--max-body-mb {positive} nan"),
+        ("--drain-seconds -1", f"--drain-seconds {positive} -1"),
+        ("--timeout inf", f"--timeout {positive} inf"),
+        ("--batch-wait-ms nan", "--batch-wait-ms must be from 0 to 60000; it was nan"),
+        ("--port 65536", "--port must be from 0 to 65535; it was 65536"),
+        (f"--sha256 {zeros}", "one pair was '', '000"),
+        (f"--sha256 tiny={zeros}", "must have the SHA-256 000"),
+        (f"--model a={file}", "give one MODEL, or --model NAME=PATH"),
+        ("--false-alarm-rate 0.5", "false_alarm_rate must be one"),
         # Less than a byte is one, which the limits allow.
-        ([file, "--max-body-mb", "1e-9", "--drift-false-alarm-rate", "0"], "drift_false_alarm_rate must lie in"),
-        ([file, "--api-key-file", str(tmp_path / "key")], "No such file"),
-        ([file, "--api-key-file", os.devnull], "api_key must not be empty"),
+        ("--max-body-mb 1e-9 --drift-false-alarm-rate 0", "drift_false_alarm_rate must lie in"),
+        (f"--api-key-file {tmp_path / 'key'}", "No such file"),
+        (f"--api-key-file {os.devnull}", "api_key must not be empty"),
         # Of bytes that are no text.
-        ([file, "--api-key-file", file], "api_key must not be empty"),
-        ([file, "--max-model-mb", "1e-3"], "bytes or more; at most 1049 are read"),
+        (f"--api-key-file {file}", "api_key must not be empty"),
+        ("--max-model-mb 1e-3", "bytes or more; at most 1049 are read"),
         # A key in a file that Windows marks as UTF-8 is one.
-        ([file, "--api-key-file", str(marked), "--sha256", "tiny=" + "0" * 64], "must have the SHA-256 000"),
+        (f"--api-key-file {marked} --sha256 tiny={zeros}", "must have the SHA-256 000"),
     ):
-        assert cli.main(["serve", *arguments]) == 2
+        assert cli.main(["serve", file, *arguments.split()]) == 2, arguments
         assert message in capsys.readouterr().err
+    for arguments, message in (
+        (f"--model {file}", "--model must be NAME=PATH"),
+        (f"--model a={file} --model a={file}", "each name once"),
+        (f"--model a/b={file}", "one was 'a/b'"),
+    ):
+        assert cli.main(["serve", *arguments.split()]) == 2, arguments
+        assert message in capsys.readouterr().err
+    # Every option that must be positive is checked.
+    for name, *_ in serve._POSITIVE:
+        assert cli.main(["serve", file, name, "0"]) == 2
+        assert f"{name} {positive} 0" in capsys.readouterr().err
 
 
-def test_default_host(tmp_path: Path) -> None:
-    import argparse
-
-    from fastgrad.commands import serve
-
+def test_default_host() -> None:
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
     assert parser.parse_args(["model.pt2"]).host == "127.0.0.1"
-    with pytest.raises(PackageError):
-        create_app(str(tmp_path / "none.pt2"))

@@ -10,15 +10,9 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("fastapi")
-pytest.importorskip("PIL")
-
-import serve_client
 from serve_attack import connect, connections, counts, watched
 from serve_client import Server, image, running, wait_for
 
@@ -40,33 +34,24 @@ def head(served: Any, header: str) -> bytes:
     return "\r\n".join(lines).encode()
 
 
-def drip(served: Any, count: int, head: bytes) -> int:
-    """Send a head on many connections, then a byte a second; how many the server answers or closes."""
-    sockets, ended = [], selectors.DefaultSelector()
-    for _ in range(count):
-        with contextlib.suppress(OSError):
-            sockets.append(connect(served.server))
-            ended.register(sockets[-1], selectors.EVENT_READ)
-            sockets[-1].sendall(head)
-    end = time.monotonic() + 60
-    while len(ended.select(0)) < len(sockets) and time.monotonic() < end:
-        for each in sockets:
-            with contextlib.suppress(OSError):
-                each.send(b"x")
-        time.sleep(1)
-    closed = len(ended.select(0))
-    ended.close()
-    for each in sockets:
-        each.close()
-    return closed
-
-
 @counts(60, 600)
-@pytest.mark.parametrize("kind", ["headers", "bodies"])
-def test_slow_clients_are_closed(served: Any, kind: str, count: int) -> None:
-    start = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nX-" if kind == "headers" else head(served, LENGTH)
-    with watched(served, f"slow {kind}, {count} connections"):
-        assert drip(served, count, start) == count
+def test_slow_clients_are_closed(served: Any, count: int) -> None:
+    """Half of them send headers, half a body, a byte a second each."""
+    heads = [b"POST /predict HTTP/1.1\r\nHost: localhost\r\nX-", head(served, LENGTH)]
+    with watched(served, f"slow headers and bodies, {count} connections"), contextlib.ExitStack() as opened:
+        # Those that the server has answered or closed.
+        ended = opened.enter_context(selectors.DefaultSelector())
+        sockets = opened.enter_context(connections(served.server, count))
+        for number, each in enumerate(sockets):
+            ended.register(each, selectors.EVENT_READ)
+            each.sendall(heads[number % 2])
+        end = time.monotonic() + 60
+        while len(ended.select(0)) < count and time.monotonic() < end:
+            for each in sockets:
+                with contextlib.suppress(OSError):
+                    each.send(b"x")
+            time.sleep(1)
+        assert len(ended.select(0)) == count
 
 
 #: What is refused by its headers, before its body or the next request is read: headers, what follows, the status.
@@ -107,24 +92,45 @@ def everything(sent: socket.socket) -> bytes:
 
 
 @counts(10, 100)
-def test_chunks_on_many_connections(guarded: Server, count: int) -> None:
+def test_chunks_on_many_connections(served: Any, count: int) -> None:
     """h11 parses each chunk of one byte, also after the refusal."""
-    block = b"POST / HTTP/1.1\r\nHost: localhost\r\n" + CHUNKED.encode() + b"\r\n\r\n" + b"1\r\nx\r\n" * 200_000
+    block, server = head(served, CHUNKED) + b"1\r\nx\r\n" * 200_000, served.server
     slowest, over = 0.0, time.monotonic() + 5
-    with connections(guarded, count) as opened, ThreadPoolExecutor(20) as pool:
+    with connections(server, count) as opened, ThreadPoolExecutor(20) as pool:
         sending = [pool.submit(lambda s=each: contextlib.suppress(OSError)(s.sendall)(block)) for each in opened]
         while time.monotonic() < over or not all(each.done() for each in sending):
             start = time.perf_counter()
-            assert guarded.request("GET", "/ready")[0] == 200
+            assert server.request("GET", "/ready")[0] == 200
             slowest = max(slowest, time.perf_counter() - start)
     print(f"chunks on {count} connections: /ready at most {1000 * slowest:.0f} ms")
     assert slowest < 1
 
 
+@pytest.fixture(scope="module")
+def few(tiny_onnx: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of at most eight connections and 200 open files, whose clock goes by the steps that Windows has.
+
+    It asks for a key, and has uvloop, which uvicorn would choose; its transports do not limit what they read at once.
+    """
+    folder = tmp_path_factory.mktemp("few")
+    (folder / "sitecustomize.py").write_text(
+        "import resource, time; resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200)); plain = time.monotonic\n"
+        "time.monotonic = lambda: plain() // 0.015625 * 0.015625"
+    )
+    (folder / "uvloop.py").write_text("raise RuntimeError('uvloop was imported')")
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    options = ("--max-connections", "8", "--drain-seconds", "3")
+    with running(tiny_onnx, *options, env={"PYTHONPATH": path, "FASTGRAD_API_KEY": "secret"}) as server:
+        yield server
+
+
+KEY = {"Authorization": "Bearer secret"}
+
+
 @pytest.mark.parametrize("close", [b"", b"Connection: close\r\n"], ids=["kept", "closed"])
-def test_endless_and_large_bodies(guarded: Server, close: bytes) -> None:
+def test_endless_and_large_bodies(few: Server, close: bytes) -> None:
     start = b"POST /predict HTTP/1.1\r\nHost: localhost\r\n" + close + b"Content-Length: %d\r\n\r\n"
-    with connect(guarded) as sent:
+    with connect(few) as sent:
         sent.sendall(start % 10**12)
         size = 0
         with contextlib.suppress(ConnectionError):
@@ -133,18 +139,11 @@ def test_endless_and_large_bodies(guarded: Server, close: bytes) -> None:
                 size += 1
         print(f"a body without end: closed after {size} MiB")
         assert size < 100
-    with connect(guarded) as sent:
+    with connect(few) as sent:
         sent.sendall(start % (40 * 2**20) + bytes(40 * 2**20))
         answer = everything(sent)
         assert b" 401 " in answer.split(b"\r\n")[0]
         assert b"connection: close" in answer.lower()
-
-
-@pytest.fixture(scope="module")
-def guarded(tiny_onnx: Path) -> Iterator[Server]:
-    """A server that asks for a key."""
-    with running(tiny_onnx, env={"FASTGRAD_API_KEY": "secret"}) as server:
-        yield server
 
 
 def asks_without_reading(idle: socket.socket) -> None:
@@ -167,36 +166,32 @@ def test_longest_waiting_is_closed(few: Server, do: Callable[[socket.socket], No
 
 def test_one_makes_room_for_one(few: Server) -> None:
     with connections(few, 8) as idle:
-        assert few.predict(image(), "image/png")[0] == 200
+        assert few.predict(image(), "image/png", **KEY)[0] == 200
         assert everything(idle[0]) == b""
         # The others wait on.
         idle[7].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert b"200 OK" in idle[7].recv(1000)
 
 
-@pytest.fixture(scope="module")
-def few(tiny_onnx: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of at most eight connections, whose clock goes by the steps that Windows has.
-
-    It has uvloop, which uvicorn would choose; its transports have no limit of what they read at once.
-    """
-    folder = tmp_path_factory.mktemp("few")
-    clock = "import time; plain = time.monotonic; time.monotonic = lambda: plain() // 0.015625 * 0.015625"
-    (folder / "sitecustomize.py").write_text(clock)
-    (folder / "uvloop.py").write_text("raise RuntimeError('uvloop was imported')")
-    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
-    with running(tiny_onnx, "--max-connections", "8", env={"PYTHONPATH": path}) as server:
-        yield server
+def test_more_connections_than_open_files(few: Server) -> None:
+    """If they were accepted at once, asyncio's log would grow without end."""
+    with connections(few, 300):
+        assert few.predict(image(), "image/png", **KEY)[0] == 200
+        assert len(few.log) < 10_000
 
 
-def test_more_connections_than_open_files(tiny_onnx: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is room for fewer then; asyncio's log would grow without end."""
-    pytest.importorskip("resource")
-    limit = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200)){serve_client.COMMAND}"
-    monkeypatch.setattr(serve_client, "COMMAND", limit)
-    with running(tiny_onnx) as server, connections(server, 300):
-        assert server.predict(image(), "image/png")[0] == 200
-        assert len(server.log) < 10_000
+def test_slow_bodies_at_sigterm(few: Server) -> None:
+    """The last test of this server."""
+    start = (
+        b"POST /predict HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer secret\r\nContent-Length: 10000000\r\n\r\n"
+    )
+    with connections(few, 4) as slow:
+        for each in slow:
+            each.sendall(start + bytes(200_000))
+        wait_for(lambda: few.request("GET", "/health")[0] == 200)
+        before = time.monotonic()
+        assert few.stop() == 0
+        assert time.monotonic() - before < 5
 
 
 @pytest.mark.parametrize(
@@ -218,16 +213,3 @@ def test_connections_fit_the_open_files(
     )
     assert _connection_limits(512) == expected
     assert asked == ([] if hard == 2**63 - 1 else [(hard, hard)])
-
-
-def test_slow_bodies_at_sigterm(tiny_onnx: Path) -> None:
-    with running(tiny_onnx, "--drain-seconds", "3") as server, connections(server, 4) as slow:
-        start = (
-            b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: 10000000\r\n\r\n"
-        )
-        for each in slow:
-            each.sendall(start + bytes(200_000))
-        wait_for(lambda: server.request("GET", "/health")[0] == 200)
-        before = time.monotonic()
-        assert server.stop() == 0
-        assert time.monotonic() - before < 5

@@ -10,10 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("fastapi")
-pytest.importorskip("PIL")
-
 from serve_client import Server, image, running, wait_for, workers_of
 from serve_load import Load
 

@@ -17,21 +17,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-pytest.importorskip("fastapi")
-pytest.importorskip("prometheus_client")
-
 from deploy_models import write_archive
-from python_process import run_python
 from serve_client import Server, wait_for
 from serve_load import Load
 from serve_stub import FakeChild
 
-from fastgrad.deploy.file.onnx_file import sum_entry
 from fastgrad.deploy.file.package import Description, PackageError
 from fastgrad.deploy.file.reading import digest_of
 from fastgrad.deploy.serve.app import create_app
 from fastgrad.deploy.serve.served import Model, Served
+
+pytestmark = pytest.mark.anyio
 
 
 def with_fakes(served: Served, constant: float) -> Served:
@@ -52,71 +48,59 @@ async def answer(served: Served) -> float:
     return float(np.frombuffer(await served.pool.submit(bytes(193)))[4])
 
 
-def test_request_keeps_its_version(tiny_package: Path, tmp_path: Path) -> None:
-    path = tmp_path / "model.pt2"
-    shutil.copyfile(tiny_package, path)
-
-    async def run() -> None:
-        model = await started(path)
-        old = model.served
-        copy = old.copy
-        another(path)
-        with old.in_use():
-            await model.reload()
-            assert model.served is not old
-            # Its body has come only now; meanwhile the file was replaced.
-            await asyncio.sleep(0.05)
-            assert await answer(old) == 1.0
-            assert copy.exists()
-        assert await answer(model.served) == 2.0
-        await model.close()
-        assert not copy.exists()
-        assert not any(version.pool.workers[0].alive for version in (old, model.served))
-        assert (model.reloads, model.failures) == (1, 0)
-
-    asyncio.run(run())
+async def test_request_keeps_its_version(tmp_path: Path) -> None:
+    path = archive(tmp_path / "model.pt2", 4)
+    model = await started(path)
+    old = model.served
+    archive(path, 5)
+    with old.in_use():
+        await model.reload()
+        assert model.served is not old
+        # Its body has come only now; meanwhile the file was replaced.
+        await asyncio.sleep(0.05)
+        assert await answer(old) == 1.0
+        assert old.copy.exists()
+    assert await answer(model.served) == 2.0
+    await model.close()
+    assert not old.copy.exists()
+    assert not any(version.pool.workers[0].alive for version in (old, model.served))
+    assert (model.reloads, model.failures) == (1, 0)
 
 
-@pytest.mark.parametrize(
-    ("break_it", "reason"),
-    [
-        (lambda path, _: path.unlink(), "No such file or directory"),
-        (lambda path, content: path.write_bytes(content[:1000]), "not a readable"),
-        (lambda path, _: (path.unlink(), os.mkfifo(path)), "it is no regular file"),
-        (lambda path, _: (path.unlink(), path.symlink_to("/dev/zero")), "it is no regular file"),
-        (lambda path, _: os.truncate(path, 2**31), "it has 2147483648 bytes or more; at most 1073741824 are read"),
-    ],
-    ids=["missing", "cut off", "a pipe", "a device", "2 GiB of nothing"],
-)  # fmt: skip
-def test_failed_reload_changes_nothing(
-    break_it: Callable[[Path, bytes], Any],
-    reason: str,
-    tiny_onnx: Path,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+BREAK: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "missing": (lambda path: path.unlink(), "No such file or directory"),
+    "cut off": (lambda path: os.truncate(path, 1000), "not a readable"),
+    "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "it is no regular file"),
+    "a device": (lambda path: (path.unlink(), path.symlink_to("/dev/zero")), "it is no regular file"),
+    "2 GiB of nothing": (
+        lambda path: os.truncate(path, 2**31),
+        "it has 2147483648 bytes or more; at most 1073741824 are read",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", BREAK)
+async def test_failed_reload_changes_nothing(
+    how: str, tiny_onnx: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("fcntl")
-    path = Path(shutil.copy(tiny_onnx, tmp_path / "model.onnx"))
-
-    async def run() -> None:
-        model = await started(path)
-        break_it(path, tiny_onnx.read_bytes())
-        await asyncio.wait_for(model.reload(), 10)
-        assert await answer(model.served) == 1.0
-        path.unlink(missing_ok=True)
-        shutil.copy(tiny_onnx, path)
-        # The same again keeps the drift monitor.
-        await model.reload()
-        assert (model.reloads, model.failures) == (0, 1)
-        assert await answer(model.served) == 1.0
-        await model.close()
-
-    asyncio.run(run())
+    path, (break_it, reason) = shutil.copyfile(tiny_onnx, tmp_path / "model.onnx"), BREAK[how]
+    model = await started(path)
+    break_it(path)
+    await asyncio.wait_for(model.reload(), 10)
+    assert await answer(model.served) == 1.0
+    path.unlink(missing_ok=True)
+    shutil.copyfile(tiny_onnx, path)
+    # The same again keeps the drift monitor.
+    await model.reload()
+    assert (model.reloads, model.failures) == (0, 1)
+    assert await answer(model.served) == 1.0
+    await model.close()
     assert re.search(rf"model model stays as it was: {path} (cannot be loaded: |is ){reason}", caplog.text)
     assert "fastgrad-serve" not in caplog.text
 
 
-def test_digests(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_digests(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = archive(tmp_path / "model.pt2", 4)
     first = digest_of(path)
     with pytest.raises(PackageError, match=rf"model\.pt2 must have the SHA-256 0{{64}}; it was {first}"):
@@ -124,15 +108,10 @@ def test_digests(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     other = digest_of(archive(tmp_path / "other.pt2", 5))
     app = create_app(path, sha256=[("model", first.upper()), ("model", other)])
     (model,) = app.state.models.values()
-    model.served = with_fakes(model.served, 1.0)
-
-    async def run() -> None:
-        archive(path, 6)
-        await model.reload()
-        assert (model.reloads, model.failures, model.served.description.classes) == (0, 1, 4)
-        await model.close()
-
-    asyncio.run(run())
+    archive(path, 6)
+    await model.reload()
+    assert (model.reloads, model.failures, model.served.description.classes) == (0, 1, 4)
+    await model.close()
     assert "must have the SHA-256" in caplog.text
 
 
@@ -140,8 +119,7 @@ def archive(path: Path, classes: int) -> Path:
     return write_archive(path, Description((3, 8, 8), "float32", classes, 8, "cpu"))
 
 
-def test_failed_start_names_the_file(tmp_path: Path) -> None:
-    pytest.importorskip("uvicorn")
+async def test_failed_start_names_the_file(tmp_path: Path) -> None:
     path = archive(tmp_path / "model.pt2", 4)
     with pytest.raises(RuntimeError, match=rf"ERROR: +the server cannot start: {path} cannot be loaded: ") as raised:
         Server(path)
@@ -150,39 +128,29 @@ def test_failed_start_names_the_file(tmp_path: Path) -> None:
     served = Served(path)
     served.pool.load_timeout = 0.0
     with pytest.raises(PackageError, match=rf"^{path} cannot be loaded: no answer within 0 s$"):
-        asyncio.run(served.start())
+        await served.start()
 
 
-def another(path: Path) -> bytes:
-    """Make it a file of other bytes, which answers alike."""
-    if path.suffix == ".onnx":
-        path.write_bytes(path.read_bytes()[: -len(sum_entry("0" * 64))])
-    else:
-        with zipfile.ZipFile(path, "a") as file:
-            file.writestr(file.namelist()[0].split("/")[0] + "/extra/note", "of no meaning")
-    return path.read_bytes()
-
-
-def damaged(content: bytes) -> bytes:
-    """One bit in the middle of the graph is another."""
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :]
-
-
-def test_swap_under_load(served: Any, tmp_path: Path) -> None:
+def test_swap_under_load(shared: dict[str, Any], tmp_path: Path) -> None:
     """SIGHUP with another file, with one that is none, cut off, damaged inside, gone, and with the first again."""
+    served = shared["pt2"]
     server, whole = served.server, served.file.read_bytes()
-    alike = another(Path(shutil.copy(served.file, tmp_path)))
-    load = Load(server, served.file, f"/predict/{served.name}")
+    alike = shutil.copyfile(served.file, tmp_path / "alike.pt2")
+    with zipfile.ZipFile(alike, "a") as file:
+        file.writestr(file.namelist()[0].split("/")[0] + "/extra/note", "of no meaning")
+    # One bit in the middle of the code.
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 16
+    load = Load(server, served.file, f"/predict/{served.name}", pause=0.01)
     threads = load.start(8, 100_000)
     counts = {count: served.metric(f"fastgrad_model_{count}") for count in ("reloads", "reload_failures")}
     try:
         wait_for(lambda: load.right > 50, 60)
         for content, count in (
-            (alike, "reloads"),
+            (alike.read_bytes(), "reloads"),
             (b"no model at all", "reload_failures"),
             (whole[:-2000], "reload_failures"),
-            (damaged(whole), "reload_failures"),
+            (damaged, "reload_failures"),
             (None, "reload_failures"),
             (whole, "reloads"),
         ):
@@ -209,31 +177,33 @@ def test_swap_under_load(served: Any, tmp_path: Path) -> None:
         assert reason in said
 
 
-def test_copies_of_killed_servers(tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_copies_of_killed_servers(tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("fcntl")
 
-    def folders() -> list[str]:
-        return sorted(path.name for path in tmp_path.iterdir())
+    def folders() -> set[str]:
+        return {path.name for path in tmp_path.iterdir()}
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "lock").touch()
     (tmp_path / "fastgrad-serve-link").symlink_to("elsewhere")
-    script = "import os, sys; from fastgrad.deploy.serve.served import Served; s = Served(sys.argv[1]); print(s.copy)"
+    others, files = folders(), len(os.listdir("/dev/fd"))
+    first = Served(tiny_package)
+    code = """
+import os, sys
+from fastgrad.deploy.serve.served import Served
+served = Served(sys.argv[1])
+os.kill(os.getpid(), 9)
+"""
     environment = os.environ | {"TMPDIR": str(tmp_path)}
-    command = [sys.executable, "-c", f"{script}; sys.stdout.flush(); os.kill(os.getpid(), 9)", str(tiny_package)]
-    killed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
-    assert Path(killed.stdout.strip()).exists()
-    files = len(os.listdir("/dev/fd"))
-    first, second = Served(tiny_package), Served(tiny_package, max_batch=1000, batch_wait=0.5)
+    subprocess.run([sys.executable, "-c", code, str(tiny_package)], env=environment, check=False)
+    # It left its own, and those of others alone.
+    assert len(folders() - others - {first.copy.parent.name}) == 1
+    assert first.copy.exists()
+    second = Served(tiny_package, max_batch=1000, batch_wait=0.5)
     assert (second.pool.max_batch, second.pool.batch_wait) == (64, 0.5)  # no more than the file says
-    # Its own, and nothing that another process holds or that is no folder.
-    assert not Path(killed.stdout.strip()).exists()
-    assert folders() == sorted(["elsewhere", "fastgrad-serve-link", first.copy.parent.name, second.copy.parent.name])
-    listing = f"{script}; print(*os.listdir({str(tmp_path)!r}))"
-    left = run_python("-c", listing, tiny_package, env=environment).split()
-    assert {first.copy.parent.name, second.copy.parent.name} < set(left)
+    assert folders() == others | {first.copy.parent.name, second.copy.parent.name}
     for served in (first, second):
-        asyncio.run(served.retire())
-    assert folders() == ["elsewhere", "fastgrad-serve-link"]
+        await served.retire()
+    assert folders() == others
     assert len(os.listdir("/dev/fd")) == files

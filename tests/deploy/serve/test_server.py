@@ -2,92 +2,60 @@
 
 from __future__ import annotations
 
-import io
 import json
+import os
 import re
-import zlib
+import signal
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("fastapi")
-pytest.importorskip("uvicorn")
-pytest.importorskip("python_multipart")
-pytest.importorskip("prometheus_client")
-pytest.importorskip("PIL")
-
-from serve_client import form, image, png, warned_of
+from serve_client import form, image, png, wait_for, warned_of, workers_of
 
 import fastgrad
 from fastgrad.deploy.file.images import decode_image
 from fastgrad.deploy.file.package import ModelPackage
+from fastgrad.deploy.serve.schema import Answer
+
+
+@pytest.fixture(scope="session")
+def openapi(shared: dict[str, Any]) -> Any:
+    """The server's description of itself."""
+    return json.loads(shared["onnx"].server.request("GET", "/openapi.json")[1])
 
 
 def check(answer: dict, package: ModelPackage, x: torch.Tensor) -> None:
-    direct = package(x[None])
-    assert set(answer) == {
-        "class",
-        "label",
-        "probabilities",
-        "uncertainty",
-        "risk",
-        "reliable",
-        "accepted",
-        "evidence",
-        "alarm",
-    }
-    assert answer["accepted"] is answer["evidence"] is answer["alarm"] is None
+    direct, evidence = package.explain(x[None])
+    Answer.model_validate(answer)
+    assert answer["risk"] is answer["accepted"] is None
     assert answer["class"] == int(direct.probabilities[0].argmax())
     assert answer["label"] == package.description.labels[answer["class"]]
     # Batches of other sizes may sum in another order.
     np.testing.assert_allclose(answer["probabilities"], direct.probabilities[0].numpy(), rtol=1e-5)
     assert answer["uncertainty"] == pytest.approx(float(direct.uncertainty), rel=1e-5, abs=1e-5)
+    assert answer["evidence"] == pytest.approx({name: float(own) for name, own in evidence.items()}, rel=1e-5)
     assert answer["reliable"] == (answer["uncertainty"] <= package.description.threshold)
+    assert (answer["alarm"] is None) == answer["reliable"]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("size", [(8, 8), (37, 20)])
-def test_image_body(served: Any, package: ModelPackage, kind: str, size: tuple[int, int]) -> None:
+def test_image(served: Any, package: ModelPackage, kind: str, size: tuple[int, int]) -> None:
     content = image(1, size, kind)
-    status, answer = served.predict(content, f"image/{kind.lower()}")
-    assert status == 200, answer
-    check(answer, package, decode_image(content, package.description))
+    for sent in ((content, f"image/{kind.lower()}"), form("file", content)):
+        status, answer = served.predict(*sent)
+        assert status == 200, answer
+        check(answer, package, decode_image(content, package.description))
 
 
-def test_form_with_a_file(served: Any, package: ModelPackage) -> None:
-    content = image(2)
-    status, answer = served.predict(*form("file", content))
-    assert status == 200, answer
-    check(answer, package, decode_image(content, package.description))
-
-
-@pytest.mark.parametrize("batched", [False, True])
-def test_json_inputs(served: Any, package: ModelPackage, batched: bool) -> None:
+def test_json_inputs(served: Any, package: ModelPackage) -> None:
     x = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(4))
-    inputs = x[None].tolist() if batched else x.tolist()
-    status, answer = served.predict(json.dumps({"inputs": inputs}), "application/json; charset=utf-8")
-    assert status == 200, answer
-    check(answer, package, x)
-
-
-def test_evidence_and_alarm(shared: dict[str, Any]) -> None:
-    served = shared["explained"]
-    package = ModelPackage(served.file)
-    status, answer = served.predict(image(3), "image/png")
-    model = json.loads(served.server.request("GET", "/model/explained")[1])
-    assert status == 200
-    x = decode_image(image(3), package.description)
-    _, direct = package.explain(x[None])
-    assert answer["evidence"] == pytest.approx({name: float(own) for name, own in direct.items()}, rel=1e-5)
-    assert (answer["alarm"] is None) == answer["reliable"]
-    assert model["evidence"] == package.description.evidence
-
-
-def bomb(width: int = 30_000, height: int = 30_000) -> bytes:
-    """A PNG of so many pixels in some 3 MB; 2.7 GB when decoded."""
-    return png(width, height, 8, 2, zlib.compress(bytes(width * 3 + 1) * 1000, 9))
+    for inputs in (x, x[None]):
+        body = json.dumps({"inputs": inputs.tolist()})
+        status, answer = served.predict(body, "application/json; charset=utf-8")
+        assert status == 200, answer
+        check(answer, package, x)
 
 
 def nested(value: str) -> str:
@@ -101,18 +69,17 @@ BAD = {
     "empty body": (b"", "image/png", 400, "empty"),
     "BMP": (image(0, (9, 9), "BMP"), "image/bmp", 400, "none of JPEG, PNG, WEBP"),
     "TIFF": (image(0, (9, 9), "TIFF"), "image/tiff", 400, "none of JPEG, PNG, WEBP"),
-    "11 megapixels": (bomb(11_000, 1000), "image/png", 413, "at most 10000000"),
+    "11 megapixels": (png(11_000, 1000, 8, 2, b""), "image/png", 413, "at most 10000000"),
     "not an image": (b"hello, this is text", "image/png", 400, "cannot be read"),
     "truncated image": (image(0, (64, 64))[:200], "image/png", 400, "cannot be read"),
     "40 MiB body": (bytes(40 * 2**20), "image/png", 413, "too large"),
-    "decompression bomb": (bomb(), "image/png", 413, "pixels"),
+    "decompression bomb": (png(30_000, 30_000, 8, 2, b""), "image/png", 413, "pixels"),
     "wrong content type": (image(), "text/html", 415, "text/html"),
     "no content type": (image(), "", 415, "missing"),
     "form without file": (*form("picture", image()), 422, "'file'"),
     "form with two files": (TWO_FILES, "multipart/form-data; boundary=frontier", 422, "one field 'file' .* were 2"),
     "form without boundary": (form("file", image())[0], "multipart/form-data", 400, "form"),
     "broken form": (b"--frontier\r\nno headers", "multipart/form-data; boundary=frontier", 400, "form|image"),
-    "form with text": (b"", "multipart/form-data; boundary=x", 400, "empty"),
     "not JSON": (b"{", "application/json", 400, "not valid JSON"),
     "not UTF-8": (b'{"inputs": "\xff"}', "application/json", 400, "not valid JSON"),
     "JSON array": (b"[1]", "application/json", 422, "object"),
@@ -137,10 +104,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input(served: Any, name: str) -> None:
+def test_bad_input(served: Any, openapi: Any, name: str) -> None:
     body, content_type, status, message = BAD[name]
     got, answer = served.predict(body, content_type)
     assert got == status, answer
+    assert str(status) in openapi["paths"]["/predict/{name}"]["post"]["responses"]
     assert re.search(message, answer["detail"]), answer
     assert "Traceback" not in answer["detail"]
     assert len(answer["detail"]) < 400
@@ -156,18 +124,22 @@ def test_no_request_fills_the_log(served: Any) -> None:
     assert served.server.log == before
 
 
-def test_health_ready_model_and_openapi(served: Any) -> None:
-    assert served.server.request("GET", "/health")[0] == 200
-    assert served.server.request("GET", "/ready")[0] == 200
+def test_what_it_says_of_itself(served: Any, package: ModelPackage, openapi: Any) -> None:
+    for path in ("/health", "/ready"):
+        assert served.server.request("GET", path)[0] == 200
     model = json.loads(served.server.request("GET", f"/model/{served.name}")[1])
     assert model["labels"] == ["cat", "dog", "cow", "hen"]
+    assert model["evidence"] == package.description.evidence
     assert len(model["histogram"]["counts"]) + 1 == len(model["histogram"]["edges"])
-    openapi = json.loads(served.server.request("GET", "/openapi.json")[1])
     assert openapi["info"]["version"] == fastgrad.__version__
     operation = openapi["paths"]["/predict"]["post"]
     assert set(operation["requestBody"]["content"]) == {"image/*", "multipart/form-data", "application/json"}
     assert {"200", "401", "413", "415", "422", "503", "504"} <= set(operation["responses"])
     assert {"/health", "/ready", "/metrics", "/predict"} <= set(openapi["paths"])
+    status, page = served.server.request("GET", "/")
+    assert status == 200
+    # The page loads nothing from elsewhere.
+    assert set(re.findall(r"https?://[^\s\"']*", page.decode())) <= {"http://www.w3.org/2000/svg"}
 
 
 def test_metrics_count_what_happened(served: Any) -> None:
@@ -190,21 +162,16 @@ def test_metrics_count_what_happened(served: Any) -> None:
         assert served.metric(f"fastgrad_{name}") == 0
 
 
-def test_page_is_self_contained(served: Any) -> None:
-    status, page = served.server.request("GET", "/")
-    assert status == 200
-    text = page.decode()
-    assert "http://" not in text.replace("http://www.w3.org/2000/svg", "")
-    assert "https://" not in text
+def test_killed_worker(served: Any) -> None:
+    """Another one answers, and there are no more files than before, nor any under a name that others can foresee."""
 
+    def names() -> list[str]:
+        return sorted(path.name for path in (*served.temporary.iterdir(), *served.temporary.rglob("*.so")))
 
-def test_decoding_scales_the_centered_part(package: ModelPackage) -> None:
-    from PIL import Image
-
-    wide = np.zeros((8, 16, 3), dtype=np.uint8)
-    wide[:, 4:12] = 255
-    out = io.BytesIO()
-    Image.fromarray(wide).save(out, "PNG")
-    x = decode_image(out.getvalue(), package.description)
-    assert x.shape == (3, 8, 8)
-    assert torch.all(x == 2.0)  # (1 - 0.5) / 0.25: only the white middle is left
+    before = names()
+    assert all(name.startswith("fastgrad-serve-") for name in before if not name.endswith(".so"))
+    (pid,) = workers_of(served.server.process.pid, served.file.name.encode())
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: workers_of(served.server.process.pid, served.file.name.encode()) not in ([], [pid]))
+    assert served.predict(image(), "image/png")[0] == 200
+    assert names() == before
