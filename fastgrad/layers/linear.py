@@ -136,11 +136,16 @@ def embedding(
     """Rule for ``torch.nn.functional.embedding``."""
     if scale_grad_by_freq:
         raise mixes_samples("an embedding divides gradients by counts over the batch (scale_grad_by_freq=True)")
-    if not call.owns(weight) or max_norm is not None:
+    if not call.owns(weight):
         return NotImplemented
     padding = None if padding_idx is None else padding_idx % weight.shape[0]
     table = Table(weight.shape[0], padding)
-    return call.apply(lambda index: F.embedding(index, weight, padding_idx, sparse=sparse), input, [weight], table)
+
+    def rows(index: Tensor) -> Tensor:
+        # With a largest norm this shortens the model's own rows, as in an ordinary call.
+        return F.embedding(index, weight, padding_idx, max_norm, norm_type, sparse=sparse)
+
+    return call.apply(rows, input, [weight], table)
 
 
 def embedding_bag(call: Call, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:

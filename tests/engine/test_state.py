@@ -176,6 +176,7 @@ def test_parameters_that_a_call_writes_to() -> None:
     table = nn.Embedding(5, 3, max_norm=0.5)
     model, x = parts(lambda net, x: net.head(net.table(x) * net.table(x)), table=table), torch.arange(4)
     for _ in range(2):
+        table.weight.data *= 3
         found = recorded(model, lambda: model(x).square().sum())
         assert (table.weight[:4].norm(dim=1) <= 0.5 + 1e-6).all()
         assert_exact(found, loss_norms((row.square().sum() for row in model(x)), model))
