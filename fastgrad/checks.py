@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import reprlib
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
@@ -25,13 +26,16 @@ _NARROW_DEVICES = ("mps",)
 
 Array = NDArray[np.float64]
 _filters_lock = threading.RLock()
+#: For messages: a tensor or a model given by mistake must not fill the screen.
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = 80
 
 
 def one_of(name: str, value: object, choices: Iterable[object]) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
     allowed = tuple(choices)
     if isinstance(value, np.ndarray) or value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; it was {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; it was {_brief.repr(value)}")
 
 
 def is_tensor(name: str, value: object) -> None:
@@ -68,14 +72,14 @@ def is_path(**values: object) -> None:
     """Raise TypeError for an argument that is not a path."""
     for name, value in values.items():
         if not isinstance(value, (str, os.PathLike)):
-            raise TypeError(f"{name} must be a path; it was {value!r}")
+            raise TypeError(f"{name} must be a path; it was {_brief.repr(value)}")
 
 
 def is_bool(**values: object) -> None:
     """Raise TypeError for an argument that is not a plain bool."""
     for name, value in values.items():
         if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False; it was {value!r}")
+            raise TypeError(f"{name} must be True or False; it was {_brief.repr(value)}")
 
 
 def holds_values(name: str, value: torch.Tensor) -> None:
@@ -102,7 +106,7 @@ def at_least(least: int, **values: object) -> None:
     """Raise ValueError for an argument that is not an integer or is below ``least``."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}; it was {value!r}")
+            raise ValueError(f"{name} must be an integer of at least {least}; it was {_brief.repr(value)}")
 
 
 def is_seed(seed: object) -> None:
@@ -116,7 +120,7 @@ def is_number(**values: object) -> None:
     """Raise TypeError for an argument that is not a real number."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-            raise TypeError(f"{name} must be a number; it was {value!r}")
+            raise TypeError(f"{name} must be a number; it was {_brief.repr(value)}")
 
 
 def lies_in(interval: str, **values: Any) -> None:
@@ -127,7 +131,7 @@ def lies_in(interval: str, **values: Any) -> None:
         above = low <= value if interval[0] == "[" else low < value
         below = value <= high if interval[-1] == "]" else value < high
         if not (above and below):
-            raise ValueError(f"{name} must lie in {interval}; it was {value!r}")
+            raise ValueError(f"{name} must lie in {interval}; it was {_brief.repr(value)}")
 
 
 def fits_utf8(text: str) -> bool:
