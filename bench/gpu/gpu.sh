@@ -90,6 +90,7 @@ fi
 times=10000
 [ -z "$dry" ] || times=2
 step "repeats" 300 "$out/sanitizer.txt" "$python" -m bench.gpu.kernels --repeat "$times" --tiny
+[ -n "$dry" ] || step "time in Python" 60 "$out/environment.txt" "$python" -m bench.gpu.host
 step "share of the measured rates" 150 /dev/null "$python" -m bench.gpu.kernels --out "$out" $tiny
 
 once=("$python" -m bench.gpu.kernels --once)
