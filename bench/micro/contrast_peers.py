@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.registry import SEED
+from bench.registry import SEED, Implementation, scaled_error
 
 
 def normals(device: str, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
@@ -133,3 +133,24 @@ def pytorch_ood(head_: Head) -> Callable[[], Tensor]:
     h = head_.h.float()
     detector = GradNorm(head_.module(), param_filter=lambda name: name == "weight").to(h.device)
     return lambda: detector.predict(h)
+
+
+def loss_alone(head_: Head, device: str) -> Iterator[Implementation]:
+    """Yield kernels that compute the mean cross-entropy of a linear layer without its logits, and no norms."""
+    labels = torch.arange(len(head_.h), device=device) % len(head_.bias)
+    plain = F.cross_entropy(head_.exact - head_.bias.double(), labels)
+
+    def liger() -> Callable[[], Tensor]:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        return partial(liger_fused_linear_cross_entropy, head_.h, head_.weight, labels)
+
+    def cut() -> Callable[[], Tensor]:
+        from cut_cross_entropy import linear_cross_entropy
+
+        return partial(linear_cross_entropy, head_.h, head_.weight, labels)
+
+    check = partial(scaled_error, reference=plain)
+    for name, peer in (("loss alone, Liger", liger), ("loss alone, Cut Cross-Entropy", cut)):
+        if device == "cuda":
+            yield Implementation(name, peer, check, 10 * head_.unit)

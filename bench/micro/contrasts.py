@@ -135,7 +135,8 @@ def uniform(B: int, N: int, D: int, dtype: str, device: str) -> Iterator[Impleme
 
 @case(
     "last-layer", "statistics" + TITLE, against="linear alone",
-    names=(*FORMS, "linear alone", "linear, softmax, closed form"),
+    names=(*FORMS, "linear alone", "linear, softmax, closed form", "loss alone, Liger",
+           "loss alone, Cut Cross-Entropy"),
     tiny=_at(TINY[-1:]), quick=_at(QUICK[-1:]), full=_at(FULL[-1:]), gpu=_at([(1024, 128256, 4096)], "bfloat16"),
 )  # fmt: skip
 def statistics(B: int, N: int, D: int, dtype: str, device: str) -> Iterator[Implementation]:
@@ -161,3 +162,4 @@ def statistics(B: int, N: int, D: int, dtype: str, device: str) -> Iterator[Impl
     yield from _forms(partial(fastgrad.linear_contrast_stats, *head_.layer), check, tolerance, device)
     yield _linear(head_)
     yield Implementation("linear, softmax, closed form", lambda: unfused, check, max(PEERS, tolerance))
+    yield from peers.loss_alone(head_, device)

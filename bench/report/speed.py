@@ -10,7 +10,8 @@ from bench.report.text import Row, digits, duration, size, sizes, table
 #: Implementations that do less than the task: no claim is made about them.
 YARDSTICKS = {
     "torch.softmax", "linear alone", "training step", "forward", "forward and data gradients", "network alone",
-    "stored rows", "products with one sum, jvp", "sums of squares, fastgrad",
+    "stored rows", "products with one sum, jvp", "sums of squares, fastgrad", "loss alone, Liger",
+    "loss alone, Cut Cross-Entropy",
 }  # fmt: skip
 #: Peers that are right on the timed inputs but have no correct digit once a sample is confident (margin 20).
 TEXTBOOK = {

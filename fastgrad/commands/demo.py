@@ -184,7 +184,8 @@ def run(arguments: argparse.Namespace) -> int:
     draw(out / "demo.png", scores[DEFAULT], shown, threshold)
 
     lines = [f"| method | {' | '.join(challenges)} | mean |", "|---|" + "---|" * (len(challenges) + 1)]
-    for name, (usual, *others) in ((name, found.values()) for name, found in scores.items()):
+    for name, found in scores.items():
+        usual, *others = found.values()
         row = [roc_auc_score(np.repeat([0, 1], [len(usual), len(o)]), np.append(usual, o)) for o in others]
         lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in (*row, np.mean(row))) + " |")
     rows = "\n".join(lines)

@@ -207,9 +207,9 @@ class TwoStageModel(nn.Module):
                 there are many inputs.
             risk: True refuses data without labels, False fits no risk, None fits it if at least 30 labels allow it.
             correct: Whether to learn a correction of the answers to unusual inputs from labels and generated challenges
-                (`fastgrad.introspection.correction`). It is kept only if it certainly answers inputs that it was not
-                fitted on better; otherwise a warning says by how much. ``"always"`` keeps it anyway. The report shows
-                both accuracies.
+                (`fastgrad.introspection.correction`). It is kept only if it answers better in cross-validation, beyond
+                the 95 % interval; otherwise a warning gives both accuracies. ``"always"`` keeps it anyway. The report
+                shows both accuracies.
             clip: Values of black and white of the images, before ``mean`` and ``std``. None means 0 and 1 with
                 ``mean``, or else the range of the images drawn from ``clean``.
             mean: Per-channel mean that normalised the images.

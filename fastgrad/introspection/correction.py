@@ -1,4 +1,4 @@
-"""A correction of the answers to unusual inputs that does no harm: unless asked for, it is kept only if it is better.
+"""A correction of the answers to unusual inputs; unless it is asked for, it must do better in cross-validation.
 
 The corrected logits are ``z + W h + b``, where z are the network's calibrated logits and h enters its last layer. An
 answer is ``(1 - g) softmax(z) + g softmax(z + W h + b)``, where g is the probability that the input is a challenge.
