@@ -86,8 +86,9 @@ class Protocol(H11Protocol):
         self.overdue: float | None = self._since
         #: Bytes that may still come and are discarded before the connection closes; None before a refusal.
         self._left: int | None = None
-        if len(self.connections) > self.most_connections:
-            others: Any = self.connections - {self}
+        # Aborted ones stay in the set until the loop comes to them: each new one must close another.
+        others: list[Any] = [c for c in self.connections if c is not self and not c.transport.is_closing()]
+        if len(others) >= self.most_connections:
             waiting = sorted((other for other in others if other.waits), key=lambda other: other._since)
             for oldest in waiting[:1]:
                 oldest.transport.abort()

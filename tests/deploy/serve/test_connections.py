@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import serve_client
 from serve_attack import connect, connections, counts, watched
-from serve_client import Server, image, running, wait_for
+from serve_client import Server, image, proc, running, wait_for
 
 from fastgrad.deploy.serve.server import _connection_limits
 
@@ -135,6 +135,8 @@ def test_more_connections_than_open_files(tiny_onnx: Any, monkeypatch: pytest.Mo
     with running(tiny_onnx) as server, connections(server, 300):
         assert server.predict(image(), "image/png")[0] == 200
         assert len(server.log) < 10_000
+        # The server's own, 14 connections, and four times as many that wait to be closed.
+        assert len(list((proc(server.process.pid) / "fd").iterdir())) < 100
 
 
 @pytest.mark.parametrize("close", [b"", b"Connection: close\r\n"], ids=["kept", "closed"])
