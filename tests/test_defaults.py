@@ -6,7 +6,6 @@ import ast
 import contextlib
 import copy
 import pathlib
-import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -17,6 +16,7 @@ from torch.utils._device import _device_constructors
 
 import fastgrad
 from fastgrad.challenges import CHALLENGES, generate_challenges
+from fastgrad.checks import without_warnings
 
 NETWORK = nn.Sequential(
     nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)
@@ -28,7 +28,7 @@ LABELS = torch.arange(40) % 3
 def fitted(correct: bool) -> list[Tensor]:
     blocks: list[str] = ["logits", "activations", "image", "gradients"]
     model = fastgrad.TwoStageModel(NETWORK, blocks=blocks, seed=1)
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # there is nothing to correct
+    with without_warnings(UserWarning):  # there is nothing to correct
         model.fit([(IMAGES, LABELS)], correct=correct, verbose=False)
     if not correct:
         model.report(gains=True)

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import nn
 from fastgrad import TwoStageModel, UncertaintyDetector
 from fastgrad.blocks import BLOCKS, View
 from fastgrad.challenges import challenge_cost
+from fastgrad.checks import without_warnings
 from fastgrad.detector import fitting
 
 
@@ -116,7 +116,7 @@ def test_inference_mode():
     fits = []
     for inference in (False, True):
         model = small_network()
-        with torch.inference_mode(inference), warnings.catch_warnings(action="ignore"):
+        with torch.inference_mode(inference), without_warnings():
             fits.append(TwoStageModel(model, blocks=["logits"]).fit(loader(60), correct=True))
     assert not any(value.is_inference() for value in fits[1].state_dict().values())
     torch.testing.assert_close(fits[1](images(5)), fits[0](images(5)), rtol=0, atol=0)

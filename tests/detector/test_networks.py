@@ -13,6 +13,7 @@ from torch import nn
 from fastgrad import TwoStageModel
 from fastgrad.blocks import Block
 from fastgrad.challenges import CHALLENGES
+from fastgrad.checks import without_warnings
 
 
 def test_hugging_face_and_timm():
@@ -75,7 +76,7 @@ def test_autocast():
     )  # fmt: skip
 
     def fit():
-        with warnings.catch_warnings(action="ignore"):
+        with without_warnings():
             two_stage = TwoStageModel(Net(exact, network=network), blocks=blocks)
             return two_stage.fit(loader(40), correct=True, verbose=False)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,7 @@ NET, X, Y = nn.Linear(3, 4), torch.rand(5, 3), torch.tensor([0, 3, 1, 0, 1])
 COMPILED = nn.Linear(3, 4)
 COMPILED.compile(backend="eager")
 
-with warnings.catch_warnings(action="ignore"):  # torch.jit is deprecated
+with checks.without_warnings():  # torch.jit is deprecated
     TRACED = torch.jit.trace(nn.Linear(4, 3), torch.rand(2, 4))
 TWO, BATCH_NORM = nn.Sequential(nn.Linear(3, 3), NET), nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
 WITHOUT_STATISTICS = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False))

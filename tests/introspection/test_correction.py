@@ -51,7 +51,8 @@ def test_without_anything_to_correct_the_network_answers_alone() -> None:
     assert found.correction is None
     assert found.words.startswith("not kept: ")
     assert torch.equal(found.log_p, data.logits.double().log_softmax(1))
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         anyway = choose(data, 0, always=True)
     assert anyway.correction is not None
     assert anyway.words == found.words.replace("not kept", "kept as asked, but not certainly better")
