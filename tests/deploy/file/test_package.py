@@ -127,9 +127,9 @@ def described(**fields: Any) -> Callable[[str, bytes], bytes]:
     return lambda name, own: json.dumps(json.loads(own) | fields).encode() if name.endswith(MEMBER) else own
 
 
-#: What becomes of a member, by its name and content; None leaves it out.
 # PyTorch 2.8 prints the cause, and raises the name of what failed.
 WRONG_DTYPE = "dtype" if torch.__version__ >= "2.9" else "run_func_"
+#: What becomes of a member, by its name and content; None leaves it out.
 MEMBERS: list[tuple[Callable[[str, bytes], bytes | None], str]] = [
     (lambda name, own: None if ".so" in name else own, r"m\.pt2 cannot be loaded: "),
     (lambda name, own: b"no code" if ".so" in name else own, r"m\.pt2 cannot be loaded: "),
