@@ -81,16 +81,23 @@ def true_norms(
 
 
 def clipped_gradients(
-    model: nn.Module, x: Tensor, losses: Callable[[Tensor, Tensor], Tensor], limit: float
+    model: nn.Module, x: Tensor, losses: Callable[[Tensor, Tensor], Tensor], limit: float, *, cast: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
     """Norms of all samples, and the sum of their gradients clipped to the limit, by trainable parameter.
 
-    ``losses(output, x)`` are those of the samples.
+    ``losses(output, x)`` are those of the samples. With ``cast``, of one forward pass in bfloat16: its rounding
+    can change the sign before a ReLU, and float64 would then measure the dtype, not the gradients.
     """
-    model = copy.deepcopy(model).double()
+    model = copy.deepcopy(model) if cast else copy.deepcopy(model).double()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    total, norms = [torch.zeros_like(p) for p in parameters], []
-    for grads in sample_gradients((losses(model(row), row).sum() for row in doubled(x).split(1)), parameters):
+    total, norms = [torch.zeros_like(p, dtype=torch.float64) for p in parameters], []
+    if cast:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(x)
+        each: Iterable[Tensor] = losses(out.float(), x)
+    else:
+        each = (losses(model(row), row).sum() for row in doubled(x).split(1))
+    for grads in sample_gradients(each, parameters):
         norms.append(torch.stack([g.square().sum() for g in grads]).sum().sqrt())
         for t, g in zip(total, grads, strict=True):
             t += (limit / norms[-1]).clamp(max=1) * g
