@@ -68,10 +68,10 @@ async def read_body(request: Request, limits: Limits, hold: Callable[[int], None
 
     RequestError 400 if the body is empty or incomplete, 408 if too slow, 413 if too large; and what ``hold`` raises.
     """
-    too_large = RequestError(413, f"the body is too large; at most {limits.body} bytes are allowed")
+    too_large = f"the body is too large; at most {limits.body} bytes are allowed"
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > limits.body:
-        raise too_large
+        raise RequestError(413, too_large)
     body, start = bytearray(), current_time()
     try:
         with move_on_after(min(limits.seconds, _GRACE)) as scope:
@@ -79,7 +79,7 @@ async def read_body(request: Request, limits: Limits, hold: Callable[[int], None
                 body += part
                 scope.deadline = start + min(limits.seconds, _GRACE + len(body) / limits.rate)
                 if len(body) > limits.body:
-                    raise too_large
+                    raise RequestError(413, too_large)
                 hold(len(body))
     except ClientDisconnect:
         raise RequestError(400, "the connection closed before the whole body came") from None

@@ -68,10 +68,13 @@ class Pool:
         RequestError if it is refused, or failed for a reason that is in the log. ChildDiedError if its process ended
         repeatedly or did not answer in time.
         """
-        item = _Item(parts, asyncio.get_running_loop().create_future())
-        self.queue.append(item)
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self.queue.append(_Item(parts, future))
         self._arrived.set()
-        return await item.future
+        try:
+            return await future
+        finally:
+            del future  # else an error and this frame keep each other, and the input with them
 
     async def close(self) -> None:
         """End the processes; the caller must have awaited all submitted inputs."""
@@ -140,5 +143,5 @@ class Pool:
                 self.queue.appendleft(item)
             elif not item.future.done():
                 error = error if final else ChildDiedError(f"its process ended {item.attempts} times")
-                item.future.set_exception(error)
+                item.future.set_exception(error.with_traceback(None))
         self._arrived.set()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,27 @@ async def test_failed_batch_is_run_again_alone(monkeypatch: pytest.MonkeyPatch) 
         assert answers == [i for i in range(16) if i != 7]
         assert [len(batch) for batch in fakes[0].batches] == [16] + [1] * 16
         assert pool.restarts == 0
+
+
+async def test_refused_input_is_freed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without waiting for the garbage collector, until which refused bodies would fill the memory."""
+
+    async def refuse(parts: Sequence[bytes], seconds: float) -> bytes:
+        raise RequestError(422, "not an image")
+
+    async with with_fakes(1) as (pool, fakes):
+        monkeypatch.setattr(fakes[0], "ask", refuse)
+        body = memoryview(b"body")
+        freed = weakref.ref(body)
+        gc.disable()
+        try:
+            with contextlib.suppress(RequestError):
+                await pool.submit(body)
+            del body
+            await asyncio.sleep(0)  # the callback that woke this task holds it until then
+            assert freed() is None
+        finally:
+            gc.enable()
 
 
 async def test_cancelled_inputs_are_not_run() -> None:
