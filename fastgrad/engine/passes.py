@@ -88,7 +88,7 @@ class Pass:
         inputs = tuple(
             (x.dim(), x.dtype, bool(x.dim()) and x.shape[0] == self.samples, x.requires_grad)
             if isinstance(x, Tensor)
-            else type(x)
+            else (x if isinstance(x, bool) else type(x))
             for x in self.leaves
         )
         return inputs, self.spec, self.samples == 1, self.training, self.hooks, len(MODULES)

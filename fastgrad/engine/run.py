@@ -70,16 +70,16 @@ class _Run(Pass):
             state = State(self.modules, structure.written, [*self.objects, *structure.holders])
             with self._restoring(state):
                 outcomes = self.outcomes(structure, state)
-                if all(len(out.output[0]) == len(structure.layouts) for out in outcomes):
+                if all(structure.describes(out.output, out.attributes) for out in outcomes):
                     return self.assemble(structure, state, outcomes)
             state.restore()
         if saved_tensor_hooks() is None:
             found = self.first()
-            structures[key] = found[1].structure
+            structures[key] = found[1].structure.with_writes_of(structure)
             return found
         # A checkpoint around the call compares the tensors that two runs save, so it must not see the first run.
         with saving_plainly():
-            structures[key] = self.first()[1].structure
+            structures[key] = self.first()[1].structure.with_writes_of(structure)
         return self.result(structures)
 
     @contextlib.contextmanager
@@ -115,7 +115,7 @@ class _Run(Pass):
         plain, expected = self.ordinary()
         self.numbers = range(begin, next_number())
         drew, written = state.drew(), state.written()
-        changes = state.changes()
+        changes, ended = state.changes(), State(self.modules, written)
         after = {place: copy_containers(value) for place, value in changes.items() if value is not ABSENT}
         state.restore()
         if any(table in ("_parameters", "_modules") for _, table, _ in changes):
@@ -134,6 +134,8 @@ class _Run(Pass):
                 with self._restoring(state):
                     outcomes = self.outcomes(structure, state)
                     self._require_unmoved(moved)
+                    if not (self.undo or state.agrees(ended)):
+                        structure.needs_ordinary_call = True
                     try:
                         self._compare(structure, state, outcomes, expected, after, plain.precision, doubtful)
                     except NotPerSampleError:
@@ -272,6 +274,7 @@ class _Run(Pass):
             # Each part of the batch wrote as if it were the whole batch, so an ordinary call writes instead.
             state.restore()
             self.ordinary()
+            attributes = {p: v for p, v in attributes.items() if structure.attributes.get(p) != [SAME]}
         for place, value in attributes.items():
             state.write(place, value)
         return output, recorded

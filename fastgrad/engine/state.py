@@ -119,6 +119,11 @@ class State:
         """Whether random numbers were drawn since."""
         return not self._random.same()
 
+    def agrees(self, other: State) -> bool:
+        """Whether buffers and random numbers are now as when ``other``, of the same modules, was taken."""
+        values = ((self._versions[place][1], value) for place, (_, _, _, value) in other._versions.items())
+        return other._random.same() and all(torch.allclose(a, b, equal_nan=True) for a, b in values)
+
     @contextlib.contextmanager
     def own_buffers(self) -> Iterator[None]:
         """Replace the kept buffers by copies inside, so that no graph holds the originals."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastgrad.engine.layout import Layout
+from fastgrad.engine.layout import Layout, Tree
 from fastgrad.engine.state import Buffer, Place
 from fastgrad.layers.call import Call
 
@@ -34,6 +34,20 @@ class Structure:
     #: Whether gradients may not be proportional to those of the outputs, because of custom functions or hooks.
     custom_backward: bool = False
     batched_backward: bool = False  # whether several gradients can go back in one pass
+
+    def describes(self, output: Tree, attributes: Mapping[Place, Any]) -> bool:
+        """Whether the first run gave so many outputs and wrote these attributes, too."""
+        return len(output[0]) == len(self.layouts) and attributes.keys() <= self.attributes.keys()
+
+    def with_writes_of(self, earlier: Structure | None) -> Structure:
+        """Add what calls wrote on other paths through the model, which inputs or attributes choose."""
+        if earlier is not None:
+            self.attributes = earlier.attributes | self.attributes
+            self.written |= earlier.written
+            self.holders = self.holders or earlier.holders
+            self.writes |= earlier.writes
+            self.needs_ordinary_call |= earlier.needs_ordinary_call
+        return self
 
 
 class Alone:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 
@@ -63,6 +65,47 @@ def alike(a: Any, b: Any) -> bool:
     )
 
 
+def gradients_of(loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+    """The gradient of each parameter, zero if the loss does not depend on it."""
+    asked = [p for p in parameters if p.requires_grad] if loss.requires_grad else []
+    grads = torch.autograd.grad(loss, asked, retain_graph=True, allow_unused=True) if asked else ()
+    found = dict(zip(asked, grads, strict=True))
+    return [torch.zeros_like(p) if found.get(p) is None else found[p] for p in parameters]
+
+
+def require_independence(model: nn.Module, inputs: Any, losses: Any) -> None:
+    """Raise InvalidError if samples interact in a way that shows in gradients: no output need show it."""
+    parameters, xs = list(model.parameters()), inputs["x"].split(1)
+    for i, loss in enumerate(losses(model(**inputs), len(xs))):
+        alone = losses(model(**inputs | {"x": xs[i]}), 1)[0]
+        for a, b in zip(gradients_of(loss, parameters), gradients_of(alone, parameters), strict=True):
+            if not torch.allclose(a, b):
+                raise InvalidError("samples interact")
+
+
+class Names(TorchFunctionMode):
+    """Notes the functions that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.called.append(getattr(func, "__name__", ""))
+        return func(*args, **(kwargs or {}))
+
+
+def ways(model: nn.Module, inputs: Any) -> set[tuple[str, ...]]:
+    """The sequences of functions that the model calls for the batch and for single samples, with several seeds."""
+    found = set()
+    for seed, x in itertools.product(range(8), (inputs["x"], *inputs["x"].split(1))):
+        torch.manual_seed(seed)
+        with Names() as names:
+            copy.deepcopy(model)(**inputs | {"x": x})
+        found.add(tuple(names.called))
+    return found
+
+
 def truth(
     model: nn.Module, inputs: Any, losses: Any, seed: int, *, trainable: bool = False, evaluate: bool = False
 ) -> Any:
@@ -90,19 +133,22 @@ def truth(
             output = [torch.cat(each) for each in zip(*map(floats, rows), strict=True)]
             each = torch.cat([losses(copied(double)(**wide | {"x": x}), 1) for x in wide["x"].split(1)])
         else:
+            require_independence(copied(double).eval(), wide, losses)
+            torch.manual_seed(seed)
             each = losses(double(**wide), samples)
+        again = copied(double)
+        total, left = losses(again(**wide), samples).sum(), state(again)
+        gradients_of(total, list(again.parameters()))
+    except InvalidError:
+        raise
     except Exception as error:  # whatever the model itself does not bear
         raise InvalidError(str(error)) from error
+    if not alike(left, state(again)):
+        raise InvalidError("a checkpoint computes again with what forward has changed")
     wanted = [p for p in double.parameters() if p.requires_grad]
 
-    def gradients(i: int) -> list[Tensor]:
-        grads: Any = [None] * len(wanted)
-        if each.requires_grad and wanted:
-            grads = torch.autograd.grad(each[i], wanted, retain_graph=True, allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, wanted, strict=True)]
-
-    rows = [gradients(i) for i in range(samples)]
-    if rows and not alike(gradients(0), rows[0]):
+    rows = [gradients_of(loss, wanted) for loss in each[:samples]]
+    if rows and not alike(gradients_of(each[0], wanted), rows[0]):
         raise InvalidError("a checkpoint computes again with what forward has changed")
     return output, plain, drawn, rows
 
@@ -137,9 +183,10 @@ def compare(what: str, found: Tensor, true: Tensor, dtype: torch.dtype) -> None:
         raise WrongError(f"{what} are off by a factor {float(error.max()):.2g}")
 
 
-def same_output(output: Any, plain: Any) -> None:
-    """Raise WrongError where the package changes what the model returns."""
+def same_output(output: Any, plain: Any, *, exact: bool = False) -> None:
+    """Raise WrongError where the package changes what the model returns; ``exact`` allows only rounding errors."""
     for a, b in zip(floats(output), floats(plain), strict=True):
         scale = float(b.detach().abs().max()) if b.numel() else 0.0
-        if not torch.allclose(a, b, rtol=1e-3, atol=1e-4 * scale):
+        rtol = 100 * torch.finfo(a.dtype).eps if exact else 1e-3
+        if not torch.allclose(a, b, rtol=rtol, atol=0.1 * rtol * scale):
             raise WrongError("the model's output differs from that without the package")

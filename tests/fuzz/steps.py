@@ -131,7 +131,7 @@ WRAPPERS: dict[str, tuple[str, str]] = {
     "branch on argument": ("", "if c['mode'] == 'a':\n    h = {call}"),
     "branch on state": ("self.on{n} = True", "if self.on{n}:\n    h = {call}"),
     "branch on input": ("", "if c['big']:\n    h = {call}"),
-    "branch on data": ("", "if h.detach().mean() > 0:\n    h = {call}"),
+    "branch on data": ("", "if h.detach().mean() > 0.01:\n    h = {call}"),
     "branch on batch size": ("", "if B > 3:\n    h = {call}"),
     "branch on mode": ("", "if self.training:\n    h = {call}"),
     "branch at random": ("", "if self.training and torch.rand(()) < 0.5:\n    h = {call}"),

@@ -81,6 +81,12 @@ FOUND: dict[str, tuple[Program, list[str]]] = {
         "attention"), EVALUATION, right("clip")),
     "a gate of another sample": found(around("batch second", "functional use", "experts of samples"), refused("record",
         B=3)),
+    "a buffer that one argument has a call assign": found(around("branch on argument", "buffer assigned"),
+        right("record", B=2, mode="b"), right("record", B=2), right("clip", B=2, mode="b"), right("clip", B=2)),
+    "a buffer that counts samples, of which nothing else shows": found(around("batch doubled", "samples mixed"),
+        around("sample by sample", "buffer counted"), right("record", B=2), right("clip", B=2), head="functional"),
+    "random numbers for each sample": found(Step("sample by sample", (around("branch at random", "unused"),)),
+        right("record", B=2), right("record", B=2), right("clip", B=2)),
 }  # fmt: skip
 
 
