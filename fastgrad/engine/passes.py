@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastgrad._torch import StopRecomputation, has_global_hooks, hooks_of, pytree, vmap
+from fastgrad._torch import StopRecomputation, has_global_hooks, hooks_of, pytree, saved_tensor_hooks, vmap
 from fastgrad.batches import batch_size, same_class, take
 from fastgrad.engine.layout import Stacked, Tree, flatten, is_object
 from fastgrad.engine.mode import PerSample, Split
@@ -44,6 +44,7 @@ class Plain(TorchFunctionMode):
     def __init__(self, parameters: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.bytes, self.precision = 0, 0.0
+        self.checkpoints, self._hooks = False, saved_tensor_hooks()
         self._places = {p.data_ptr(): p for p in parameters}
         #: By id, each parameter that was written to, and its earlier value.
         self.written: dict[int, tuple[Tensor, Tensor]] = {}
@@ -55,6 +56,7 @@ class Plain(TorchFunctionMode):
             if p is not None:
                 self.written.setdefault(id(p), (p, p.detach().clone()))
         out = func(*args, **(kwargs or {}))
+        self.checkpoints |= saved_tensor_hooks() != self._hooks
         if isinstance(out, Tensor):
             self.bytes += out.numel() * out.element_size()
             if out.is_floating_point():
@@ -216,7 +218,7 @@ class Pass:
             own = [_copied_container(x) for x in take(leaves, slice(i, i + 1), self.samples, structure.carriers)]
             with state.own_buffers():
                 # When a checkpoint computes again, it uses the parameters that the model holds at that time.
-                thaws = self.undo or structure.alone_reason != CHECKPOINT
+                thaws = self.undo or not (structure.checkpoints or structure.alone_reason == CHECKPOINT)
                 part = Alone(self.model, self.parameters if thaws else {})
                 yield self._sample(
                     part, state, own, torch.tensor([i], device="cpu") if index is None else index[i : i + 1]

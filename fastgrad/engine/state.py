@@ -70,6 +70,7 @@ class State:
 
     ``modules`` come with their paths. Attributes of ``objects``, such as caches among a call's inputs, count like those
     of modules. Values of buffers in ``written``, or of all for None, are kept as well: runs may write in place.
+    ``tables`` are those of parameters, layers and hooks.
     """
 
     def __init__(
@@ -77,10 +78,11 @@ class State:
         modules: Sequence[tuple[str, nn.Module]],
         written: frozenset[Buffer] | None = None,
         objects: Iterable[object] = (),
+        *,
+        tables: bool = False,
     ) -> None:
         self._modules = modules
-        # The first run on inputs of a new structure looks at everything.
-        self._skipped = _FIXED if written is None else _FIXED | _TABLES
+        self._skipped = _FIXED if tables else _FIXED | _TABLES
         #: Each holder, its attributes, and copies of the containers among them.
         self._held: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []
         #: Whether attributes hold tensors of an earlier call's graph, through which parameters may be used.
@@ -107,34 +109,37 @@ class State:
             (path, name): (table, value, value._version, value.detach().clone())
             for table, name, path, value in (tensors if written is None or written else ())
         }
-        #: Copies that replace buffers for a while.
+        #: Copies that replace buffers for a while, and those of them that were written to.
         self._own: dict[int, Tensor] = {}
+        self._written: set[Buffer] = set()
         self._random = RandomState(module for _, module in modules)
 
     def written(self) -> frozenset[Buffer]:
-        """Return the buffers that were written to since."""
-        return frozenset(place for place, (_, held, before, _) in self._versions.items() if held._version != before)
+        """Return the buffers that were written to since, or copies of them."""
+        found = {place for place, (_, held, before, _) in self._versions.items() if held._version != before}
+        return frozenset(found | self._written)
 
     def drew(self) -> bool:
         """Whether random numbers were drawn since."""
         return not self._random.same()
 
-    def agrees(self, other: State) -> bool:
-        """Whether buffers and random numbers are now as when ``other``, of the same modules, was taken."""
-        values = ((self._versions[place][1], value) for place, (_, _, _, value) in other._versions.items())
-        return other._random.same() and all(torch.allclose(a, b, equal_nan=True) for a, b in values)
+    def same_buffers(self, other: State) -> bool:
+        """Whether buffers, where ``other`` kept them too, and random numbers are as when this snapshot was taken."""
+        held = ((other._versions[place][1], value) for place, (_, _, _, value) in self._versions.items())
+        return self._random.same() and all(torch.equal(now, value) for now, value in held)
 
     @contextlib.contextmanager
     def own_buffers(self) -> Iterator[None]:
         """Replace the kept buffers by copies inside, so that no graph holds the originals."""
-        kept = [(table, name, held, value.clone()) for (_, name), (table, held, _, value) in self._versions.items()]
+        kept = [(table, place, held, value.clone()) for place, (table, held, _, value) in self._versions.items()]
         self._own.update({id(own): own for _, _, _, own in kept})
-        for table, name, _, own in kept:
+        for table, (_, name), _, own in kept:
             table[name] = own
         try:
             yield
         finally:
-            for table, name, held, _ in kept:
+            self._written.update(place for _, place, _, own in kept if own._version)
+            for table, (_, name), held, _ in kept:
                 table[name] = held
 
     def changes(self) -> dict[Place, Any]:

@@ -28,6 +28,7 @@ class Structure:
     holders: list[Any] = field(default_factory=list)  # objects of modules whose attributes a call may write
     writes: bool = False  # whether a call changes attributes, buffers or random numbers
     needs_ordinary_call: bool = False  # whether only an ordinary call writes them correctly
+    checkpoints: bool = False  # whether a checkpoint inside computes again in the backward pass
     batch_new_tensors: bool = False  # see `fastgrad.layers.call.Call`
     alone_reason: str = ""  # why samples run one by one; empty if they do not
     bytes_of_element: float = 0.0  # bytes of all functions' results per number in the inputs

@@ -242,7 +242,7 @@ class GradientFeatures:
         return math.ceil(samples / math.ceil(samples / chunk))
 
     def _empty(self, model: nn.Module, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
-        state, (args, kwargs) = State(list(model.named_modules())), one_for_none((args, kwargs))
+        state, (args, kwargs) = State(list(model.named_modules()), tables=True), one_for_none((args, kwargs))
         with torch.no_grad(), state.own_buffers():
             logits = logits_of(model(*args, **kwargs))[:0]
         state.restore()

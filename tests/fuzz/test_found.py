@@ -85,6 +85,12 @@ FOUND: dict[str, tuple[Program, list[str]]] = {
         right("record", B=2, mode="b"), right("record", B=2), right("clip", B=2, mode="b"), right("clip", B=2)),
     "a buffer that counts samples, of which nothing else shows": found(around("batch doubled", "samples mixed"),
         around("sample by sample", "buffer counted"), right("record", B=2), right("clip", B=2), head="functional"),
+    "a buffer that one argument has a call write in place": found(around("branch on argument", "spectral norm"),
+        right("record", B=2, mode="b"), right("record", B=2), right("clip", B=2)),
+    "an attribute that counts halves of the batch": found(Step("batch in halves", (around("batch doubled",
+        "attribute counted"),)), right("clip", B=2)),
+    "a checkpoint, frozen parameters, and another reason to run alone": found(Step("spectral norm"),
+        around("checkpoint", "linear"), "session.freeze()", right("clip"), right("clip", B=2)),
     "random numbers for each sample": found(Step("sample by sample", (around("branch at random", "unused"),)),
         right("record", B=2), right("record", B=2), right("clip", B=2)),
 }  # fmt: skip

@@ -90,6 +90,18 @@ def test_a_first_call_within_a_checkpoint(nested: bool) -> None:
     check_losses(net, lambda x: checkpoint(net, x, use_reentrant=False).square().sum(1), x)
 
 
+def test_a_first_call_within_a_checkpoint_counts_once() -> None:
+    def function(net: Any, x: Tensor) -> Tensor:
+        net.count += 1
+        return net.layer(x)
+
+    net = Net(function, layer=nn.Linear(4, 3))
+    net.register_buffer("count", torch.zeros(()))
+    with fastgrad.record(net):
+        checkpoint(net, torch.randn(5, 4), use_reentrant=False)
+    assert net.count == 1
+
+
 def of_parts(model: nn.Sequential, x: Tensor) -> Tensor:
     hidden = model[3](model[2](model[1](model[0](x))))
     return model[4](hidden).square().sum(1) + hidden.square().sum(1)
