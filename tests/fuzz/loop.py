@@ -73,11 +73,17 @@ def gradients_of(loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
     return [torch.zeros_like(p) if found.get(p) is None else found[p] for p in parameters]
 
 
-def require_independence(model: nn.Module, inputs: Any, losses: Any) -> None:
+def widened(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
+    """A copy of the model, and inputs, in float64."""
+    wide = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+    return copy.deepcopy(model).double(), wide
+
+
+def require_independence(model: nn.Module, inputs: Any) -> None:
     """Raise InvalidError if samples interact in a way that shows in gradients: no output need show it."""
     parameters, xs = list(model.parameters()), inputs["x"].split(1)
-    for i, loss in enumerate(losses(model(**inputs), len(xs))):
-        alone = losses(model(**inputs | {"x": xs[i]}), 1)[0]
+    for i, loss in enumerate(losses_of(copied(model)(**inputs), len(xs))):
+        alone = losses_of(copied(model)(**inputs | {"x": xs[i]}), 1)[0]
         for a, b in zip(gradients_of(loss, parameters), gradients_of(alone, parameters), strict=True):
             if not torch.allclose(a, b):
                 raise InvalidError("samples interact")
@@ -117,10 +123,9 @@ def truth(
     """
     plain = copy.deepcopy(model).eval() if evaluate else copy.deepcopy(model)
     before = copy.deepcopy(plain)
-    double = copy.deepcopy(plain).double()
+    double, wide = widened(plain, inputs)
     for p in double.parameters():
         p.requires_grad_(p.requires_grad or not trainable)
-    wide = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
     samples = len(inputs["x"])
     try:
         torch.manual_seed(seed)
@@ -133,7 +138,7 @@ def truth(
             output = [torch.cat(each) for each in zip(*map(floats, rows), strict=True)]
             each = torch.cat([losses(copied(double)(**wide | {"x": x}), 1) for x in wide["x"].split(1)])
         else:
-            require_independence(copied(double).eval(), wide, losses)
+            require_independence(copied(double).eval(), wide)
             torch.manual_seed(seed)
             each = losses(double(**wide), samples)
         again = copied(double)

@@ -72,8 +72,9 @@ class Session:
         given: dict[str, Any] = {"x": x if self.tokens else x.to(dtype), "mode": mode, "depth": depth}
         return given | {"mask": torch.ones(T, T).triu(1).bool()} if mask else given
 
-    def run(self, call: Callable[[], Any], after: dict[str, Any], before: dict[str, Any]) -> Any:
+    def run(self, call: Callable[[], Any], after: dict[str, Any], before: dict[str, Any], inputs: Any) -> Any:
         """The answer of the package, or its refusal; the model must be as ``after``, or untouched where it refused."""
+        wide = loop.widened(self.model, inputs)
         torch.manual_seed(self.calls)
         allowed = [after]
         try:
@@ -89,6 +90,7 @@ class Session:
             self.model.zero_grad()
             now = loop.state(self.model)
             if not any(loop.alike(now, other) for other in allowed):
+                loop.require_independence(*wide)  # else the batch does not write what its samples do
                 other = allowed[-1]
                 names = [n for n in now.keys() | other.keys() if not loop.alike(now.get(n), other.get(n))]
                 raise WrongError(f"the model was changed: {names[0]}")
@@ -132,7 +134,7 @@ class Session:
                 found = fastgrad.grad_sqnorm(losses, parameters, grad_outputs=both, is_grads_batched=True)
                 return out, torch.stack(found, -1)
 
-        out, found = self.run(call, loop.state(after), before)
+        out, found = self.run(call, loop.state(after), before, inputs)
         if not torch.equal(torch.get_rng_state(), drawn):
             raise WrongError("other random numbers were drawn than without the package")
         self.same_output(out, output, drawn)
@@ -151,7 +153,7 @@ class Session:
                 self.extractor = fastgrad.GradientFeatures(self.model, loss=self.loss, chunk_size=self.chunk)
             return self.extractor(**inputs)
 
-        logits, features = self.run(call, before, before)
+        logits, features = self.run(call, before, before, inputs)
         loop.same_output(logits, torch.cat([loop.floats(part[0])[0] for part in parts]))
         if features.requires_grad or logits.requires_grad:
             raise WrongError("features carry a graph")
@@ -177,7 +179,7 @@ class Session:
                 norms = clipped.backward(loop.losses_of(out, B))
                 return out, norms, [p.grad for p in self.model.parameters() if p.requires_grad]
 
-        out, found, grads = self.run(call, loop.state(after), before)
+        out, found, grads = self.run(call, loop.state(after), before, inputs)
         dtype = loop.floats(out)[0].dtype
         self.same_output(out, output, drawn)
         self.compare("clipped norms", found, norms, inputs, drawn, out)
