@@ -23,7 +23,6 @@ from typing import Any
 import torch
 
 from bench import clock, registry
-from bench.micro.cases import cases
 from bench.report.pages import printed
 from bench.report.text import table
 
@@ -42,6 +41,8 @@ def _begin(package: Path) -> None:
 
 @lru_cache(maxsize=1)
 def _ready(size: str, case: str, name: str) -> Callable[[], Any]:
+    from bench.micro.cases import cases  # imports fastgrad, from the folder that `_begin` chose
+
     return next(c for c in cases(size) if c.name == case and name in c.names).ready(name, "cpu")
 
 
@@ -51,6 +52,8 @@ def _seconds(case: tuple[str, str, str], calls: int) -> float:
 
 def compare(revision: str, size: str, only: str, rounds: int) -> Iterator[dict[str, Any]]:
     """Yield a row for each of fastgrad's implementations."""
+    from bench.micro.cases import cases
+
     chosen = [
         (case, name) for case in cases(size) for name in case.names
         if name.startswith("fastgrad") and not name.endswith("Triton")

@@ -91,3 +91,7 @@ def test_a_run_writes_its_results(tmp_path: pathlib.Path) -> None:
     assert all(row["correct"] and row["median_s"] > 0 and row["peak_bytes"] > 0 for row in by_name.values())
     assert by_name["stored rows"]["ratio"] == 1.0
     assert document["floor"]["copy_bytes_per_s"] > 0
+
+
+def test_each_process_of_a_paired_run_chooses_its_own_package() -> None:
+    assert run_python("-c", "import sys, bench.paired; print('fastgrad' in sys.modules)", cwd=ROOT).strip() == "False"
