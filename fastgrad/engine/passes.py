@@ -254,5 +254,7 @@ def _other_way(structure: Structure, error: Exception) -> None:
 
 def _written(state: State, rows: Callable[[Any], Tree]) -> dict[Place, Tree]:
     """Return the changed attributes that hold tensors."""
-    found = {place: rows(value) for place, value in state.changes().items()}
+    changes = state.changes()
+    state.changed |= bool(changes)
+    found = {place: rows(value) for place, value in changes.items()}
     return {place: tree for place, tree in found.items() if any(isinstance(leaf, Stacked) for leaf in tree[0])}

@@ -73,7 +73,7 @@ class _Run(Pass):
             with self._restoring(state):
                 outcomes = self.outcomes(structure, state)
                 known = state.written() <= structure.written
-                known &= structure.writes or not (self.training and state.drew())
+                known &= structure.writes or not (state.changed or (self.training and state.drew()))
                 if known and all(structure.describes(out.output, out.attributes) for out in outcomes):
                     return self.assemble(structure, state, outcomes)
             state.restore()
@@ -142,7 +142,7 @@ class _Run(Pass):
                     outcomes = self.outcomes(structure, state)
                     self._require_unmoved(moved)
                     structure.needs_ordinary_call = not (
-                        self.undo or (ended.same_buffers(state) and _plain(changes) == _plain(state.changes()))
+                        self.undo or (ended.same_buffers(state) and _same_plain(changes, state.changes()))
                     )
                     try:
                         self._compare(structure, state, outcomes, expected, after, plain.precision, doubtful)
@@ -306,8 +306,10 @@ def _interact(what: str) -> NotPerSampleError:
     )
 
 
-def _plain(changes: Mapping[Place, Any]) -> dict[Place, Any]:
-    return {place: value for place, value in changes.items() if isinstance(value, (bool, int, float, str))}
+def _same_plain(changes: Mapping[Place, Any], others: Mapping[Place, Any]) -> bool:
+    """Whether the same attributes changed, and those that are no tensors or objects are equal."""
+    pairs = [(value, others.get(place)) for place, value in changes.items()]
+    return changes.keys() == others.keys() and all(a == b for a, b in pairs if isinstance(a, (bool, int, float, str)))
 
 
 def _places(outcomes: Sequence[Outcome]) -> list[Place]:

@@ -182,7 +182,7 @@ class Session:
         out, found, grads = self.run(call, loop.state(after), before, inputs)
         dtype = loop.floats(out)[0].dtype
         self.same_output(out, output, drawn)
-        self.compare("clipped norms", found, norms, inputs, drawn, out)
+        self.compare("clipped norms", found.square(), norms.square(), inputs, drawn, out)
         factors = (limit / norms).clamp(max=1).tolist()
         scale = sum(factor * norm for factor, norm in zip(factors, norms.tolist(), strict=True))
         for column, grad in enumerate(grads):

@@ -91,6 +91,8 @@ FOUND: dict[str, tuple[Program, list[str]]] = {
         "attribute counted"),)), right("clip", B=2)),
     "a checkpoint, frozen parameters, and another reason to run alone": found(Step("spectral norm"),
         around("checkpoint", "linear"), "session.freeze()", right("clip"), right("clip", B=2)),
+    "a buffer that only a batch of four assigns, of which nothing else shows": found(around("branch on batch size",
+        "buffer assigned"), around("batch doubled", "convolution 1d"), right("clip", B=4)),
     "random numbers for each sample": found(Step("sample by sample", (around("branch at random", "unused"),)),
         right("record", B=2), right("record", B=2), right("clip", B=2)),
 }  # fmt: skip
