@@ -255,6 +255,6 @@ def _other_way(structure: Structure, error: Exception) -> None:
 def _written(state: State, rows: Callable[[Any], Tree]) -> dict[Place, Tree]:
     """Return the changed attributes that hold tensors."""
     changes = state.changes()
-    state.changed |= bool(changes)
+    state.changed |= changes.keys()
     found = {place: rows(value) for place, value in changes.items()}
     return {place: tree for place, tree in found.items() if any(isinstance(leaf, Stacked) for leaf in tree[0])}

@@ -72,9 +72,9 @@ class _Run(Pass):
             state = State(self.modules, written, [*self.objects, *structure.holders])
             with self._restoring(state):
                 outcomes = self.outcomes(structure, state)
-                known = state.written() <= structure.written
-                known &= structure.writes or not (state.changed or (self.training and state.drew()))
-                if known and all(structure.describes(out.output, out.attributes) for out in outcomes):
+                known = state.changed <= structure.places and state.written() <= structure.written
+                known &= structure.draws or not (self.training and state.drew())
+                if known and all(len(out.output[0]) == len(structure.layouts) for out in outcomes):
                     return self.assemble(structure, state, outcomes)
             state.restore()
         if saved_tensor_hooks() is None:
@@ -134,7 +134,7 @@ class _Run(Pass):
         each = list(choices(self.leaves, self.samples))
         for carriers in each:
             doubtful = len(each) > 1
-            structure = Structure(carriers, written=written, writes=bool(written or changes or drew))
+            structure = Structure(carriers, written=written, places=frozenset(changes), draws=drew)
             structure.checkpoints = plain.checkpoints
             structure.bytes_of_element, structure.holders = size, holders if changes else []
             try:
@@ -282,7 +282,6 @@ class _Run(Pass):
             # Each part of the batch wrote as if it were the whole batch, so an ordinary call writes instead.
             state.restore()
             self.ordinary()
-            attributes = {p: v for p, v in attributes.items() if structure.attributes.get(p) != [SAME]}
         for place, value in attributes.items():
             state.write(place, value)
         return output, recorded

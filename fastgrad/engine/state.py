@@ -113,8 +113,8 @@ class State:
         self._own: dict[int, Tensor] = {}
         self._written: set[Buffer] = set()
         self._random = RandomState(module for _, module in modules)
-        #: Whether a run has changed attributes.
-        self.changed = False
+        #: Attributes that runs have changed.
+        self.changed: set[Place] = set()
 
     def written(self) -> frozenset[Buffer]:
         """Return the buffers that were written to since, or copies of them."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastgrad.engine.layout import Layout, Tree
+from fastgrad.engine.layout import Layout
 from fastgrad.engine.state import Buffer, Place
 from fastgrad.layers.call import Call
 
@@ -26,7 +26,8 @@ class Structure:
     attributes: dict[Place, list[Layout | None]] = field(default_factory=dict)
     written: frozenset[Buffer] = frozenset()  # buffers and other tensors of modules that a call writes to
     holders: list[Any] = field(default_factory=list)  # objects of modules whose attributes a call may write
-    writes: bool = False  # whether a call changes attributes, buffers or random numbers
+    places: frozenset[Place] = frozenset()  # attributes that a call changes
+    draws: bool = False  # whether a call draws random numbers
     needs_ordinary_call: bool = False  # whether only an ordinary call writes them correctly
     checkpoints: bool = False  # whether a checkpoint inside computes again in the backward pass
     batch_new_tensors: bool = False  # see `fastgrad.layers.call.Call`
@@ -36,17 +37,19 @@ class Structure:
     custom_backward: bool = False
     batched_backward: bool = False  # whether several gradients can go back in one pass
 
-    def describes(self, output: Tree, attributes: Mapping[Place, Any]) -> bool:
-        """Whether the first run gave so many outputs and wrote these attributes, too."""
-        return len(output[0]) == len(self.layouts) and attributes.keys() <= self.attributes.keys()
+    @property
+    def writes(self) -> bool:
+        """Whether a call changes attributes, buffers or random numbers."""
+        return bool(self.written or self.places or self.draws)
 
     def with_writes_of(self, earlier: Structure | None) -> Structure:
         """Add what calls wrote on other paths through the model, which inputs or attributes choose."""
         if earlier is not None:
             self.attributes = earlier.attributes | self.attributes
             self.written |= earlier.written
+            self.places |= earlier.places
+            self.draws |= earlier.draws
             self.holders = self.holders or earlier.holders
-            self.writes |= earlier.writes
             self.needs_ordinary_call |= earlier.needs_ordinary_call
         return self
 

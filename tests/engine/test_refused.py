@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -83,6 +85,41 @@ def test_samples_that_meet_are_refused(way: str, samples: int) -> None:
             assert_same(left(model), before)
     if way in ("mean", "detached", "size", "branch"):
         check(model, (X[:1],))
+
+
+#: What makes a call one of another structure, so that it is compared: whether it is so, and the change.
+ANOTHER: dict[str, tuple[Callable[[Any, Tensor], bool], Callable[[Any, Tensor], Any]]] = {
+    "training mode": (lambda net, x: net.training, lambda net, x: (net.train(), x)[1]),
+    "dimensions": (lambda net, x: x.dim() == 3, lambda net, x: x.unsqueeze(1)),
+    "dtype": (lambda net, x: x.dtype == torch.float32, lambda net, x: x.float()),
+    "gradients of the input": (lambda net, x: x.requires_grad, lambda net, x: x.clone().requires_grad_()),
+    "hook": (lambda net, x: len(net.layer._forward_hooks) > 0,
+        lambda net, x: (net.layer.register_forward_hook(lambda *_: None), x)[1]),
+    "nesting": (lambda net, x: isinstance(x, list), lambda net, x: [x]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ANOTHER)
+def test_samples_that_meet_in_a_call_of_another_structure(way: str) -> None:
+    meets, change = ANOTHER[way]
+
+    def function(net: Any, x: Any) -> Tensor:
+        h = net.layer((x[0] if isinstance(x, list) else x).double())
+        return net.head(h - h.mean(0) if meets(net, x) else h)
+
+    model = parts(function)
+    recorded(model, lambda: squares(model(X)))
+    changed = change(model, X)
+    with pytest.raises(ValueError, match=APART):
+        recorded(model, lambda: squares(model(changed)))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_samples_that_meet_where_a_boolean_says_so(first: bool) -> None:
+    model = parts(lambda net, x, flag: net.head(x - x.mean(0) if flag else x))
+    for flag in (first, not first):
+        with pytest.raises(ValueError, match=APART) if flag else contextlib.nullcontext():
+            recorded(model, functools.partial(lambda flag: squares(model(X, flag)), flag))
 
 
 #: Functions whose samples meet only after something changed, and what that is.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import functools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -251,6 +252,46 @@ def test_what_a_call_counts_is_counted_once(kind: str, groups: bool) -> None:
     assert model.held is held
     # As each sample sees them, or an ordinary call where groups would write one behind the other.
     assert model.sizes == ([4, 4] if groups else [1, 1])
+
+
+#: What only calls with ``on`` write, once for each sample, so that an ordinary call has to do it.
+EACH: dict[str, Callable[[Any], Any]] = {
+    "number": lambda net: setattr(net, "count", net.count + 1),
+    "buffer": lambda net: net.buffer.add_(1),
+    "random numbers": lambda net: torch.rand(()),
+}
+
+
+@pytest.mark.parametrize("way", EACH)
+def test_what_calls_of_one_path_write_for_each_sample(way: str) -> None:
+    """The mode is no boolean and no tensor, so that both paths have one structure."""
+
+    def function(net: Any, x: Tensor, mode: str) -> Tensor:
+        net.calls.append(mode)
+        for _ in x if mode == "on" else ():
+            EACH[way](net)
+        if mode == "other":
+            net.kept = torch.ones(())
+        return net.head(net.layer(x))
+
+    model = parts(function, calls=[], count=0).train()
+    model.register_buffer("buffer", torch.zeros(()))
+    plain = copy.deepcopy(model)
+    for mode in ("off", "on", "other", "on"):
+        torch.manual_seed(1)
+        recorded(model, functools.partial(lambda mode: model(X, mode).square().sum(), mode))
+        drawn = torch.get_rng_state()
+        torch.manual_seed(1)
+        plain(X, mode)
+        assert torch.equal(drawn, torch.get_rng_state())
+        assert (model.count, model.buffer) == (plain.count, plain.buffer)
+    runs: list[int] = []
+    for mode in ("other", "off"):
+        model.calls.clear()
+        recorded(model, functools.partial(lambda mode: model(X, mode).square().sum(), mode))
+        runs.append(len(model.calls))
+    # Each path was compared when it was new.
+    assert runs == [1, 1]
 
 
 @pytest.mark.parametrize("detach", [False, True])

@@ -137,6 +137,8 @@ def truth(
             rows = [copy.deepcopy(before)(**inputs | {"x": x}) for x in inputs["x"].split(1)]
             output = [torch.cat(each) for each in zip(*map(floats, rows), strict=True)]
             each = torch.cat([losses(copied(double)(**wide | {"x": x}), 1) for x in wide["x"].split(1)])
+            if not torch.equal(started, torch.get_rng_state()):
+                raise InvalidError("a sample alone draws random numbers, the batch does not")
         else:
             require_independence(copied(double).eval(), wide)
             torch.manual_seed(seed)
@@ -182,7 +184,7 @@ def compare(what: str, found: Tensor, true: Tensor, dtype: torch.dtype) -> None:
         return
     # What vanishes in exact arithmetic is rounding; norms of equal numbers, one behind the other, amplify it by far.
     eps = torch.finfo(dtype).eps
-    floor = min(1e9 * eps, 1e-2) ** 2 * true.abs().amax(-1, keepdim=True) + (1e4 * eps) ** 2
+    floor = min(1e9 * eps, 1e-2) ** 2 * true.abs().amax(-1, keepdim=True).clamp_min(1e-2)
     error = ((found.double() - true).abs() - floor).clamp_min(0) / true.abs().clamp_min(1e-300)
     if not error.max() <= tolerance(dtype):
         raise WrongError(f"{what} are off by a factor {float(error.max()):.2g}")
