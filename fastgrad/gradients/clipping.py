@@ -155,7 +155,8 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
         columns = [torch.stack([sqnorm_of[p].to(losses.device) for p in group]).sum(0).sqrt() for group in groups]
         for group, limit, norms in zip(groups, self._limits.values(), columns, strict=True):
             factors = (limit / norms).clamp(max=1).to(losses.dtype)
-            torch.autograd.backward([losses], [factors], retain_graph=norms is not columns[-1], inputs=group)
+            if losses.requires_grad:  # not so if the batch is empty, and only frozen parameters are used
+                torch.autograd.backward([losses], [factors], retain_graph=norms is not columns[-1], inputs=group)
         return columns[0] if self._joint else torch.stack(columns, 1)
 
     @staticmethod

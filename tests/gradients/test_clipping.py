@@ -359,3 +359,10 @@ def test_training_mode(kind: str) -> None:
     assert ((found - truth).abs() <= 1e-3 * truth + 1e-5 * truth.amax(1, keepdim=True)).all()
     for buffer, expected in zip(model.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(buffer, expected)
+
+
+def test_an_empty_batch_of_which_only_frozen_parameters_are_used() -> None:
+    model = nn.Linear(3, 2).requires_grad_(False)
+    model.register_parameter("unused", nn.Parameter(torch.ones(2)))
+    with fastgrad.clip_gradients(model, 1.0) as clipped:
+        assert clipped.backward(model(torch.randn(0, 3)).sum(1)).shape == (0,)

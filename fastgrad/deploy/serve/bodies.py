@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,18 +70,18 @@ async def read_body(request: Request, limits: Limits, hold: Callable[[int], None
     RequestError 400 if the body is empty or incomplete, 408 if too slow, 413 if too large; and what ``hold`` raises.
     """
     too_large = f"the body is too large; at most {limits.body} bytes are allowed"
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared[:20]) > limits.body:
+    if (declared := request.headers.get("content-length", "")).isdecimal() and int(declared[:20]) > limits.body:
         raise RequestError(413, too_large)
     body, start = bytearray(), current_time()
     try:
-        with move_on_after(min(limits.seconds, _GRACE)) as scope:
-            async for part in request.stream():
-                body += part
-                scope.deadline = start + min(limits.seconds, _GRACE + len(body) / limits.rate)
-                if len(body) > limits.body:
-                    raise RequestError(413, too_large)
-                hold(len(body))
+        async with aclosing(request.stream()) as stream:
+            with move_on_after(min(limits.seconds, _GRACE)) as scope:
+                async for part in stream:
+                    body += part
+                    scope.deadline = start + min(limits.seconds, _GRACE + len(body) / limits.rate)
+                    if len(body) > limits.body:
+                        raise RequestError(413, too_large)
+                    hold(len(body))
     except ClientDisconnect:
         raise RequestError(400, "the connection closed before the whole body came") from None
     if scope.cancelled_caught:
