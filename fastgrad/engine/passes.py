@@ -218,7 +218,7 @@ class Pass:
             own = [_copied_container(x) for x in take(leaves, slice(i, i + 1), self.samples, structure.carriers)]
             with state.own_buffers():
                 # When a checkpoint computes again, it uses the parameters that the model holds at that time.
-                thaws = self.undo or not (structure.checkpoints or structure.alone_reason == CHECKPOINT)
+                thaws = self.undo or not structure.checkpoints
                 part = Alone(self.model, self.parameters if thaws else {})
                 yield self._sample(
                     part, state, own, torch.tensor([i], device="cpu") if index is None else index[i : i + 1]
@@ -246,6 +246,7 @@ def _other_way(structure: Structure, error: Exception) -> None:
     """Note how to run a model that vmap refused."""
     structure.custom_backward |= isinstance(error, Refused) and error.hooked
     text = str(error).partition("\n")[0]
+    structure.checkpoints |= text == CHECKPOINT
     if not structure.batch_new_tensors and "vmap" in text and "inplace" in text.replace("in-place", "inplace"):
         structure.batch_new_tensors = True
     else:

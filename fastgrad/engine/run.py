@@ -72,8 +72,7 @@ class _Run(Pass):
             state = State(self.modules, written, [*self.objects, *structure.holders])
             with self._restoring(state):
                 outcomes = self.outcomes(structure, state)
-                known = state.changed <= structure.places and state.written() <= structure.written
-                known &= structure.draws or not (self.training and state.drew())
+                known = structure.knows(state, random=self.training)
                 if known and all(len(out.output[0]) == len(structure.layouts) for out in outcomes):
                     return self.assemble(structure, state, outcomes)
             state.restore()
@@ -82,10 +81,8 @@ class _Run(Pass):
             structures[key] = found[1].structure.with_writes_of(structure)
             return found
         # A checkpoint around the call compares the tensors that two runs save, so it must not see the first run.
-        before = State(self.modules, None, self.objects, tables=True)
         with saving_plainly():
-            structures[key] = self.first()[1].structure.with_writes_of(structure)
-        before.restore()
+            structures[key] = self.first(restores=True)[1].structure.with_writes_of(structure)
         return self.result(structures)
 
     @contextlib.contextmanager
@@ -113,8 +110,11 @@ class _Run(Pass):
 
     # The first run on inputs of a structure.
 
-    def first(self) -> tuple[Any, Recorded]:
-        """Run the samples and compare with an ordinary call; NotPerSampleError if samples interact."""
+    def first(self, *, restores: bool = False) -> tuple[Any, Recorded]:
+        """Run the samples and compare with an ordinary call; NotPerSampleError if samples interact.
+
+        ``restores`` leaves the model as it was.
+        """
         holders = State(self.modules, frozenset()).objects()
         state = State(self.modules, None, [*self.objects, *holders], tables=True)
         begin = next_number()
@@ -134,16 +134,18 @@ class _Run(Pass):
         each = list(choices(self.leaves, self.samples))
         for carriers in each:
             doubtful = len(each) > 1
-            structure = Structure(carriers, written=written, places=frozenset(changes), draws=drew)
-            structure.checkpoints = plain.checkpoints
+            structure = Structure(carriers, draws=drew, checkpoints=plain.checkpoints)
             structure.bytes_of_element, structure.holders = size, holders if changes else []
             try:
                 with self._restoring(state):
                     outcomes = self.outcomes(structure, state)
                     self._require_unmoved(moved)
-                    structure.needs_ordinary_call = not (
-                        self.undo or (ended.same_buffers(state) and _same_plain(changes, state.changes()))
-                    )
+                    # Samples may change what the batch leaves as it was: an attribute that holds the size of the batch.
+                    structure.places = frozenset(changes) | state.changed
+                    structure.written = state.written() | written
+                    structure.draws = drew or state.drew()
+                    agree = ended.agrees(state) and _same_plain(changes, state.changes())
+                    structure.needs_ordinary_call = not agree
                     try:
                         self._compare(structure, state, outcomes, expected, after, plain.precision, doubtful)
                     except NotPerSampleError:
@@ -159,6 +161,8 @@ class _Run(Pass):
                 state.restore()
                 continue
             recorded.structure.custom_backward |= graph.has_custom_function(_graphed(output))
+            if restores:
+                state.restore()
             return output, recorded
         assert failure is not None
         if drew and not self.training:

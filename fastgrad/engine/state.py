@@ -109,9 +109,9 @@ class State:
             (path, name): (table, value, value._version, value.detach().clone())
             for table, name, path, value in (tensors if written is None or written else ())
         }
-        #: Copies that replace buffers for a while, and those of them that were written to.
+        #: Copies that replace buffers for a while, and by buffer the latest that was written to.
         self._own: dict[int, Tensor] = {}
-        self._written: set[Buffer] = set()
+        self._written: dict[Buffer, Tensor] = {}
         self._random = RandomState(module for _, module in modules)
         #: Attributes that runs have changed.
         self.changed: set[Place] = set()
@@ -119,16 +119,17 @@ class State:
     def written(self) -> frozenset[Buffer]:
         """Return the buffers that were written to since, or copies of them."""
         found = {place for place, (_, held, before, _) in self._versions.items() if held._version != before}
-        return frozenset(found | self._written)
+        return frozenset(found | self._written.keys())
 
     def drew(self) -> bool:
         """Whether random numbers were drawn since."""
         return not self._random.same()
 
-    def same_buffers(self, other: State) -> bool:
-        """Whether buffers, where ``other`` kept them too, and random numbers are as when this snapshot was taken."""
-        held = ((other._versions[place][1], value) for place, (_, _, _, value) in self._versions.items())
-        return self._random.same() and all(torch.equal(now, value) for now, value in held)
+    def agrees(self, other: State) -> bool:
+        """Whether buffers and random numbers are, after a run since ``other``, as when this snapshot was taken."""
+        now = {place: held for place, (_, held, _, _) in other._versions.items()} | other._written
+        same = (torch.equal(now[place], value) for place, (_, _, _, value) in self._versions.items())
+        return self._random.same() and all(same)
 
     @contextlib.contextmanager
     def own_buffers(self) -> Iterator[None]:
@@ -140,7 +141,7 @@ class State:
         try:
             yield
         finally:
-            self._written.update(place for _, place, _, own in kept if own._version)
+            self._written.update({place: own for _, place, _, own in kept if own._version})
             for table, (_, name), held, _ in kept:
                 table[name] = held
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastgrad.engine.layout import Layout
-from fastgrad.engine.state import Buffer, Place
+from fastgrad.engine.state import Buffer, Place, State
 from fastgrad.layers.call import Call
 
 
@@ -41,6 +41,11 @@ class Structure:
     def writes(self) -> bool:
         """Whether a call changes attributes, buffers or random numbers."""
         return bool(self.written or self.places or self.draws)
+
+    def knows(self, state: State, *, random: bool) -> bool:
+        """Whether earlier calls changed all that changed since ``state``; with ``random``, numbers drawn count, too."""
+        same = state.changed <= self.places and state.written() <= self.written
+        return same and (self.draws or not (random and state.drew()))
 
     def with_writes_of(self, earlier: Structure | None) -> Structure:
         """Add what calls wrote on other paths through the model, which inputs or attributes choose."""

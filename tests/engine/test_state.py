@@ -293,6 +293,25 @@ def test_what_calls_of_one_path_write_for_each_sample(way: str) -> None:
     assert runs == 2
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_a_size_that_an_ordinary_call_leaves_as_it_was(train: bool) -> None:
+    """Samples have another one, which is no reason to compare every call."""
+    calls: list[int] = []
+
+    def function(net: Any, x: Tensor) -> Tensor:
+        calls.append(len(x))
+        net.size = len(x)
+        return net.head(net.layer(x))
+
+    model = parts(function, size=len(X)).train(train)
+    fastgrad.GradientFeatures(model)(X)
+    for compared in (train, False, False):
+        calls.clear()
+        recorded(model, lambda: model(X).square().sum())
+        assert model.size == len(X)
+        assert calls == ([len(X), 1, len(X)] if compared else [1, len(X)])
+
+
 @pytest.mark.parametrize("detach", [False, True])
 def test_a_tensor_of_parameters_that_an_earlier_call_kept(detach: bool) -> None:
     """Its gradient reaches the parameters through that call, sample by sample; detached, it is a constant."""

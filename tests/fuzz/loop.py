@@ -182,7 +182,8 @@ def compare(what: str, found: Tensor, true: Tensor, dtype: torch.dtype) -> None:
         raise WrongError(f"{what} have shape {tuple(found.shape)} instead of {tuple(true.shape)}")
     if found.numel() == 0 or not true.isfinite().all():
         return
-    # What vanishes in exact arithmetic is rounding; norms of equal numbers, one behind the other, amplify it by far.
+    # What vanishes in exact arithmetic is rounding; norms of equal numbers, one behind the other, amplify it by far: a
+    # norm of zeros alone by 1 / sqrt(eps), which in float64 makes of one eps the floor of all rows.
     eps = torch.finfo(dtype).eps
     floor = min(1e9 * eps, 1e-2) ** 2 * true.abs().amax(-1, keepdim=True).clamp_min(1e-2)
     error = ((found.double() - true).abs() - floor).clamp_min(0) / true.abs().clamp_min(1e-300)
