@@ -2,11 +2,11 @@
 # Everything worth knowing about a GPU, in one command and some twenty minutes:
 #
 #     bash bench/gpu/gpu.sh --out DIR
-#     bash bench/gpu/gpu.sh --out DIR --dry-run      # every step on a CPU, in Triton's interpreter, at tiny sizes
+#     bash bench/gpu/gpu.sh --out DIR --dry-run      # the steps that a CPU can run, in Triton's interpreter, at tiny sizes
 #
 # Needs a checkout, Python with PyTorch, Triton, pytest, pytest-benchmark and hypothesis, and the C compiler and Python
 # headers that Triton builds its launcher with: no installation, no network. What is missing, ncu and compute-sanitizer
-# too, its step says. A step that fails or takes too long does not stop the next; the exit status is 0 only if all passed.
+# too, its step says. A step that fails or takes too long does not stop the next; the exit status is 0 only if none failed.
 # Written to DIR: environment.txt, tests.txt, kernels.json, one JSON file a table, ncu.csv, sanitizer.txt and, last,
 # summary.md.
 set -u
