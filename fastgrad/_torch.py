@@ -154,7 +154,7 @@ _mapping = 0
 _mapping_lock = threading.Lock()
 
 
-def vmap(function: Callable[_Arguments, _Result], randomness: str = "error") -> Callable[_Arguments, _Result]:
+def vmap(function: Callable[_Arguments, _Result], randomness: str = "error", in_dims: Any = 0) -> Callable[_Arguments, _Result]:
     """``torch.func.vmap`` without its warning about operators that it calls sample by sample.
 
     This switch belongs to the process. So do warning filters, but another thread may restore them in the meantime.
@@ -163,7 +163,7 @@ def vmap(function: Callable[_Arguments, _Result], randomness: str = "error") -> 
     def mapped(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         _count_mapping(1)
         try:
-            result: _Result = torch.func.vmap(function, randomness=randomness)(*args, **kwargs)
+            result: _Result = torch.func.vmap(function, in_dims, randomness=randomness)(*args, **kwargs)
         finally:
             _count_mapping(-1)
         return result

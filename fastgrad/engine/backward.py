@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastgrad.engine.structure import Alone, Recorded
+from fastgrad.engine.recorded import Alone, Recorded
 from fastgrad.layers.call import COPIES, Use
 from fastgrad.layers.formula import Formula, Tensors
 from fastgrad.layers.probe import visiting

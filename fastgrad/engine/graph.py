@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,10 +15,25 @@ from torch.autograd.function import BackwardCFunction
 
 from fastgrad._torch import number_of
 
-# Names of the graph nodes of sums, and of copies and products with a constant.
-_SUMS, _FACTORS = frozenset({"Add", "Sub"}), frozenset({"Mul", "Div", "Neg", "ToCopy"})
-
-_OURS = frozenset({"_TapBackward", "_GraphedBackward", "_ReturnedBackward", "_MixedBackward"})
+#: Functions of scalars that pass on what a scalar is made of.
+_SCALARS = frozenset(
+    {"Add", "Sub", "Mul", "Div", "Neg", "ToCopy", "Clone", "Alias", "View", "UnsafeView", "ReshapeAlias", "Squeeze",
+     "Unsqueeze", "Stack", "Cat", "Select"}
+)  # fmt: skip
+_OURS = frozenset({"_TapBackward", "_GraphedBackward", "_ReturnedBackward"})
+#: Nodes whose backward pass takes several gradients at once; a test tries each. ``cdist``'s is wrong, without an error.
+_BATCHED = frozenset(
+    {f"{name}Backward" for name in (
+        "Abs Acos Add Addmm Alias Amax Amin Asin AsStrided Atan AvgPool2D Baddbmm Bmm Cat Clamp ClampMin Clone "
+        "ConstantPadNd Convolution Copy Cos Cumsum Div Dot Elu Erf Exp Expand Flip Gather Gelu Glu Hardsigmoid "
+        "Hardswish Hardtanh Index IndexSelect LeakyRelu Log Log1P LogSigmoid LogSoftmax Logsumexp MaskedFill Max "
+        "MaxPool2DWithIndices Mean Mish Mm Mul Mv NativeBatchNorm NativeGroupNorm NativeLayerNorm Neg Permute Pow Prod "
+        "Reciprocal Relu Repeat ReshapeAlias Roll Rsqrt Rsub "
+        "Select Sigmoid Silu Sin Slice Softmax Softplus Split SplitWithSizes Sqrt Squeeze Stack Sub Sum T Tan Tanh "
+        "Transpose Tril Triu Unbind Unfold UnsafeSplit UnsafeView Unsqueeze View Where ToCopy"
+    ).split()}
+    | _OURS
+)  # fmt: skip
 
 
 class _Returned(torch.autograd.Function):
@@ -37,32 +55,6 @@ def mark_returned(call: object, output: Tensor) -> Tensor:
     """Return an output whose node leads to the call; it shares the memory of a contiguous ``output``."""
     own = torch.ops.aten._unsafe_view.default(output, output.shape) if output.is_contiguous() else output.clone()
     result: Tensor = _Returned.apply(call, own)
-    return result
-
-
-class _Mixed(torch.autograd.Function):
-    """An output that joins samples: it has a value but no gradient per sample."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, name: str, anchor: Tensor) -> Tensor:
-        ctx.output = name
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        raise _joined(ctx)
-
-
-def _joined(node: Any) -> ValueError:
-    return ValueError(
-        f"outputs must not depend on {node.output} of the recorded model, which joins the samples of the batch, so "
-        "that no gradient per sample is known; compute it from the other outputs"
-    )
-
-
-def mixed(value: Tensor, name: str) -> Tensor:
-    """Return an output that joins samples, from which no gradient may be taken."""
-    result: Tensor = _Mixed.apply(value, name, value.new_zeros((), requires_grad=True))
     return result
 
 
@@ -89,16 +81,11 @@ def nodes(outputs: Iterable[Any], *, inside: bool = False, stops: Iterable[Any] 
 
 
 def calls_and_leaves(outputs: Iterable[Any]) -> tuple[dict[int, Any], set[int]]:
-    """Return the calls that outputs reach, by id, and the ids of the leaves that they use outside of calls.
-
-    ValueError if they reach an output that joins samples.
-    """
+    """Return the calls that outputs reach, by id, and the ids of the leaves that they use outside of calls."""
     calls: dict[int, Any] = {}
     leaves: set[int] = set()
     for node in nodes(outputs):
         call = call_of(node)
-        if type(node).__name__ == "_MixedBackward":
-            raise _joined(node)
         if call is not None:
             calls[id(call)] = call
         elif (leaf := getattr(node, "variable", None)) is not None:
@@ -106,40 +93,84 @@ def calls_and_leaves(outputs: Iterable[Any]) -> tuple[dict[int, Any], set[int]]:
     return calls, leaves
 
 
-def terms(outputs: Iterable[Tensor]) -> Iterator[list[Any]]:
-    """Yield the node of each term of outputs that are sums of scalars, such as a loss and a weight decay."""
-    waiting: list[tuple[Any, bool]] = [(out.grad_fn, not out.dim()) for out in outputs]
-    while waiting:
-        node, number = waiting.pop()
-        parts = [] if node is None else [other for other, _ in node.next_functions if other is not None]
-        # These return a scalar only if all their arguments are scalars.
-        kinds = _SUMS if len(parts) > 1 else _SUMS | _FACTORS
-        if number and parts and call_of(node) is None and type(node).__name__.removesuffix("Backward0") in kinds:
-            waiting += [(other, True) for other in parts]
-        else:
-            yield [node]
+def mean_over_samples(outputs: Iterable[Tensor]) -> str:
+    """Return the name of a mean over several rows in which a scalar among the outputs ends; empty if none does.
 
-
-def untracked(outputs: Iterable[Tensor], numbers: list[tuple[int, int]], inputs: Iterable[Any]) -> set[int]:
-    """Return the ids of leaves that nodes behind a call's outputs use, numbered in none of these ranges.
-
-    The nodes that its ``inputs`` come from do not count.
+    It may be a term or a factor of the scalar.
     """
-    found: set[int] = set()
+    waiting = [out.grad_fn for out in outputs if not out.dim()]
+    while waiting:
+        node = waiting.pop()
+        if node is None or call_of(node) is not None:
+            continue
+        name = re.sub(r"Backward\d*$", "", type(node).__name__)
+        sizes = getattr(node, "_saved_self_sym_sizes", ())
+        if getattr(node, "_saved_reduction", None) == 1:
+            sizes = node._saved_self.shape[:-1] if name == "NllLoss" else node._saved_self.shape
+            if tuple(sizes[:1]) not in ((), (1,)):
+                return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+        elif name == "Mean" and tuple(sizes[:1]) not in ((), (1,)):
+            return "mean"
+        elif name in _SCALARS or (name == "Sum" and math.prod(sizes) == 1):
+            waiting += [other for other, _ in node.next_functions]
+    return ""
+
+
+@dataclass
+class Walk:
+    """What lies behind the outputs of a call."""
+
+    #: Ids of leaves that nodes use whose numbers are in no range of recorded uses.
+    untracked: set[int]
+    #: The kinds of nodes.
+    kinds: set[type]
+    #: Nodes at which results of earlier recorded calls enter.
+    earlier: list[Any]
+
+
+def walk(outputs: Iterable[Tensor], numbers: list[tuple[int, int]], inputs: Iterable[Any], own: object) -> Walk:
+    """Walk the graph behind the outputs of the call ``own``, up to the nodes that its ``inputs`` come from.
+
+    ``numbers`` are ranges of the numbers of nodes whose use of parameters was recorded.
+    """
+    found = Walk(set(), set(), [])
     ranges = sorted(numbers)
-    for node in nodes(outputs, inside=True, stops=inputs):
-        leaves = {id(other.variable) for other, _ in node.next_functions if hasattr(other, "variable")}
-        if leaves and not _within(number_of(node), ranges):
-            found |= leaves
+    starts, ends = [first for first, _ in ranges], [last for _, last in ranges]
+    waiting = [out.grad_fn for out in outputs]
+    seen = {None, *inputs}
+    kinds, untracked = found.kinds, found.untracked
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        kind = type(node)
+        if kind.__name__ == "_ReturnedBackward" and node.call is not own:
+            found.earlier.append(node)
+            continue
+        kinds.add(kind)
+        following = node.next_functions
+        for other, _ in following:
+            if type(other).__name__ == "AccumulateGrad":
+                number = number_of(node)
+                at = bisect_right(starts, number) - 1
+                if at < 0 or number >= ends[at]:
+                    untracked.add(id(other.variable))
+            elif other not in seen:
+                waiting.append(other)
     return found
 
 
-def _within(number: int, ranges: list[tuple[int, int]]) -> bool:
-    at = bisect_right(ranges, number, key=lambda each: each[0]) - 1
-    return at >= 0 and number < ranges[at][1]
-
-
-def has_custom_function(outputs: Iterable[Tensor]) -> bool:
-    """Whether a custom ``autograd.Function`` lies behind outputs; its backward pass may do anything."""
-    kinds = (type(node) for node in nodes(outputs, inside=True))
+def custom_function(kinds: Iterable[type]) -> bool:
+    """Whether a custom ``autograd.Function`` is among nodes; its backward pass may do anything."""
     return any(issubclass(kind, BackwardCFunction) and kind.__name__ not in _OURS for kind in kinds)
+
+
+def reentrant_checkpoint(kinds: Iterable[type]) -> bool:
+    """Whether a checkpoint with ``use_reentrant=True`` is among nodes."""
+    return any(kind.__name__ == "CheckpointFunctionBackward" for kind in kinds)
+
+
+def batched_backward(kinds: Iterable[type]) -> bool:
+    """Whether the backward passes of these nodes are known to take several gradients at once under ``vmap``."""
+    return all(re.sub(r"\d*$", "", kind.__name__) in _BATCHED for kind in kinds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastgrad._torch import functorch, lowered, pytree, saved_tensor_hooks
+from fastgrad.engine.writes import Snapshot
 from fastgrad.layers import ENTERED, RULES
 from fastgrad.layers.call import CHECKPOINT, Call, Refused
 
@@ -61,18 +62,50 @@ _SEQUENCES = (list, tuple, dict)
 class PerSample(TorchFunctionMode):
     """Follow the functions that a model calls on one sample, for a `Call`."""
 
-    def __init__(self, call: Call, seen: list[weakref.ref[Tensor]] | None = None) -> None:
+    def __init__(self, call: Call, snapshot: Snapshot, *, counts: bool = False) -> None:
         super().__init__()
-        #: References to all results, if hooks may keep some of them.
-        self._call, self._seen = call, seen
+        self._call, self._watch, self._counts = call, snapshot.watch, counts
+        #: References to the samples and to all results, by id.
+        self._known: dict[int, weakref.ref[Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _REQUIRES_GRAD:
             return self._call.physical(args[0]).requires_grad
-        out = func(*args, **(kwargs or {})) if func in _HARMLESS else self._run(func, args, kwargs or {})
-        if self._seen is not None:
-            self._seen += [weakref.ref(t) for t in pytree.tree_leaves(out) if self._call.is_batched(t)]
+        if func in _HARMLESS:
+            out = func(*args, **(kwargs or {}))
+        else:
+            self._watch(func, args, kwargs or {})
+            out = self._run(func, args, kwargs or {})
+        if isinstance(out, Tensor):
+            self._known[id(out)] = weakref.ref(out)
+            if self._counts:
+                self._call.bytes += out.numel() * out.element_size()
+        elif isinstance(out, (tuple, list)):
+            self.know(pytree.tree_leaves(out))
         return out
+
+    def know(self, values: Iterable[Any]) -> None:
+        """Take tensors for samples, or for results of functions that were seen."""
+        self._known.update({id(t): weakref.ref(t) for t in values if isinstance(t, Tensor)})
+
+    def require_known(self, values: Iterable[Any]) -> None:
+        """Raise Refused for the result of a function that Python does not see and that lost its gradient.
+
+        Compiled scripts do so under vmap.
+        """
+        for t in values:
+            if isinstance(t, (list, tuple)):
+                self.require_known(t)
+            elif isinstance(t, Tensor) and t.is_floating_point() and self._call.is_batched(t):
+                ref = self._known.get(id(t))
+                if (ref is None or ref() is not t) and not self._call.physical(t).requires_grad:
+                    raise Refused("it calls a function that Python does not see, such as a scripted one")
+
+    def kept(self) -> list[Tensor]:
+        """Return the tensors of one sample that are still alive, once each."""
+        alive = [t for ref in self._known.values() if (t := ref()) is not None]
+        self._known.clear()
+        return [t for t in alive if self._call.is_batched(t)]
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         call = self._call
@@ -80,6 +113,7 @@ class PerSample(TorchFunctionMode):
             with self:
                 return ENTERED[func](*args, **kwargs)
         if torch.is_grad_enabled():
+            self.require_known(args)
             if saved_tensor_hooks() != call.hooks:
                 raise Refused(CHECKPOINT)
             rule = RULES.get(func)
@@ -135,9 +169,7 @@ class PerSample(TorchFunctionMode):
             return one
         with lowered():
             if func in _DRAWS:
-                count = call.samples if call.rows is None else call.whole
-                every = torch.cat([one, *(func(*args, **kwargs) for _ in range(count - 1))]).unsqueeze(1)
-                every = every if call.rows is None else every.index_select(0, call.rows.to(every.device))
+                every = torch.cat([one, *(func(*args, **kwargs) for _ in range(call.samples - 1))]).unsqueeze(1)
             else:
                 every = one.unsqueeze(0).repeat(call.samples, *[1] * one.dim())
         return call.wrapped(every)

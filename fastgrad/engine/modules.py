@@ -1,80 +1,143 @@
-"""Modules with a registered rule: their ``forward`` runs on the whole batch, and the rule gives norms."""
+"""Calls of a model's modules that go another way in this thread: recorded ones, ones with a rule, uncompiled ones."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-from fastgrad._torch import without_modes
+from fastgrad._torch import original, without_modes
 from fastgrad.layers.call import Call, Refused
-from fastgrad.layers.registry import MODULES, ModuleRule, OfModule, rule_of
+from fastgrad.layers.registry import MODULES, OfModule, rule_of
+
+#: Called with the module, what it would call, and the inputs.
+Way = Callable[[nn.Module, Callable[..., Any], Any, Any], Any]
 
 
 class Redirect:
-    """A callable that replaces ``forward`` of a user's module.
+    """A callable in the place of an attribute of a module that is called, such as ``forward``.
 
-    ``call`` gets the module, its own ``forward`` and the inputs.
+    It goes through ``ways``, the latest first, each of which is counted.
     """
 
-    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
-        self._own = module.__dict__.get("forward")
-        self._forward = module.forward
-        self._module, self._call = module, call
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self._own = module.__dict__.get(name)
+        self._forward = getattr(module, name)
+        self._module, self._name = module, name
+        self.ways: dict[Way, int] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run as ``forward`` of the module."""
-        return self._call(self._module, self._forward, args, kwargs)
+        """Call what the ways make of the module's own."""
+        forward = self._forward
+        for way in tuple(self.ways):
+            forward = functools.partial(_through, way, self._module, forward)
+        return forward(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Give copies and pickles of the module its own ``forward``, because nothing would restore it there."""
-        return (getattr, (self._module, "forward")) if self._own is None else (functools.partial, (self._own,))
+        """Give copies and pickles of the module its own attribute, because nothing would restore it there."""
+        return (getattr, (self._module, self._name)) if self._own is None else (functools.partial, (self._own,))
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Restore the earlier ``forward`` in ``state``, a module's ``__dict__``."""
+    def put_back(self) -> None:
+        """Restore the module's own attribute."""
         if self._own is None:
-            state.pop("forward", None)
+            self._module.__dict__.pop(self._name, None)
         else:
-            state["forward"] = self._own
+            self._module.__dict__[self._name] = self._own
 
 
-_calls = threading.local()
+def _through(way: Way, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return way(module, forward, args, kwargs)
+
+
+# By the id of a module and the attribute, for all threads.
+_redirects: dict[tuple[int, str], Redirect] = {}
+_lock = threading.Lock()
+
+
+def redirect(modules: Iterable[nn.Module], way: Way, name: str = "forward") -> None:
+    """Have calls of these modules go ``way``, in every thread, until `put_back` was called as often."""
+    with _lock:
+        for module in modules:
+            key = id(module), name
+            if key not in _redirects:
+                _redirects[key] = Redirect(module, name)
+                module.__dict__[name] = _redirects[key]
+            ways = _redirects[key].ways
+            ways[way] = ways.get(way, 0) + 1
+
+
+def put_back(modules: Iterable[nn.Module], way: Way, name: str = "forward") -> None:
+    """Undo one `redirect`."""
+    with _lock:
+        for module in modules:
+            found = _redirects[id(module), name]
+            found.ways[way] -= 1
+            if not found.ways[way]:
+                del found.ways[way]
+            if not found.ways:
+                _redirects.pop((id(module), name)).put_back()
+
+
+class _Now(threading.local):
+    """What this thread's call is, and whether compiled modules run as they are written."""
+
+    call: Call | None = None
+    plainly = 0
+
+
+_now = _Now()
+
+
+@contextlib.contextmanager
+def uncompiled(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Run compiled modules as they are written inside, in this thread: compiled code hides functions from modes."""
+    inner, whole = [], []
+    for module in modules:
+        if module.__dict__.get("_compiled_call_impl") is not None:
+            inner.append(module)
+        elif original(module) is not module:
+            whole.append(module)
+    redirect(inner, _plain_call, "_compiled_call_impl")
+    redirect(whole, _plain_call)
+    _now.plainly += 1
+    try:
+        yield
+    finally:
+        _now.plainly -= 1
+        put_back(whole, _plain_call)
+        put_back(inner, _plain_call, "_compiled_call_impl")
+
+
+def _plain_call(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    if not _now.plainly:
+        return forward(*args, **kwargs)
+    inner = original(module)
+    return module._call_impl(*args, **kwargs) if inner is module else inner(*args, **kwargs)
 
 
 @contextlib.contextmanager
 def replaced(model: nn.Module, call: Call) -> Iterator[None]:
     """Run modules with a registered rule on the whole batch of ``call``, in this thread."""
-    if not MODULES:
-        yield
-        return
-    found = [(module, rule) for module in model.modules() if (rule := rule_of(module)) is not None]
-    redirects = []
-    before, _calls.now = getattr(_calls, "now", None), call
+    found = [module for module in model.modules() if rule_of(module) is not None] if MODULES else []
+    before, _now.call = _now.call, call
+    redirect(found, _by_rule)
     try:
-        for module, rule in found:
-            redirects.append((module, Redirect(module, functools.partial(_run, rule))))
-            module.__dict__["forward"] = redirects[-1][1]
         yield
     finally:
-        _calls.now = before
-        for module, redirect in reversed(redirects):
-            redirect.restore(module.__dict__)
+        put_back(found, _by_rule)
+        _now.call = before
 
 
-def _run(rule: ModuleRule, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    call: Call | None = getattr(_calls, "now", None)
+def _by_rule(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    call, rule = _now.call, rule_of(module)
+    if call is None or rule is None or kwargs or len(args) != 1 or not call.is_batched(args[0]):
+        return forward(*args, **kwargs)
     formula = OfModule(module, rule)
-    if (
-        call is None
-        or kwargs
-        or len(args) != 1
-        or not call.is_batched(args[0])
-        or not any(map(call.owns, formula.weights))
-    ):
+    if not any(map(call.owns, formula.weights)):
         return forward(*args, **kwargs)
     if args[0].shape[0] != 1:
         raise Refused("a module with a registered rule gets other rows than one for each sample")

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastgrad._torch import pytree, vmap
 from fastgrad.engine.backward import Backward, Share
+from fastgrad.engine.graph import batched_backward, nodes
 from fastgrad.engine.products import ParameterUses
-from fastgrad.engine.structure import Recorded
-from fastgrad.evaluation import agree
+from fastgrad.engine.recorded import Recorded
 from fastgrad.layers.formula import Tensors, sqnorm
 from fastgrad.layers.linear import STRAIGHT, Table, sum_sqnorm
 from fastgrad.losses import compute_dtype
@@ -46,27 +46,15 @@ class _Norms(Backward):
             return self._one(outputs, gradients, keep)
         assert gradients is not None
         count = gradients[0].shape[0]
-        # A checkpoint around a call computes it again, and functions of the user's may not be for vmap.
-        foreign = any(recorded.structure.custom_backward or recorded.hooked for recorded in self.calls)
-        if count == 1 or self.alone or foreign:
-            each = [self._one(outputs, [g[i] for g in gradients], keep or i < count - 1) for i in range(count)]
-            return {key: torch.stack([found[key] for found in each]) for key in each[0]} if each else {}
-        structures = [recorded.structure for recorded in self.calls]
-        if all(structure.batched_backward for structure in structures):
-            return self._together(outputs, gradients, keep)
-        try:
-            found = self._together(outputs, gradients, keep=True)
-            # Where PyTorch's backward pass is wrong for several gradients (cdist), they go one by one.
-            for s in (0, count - 1):
-                one = self._one(outputs, [g[s] for g in gradients], keep=True)
-                right = all(agree(found[key][s], norms) for key, norms in one.items())
-                foreign |= not right
-        except RuntimeError:
-            # Some backward passes of PyTorch do not take several gradients, such as batch norm's of two dtypes.
-            foreign = True
-        for structure in structures:
-            structure.custom_backward, structure.batched_backward = structure.custom_backward or foreign, not foreign
-        return self.run(outputs, gradients, batched, keep) if foreign else found
+        # A checkpoint around a call computes it again, and not all functions take several gradients at once.
+        together = all(recorded.batched_backward and not recorded.hooked for recorded in self.calls)
+        if count > 1 and together and not self.alone and batched_backward(map(type, nodes(outputs))):
+            try:
+                return self._together(outputs, gradients, keep=True)
+            except RuntimeError:
+                pass  # some backward passes do not take several gradients, such as batch norm's of two dtypes
+        each = [self._one(outputs, [g[i] for g in gradients], keep or i < count - 1) for i in range(count)]
+        return {key: torch.stack([found[key] for found in each]) for key in each[0]} if each else {}
 
     def _one(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor] | None, keep: bool) -> dict[int, Tensor]:
         seen: Seen = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fastgrad.engine.structure import Alone, Recorded
+from fastgrad.engine.recorded import Alone, Recorded
 from fastgrad.layers.call import Call
 
 
@@ -41,7 +41,7 @@ def routes_of(recorded: Recorded, names: Mapping[int, str]) -> list[Route]:
                 if len(kinds) > len(formulas.get(key, [])):
                     formulas[key] = kinds
     return [
-        Route(name, *_route(formulas.get(key, []), recorded.structure.alone_reason if alone else ""))
+        Route(name, *_route(formulas.get(key, []), recorded.alone_reason if alone else ""))
         for key, name in names.items()
     ]
 

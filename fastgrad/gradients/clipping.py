@@ -14,12 +14,10 @@ from torch import Tensor, nn
 
 from fastgrad import checks
 from fastgrad._torch import outside_of_compilation
-from fastgrad.engine.layout import Layout, flatten
-from fastgrad.engine.structure import Recorded
+from fastgrad.engine.inputs import BatchDims
+from fastgrad.engine.recorded import Recorded
 from fastgrad.gradients.recorder import record, recorded_sqnorms
-
-#: Rounding that operations without a fixed order may add, in units of the dtype's epsilon.
-_UNITS = 16
+from fastgrad.gradients.separate import UNITS, Outputs, outputs_of, require_own_parameters, require_separate
 
 
 class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_gradients(model, 1.0):``
@@ -38,6 +36,7 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
         max_norm: The largest L2 norm that a sample's gradient keeps, over all trainable parameters together. A mapping
             from names of parameters or modules to norms clips groups separately. A parameter belongs to the longest
             name that is a prefix of its own. Each group costs a backward pass.
+        batch_dims: As in `record`.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -53,8 +52,10 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
         optimizer.step()
     """
 
-    def __init__(self, model: nn.Module, max_norm: float | Mapping[str, float]) -> None:
-        super().__init__(model)
+    def __init__(
+        self, model: nn.Module, max_norm: float | Mapping[str, float], *, batch_dims: BatchDims = None
+    ) -> None:
+        super().__init__(model, batch_dims=batch_dims)
         if isinstance(model, nn.parallel.DistributedDataParallel) and model.static_graph:
             raise ValueError(
                 "model must not be DistributedDataParallel with static_graph=True: it averages in the first backward "
@@ -68,26 +69,21 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
                 raise TypeError(f"max_norm must name parameters or modules; one name was {name!r}")
             checks.lies_in("(0, inf)", **{subject: limit})
         _groups(self.model, self._limits)
-        #: The outputs of the latest call, and where the batch lies in each.
-        self._outputs: list[tuple[Tensor, Layout | None]] = []
+        #: The outputs of the latest call, and where the batch is in each.
+        self._outputs: Outputs = []
         self._count = self._samples = 0
         self._foreign = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.model, self._limits[""] if self._joint else self._limits)
+        again, (kind, model, options) = super().__reduce__()
+        return again, (kind, model, options | {"max_norm": self._limits[""] if self._joint else self._limits})
 
     def _note(self, output: Any, recorded: Recorded) -> None:
         """Keep the outputs, from which the losses will be computed."""
         super()._note(output, recorded)
-        leaves = flatten(output)[0]
-        layouts = recorded.structure.layouts or [None] * len(leaves)
-        self._outputs = [
-            (leaf, layout)
-            for leaf, layout in zip(leaves, layouts, strict=True)
-            if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-        ]
+        self._outputs = outputs_of(output, recorded)
         self._count += 1
-        self._samples, self._foreign = recorded.samples, recorded.structure.custom_backward
+        self._samples, self._foreign = recorded.samples, recorded.custom_backward
 
     def _forget(self) -> None:
         """Begin a new step."""
@@ -137,7 +133,8 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
             )
         checks.shape_is("losses", losses, (self._samples,), 'one loss a sample, as with reduction="none"')
         if self._samples:
-            _require_separate(self.model, losses, self._outputs)
+            require_own_parameters(self.model, losses, self._outputs)
+            require_separate(losses, self._outputs)
         # Parameters may have been frozen, released or replaced since the last step.
         groups = _groups(self.model, self._limits)
         parameters = [p for group in groups for p in group]
@@ -163,7 +160,7 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
     def _require_proportion(sqnorms: Sequence[Tensor], twice: Sequence[Tensor]) -> None:
         """Raise ValueError unless the norms of twice the losses are twice as large."""
         for plain, doubled in zip(sqnorms, twice, strict=True):
-            allowed = _UNITS * torch.finfo(plain.dtype).eps * plain
+            allowed = UNITS * torch.finfo(plain.dtype).eps * plain
             if bool(((doubled / 4 - plain).abs() > allowed).any()):
                 raise ValueError(
                     "model must have gradients in proportion to its losses, so that factors on these clip them; they "
@@ -187,61 +184,3 @@ def _groups(model: nn.Module, limits: Mapping[str, float]) -> list[list[nn.Param
                 raise ValueError("model must have parameters that require gradients; it had none")
             raise ValueError(f"max_norm must name parameters or modules that are trained; {name!r} had none of its own")
     return list(groups.values())
-
-
-def _require_separate(model: nn.Module, losses: Tensor, outputs: Sequence[tuple[Tensor, Layout | None]]) -> None:
-    """Raise ValueError unless ``losses[i]`` uses row i of the outputs alone, and parameters only through it.
-
-    Only then does a factor on the loss clip that sample. Outputs come with the place of the batch in them.
-    """
-    places = {_edge(out): i for i, (out, _) in enumerate(outputs) if out.grad_fn is not None}
-    names = {id(p): name for name, p in model.named_parameters()}
-    reached = set()
-    waiting, seen = [_edge(losses)], set()
-    while waiting:
-        edge = waiting.pop()
-        if edge in places:
-            reached.add(places[edge])
-        elif edge[0] not in seen and edge[0] is not None:
-            seen.add(edge[0])
-            waiting += edge[0].next_functions
-            name = names.get(id(getattr(edge[0], "variable", None)))
-            if name is not None:
-                raise ValueError(
-                    f"losses must depend on parameters through the model's output alone; they reach {name!r} in "
-                    "another way, so no gradient per sample is known there"
-                )
-    if not reached:
-        raise ValueError("losses must be computed from the output of the model's latest call; they were not")
-    # Powers of two scale without rounding: the gradient of a row that only its own loss uses scales exactly.
-    samples = losses.shape[0]
-    exponents = torch.randint(1, 4, (samples,), generator=torch.Generator().manual_seed(0), device="cpu")
-    exponents[:1] = 0
-    factors = (2.0**exponents).to(losses)
-    order = sorted(reached)
-    plain, scaled = (
-        torch.autograd.grad([losses], [outputs[i][0] for i in order], [weights], retain_graph=True)
-        for weights in (torch.ones_like(factors), factors)
-    )
-    for i, g, h in zip(order, plain, scaled, strict=True):
-        layout = outputs[i][1]
-        if layout is None or (rows := layout.split(g, samples)) is None:
-            raise ValueError(
-                "losses must be computed from outputs that carry the batch in one dimension; they depend on one of "
-                f"shape {tuple(g.shape)}, in which it was not found"
-            )
-        own, other = (x.reshape(samples, -1) for x in (rows, layout.split(h, samples)) if x is not None)
-        if own.is_complex():
-            own, other = (torch.view_as_real(x).flatten(1) for x in (own, other))
-        expected = own * factors.to(own).unsqueeze(1)
-        allowed = _UNITS * torch.finfo(own.dtype).eps * expected.abs().amax(1, keepdim=True)
-        if bool(((other - expected).abs() > allowed).any()):
-            raise ValueError(
-                "losses must each depend on their own sample alone, in the order of the batch; the gradients of some "
-                "rows of the model's output change with the weight of other samples' losses"
-            )
-
-
-def _edge(tensor: Tensor) -> tuple[Any, int]:
-    """Return the node of the autograd graph that made a tensor, and the number of the output there."""
-    return tensor.grad_fn, tensor.output_nr

@@ -13,14 +13,18 @@ from torch import Tensor, nn
 
 from fastgrad import checks, losses
 from fastgrad._torch import original, outside_of_compilation, pytree
-from fastgrad.batches import batch_size, choices, class_logits, input_tensors, logits_of, one_for_none, take
+from fastgrad.batches import class_logits, logits_of, one_for_none
+from fastgrad.engine import ordinary
+from fastgrad.engine.inputs import BatchDims, Inputs
 from fastgrad.engine.norms import squared_norms
+from fastgrad.engine.recorded import Recorded
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.routes import Route, routes_of
-from fastgrad.engine.run import known_structure, run
-from fastgrad.engine.state import State, detach_plain, evaluation_model
-from fastgrad.engine.structure import Recorded, Structure
+from fastgrad.engine.run import run
+from fastgrad.engine.writes import Snapshot
+from fastgrad.evaluation import evaluation_copy
 from fastgrad.gradients.contrasts import check_target
+from fastgrad.gradients.recorder import checks_batch_dims
 from fastgrad.ops.dispatch import IMPLEMENTATIONS, choose, computing_with
 
 #: A fixed target by name, one class index or soft target for all samples, or a function of the logits.
@@ -40,7 +44,7 @@ class GradientFeatures:
     of its modules. It is left as it was: a model in training mode is copied for the call, with shared tensors, and what
     a call writes to attributes and buffers is undone. Frozen parameters get features too.
 
-    The first call on a new structure of inputs is compared with an ordinary call of the batch.
+    The first call on inputs of a structure is compared with an ordinary call of the batch.
 
     Args:
         model: Maps a batch to logits ``(B, N)``; see `fastgrad.batches.logits_of` for the kinds of outputs it may have.
@@ -56,6 +60,7 @@ class GradientFeatures:
         chunk_size: Samples at a time; None for the whole batch on a GPU, and a fast size on a CPU.
         memory_budget: Bytes a call may add, from which the chunk size is estimated if ``chunk_size`` is None.
         impl: ``"auto"``, ``"triton"`` or ``"eager"``, for the layers that have kernels.
+        batch_dims: Which inputs carry the batch, as in `record`.
 
     Raises:
         TypeError, ValueError: For an argument that is not one of the above, a model that mixes samples, or one that
@@ -75,6 +80,7 @@ class GradientFeatures:
         chunk_size: int | None = None,
         memory_budget: int | None = None,
         impl: str = "auto",
+        batch_dims: BatchDims = None,
     ) -> None:
         checks.is_a(nn.Module, model=model)
         refuse_parts(model)
@@ -83,6 +89,7 @@ class GradientFeatures:
         checks.one_of("reduction", reduction, losses.REDUCTIONS)
         checks.one_of("impl", impl, IMPLEMENTATIONS)
         checks.is_bool(log=log)
+        checks_batch_dims(batch_dims)
         for name, given in (("signals", signals), ("layers", layers)):
             if given is not None and not isinstance(given, Iterable):
                 raise TypeError(f"{name} must be a sequence, or None; it was {given!r}")
@@ -100,7 +107,7 @@ class GradientFeatures:
         sizes = {"chunk_size": chunk_size, "memory_budget": memory_budget}
         checks.at_least(1, **{name: value for name, value in sizes.items() if value is not None})
         self.reduction, self.log, self.impl = reduction, log, impl
-        self.chunk_size, self.memory_budget = chunk_size, memory_budget
+        self.chunk_size, self.memory_budget, self.batch_dims = chunk_size, memory_budget, batch_dims
         self.layers = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
         self._names()
         refuse_mixing(self.model, training=False)
@@ -132,8 +139,8 @@ class GradientFeatures:
         """Run the model on a batch.
 
         Args:
-            *args: The model's inputs; every tensor whose dimension 0 equals that of the first is a batch, unless some
-                of the samples alone would then give other outputs (a mask of T by T positions where T = B).
+            *args: The model's inputs; every tensor with as many rows as the first carries the batch, unless
+                ``batch_dims`` says otherwise. One that is square in the batch (T by T positions where T = B) is refused.
             target: Targets of this batch instead of the extractor's: class indices ``(B,)`` or soft targets ``(B, N)``.
             **kwargs: The model's inputs by keyword.
 
@@ -149,28 +156,27 @@ class GradientFeatures:
     def _call(self, args: Any, kwargs: Any, target: Tensor | None) -> tuple[Tensor, Tensor]:
         with torch.inference_mode(False), torch.enable_grad():
             choose(self.impl, next(self.model.parameters()))
-            args, kwargs = pytree.tree_map_only(Tensor, detach_plain, (args, kwargs))
-            samples = batch_size(args, kwargs)
-            target = self._of_batch(target, samples)
+            args, kwargs = pytree.tree_map_only(Tensor, _detached, (args, kwargs))
             try:
-                model = evaluation_model(self.model)
+                model = _evaluation_model(self.model)
             except ValueError:
                 refuse_parts(self.model)  # parameters may have become parts since
                 raise
-            if samples == 0:
+            inputs = Inputs(model.forward, args, kwargs, self.batch_dims)
+            target = self._of_batch(target, inputs.samples)
+            if inputs.samples == 0:
                 return self._empty(model, args, kwargs)
             modules = list(model.named_modules())
-            start, parts = 0, []
-            while start < samples:
-                known = known_structure(self.model, model, args, kwargs, modules)
-                chunk = self._chunk(known, args, kwargs, samples)
-                if chunk >= samples:
-                    return self._pass(model, modules, args, kwargs, target)
-                index = slice(start, start + chunk)
-                part = take((args, kwargs), index, samples, None if known is None else known.carriers)
-                parts.append(self._pass(model, modules, *part, None if target is None else target[index]))
-                start += chunk
-            return torch.cat([logits for logits, _ in parts]), torch.cat([features for _, features in parts])
+            start, chunk, parts = 0, self._first_chunk(inputs), []
+            while start < inputs.samples:
+                last = min(start + chunk, inputs.samples)
+                index = None if last - start == inputs.samples else torch.arange(start, last, device="cpu")
+                own = inputs.call_of(inputs.rows(index))
+                of_part = target if target is None or index is None else target[start:last]
+                parts.append(self._pass(model, modules, *own, of_part))
+                chunk = self._chunk(parts[0][2], inputs.samples - last) if start == 0 and index is not None else chunk
+                start = last
+            return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
     def _of_batch(self, target: Tensor | None, samples: int) -> Tensor | None:
         """Return the targets of a call, checked as far as this is possible without logits."""
@@ -185,7 +191,7 @@ class GradientFeatures:
                 f"target must have shape ({samples},) or ({samples}, N), class indices or soft targets; it was "
                 f"{tuple(target.shape)} of {target.dtype}"
             )
-        return detach_plain(target)
+        return _detached(target)
 
     def report(self) -> list[Route]:
         """Return how each parameter's norms were computed in the latest call; RuntimeError before the first call."""
@@ -195,21 +201,24 @@ class GradientFeatures:
 
     def _pass(
         self, model: nn.Module, modules: Sequence[tuple[str, nn.Module]], args: Any, kwargs: Any, target: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Run one forward and backward pass of an undivided batch."""
+    ) -> tuple[Tensor, Tensor, int]:  # fmt: skip
+        """Run one forward and backward pass of an undivided batch; also return the bytes of one sample's results."""
         names = self._names()
         # A copy holds other parameters where those of the model were made in inference mode.
         pairs = zip(self.model.parameters(), model.parameters(), strict=True)
         wanted = {id(own): own for p, own in pairs if id(p) in names}
-        forward = functools.partial(_logits, model)
-        output, recorded = run(model, forward, args, kwargs, wanted, self.model, undo=True, modules=modules)
+        output, recorded = run(
+            model, lambda own: functools.partial(_logits, own), args, kwargs, wanted, self.model, undo=True,
+            modules=modules, batch_dims=self.batch_dims, counts=True,
+        )  # fmt: skip
         self._latest, self._keys = recorded, list(wanted)
-        logits = class_logits(output, batch_size(args, kwargs))
+        logits = class_logits(output, recorded.samples)
         z = logits.detach()
         with computing_with(self.impl):
             features = signal_sqnorms(recorded, logits, self._deltas(z, target), wanted, log=self.log)
         recorded.close()
-        return z, features.movedim(0, 1) if self.contrast or self.joint else features[0]
+        features = features.movedim(0, 1) if self.contrast or self.joint else features[0]
+        return z, features, recorded.bytes_of_sample()
 
     def _deltas(self, logits: Tensor, target: Tensor | None) -> Tensor:
         """Return the output gradients of all signals, ``(S, B, N)``, in float64 if logarithms are wanted."""
@@ -222,30 +231,34 @@ class GradientFeatures:
             deltas.append(losses.delta(z, value, loss=loss, reduction=self.reduction))
         return torch.stack(deltas)
 
-    def _chunk(self, known: Structure | None, args: Any, kwargs: Any, samples: int) -> int:
-        """Return how many samples to take at a time."""
-        if known is None and len(list(choices(pytree.tree_leaves((args, kwargs)), samples))) > 1:
-            return samples  # it is not known yet which inputs can be cut
+    def _first_chunk(self, inputs: Inputs) -> int:
+        """Return how many samples to take first; their bytes tell how many to take then."""
         if self.chunk_size is not None:
             return self.chunk_size
-        tensors = input_tensors(args, kwargs)
-        if self.memory_budget is None and tensors[0].device.type != "cpu":
-            return samples
-        if known is None:
-            return min(samples, 1 if self.memory_budget is not None else _CPU_SAMPLES)
-        # Layer outputs stay for the backward pass, whose gradients and scratch take about as much again.
-        per_sample = max(1.0, 2 * known.bytes_of_element * sum(t.numel() for t in tensors) / samples)
         if self.memory_budget is not None:
-            return max(1, int(self.memory_budget / per_sample))
-        chunk = max(_CPU_SAMPLES, int(_CPU_WORKING_SET / per_sample))
+            return 1
+        on_cpu = next(x for x in inputs.leaves if isinstance(x, Tensor)).device.type == "cpu"
+        return _CPU_SAMPLES if on_cpu else inputs.samples
+
+    def _chunk(self, bytes_of_sample: int, samples: int) -> int:
+        """Return how many of the other samples to take at a time."""
+        if self.chunk_size is not None:
+            return self.chunk_size
+        # Layer outputs stay for the backward pass, whose gradients and scratch take about as much again.
+        per_sample = max(1, 2 * bytes_of_sample)
+        if self.memory_budget is not None:
+            return max(1, self.memory_budget // per_sample)
+        chunk = max(_CPU_SAMPLES, _CPU_WORKING_SET // per_sample)
         # Pieces of equal size: a short last one would waste the most.
-        return math.ceil(samples / math.ceil(samples / chunk))
+        return max(1, math.ceil(samples / math.ceil(max(1, samples) / chunk)))
 
     def _empty(self, model: nn.Module, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
-        state, (args, kwargs) = State(list(model.named_modules()), tables=True), one_for_none((args, kwargs))
-        with torch.no_grad(), state.own_buffers():
-            logits = logits_of(model(*args, **kwargs))[:0]
-        state.restore()
+        args, kwargs = one_for_none((args, kwargs))
+        snapshot = Snapshot(list(model.named_modules()), (), ())
+        with torch.no_grad():
+            (values, rebuilt, _), _ = ordinary.call(model, (args, kwargs), snapshot)
+        snapshot.restore()
+        logits = logits_of(rebuilt(values))[:0]
         middle = (logits.shape[1],) if self.contrast else (len(self.signals),) if self.joint else ()
         dtype = losses.compute_dtype(logits.dtype)
         return logits, logits.new_zeros((0, *middle, len(self._names())), dtype=dtype)
@@ -261,7 +274,7 @@ def signal_sqnorms(
     """
     # If the backward pass is linear in delta, scaling delta to unit size keeps every intermediate square in range.
     scale = delta.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(delta.dtype).tiny)
-    if recorded.structure.custom_backward:
+    if recorded.custom_backward:
         scale = torch.ones_like(scale)
     unit = (delta / scale).to(output.dtype)
     found: dict[int, Tensor] = {}
@@ -275,6 +288,20 @@ def signal_sqnorms(
     scale = scale.to(norms.dtype)
     # In this order, no intermediate product leaves the dtype's range if the result is within it.
     return norms * scale * scale
+
+
+def _detached(x: Tensor) -> Tensor:
+    """Return ``x`` detached, and copied if it was made in inference mode, so that a graph can use it."""
+    return x.clone().detach() if x.is_inference() else x.detach()
+
+
+def _evaluation_model(model: nn.Module) -> nn.Module:
+    """Return ``model`` if it is in evaluation mode and a graph can use its tensors, or else such a copy."""
+    for module in model.modules():
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        if module.training or any(t is not None and t.is_inference() for t in tensors):
+            return evaluation_copy(model)
+    return model
 
 
 def _logits(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgrad import checks
 from fastgrad._torch import outside_of_compilation
 from fastgrad.engine.backward import Backward, Share
 from fastgrad.engine.products import CHUNK_BYTES, ParameterUses, gram, square_sum
-from fastgrad.engine.structure import Recorded
-from fastgrad.gradients.recorder import active, calls_behind, parameters_of, record
+from fastgrad.engine.recorded import Recorded
+from fastgrad.gradients.recorder import Params, active, calls_behind, parameters_given, parameters_of, record, summed
 from fastgrad.layers.formula import Tensors
 from fastgrad.losses import compute_dtype
 from fastgrad.memory import lacks_memory
@@ -21,21 +21,20 @@ from fastgrad.ops.dispatch import full_precision
 
 Take = Callable[[int, ParameterUses], None]
 _Outputs = Tensor | Sequence[Tensor]
-_Parameters = nn.Parameter | Sequence[nn.Parameter]
 
 
 @overload
 def grad_gram(
-    outputs: _Outputs, params: _Parameters, *, each: Literal[False] = ..., other: _Outputs | None = ...,
+    losses: _Outputs, params: Params, *, each: Literal[False] = ..., other: _Outputs | None = ...,
     retain_graph: bool | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def grad_gram(
-    outputs: _Outputs, params: _Parameters, *, each: Literal[True], other: _Outputs | None = ...,
+    losses: _Outputs, params: Params, *, each: Literal[True], other: _Outputs | None = ...,
     retain_graph: bool | None = ...,
 ) -> tuple[Tensor, ...]: ...  # fmt: skip
 def grad_gram(
-    outputs: Tensor | Sequence[Tensor], params: nn.Parameter | Sequence[nn.Parameter], *, each: bool = False,
+    losses: Tensor | Sequence[Tensor], params: Params, *, each: bool = False,
     other: Tensor | Sequence[Tensor] | None = None, retain_graph: bool | None = None,
 ) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
     """Return the exact inner products of all pairs of samples' gradients, without storing the gradients.
@@ -45,11 +44,10 @@ def grad_gram(
     formed for a part of the parameter at a time, whichever is cheaper. Samples that ran alone keep their gradients.
 
     Args:
-        outputs: As in `grad_sqnorm`: a loss that is a *sum* over samples, or any tensors computed from the recorded
-            model's outputs.
-        params: Parameters of the recorded model.
+        losses: As in `grad_sqnorm`: ``(B,)``, their sum, or any tensors computed from the recorded model's outputs.
+        params: As in `grad_sqnorm`.
         each: Whether to return one matrix per parameter instead of their sum.
-        other: Outputs of another call of the model, with B' samples, or another loss of the same call: columns are
+        other: Losses of another call of the model, with B' samples, or another loss of the same call: columns are
             then its samples.
         retain_graph: Whether to keep the graphs for another call.
 
@@ -58,7 +56,7 @@ def grad_gram(
         are roundings relative to ``||g_i|| ||g_j||``. Zeros for parameters that one side does not depend on.
 
     Raises:
-        RuntimeError: Outside of ``record``, or if no recorded call leads to ``outputs`` or to ``other``.
+        RuntimeError: Outside of ``record``, or if no recorded call leads to ``losses`` or to ``other``.
         ValueError: As `grad_sqnorm`, and if the calls behind one side have different numbers of samples, or are of
             another model than the one that was recorded last.
         MemoryError: If the results do not fit into memory.
@@ -66,11 +64,11 @@ def grad_gram(
     Example::
 
         with fastgrad.record(model):
-            loss = F.cross_entropy(model(x), y, reduction="sum")
-            gram = fastgrad.grad_gram(loss, list(model.parameters()))
+            losses = F.cross_entropy(model(x), y, reduction="none")
+            gram = fastgrad.grad_gram(losses, model)
     """
     recording = active("grad_gram")
-    first, wanted = checks.tensors("outputs", outputs), checks.tensors("params", params)
+    first, wanted = checks.tensors("losses", losses), parameters_given(params)
     second = None if other is None else checks.tensors("other", other)
     compute = outside_of_compilation(_grams)
     found = compute(recording, first, wanted, second, each, bool(retain_graph))
@@ -83,8 +81,8 @@ def _grams(
 ) -> dict[int, Tensor]:  # fmt: skip
     """Return matrices by the ids of parameters, or with key 0 their sum."""
     asked = parameters_of(recording, wanted)
-    row = _Pass(_calls(recording, outputs, asked, "outputs"), asked, outputs)
-    column = row if other is None else _Pass(_calls(recording, other, asked, "other"), asked, other)
+    row = _Pass(_calls(recording, outputs, "losses"), asked, outputs)
+    column = row if other is None else _Pass(_calls(recording, other, "other"), asked, other)
     keys, dtype = list(asked) if each else [0], compute_dtype(*(p.dtype for p in wanted))
     devices = {key: asked.get(key, wanted[0]).device for key in keys}
     held: dict[int, ParameterUses] = {}
@@ -114,7 +112,7 @@ def _grams(
             raise
         kept = (t.nbytes for side in held.values() for share in side.shares for t in (*share.saved, *share.gradients))
         raise MemoryError(
-            f"outputs must have so few samples that inner products fit into memory; those of {row.samples} and "
+            f"losses must have so few samples that inner products fit into memory; those of {row.samples} and "
             f"{column.samples} samples take {len(keys) * row.samples * column.samples * 8} bytes, and work on them "
             f"about {2 * CHUNK_BYTES + sum(kept)} more"
         ) from error
@@ -122,8 +120,8 @@ def _grams(
 
 
 def grad_square_sum(
-    outputs: Tensor | Sequence[Tensor],
-    params: nn.Parameter | Sequence[nn.Parameter],
+    losses: Tensor | Sequence[Tensor],
+    params: Params,
     *,
     retain_graph: bool | None = None,
 ) -> tuple[Tensor, ...]:
@@ -132,19 +130,19 @@ def grad_square_sum(
     Laplace approximations and elastic weight consolidation take it. The sum of a result is that of `grad_sqnorm`.
 
     Args:
-        outputs: As in `grad_sqnorm`.
-        params: Parameters of the recorded model.
+        losses: As in `grad_sqnorm`.
+        params: As in `grad_sqnorm`.
         retain_graph: Whether to keep the graph for another call.
 
     Returns:
-        One tensor of its own shape per parameter, float32 (float64 for float64); zeros if outputs do not depend on it.
+        One tensor of its own shape per parameter, float32 (float64 for float64); zeros if losses do not depend on it.
 
     Raises:
         RuntimeError: As `grad_sqnorm`.
         ValueError: As `grad_gram`.
     """
     recording = active("grad_square_sum")
-    first, wanted = checks.tensors("outputs", outputs), checks.tensors("params", params)
+    first, wanted = checks.tensors("losses", losses), parameters_given(params)
     found = outside_of_compilation(_square_sums)(recording, first, wanted, bool(retain_graph))
     return tuple(found[id(p)] for p in wanted)
 
@@ -158,15 +156,14 @@ def _square_sums(
     def add(key: int, side: ParameterUses) -> None:
         sums[key] += square_sum(side).to(sums[key])
 
-    _Pass(_calls(recording, outputs, asked, "outputs"), asked, outputs).run(keep, add)
+    _Pass(_calls(recording, outputs, "losses"), asked, outputs).run(keep, add)
     return sums
 
 
-def _calls(recording: record, outputs: Sequence[Tensor], asked: Iterable[int], name: str) -> list[Recorded]:
+def _calls(recording: record, outputs: Sequence[Tensor], name: str) -> list[Recorded]:
     """Return the recorded model's calls that outputs reach, all of one number of samples."""
-    names = {id(p): name for name, p in recording.model.named_parameters()}
-    every = calls_behind(recording, outputs, {key: names[key] for key in asked}, name)
-    calls = [call for call in every if not call.samples or call.parameters.keys() & names.keys()]
+    own = set(map(id, recording.model.parameters()))
+    calls = [c for c in calls_behind(recording, outputs, name) if not c.samples or c.parameters.keys() & own]
     if not calls:
         raise ValueError(f"{name} must be computed from calls of the recorded model; those were calls of another one")
     sizes = sorted({call.samples for call in calls})
@@ -199,7 +196,7 @@ class _Pass(Backward):
                 else:
                     held.setdefault(key, []).append(share)
 
-        alone = self.back(see, self.outputs, None, keep) if self.samples else []
+        alone = self.back(see, self.outputs, summed(self.outputs), keep) if self.samples else []
         with full_precision(self.outputs[0].device):
             for key, share in alone:
                 held.setdefault(key, []).append(share)

@@ -25,7 +25,7 @@ RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.matmul: linear.matmul,
     Tensor.matmul: linear.matmul,
     Tensor.__matmul__: linear.matmul,
-    torch.mm: linear.matmul,
+    torch.mm: linear.mm,
     torch.addmm: linear.addmm,
     F.embedding: linear.embedding,
     F.embedding_bag: linear.embedding_bag,

@@ -61,9 +61,6 @@ class Call:
 
     parameters: Mapping[int, Tensor]
     samples: int
-    #: Which samples of a batch of ``whole`` these are; None for all.
-    rows: Tensor | None = None
-    whole: int = 0
     #: Whether tensors that the model creates hold a row for each sample, because it writes samples into them.
     batch_new_tensors: bool = False
     uses: list[Use] = field(default_factory=list)
@@ -76,6 +73,8 @@ class Call:
     #: The hooks of saved tensors when the run began.
     hooks: Any = field(default_factory=saved_tensor_hooks)
     level: int = 0
+    #: Bytes of what functions return for one sample, if they are counted.
+    bytes: int = 0
     _copies: dict[int, Tensor] = field(default_factory=dict)
 
     def begin(self) -> None:

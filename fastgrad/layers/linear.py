@@ -115,8 +115,15 @@ def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None
     return call.apply(lambda x: F.linear(x, weight, bias), input, [weight, bias], STRAIGHT)
 
 
-def matmul(call: Call, input: Tensor, other: Tensor) -> Any:
+def mm(call: Call, input: Tensor, mat2: Tensor, **options: Any) -> Any:
+    """Rule for ``torch.mm``."""
+    return NotImplemented if options else matmul(call, input, mat2)
+
+
+def matmul(call: Call, input: Tensor, other: Tensor, **options: Any) -> Any:
     """Rule for ``torch.matmul`` with a parameter on the right."""
+    if options:  # such as out
+        return NotImplemented
     if not call.owns(other) or other.dim() != 2 or call.owns(input) or input.dim() < 1:
         return NotImplemented
     return call.apply(lambda x: x @ other, input, [other], TURNED)

@@ -34,15 +34,7 @@ def dropout(call: Call, input: Tensor, p: float = 0.5, training: bool = True, in
     """Rule for ``torch.nn.functional.dropout``, which draws the numbers of an ordinary call of the whole batch."""
     if not call.is_batched(input) or not training:
         return NotImplemented
-
-    def on_batch() -> Any:
-        x = call.physical(input)
-        if call.rows is None:
-            return F.dropout(x, p, training, inplace)
-        every = F.dropout(x.new_ones(call.whole, *x.shape[1:]), p, training)
-        return x * every.index_select(0, call.rows.to(x.device))
-
-    return call.on_batch(on_batch)
+    return call.on_batch(lambda: F.dropout(call.physical(input), p, training, inplace))
 
 
 def attention(

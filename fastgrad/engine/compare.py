@@ -1,0 +1,57 @@
+"""Compare what samples give alone with what the batch gives: a difference is refused, and decides nothing else."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgrad._torch import pytree
+from fastgrad.engine.outputs import output_name
+from fastgrad.evaluation import agree
+from fastgrad.layers.call import NotPerSampleError
+
+
+def differing(found: Iterable[tuple[str, Any]], batch: Mapping[str, Any]) -> list[str]:
+    """Return the names of tensors that are not the batch's own, to half the digits of their dtype.
+
+    Tensors of another shape than in the batch are rows of what the batch reduces, and have nothing to agree with.
+    """
+    return [
+        name
+        for name, t in found
+        if isinstance(t, Tensor) and isinstance(other := batch.get(name), Tensor) and t.shape == other.shape
+        and not agree(t.to(other.dtype), other)
+    ]  # fmt: skip
+
+
+def interact(name: str) -> NotPerSampleError:
+    """Return the error for a model of which an output differs."""
+    return NotPerSampleError(
+        "model must treat the samples of a batch independently, or there is no gradient per sample; for one sample "
+        f"alone, {output_name(name)} differs from that in the batch"
+    )
+
+
+def twin(model: nn.Module) -> nn.Module | None:
+    """Return a copy of a model in float64 and evaluation mode; None if it cannot be copied."""
+    try:
+        made = copy.deepcopy(model).double()
+    except Exception:  # whatever the user's own modules raise
+        return None
+    for module in made.modules():
+        module.training = False
+    return made
+
+
+def widened(tree: Any) -> Any:
+    """Return inputs in float64, detached."""
+
+    def wide(t: Tensor) -> Tensor:
+        t = t.detach()
+        return t.double() if t.is_floating_point() else t.to(torch.complex128) if t.is_complex() else t.clone()
+
+    return pytree.tree_map_only(Tensor, wide, tree)

@@ -1,0 +1,222 @@
+"""Run the samples of a batch: together under vmap, in groups by the values that the model reads, or one by one."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgrad._torch import StopRecomputation, pytree, vmap
+from fastgrad.batches import same_class
+from fastgrad.engine import ordinary
+from fastgrad.engine.inputs import Inputs
+from fastgrad.engine.mode import PerSample, Split
+from fastgrad.engine.modules import replaced
+from fastgrad.engine.outputs import Stacked, Tree, flatten, require_rows
+from fastgrad.engine.recorded import Alone, Hints
+from fastgrad.engine.writes import Attribute, Entry, Snapshot, States, mapped
+from fastgrad.layers.call import CHECKPOINT, Call, NotPerSampleError, Refused, RuleError
+from fastgrad.memory import lacks_memory
+
+#: Samples that run alone use copies of buffers in the model's own tables, so threads take turns.
+_turn = threading.RLock()
+
+
+@dataclass
+class Part:
+    """Samples that ran together, or one that ran alone. Tensors of samples are `Stacked`."""
+
+    index: Tensor | None  # which samples; None for all
+    part: Call | Alone
+    output: Tree
+    #: If these are all samples: tensors of one sample that the model or a hook kept.
+    kept: list[Tensor] = field(default_factory=list)
+    #: If not: attributes that were changed, and tensors that were written to, by id, with their new values.
+    attributes: dict[Attribute, Any] = field(default_factory=dict)
+    written: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class Samples:
+    """The samples of one call of ``forward``, the forward pass of ``model``, each of which begins from ``snapshot``.
+
+    ``parameters`` are those whose gradients are wanted, by id. ``thaws`` has frozen ones followed also where a
+    checkpoint inside computes again with what the model holds at that time. ``counts`` has bytes counted.
+    """
+
+    def __init__(
+        self, model: nn.Module, forward: Callable[..., Any], inputs: Inputs, parameters: Mapping[int, Tensor],
+        snapshot: Snapshot, modules: Sequence[tuple[str, nn.Module]], *, thaws: bool, counts: bool,
+    ) -> None:  # fmt: skip
+        self.model, self.forward, self.inputs, self.parameters = model, forward, inputs, parameters
+        self.snapshot, self.modules = snapshot, modules
+        self._thaws, self._counts = thaws, counts
+        self.states = States(snapshot, inputs.samples)
+
+    def begin_again(self) -> None:
+        """Undo what samples wrote."""
+        self.snapshot.restore()
+        self.states = States(self.snapshot, self.inputs.samples)
+
+    def run(self, hints: Hints) -> list[Part]:
+        """Run all samples; a model that vmap refuses runs again in another way, which is noted in ``hints``."""
+        found: list[Part] = []
+        waiting: list[Tensor | None] = [None]
+        while waiting:
+            index = waiting.pop(0)
+            try:
+                found += self._alone(hints, index) if hints.alone_reason else [self._together(hints, index)]
+            except Split as split:
+                whole = torch.arange(self.inputs.samples, device="cpu") if index is None else index
+                values = split.values.to(whole.device)
+                waiting = [whole[(values == v).all(1)] for v in values.unique(dim=0)] + waiting
+                self.begin_again()
+            except (NotPerSampleError, StopRecomputation):
+                raise
+            except Exception as error:
+                if lacks_memory(error):
+                    raise
+                if hints.alone_reason or isinstance(error, RuleError):
+                    raise self._failure(error) from error
+                _other_way(hints, error)
+                found, waiting = [], [None]
+                self.begin_again()
+        return found
+
+    def _failure(self, error: Exception) -> Exception:
+        """Return the error to raise if a rule or a sample alone fails: the model's own if the batch fails as well."""
+        self.begin_again()
+        try:
+            ordinary.call(self.forward, self.inputs.call_of(self.inputs.copies()), self.snapshot)
+        except Exception as own:
+            return own if isinstance(error, RuleError) else error
+        if isinstance(error, RuleError):
+            return error
+        return NotPerSampleError(
+            "model must run on each sample alone, as a batch of one; it runs on the batch, but one sample raised "
+            f"{type(error).__name__}: {error}"
+        )
+
+    def _together(self, hints: Hints, index: Tensor | None) -> Part:
+        leaves = self.inputs.rows(index)
+        unique = self.inputs.carriers(leaves)
+        samples = self.inputs.samples if index is None else len(index)
+        call = Call(self.parameters, samples, hints.new_tensors)
+        mode = PerSample(call, self.snapshot, counts=self._counts)
+        made: list[Tree] = []
+
+        def state(rows: Tensor) -> Any:
+            own = call.wrapped(rows if index is None else rows.index_select(0, index.to(rows.device)))
+            mode.know([own])
+            return own
+
+        def one(*tensors: Tensor) -> Tensor:
+            call.begin()
+            pairs = zip(unique.items(), tensors, strict=True)
+            of_sample = {key: same_class(x.unsqueeze(dim), given) for (key, (given, dim)), x in pairs}
+            mode.know(of_sample.values())
+            args, kwargs = self.inputs.call_of([of_sample.get(id(x), x) for x in leaves])
+            with replaced(self.model, call), self.states.given(state), mode:
+                values, rebuilt, names = require_rows(flatten(self.forward(*args, **kwargs)))
+            if torch.is_grad_enabled():
+                mode.require_known(values)
+            made.append(([Stacked(call.physical(v)) if call.is_batched(v) else v for v in values], rebuilt, names))
+            return tensors[0].detach()
+
+        tensors, dims = zip(*unique.values(), strict=True)
+        try:
+            vmap(one, in_dims=dims, randomness="different")(*tensors)
+        except (TypeError, AttributeError, NameError) as error:
+            if error is not call.rule_failure:
+                raise
+            raise RuleError(f"a layer rule raised {type(error).__name__}: {error}") from error
+        if index is None:
+            return Part(None, call, made[0], mode.kept())
+
+        def stacked(entry: Entry, value: Any) -> Any:
+            if any(map(call.is_batched, pytree.tree_leaves(value))) and not isinstance(value, Tensor):
+                raise NotPerSampleError(
+                    "model must not keep tensors deep inside an attribute where its samples take different paths; "
+                    f"{self.snapshot.name(entry)!r} held some"
+                )
+            return Stacked(call.physical(value)) if call.is_batched(value) else value
+
+        changes = {place: mapped(place, value, stacked) for place, value in self.snapshot.changes().items()}
+        part = Part(index, call, made[0], [], changes, self.snapshot.written())
+        self.begin_again()
+        return part
+
+    def _alone(self, hints: Hints, index: Tensor | None) -> Iterator[Part]:
+        for i in range(self.inputs.samples) if index is None else index.tolist():
+            own = torch.tensor([i], device="cpu")
+            part = Alone(self.model, self.parameters if self._thaws or not hints.checkpoints else {})
+            leaves = self.inputs.rows(own)
+            given = [x for x, _ in self.inputs.carriers(leaves).values()]
+
+            def state(rows: Tensor, i: int = i, given: list[Tensor] = given) -> Tensor:
+                given.append(rows[i])
+                return given[-1]
+
+            with _turn, self._own_buffers() as copies, part.swapped(), self.states.given(state):
+                args, kwargs = self.inputs.call_of(leaves)
+                with ordinary.Dependent(given, self.snapshot) as mode:
+                    result = self.forward(*args, **kwargs)
+                values, rebuilt, names = require_rows(flatten(result))
+                rows = [mode.holds(v) or (isinstance(v, Tensor) and v.requires_grad) for v in values]
+                # Views, so that the gradient of one output does not include paths through another.
+                values = [v.view_as(v) if isinstance(v, Tensor) and v.requires_grad else v for v in values]
+                part.outputs += [v for v in values if isinstance(v, Tensor) and v.requires_grad]
+                output = [Stacked(v.unsqueeze(0)) if row else v for v, row in zip(values, rows, strict=True)]
+                originals = {id(copy): original for original, copy in copies}
+
+                def stacked(entry: Entry, value: Any, part: Alone = part, mode: Any = mode, originals: Any = originals) -> Any:
+                    if not mode.holds(value):
+                        return originals.get(id(value), value)
+                    if value.requires_grad:
+                        value = value.view_as(value)
+                        part.outputs.append(value)
+                    return Stacked(value.unsqueeze(0))
+
+                changes = {place: mapped(place, value, stacked) for place, value in self.snapshot.changes().items()}
+                written = self.snapshot.written()
+                written |= {id(original): (original, copy.detach()) for original, copy in copies if copy._version}
+            for name, parameter in self.model.named_parameters():
+                if id(parameter) in written:
+                    raise NotPerSampleError(
+                        "model must not write to its parameters in forward where its samples run one by one; it wrote "
+                        f"to {name!r}. Write to them outside of forward"
+                    )
+            self.begin_again()
+            yield Part(own, part, (output, rebuilt, names), [], changes, written)
+
+    @contextlib.contextmanager
+    def _own_buffers(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Replace buffers by copies inside, so that no graph holds the originals; yield both."""
+        tables = [(module._buffers, dict(module._buffers)) for _, module in self.modules if module._buffers]
+        own = {id(b): (b, b.detach().clone()) for _, held in tables for b in held.values() if b is not None}
+        for table, held in tables:
+            table.update({name: None if b is None else own[id(b)][1] for name, b in held.items()})
+        try:
+            yield list(own.values())
+        finally:
+            for table, held in tables:
+                for name, original in held.items():
+                    if original is not None and table.get(name) is own[id(original)][1]:
+                        table[name] = original
+
+
+def _other_way(hints: Hints, error: Exception) -> None:
+    """Note how to run a model that vmap refused."""
+    text = str(error).partition("\n")[0]
+    hints.checkpoints |= text == CHECKPOINT
+    if not hints.new_tensors and "vmap" in text and "inplace" in text.replace("in-place", "inplace"):
+        hints.new_tensors = True
+    else:
+        hooked = isinstance(error, Refused) and error.hooked
+        hints.alone_reason = ("a hook may change its gradients: " if hooked and "hook" not in text else "") + (
+            text or type(error).__name__
+        )
