@@ -154,7 +154,9 @@ _mapping = 0
 _mapping_lock = threading.Lock()
 
 
-def vmap(function: Callable[_Arguments, _Result], randomness: str = "error", in_dims: Any = 0) -> Callable[_Arguments, _Result]:
+def vmap(
+    function: Callable[_Arguments, _Result], randomness: str = "error", in_dims: Any = 0
+) -> Callable[_Arguments, _Result]:
     """``torch.func.vmap`` without its warning about operators that it calls sample by sample.
 
     This switch belongs to the process. So do warning filters, but another thread may restore them in the meantime.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,17 +17,22 @@ from fastgrad.evaluation import agree
 from fastgrad.layers.call import NotPerSampleError
 
 
-def differing(found: Iterable[tuple[str, Any]], batch: Mapping[str, Any]) -> list[str]:
+def differing(found: Iterable[tuple[str, Any]], batch: Mapping[str, Any], precision: float = 0.0) -> list[str]:
     """Return the names of tensors that are not the batch's own, to half the digits of their dtype.
 
-    Tensors of another shape than in the batch are rows of what the batch reduces, and have nothing to agree with.
+    ``precision`` replaces the rounding error of the dtype if it is larger. Tensors of another shape than in the batch are rows of what the batch reduces, and have nothing to agree with.
     """
     return [
         name
         for name, t in found
         if isinstance(t, Tensor) and isinstance(other := batch.get(name), Tensor) and t.shape == other.shape
-        and not agree(t.to(other.dtype), other)
+        and not agree(t.to(other.dtype), other, precision)
     ]  # fmt: skip
+
+
+def drawn() -> tuple[Any, ...]:
+    """Return the places of the generators of Python and NumPy, to see whether one was drawn from."""
+    return random.getstate(), np.random.get_state()[2]  # noqa: NPY002
 
 
 def interact(name: str) -> NotPerSampleError:
@@ -37,21 +44,19 @@ def interact(name: str) -> NotPerSampleError:
 
 
 def twin(model: nn.Module) -> nn.Module | None:
-    """Return a copy of a model in float64 and evaluation mode; None if it cannot be copied."""
+    """Return a copy of a model in float64; None if it cannot be copied."""
     try:
-        made = copy.deepcopy(model).double()
+        return copy.deepcopy(model).double()
     except Exception:  # whatever the user's own modules raise
         return None
-    for module in made.modules():
-        module.training = False
-    return made
 
 
 def widened(tree: Any) -> Any:
-    """Return inputs in float64, detached."""
+    """Return copies of inputs in float64."""
 
     def wide(t: Tensor) -> Tensor:
-        t = t.detach()
-        return t.double() if t.is_floating_point() else t.to(torch.complex128) if t.is_complex() else t.clone()
+        own = t.detach()
+        own = own.double() if t.is_floating_point() else own.to(torch.complex128) if t.is_complex() else own.clone()
+        return own.requires_grad_(t.requires_grad)
 
     return pytree.tree_map_only(Tensor, wide, tree)

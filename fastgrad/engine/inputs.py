@@ -61,6 +61,8 @@ class Inputs:
                     )
         #: Whether all inputs that carry the batch have one dimension.
         self.lines = all(x.dim() == 1 for x, dim in zip(self.leaves, self.dims, strict=True) if dim is not None)
+        #: Numbers of tensors in lists and tuples among the inputs.
+        self.lists = {len(x) for x in (*args, *kwargs.values()) if type(x) in (list, tuple)}
         #: Inputs that may hold tensors in attributes, such as caches.
         self.objects = [x for x in self.leaves if is_object(x)]
 
@@ -68,7 +70,9 @@ class Inputs:
         """Return for each leaf the names and positions of the input that holds it."""
         forward, args, kwargs = self._call
         try:
-            known = [p.name for p in inspect.signature(forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+            known = [
+                p.name for p in inspect.signature(forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
+            ]
         except (TypeError, ValueError):
             known = []
         keys: list[set[str | int]] = []
@@ -119,7 +123,8 @@ class Inputs:
     def doubled(self, leaves: Sequence[Any]) -> list[Any]:
         """Return the leaves with each sample twice."""
         return [
-            x if dim is None else same_class(torch.cat([x, x], dim), x) for x, dim in zip(leaves, self.dims, strict=True)
+            x if dim is None else same_class(torch.cat([x, x], dim), x)
+            for x, dim in zip(leaves, self.dims, strict=True)
         ]
 
     def rows(self, index: Tensor | None) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from fastgrad._torch import functorch, lowered, pytree, saved_tensor_hooks
 from fastgrad.engine.writes import Snapshot
 from fastgrad.layers import ENTERED, RULES
-from fastgrad.layers.call import CHECKPOINT, Call, Refused
+from fastgrad.layers.call import CHECKPOINT, Call, NotPerSampleError, Refused
 
 
 class Split(Exception):  # noqa: N818 - the batch is split, nothing is wrong
@@ -62,13 +62,16 @@ _SEQUENCES = (list, tuple, dict)
 class PerSample(TorchFunctionMode):
     """Follow the functions that a model calls on one sample, for a `Call`."""
 
-    def __init__(self, call: Call, snapshot: Snapshot, *, counts: bool = False) -> None:
+    def __init__(self, call: Call, snapshot: Snapshot, doubtful: Mapping[int, str], *, counts: bool = False) -> None:
         super().__init__()
         self._call, self._watch, self._counts = call, snapshot.watch, counts
+        self._doubtful = doubtful
         #: References to the samples and to all results, by id.
         self._known: dict[int, weakref.ref[Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.compiler.is_compiling():  # torch.cond has the compiler trace through modes
+            return func(*args, **(kwargs or {}))
         if func in _REQUIRES_GRAD:
             return self._call.physical(args[0]).requires_grad
         if func in _HARMLESS:
@@ -83,6 +86,15 @@ class PerSample(TorchFunctionMode):
         elif isinstance(out, (tuple, list)):
             self.know(pytree.tree_leaves(out))
         return out
+
+    def _refuse_states(self, args: Any, kwargs: Any) -> None:
+        leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        name = next((self._doubtful[id(t)] for t in leaves if id(t) in self._doubtful), None)
+        if name is not None and any(map(self._call.is_batched, leaves)):
+            raise NotPerSampleError(
+                f"model must not read an attribute of the batch that no recorded call wrote; {name!r} has a row for each "
+                "sample. Reset such a state before recorded calls, and make a constant a buffer (register_buffer)"
+            )
 
     def know(self, values: Iterable[Any]) -> None:
         """Take tensors for samples, or for results of functions that were seen."""
@@ -109,6 +121,8 @@ class PerSample(TorchFunctionMode):
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         call = self._call
+        if self._doubtful:
+            self._refuse_states(args, kwargs)
         if func in ENTERED:
             with self:
                 return ENTERED[func](*args, **kwargs)

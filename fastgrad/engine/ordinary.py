@@ -53,6 +53,8 @@ class Quiet(TorchFunctionMode):
         self.names: dict[str, None] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.compiler.is_compiling():  # torch.cond has the compiler trace through modes
+            return func(*args, **(kwargs or {}))
         kwargs = kwargs or {}
         if self._snapshot is not None:
             self._snapshot.watch(func, args, kwargs)
@@ -80,13 +82,17 @@ class Quiet(TorchFunctionMode):
     def _constant(self, func: Any, args: Any, kwargs: Any) -> Any:
         self.names[func.__name__] = None
         tensor = next((a for a in args if isinstance(a, Tensor)), None)
-        device = tensor.device if tensor is not None else torch.device(kwargs.get("device") or torch.get_default_device())
-        generator = torch.Generator(device).manual_seed(0)
-        out = func(*args, **{**kwargs, "generator": generator})
-        if func is torch.randperm or not out.numel():
+        device = (
+            tensor.device if tensor is not None else torch.device(kwargs.get("device") or torch.get_default_device())
+        )
+        out = func(*args, **{**kwargs, "generator": torch.Generator(device).manual_seed(0)})
+        if func is torch.randperm:
             return out
+        integers = [a for a in args if type(a) is int]
         with torch.no_grad():
-            return out.copy_(out.flatten()[0].clone().expand_as(out))
+            # Half of the way, or the lowest of several integers.
+            return out.fill_(0.5 if out.is_floating_point() and "bernoulli" not in func.__name__ else
+                             integers[0] if len(integers) > 1 else 0)  # fmt: skip
 
 
 def call(forward: Callable[..., Any], given: tuple[Any, Any], snapshot: Snapshot) -> tuple[Tree, Quiet]:
@@ -115,6 +121,8 @@ class Dependent(TorchFunctionMode):
         return id(tensor) in self._found
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.compiler.is_compiling():  # torch.cond has the compiler trace through modes
+            return func(*args, **(kwargs or {}))
         kwargs = kwargs or {}
         self._snapshot.watch(func, args, kwargs)
         out = func(*args, **kwargs)

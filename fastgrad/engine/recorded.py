@@ -75,9 +75,9 @@ class Recorded:
         return max((part.bytes for _, part in self.parts if isinstance(part, Call)), default=0)
 
     def close(self) -> None:
-        """Keep only how samples ran."""
-        if self.restore is not None and any(isinstance(part, Alone) for _, part in self.parts):
-            self.restore()  # a checkpoint has computed samples again
+        """Keep only how samples ran, and undo what the call wrote if it has to leave the model as it was."""
+        if self.restore is not None:
+            self.restore()
         self.restore = None
         for _, part in self.parts:
             if isinstance(part, Alone):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgrad._torch import has_global_hooks, hooks_of
+from fastgrad._torch import has_global_hooks, hooks_of, saved_tensor_hooks, saving_plainly
 from fastgrad.engine import compare, graph, ordinary
 from fastgrad.engine.inputs import BatchDims, Inputs
 from fastgrad.engine.modules import uncompiled
@@ -46,11 +46,16 @@ def run(
     """
     keep_freed_memory()
     one = _Run(model, forward, args, kwargs, parameters, undo, modules, batch_dims)
+    owner = model if owner is None else owner
     if not one.inputs.samples:
         return one.empty()
     with uncompiled(module for _, module in one.modules):
         try:
-            return one.result(model if owner is None else owner, compared=compared, counts=counts)
+            if saved_tensor_hooks() is not None and not one.hints(owner).places:
+                # A checkpoint around the call compares the tensors that two runs save, so it must not see tries.
+                with saving_plainly():
+                    _Run(model, forward, args, kwargs, parameters, True, modules, batch_dims).result(owner)[1].close()
+            return one.result(owner, compared=compared, counts=counts)
         except NotPerSampleError:
             refuse_mixing(model, training=True)  # which names the layer
             raise
@@ -72,6 +77,7 @@ class _Run:
         #: What an ordinary call returned, by name, and the shapes of what it wrote; of two equal samples for one.
         self.plain: dict[str, Any] | None = None
         self.plain_writes: dict[Entry, Sequence[int]] = {}
+        self.draws = False
 
     def empty(self) -> tuple[Any, Recorded]:
         """Call the model on an empty batch."""
@@ -82,15 +88,20 @@ class _Run:
         recorded.places, recorded.rows = [0] * len(leaves), [isinstance(t, Tensor) for t in leaves]
         return rebuilt(whole), recorded
 
-    def result(self, owner: nn.Module, *, compared: bool, counts: bool) -> tuple[Any, Recorded]:
-        samples = self.inputs.samples
-        hints = hints_of(owner, (self.inputs.key(), samples == 1, self.training, self.hooks, len(MODULES)))
+    def hints(self, owner: nn.Module) -> Hints:
+        """Return what is known of such calls."""
+        key = self.inputs.key(), self.inputs.samples == 1, self.training, self.hooks, len(MODULES)
+        return hints_of(owner, key)
+
+    def result(self, owner: nn.Module, *, compared: bool = False, counts: bool = False) -> tuple[Any, Recorded]:
+        """Run the samples, and again in another way or beside an ordinary call where that is needed."""
+        samples, hints = self.inputs.samples, self.hints(owner)
         self.snapshot = Snapshot(self.modules, self.inputs.objects, self.inputs.leaves)
         hooked = self._hooks_gradients()
         if hooked:
             hints.alone_reason = "a hook may change its gradients (full backward hook)"
         try:
-            if not (compared or hints.compared):
+            if not hints.places or not (compared or hints.compared or samples == 1):
                 self.call_ordinarily()
             ways = Samples(
                 self.model, self.forward, self.inputs, self.parameters, self.snapshot, self.modules, thaws=self.undo,
@@ -133,8 +144,8 @@ class _Run:
         for tensor, rows in loose:
             _replace(tensor, rows, recorded)
         if self.undo:
-            self.snapshot.restore()
-            recorded.restore = self.snapshot.restore
+            # After the backward pass, because the graph may hold what was written.
+            recorded.restore = self._restoring_buffers() if hints.checkpoints else self.snapshot.restore
         else:
             self.write(parts, written)
         return output, recorded
@@ -144,6 +155,20 @@ class _Run:
         modules = [m for _, m in self.modules if m is not self.model or self.undo] if self.hooks else []
         return has_global_hooks(backward=True) or any(m._backward_hooks or m._backward_pre_hooks for m in modules)
 
+    def _restoring_buffers(self) -> Callable[[], None]:
+        """Return what restores buffers, to which a checkpoint that computes again in the backward pass may write."""
+        kept = [
+            (b, b.detach().clone()) for _, module in self.modules for b in module._buffers.values() if b is not None
+        ]
+
+        def restore() -> None:
+            self.snapshot.restore()
+            with torch.no_grad():
+                for buffer, value in kept:
+                    buffer.copy_(value)
+
+        return restore
+
     # An ordinary call, and what it tells.
 
     def call_ordinarily(self) -> None:
@@ -152,7 +177,8 @@ class _Run:
         self.plain = {}
         try:
             given = self.inputs.call_of(self.inputs.doubled(leaves) if one else leaves)
-            (values, _, names), _ = ordinary.call(self.forward, given, self.snapshot)
+            (values, _, names), quiet = ordinary.call(self.forward, given, self.snapshot)
+            self.draws = bool(quiet.names)
             changes = self.snapshot.changes()
         except Exception:
             if not one:  # which a model may take alone
@@ -180,7 +206,10 @@ class _Run:
         """Return where the batch is, by the numbers of outputs and by entries of attributes; None if not known yet."""
         entered = [(entry, x) for place, value in writes.items() for entry, x in entries(place, value, Stacked)]
         outputs = [(at, x) for at, x in enumerate(leaves) if isinstance(x, Stacked)]
-        pattern = len(leaves), *((key, tuple(n if n == 1 else 0 for n in x.values.shape[1:])) for key, x in outputs + entered)
+        pattern = (
+            len(leaves),
+            *((key, tuple(n if n == 1 else 0 for n in x.values.shape[1:])) for key, x in outputs + entered),
+        )
         if pattern not in hints.places:
             if self.plain is None:
                 return None
@@ -192,9 +221,17 @@ class _Run:
                 if batch is None and (entry or not self.plain):
                     found[key] = likely_place(shape)
                 elif batch is None:
-                    raise NotPerSampleError(f"model must return for a sample what it returns for the batch; {what} is new")
+                    raise NotPerSampleError(
+                        f"model must return for a sample what it returns for the batch; {what} is new"
+                    )
                 else:
                     found[key] = find_place(shape, batch, max(2, self.inputs.samples), what)
+            if found and all(place is None for place in found.values()) and self.inputs.lists:
+                if any(x.values.shape[1:2] == (n,) for _, x in outputs for n in self.inputs.lists):
+                    raise NotPerSampleError(
+                        "inputs must be tensors with a row for each sample; a list with one tensor for each sample was "
+                        "given. Stack the tensors, or pad and stack them"
+                    )
             hints.places[pattern] = found
         return hints.places[pattern]
 
@@ -205,18 +242,42 @@ class _Run:
         if self.plain.keys() != set(names):
             raise compare.interact("structure")
         found = compare.differing(zip(names, outputs, strict=True), self.plain)
-        twin = compare.twin(self.model) if found else None
-        if twin is not None:
-            # Rounding amplified, and random numbers, are told from mixing in float64, evaluation mode and without any.
-            call = self.inputs.call_of(compare.widened(self.inputs.leaves))
-            with contextlib.suppress(RuntimeError, TypeError, NotImplementedError), ordinary.Quiet():
-                mine, _ = run(twin, self.forward_of, *call, {}, undo=True, batch_dims=self.batch_dims, compared=True)
-                with torch.no_grad():
-                    batch, _, again = flatten(self.forward_of(twin)(*call[0], **call[1]))
-                own, _, names = flatten(mine)
-                found = compare.differing(zip(names, own, strict=True), dict(zip(again, batch, strict=True)))
+        if not found:
+            return
+        # A tenth of an output is no rounding, unless it was computed in half precision.
+        cast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+        if (
+            cast
+            or self.training
+            or self.draws
+            or not compare.differing(zip(names, outputs, strict=True), self.plain, 1e-2)
+        ):
+            drawn = compare.drawn()
+            found = self._found_in_double(found, self.training)
+            if found and self.training and drawn != compare.drawn():  # by a generator of Python or NumPy
+                found = self._found_in_double(found, False)
         if found:
             raise compare.interact(found[0])
+
+    def _found_in_double(self, found: list[str], training: bool) -> list[str]:
+        """Return the outputs that differ in float64 and without random numbers, or those ``found`` if this cannot run.
+
+        This tells rounding from samples that interact.
+        """
+        twin = compare.twin(self.model)
+        if twin is None:
+            return found
+        for module in twin.modules():
+            module.training = module.training and training
+        call = self.inputs.call_of(compare.widened(self.inputs.leaves))
+        with contextlib.suppress(RuntimeError, TypeError, NotImplementedError), ordinary.Quiet():
+            mine, once = run(twin, self.forward_of, *call, {}, undo=True, batch_dims=self.batch_dims, compared=True)
+            once.close()
+            call = self.inputs.call_of(compare.widened(self.inputs.leaves))
+            batch, _, again = flatten(self.forward_of(twin)(*call[0], **call[1]))
+            own, _, names = flatten(mine)
+            return compare.differing(zip(names, own, strict=True), dict(zip(again, batch, strict=True)))
+        return found
 
     # The batch.
 
@@ -235,7 +296,10 @@ class _Run:
         for place in {place for p in parts for place in p.attributes}:
             name = f"attribute {self.snapshot.name(place)!r}"
             values = [p.attributes.get(place, self.snapshot.earlier((*place, None))) for p in parts]
-            if len({(type(v), len(v) if hasattr(v, "__len__") and not isinstance(v, Tensor) else 0) for v in values}) > 1:
+            if (
+                len({(type(v), len(v) if hasattr(v, "__len__") and not isinstance(v, Tensor) else 0) for v in values})
+                > 1
+            ):
                 raise NotPerSampleError(f"model must give all samples the same {name}; it differs by their paths")
 
             def of_all(entry: Entry, value: Any, name: str = name, values: list[Any] = values) -> Any:

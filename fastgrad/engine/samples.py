@@ -106,7 +106,7 @@ class Samples:
         unique = self.inputs.carriers(leaves)
         samples = self.inputs.samples if index is None else len(index)
         call = Call(self.parameters, samples, hints.new_tensors)
-        mode = PerSample(call, self.snapshot, counts=self._counts)
+        mode = PerSample(call, self.snapshot, self.states.doubtful, counts=self._counts)
         made: list[Tree] = []
 
         def state(rows: Tensor) -> Any:
@@ -173,7 +173,9 @@ class Samples:
                 output = [Stacked(v.unsqueeze(0)) if row else v for v, row in zip(values, rows, strict=True)]
                 originals = {id(copy): original for original, copy in copies}
 
-                def stacked(entry: Entry, value: Any, part: Alone = part, mode: Any = mode, originals: Any = originals) -> Any:
+                def stacked(
+                    entry: Entry, value: Any, part: Alone = part, mode: Any = mode, originals: Any = originals
+                ) -> Any:
                     if not mode.holds(value):
                         return originals.get(id(value), value)
                     if value.requires_grad:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import operator
 import threading
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgrad._torch import unwrapped
@@ -29,6 +29,9 @@ _OPERATORS = {
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul", "lshift")
 } | {"__irshift__", "__setitem__"}  # fmt: skip
 
+_known: dict[Callable[..., Any], tuple[bool, int]] = {}
+#: Functions that write to running statistics, their second and third arguments.
+_STATISTICS = frozenset({F.batch_norm, F.instance_norm})
 #: Functions named as if they wrote values.
 _HARMLESS = frozenset({"requires_grad_", "detach_", "share_memory_", "rename_", "resolve_conj_", "as_strided_"})
 
@@ -38,17 +41,26 @@ Attribute = tuple[int, str]
 Entry = tuple[int, str, Any]
 
 
-@functools.cache
 def _writing(function: Callable[..., Any]) -> tuple[bool, int]:
     """Return whether a function writes to its first argument, and the place of its argument ``inplace``, or -1."""
+    # A table of its own: compilers that trace through modes warn of functools.
+    found = _known.get(function)
+    if found is None:
+        found = _known[function] = _looked_up(function)
+    return found
+
+
+def _looked_up(function: Callable[..., Any]) -> tuple[bool, int]:
     name = getattr(function, "__name__", "")
     if name in _HARMLESS:
         return False, -1
     if (name.endswith("_") and not name.endswith("__")) or name in _OPERATORS:
         return True, -1
+    if getattr(function, "__module__", "") != "torch.nn.functional":
+        return False, -1
     try:
         names = list(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
+    except ValueError:  # builtins, none of which has this argument
         return False, -1
     return False, names.index("inplace") if "inplace" in names else -1
 
@@ -56,13 +68,17 @@ def _writing(function: Callable[..., Any]) -> tuple[bool, int]:
 class Snapshot:
     """What the modules of a model and objects among its inputs hold, and what the tensors held that were written to."""
 
-    def __init__(self, modules: Sequence[tuple[str, nn.Module]], objects: Iterable[object], inputs: Sequence[Any]) -> None:
+    def __init__(
+        self, modules: Sequence[tuple[str, nn.Module]], objects: Iterable[object], inputs: Sequence[Any]
+    ) -> None:
         self._paths, self._inputs = modules, inputs
         #: Each holder, its attributes, and copies of the containers among them; an empty one's copy is itself.
         self._held: list[tuple[Any, dict[str, Any], list[tuple[str, Any, Any]]]] = []
         for holder in (*(module for _, module in modules), *objects):
-            held = vars(holder).copy()
-            inner = [(k, v, v.copy() if v else None) for k, v in held.items() if type(v) in _CONTAINERS]
+            held, inner = vars(holder).copy(), []
+            for name, value in held.items():
+                if type(value) in _CONTAINERS:
+                    inner.append((name, value, value.copy() if value else None))
             self._held.append((holder, held, inner))
         #: By id, the tensors that were written to in place, and their values before.
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
@@ -86,6 +102,8 @@ class Snapshot:
         if at >= 0:
             writes = bool(kwargs.get("inplace") or (len(args) > at and args[at]))
         targets = [args[0]] if writes and args else []
+        if function in _STATISTICS:
+            targets = [*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")]
         out = kwargs.get("out")
         targets += list(out) if isinstance(out, (tuple, list)) else [] if out is None else [out]
         for target in targets:
@@ -97,8 +115,14 @@ class Snapshot:
     def _of_memory(self, memory: int) -> list[Tensor]:
         if self._persistent is None:
             self._persistent = {}
-            values = (value for holder, held, _ in self._held for value in (*held.values(), *_tensors_of(holder)))
-            for value in (*values, *self._inputs):
+            held = [value for _, own, _ in self._held for value in own.values()]
+            inside = [
+                value
+                for _, _, inner in self._held
+                for name, _, content in inner
+                for _, value in entries((0, name), content, Tensor)
+            ]
+            for value in (*held, *inside, *self._inputs):
                 where = _memory_of(value)
                 if where:
                     self._persistent.setdefault(where, []).append(value)
@@ -106,7 +130,11 @@ class Snapshot:
 
     def written(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Return tensors that were written to in place, by id, with copies of their present values."""
-        return {key: (tensor, tensor.detach().clone()) for key, (tensor, _) in self._before.items()}
+        return {
+            key: (tensor, tensor.detach().clone())
+            for key, (tensor, before) in self._before.items()
+            if not torch.equal(tensor, before)
+        }
 
     # Attributes.
 
@@ -141,7 +169,9 @@ class Snapshot:
         at, name, key = entry
         _, held, inner = self._held[at]
         value = next((content for own, _, content in inner if own == name), held.get(name))
-        return value if key is None else next((v for own, v in entries((at, name), value, object) if own == entry), None)
+        return (
+            value if key is None else next((v for own, v in entries((at, name), value, object) if own == entry), None)
+        )
 
     def holder(self, at: int) -> Any:
         """Return the holder of this number."""
@@ -185,7 +215,9 @@ def _alike(container: Any, content: Any) -> bool:
     if isinstance(container, set):
         return bool(container == content)
     values = (container, content) if not isinstance(container, dict) else (container.values(), content.values())
-    return all(map(operator.is_, *values)) and (not isinstance(container, dict) or all(map(operator.is_, container, content)))
+    return all(map(operator.is_, *values)) and (
+        not isinstance(container, dict) or all(map(operator.is_, container, content))
+    )
 
 
 def _fill(container: Any, content: Any) -> None:
@@ -207,11 +239,6 @@ def _memory_of(value: Any) -> int:
         return whole.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # fake tensors and other subclasses without memory
         return 0
-
-
-def _tensors_of(holder: Any) -> Iterator[Any]:
-    tables = (holder._buffers, holder._parameters) if isinstance(holder, nn.Module) else ()
-    return (value for table in tables for value in table.values())
 
 
 # States that a model carries from call to call.
@@ -263,6 +290,14 @@ class States:
     """The states among a model's attributes that carry the batch, given to its samples by rows."""
 
     def __init__(self, snapshot: Snapshot, samples: int) -> None:
+        #: By id, tensors in attributes, other than buffers, that have a row for each sample, and their names.
+        self.doubtful: dict[int, str] = {}
+        if samples > 1:
+            for place, value in snapshot.attributes():
+                if place[1] != "_buffers":
+                    for entry, t in entries(place, value, Tensor):
+                        if t.dim() and t.shape[0] == samples and not isinstance(t, nn.Parameter):
+                            self.doubtful[id(t)] = snapshot.name(entry)
         #: Each state: its holder, name and key, the batch's tensor, and where the batch is in it.
         self.found: list[tuple[Any, str, Any, Tensor, Place]] = []
         for holder in snapshot.holders() if _carried and samples > 1 else ():

@@ -212,11 +212,13 @@ class GradientFeatures:
             modules=modules, batch_dims=self.batch_dims, counts=True,
         )  # fmt: skip
         self._latest, self._keys = recorded, list(wanted)
-        logits = class_logits(output, recorded.samples)
-        z = logits.detach()
-        with computing_with(self.impl):
-            features = signal_sqnorms(recorded, logits, self._deltas(z, target), wanted, log=self.log)
-        recorded.close()
+        try:
+            logits = class_logits(output, recorded.samples)
+            z = logits.detach()
+            with computing_with(self.impl):
+                features = signal_sqnorms(recorded, logits, self._deltas(z, target), wanted, log=self.log)
+        finally:
+            recorded.close()
         features = features.movedim(0, 1) if self.contrast or self.joint else features[0]
         return z, features, recorded.bytes_of_sample()
 

@@ -15,7 +15,6 @@ from fastgrad.engine import graph
 from fastgrad.engine.inputs import BatchDims
 from fastgrad.engine.modules import put_back, redirect
 from fastgrad.engine.norms import squared_norms
-from fastgrad.engine.outputs import flatten
 from fastgrad.engine.recorded import Recorded
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.run import run
@@ -281,9 +280,7 @@ def recorded_sqnorms(
     return tuple(found[id(p)] for p in wanted)
 
 
-def calls_behind(
-    recording: record, outputs: Sequence[Tensor], argument: str, *, given: bool = False
-) -> list[Recorded]:
+def calls_behind(recording: record, outputs: Sequence[Tensor], argument: str, *, given: bool = False) -> list[Recorded]:
     """Return the recorded calls that ``outputs``, an ``argument`` of the caller, reach.
 
     ``given`` says that their gradients are. Raise RuntimeError if they reach no call. Raise ValueError if they use a
@@ -301,9 +298,9 @@ def calls_behind(
         if id(p) in outside:
             raise ValueError(
                 f"{argument} must depend on {name!r} through recorded calls of the model or of its modules alone; it is "
-                "used outside of them, where it has no gradient per sample. Leave a weight decay to the optimizer, and "
-                "call another method than forward, or a transform of torch.func, from the forward of a module of your "
-                "own, and record this"
+                "used outside of them, where no gradient per sample is known: in a weight decay (which belongs into the "
+                "optimizer), another method than forward, a call that torch.func transforms, or a gradient penalty. Call "
+                "such functions from the forward of a module of your own, and record this"
             )
     mean = "" if given else graph.mean_over_samples(outputs)
     if mean:

@@ -99,10 +99,17 @@ def instance_norm(
     """Rule for ``torch.nn.functional.instance_norm``, of images that have a dimension for samples."""
     if not use_input_stats:
         return batch_norm(call, input, running_mean, running_var, weight, bias, False, momentum, eps)
-    if running_mean is not None:
+
+    def run(x: Tensor, w: Any, b: Any, mean: Any = None, var: Any = None) -> Tensor:
+        return F.instance_norm(x, mean, var, w, b, True, momentum, eps)
+
+    if running_mean is None and running_var is None:
+        return _by_own_statistics(call, input, weight, bias, run)
+    if not call.is_batched(input) or call.is_batched(running_mean) or input.shape[0] != 1:
         return NotImplemented
+    # The batch's images write to the running statistics once, as in an ordinary call.
     return _by_own_statistics(
-        call, input, weight, bias, lambda x, w, b: F.instance_norm(x, None, None, w, b, True, momentum, eps)
+        call, input, weight, bias, lambda x, w, b: run(x, w, b, running_mean, running_var), plain=run
     )
 
 
@@ -126,9 +133,13 @@ def rms_norm(
 
 
 def _by_own_statistics(
-    call: Call, input: Tensor, weight: Any, bias: Any, run: Callable[..., Tensor], trailing: int = 0
-) -> Any:
-    """Apply ``run(input, weight, bias)``, which normalises each image over channels or its ``trailing`` dimensions."""
+    call: Call, input: Tensor, weight: Any, bias: Any, run: Callable[..., Tensor], trailing: int = 0,
+    plain: Callable[..., Tensor] | None = None,
+) -> Any:  # fmt: skip
+    """Apply ``run(input, weight, bias)``, which normalises each image over channels or its ``trailing`` dimensions.
+
+    ``plain`` does the same and writes to nothing.
+    """
     if not call.serves(weight, bias) or call.owns(input):
         return NotImplemented
 
@@ -136,7 +147,7 @@ def _by_own_statistics(
         return run(x, weight, bias)
 
     def formula(images: int) -> Normalisation:
-        return Normalisation(lambda x: run(x, None, None), trailing, images)
+        return Normalisation(lambda x: (plain or run)(x, None, None), trailing, images)
 
     if trailing:
         return call.apply(whole, input, [weight, bias], formula(1))

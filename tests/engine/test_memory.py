@@ -90,8 +90,7 @@ def test_memory_that_ran_out_is_no_fault_of_the_model(error: Exception) -> None:
         torch.manual_seed(0)
         return fastgrad.GradientFeatures(Net(function, shift=nn.Parameter(torch.randn(4)), twice=nn.Linear(4, 4)))
 
-    # The mask may carry the batch, or positions.
-    x, mask, left = torch.ones(4, 4), torch.randn(4, 4, generator=torch.Generator().manual_seed(0)), -1
+    x, mask, left = torch.ones(5, 4), torch.randn(1, 4, generator=torch.Generator().manual_seed(0)), -1
     truth, routes = (extractor := made())(x, mask)[1], extractor.report()
     assert {route.route for route in routes} == {"copies", "sum"}
     for calls in range(1, -left):

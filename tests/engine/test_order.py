@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_nets import alone, assert_exact, check, check_losses, features_of_squares, inputs, parts, routes
+from small_nets import check, check_losses, inputs, parts, routes
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -133,33 +133,29 @@ def test_what_a_model_returns(way: str, samples: int) -> None:
         check_losses(model, lambda x: losses(model(x)), x)
 
 
-#: Of outputs that join the samples in a way that is a sum of theirs, or no such way; and the loss of an output.
-JOINED: dict[str, tuple[Callable[[Tensor], Tensor], float | None]] = {
-    "sum": (lambda h: h.square().sum(), 1.0),
-    "mean": (lambda h: h.square().mean(), 1 / 15),
-    "mean of rows": (lambda h: h.square().mean(0).sum(), 1 / 5),
-    "norm": (lambda h: h.norm(), None),
-    "deviation": (lambda h: h.std(0).sum(), None),
-    "largest": (lambda h: h.amax(), None),
+#: What a model makes of hidden states of all samples: each sample gets its own.
+JOINED: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda h: h.square().sum(),
+    "mean": lambda h: h.square().mean(),
+    "mean of rows": lambda h: h.square().mean(0).sum(),
+    "norm": lambda h: h.norm(),
+    "largest": lambda h: h.amax(),
+    "of each number": lambda h: h.square().sum(0),
 }
 
 
-@pytest.mark.filterwarnings("ignore:std")
 @pytest.mark.parametrize("way", JOINED)
-def test_outputs_of_all_samples(way: str) -> None:
-    """A model that returns its loss: norms are those of the samples' terms, or no loss may depend on it."""
-    joined, factor = JOINED[way]
-    model = parts(lambda net, x: (net.layer(x).tanh(), joined(net.layer(x).tanh())))
-    truth = alone(parts(lambda net, x: net.layer(x).tanh()), (X,))
-    assert_exact(features_of_squares(model)(X)[1], truth)
+@pytest.mark.parametrize("samples", [1, 5])
+def test_what_a_model_reduces_over_samples_is_each_samples_own(way: str, samples: int) -> None:
+    model, x = parts(lambda net, x: (net.layer(x).tanh(), JOINED[way](net.layer(x).tanh()))), X[:samples]
+
+    def losses(x: Tensor) -> Tensor:
+        h, own = model(x)
+        return h.square().sum(1) + (own.reshape(len(x), -1).sum(1) if own.numel() else own)
+
+    check_losses(model, losses, x)
     with fastgrad.record(model):
-        h, total = model(X)
-        parameters = list(model.parameters())
-        torch.testing.assert_close(total.detach(), joined(h).detach())
-        if factor is None:
-            with pytest.raises(ValueError, match=r"outputs must not depend on output \[1\] .* joins the samples"):
-                fastgrad.grad_sqnorm(total + h.sum(), parameters, retain_graph=True)
-            with pytest.raises(ValueError, match="joins the samples"):
-                total.backward()
-        found = fastgrad.grad_sqnorm(h.square().sum() if factor is None else total, parameters)
-    assert_exact(torch.stack(found, 1), truth * (factor or 1.0) ** 2)
+        h, own = model(x)
+        assert own.shape == (samples, *JOINED[way](h[:1]).shape)
+        for row, alone_ in zip(own, h.split(1), strict=True):
+            torch.testing.assert_close(row, JOINED[way](alone_))

@@ -121,9 +121,7 @@ def hinge() -> None:
 
 
 def reductions(by: str) -> None:
-    model = parts(
-        lambda net, x, y, how="": F.cross_entropy(net.head(x), y, reduction=how or net.how), how="mean"
-    )
+    model = parts(lambda net, x, y, how="": F.cross_entropy(net.head(x), y, reduction=how or net.how), how="mean")
     for how in ("mean", "sum", "mean"):
         model.how = how
         call = (lambda m, x, y, how=how: m(x, y, how=how)) if by == "argument" else own
@@ -371,7 +369,9 @@ def transformed(kind: str) -> None:
 
     ways: dict[str, Callable[[Any, Tensor], Tensor]] = {
         "grad": lambda net, x: net.head(torch.func.grad(lambda x: energy(net, x))(x)),
-        "jacobian": lambda net, x: net.head(torch.func.vmap(torch.func.jacrev(lambda x: net.layer(x).tanh()))(x).sum(2)),
+        "jacobian": lambda net, x: net.head(
+            torch.func.vmap(torch.func.jacrev(lambda x: net.layer(x).tanh()))(x).sum(2)
+        ),
         "in place": lambda net, x: net.head(torch.func.vmap(in_place)(net.layer(x))),
     }
     same(parts(ways[kind]), squares, X)
@@ -461,7 +461,9 @@ def compiled_parts(how: str) -> None:
         runs.append(1)
         return graph.forward
 
-    model = parts(lambda net, x: net.head(net.block(x)), block=nn.Sequential(nn.Linear(3, 3), nn.Tanh()))
+    model = parts(
+        lambda net, x: net.head(net.block(x)), block=Net(lambda net, x: net.linear(x).tanh(), linear=nn.Linear(3, 3))
+    )
     if how == "in place":
         model.block.compile(backend=backend)
     else:
@@ -554,6 +556,7 @@ def multi_task() -> None:
 
 def loss_of_mask() -> None:
     """A loss over what a mask leaves, which is nothing for some samples."""
+
     def loss(net: Any, z: Tensor, y: Tensor) -> Tensor:
         kept = (y != 0).to(z.dtype)
         return (F.cross_entropy(z, y, reduction="none") * kept).sum() / kept.sum().clamp(min=1)
@@ -612,6 +615,7 @@ def second_output_constant() -> None:
 
 def constant_alone() -> None:
     """What does not depend on a sample is returned as it is, also where samples run one by one."""
+
     def function(net: Any, x: Tensor) -> Any:
         h = net.layer(x)
         at = (h > 0).nonzero(as_tuple=True)

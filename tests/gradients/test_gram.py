@@ -163,7 +163,7 @@ def test_bad_input() -> None:
                 (lambda: gram(out, parameters, other=plain), RuntimeError, "other must be computed from calls of the"),
                 (lambda: gram(out, parameters, other=foreign), ValueError, "other must be .* model; those were"),
                 (lambda: gram(out, list(stranger.parameters())), ValueError, "params must be .*; number 0"),
-                (lambda: gram(out + fewer, parameters), ValueError, "outputs must be .* samples; there were 2 and 4"),
+                (lambda: gram(out + fewer, parameters), ValueError, "losses must be .* samples; there were 2 and 4"),
                 (lambda: gram(out, parameters, other=3), TypeError, "other must be a tensor"),
             ]
             for call, error, message in refused:

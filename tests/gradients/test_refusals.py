@@ -84,8 +84,10 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "nowhere": (lambda: clip_gradients(TWO, {"": 1.0, "no": 1.0}), ValueError, "max_norm must name .*'no' had none"),
     "named by": (lambda: clip_gradients(TWO, {1: 1.0}), TypeError, "max_norm must name .* one name was 1"),  # type: ignore[dict-item]
     **{f"{name} {value!r}": (lambda given=given: grad_sqnorm(**given), TypeError, f"{name} must be a tensor or a seq")
-       for name, value in (("outputs", None), ("outputs", ["x"]), ("params", NET), ("grad_outputs", 5))
-       for given in [{"outputs": X, "params": NET.weight, name: value}]},
+       for name, value in (("losses", None), ("losses", ["x"]), ("params", 3), ("grad_outputs", 5))
+       for given in [{"losses": X, "params": NET.weight, name: value}]},
+    "batch_dims": (lambda: record(NET, batch_dims=1), TypeError, "batch_dims must be None, 0, or a mapping .* it was 1"),
+    "batch_dims of features": (lambda: GradientFeatures(NET, batch_dims={"x": "0"}), TypeError, "batch_dims must be"),  # type: ignore[dict-item]
     "named": (lambda: grad_sqnorm(X, dict(NET.named_parameters())), TypeError, "params must .* it was dict of str$"),
     "by frequency": (lambda: GradientFeatures(nn.Embedding(4, 5, scale_grad_by_freq=True)), ValueError,
                      "'Embedding' divides gradients by counts over the batch"),
