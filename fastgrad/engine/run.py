@@ -84,6 +84,8 @@ class _Run:
         recorded = Recorded(self.parameters, 0, inputs=self.inputs.behind())
         args, kwargs = self.inputs.call_of(self.inputs.leaves)
         leaves, rebuilt, _ = flatten(self.forward(*args, **kwargs))
+        # What the model reduces over samples is a row of each of none.
+        leaves = [t.unsqueeze(0)[:0] if isinstance(t, Tensor) and 0 not in t.shape else t for t in leaves]
         whole = [graph.mark_returned(recorded, t) if isinstance(t, Tensor) and t.requires_grad else t for t in leaves]
         recorded.places, recorded.rows = [0] * len(leaves), [isinstance(t, Tensor) for t in leaves]
         return rebuilt(whole), recorded

@@ -68,8 +68,9 @@ class Samples:
         waiting: list[Tensor | None] = [None]
         while waiting:
             index = waiting.pop(0)
+            alone, new_tensors = hints.alone_reason, hints.new_tensors  # which another thread may change
             try:
-                found += self._alone(hints, index) if hints.alone_reason else [self._together(hints, index)]
+                found += self._alone(hints, index) if alone else [self._together(new_tensors, index)]
             except Split as split:
                 whole = torch.arange(self.inputs.samples, device="cpu") if index is None else index
                 values = split.values.to(whole.device)
@@ -80,9 +81,9 @@ class Samples:
             except Exception as error:
                 if lacks_memory(error):
                     raise
-                if hints.alone_reason or isinstance(error, RuleError):
+                if alone or isinstance(error, RuleError):
                     raise self._failure(error) from error
-                _other_way(hints, error)
+                _other_way(hints, error, new_tensors)
                 found, waiting = [], [None]
                 self.begin_again()
         return found
@@ -101,11 +102,11 @@ class Samples:
             f"{type(error).__name__}: {error}"
         )
 
-    def _together(self, hints: Hints, index: Tensor | None) -> Part:
+    def _together(self, new_tensors: bool, index: Tensor | None) -> Part:
         leaves = self.inputs.rows(index)
         unique = self.inputs.carriers(leaves)
         samples = self.inputs.samples if index is None else len(index)
-        call = Call(self.parameters, samples, hints.new_tensors)
+        call = Call(self.parameters, samples, new_tensors)
         mode = PerSample(call, self.snapshot, self.states.doubtful, counts=self._counts)
         made: list[Tree] = []
 
@@ -161,31 +162,31 @@ class Samples:
                 given.append(rows[i])
                 return given[-1]
 
-            with _turn, self._own_buffers() as copies, part.swapped(), self.states.given(state):
-                args, kwargs = self.inputs.call_of(leaves)
-                with ordinary.Dependent(given, self.snapshot) as mode:
-                    result = self.forward(*args, **kwargs)
-                values, rebuilt, names = require_rows(flatten(result))
-                rows = [mode.holds(v) or (isinstance(v, Tensor) and v.requires_grad) for v in values]
-                # Views, so that the gradient of one output does not include paths through another.
-                values = [v.view_as(v) if isinstance(v, Tensor) and v.requires_grad else v for v in values]
-                part.outputs += [v for v in values if isinstance(v, Tensor) and v.requires_grad]
-                output = [Stacked(v.unsqueeze(0)) if row else v for v, row in zip(values, rows, strict=True)]
-                originals = {id(copy): original for original, copy in copies}
+            with _turn:
+                with self._own_buffers() as copies, part.swapped(), self.states.given(state):
+                    args, kwargs = self.inputs.call_of(leaves)
+                    with ordinary.Dependent(given, self.snapshot) as mode:
+                        result = self.forward(*args, **kwargs)
+                changes = self.snapshot.changes()
+            values, rebuilt, names = require_rows(flatten(result))
 
-                def stacked(
-                    entry: Entry, value: Any, part: Alone = part, mode: Any = mode, originals: Any = originals
-                ) -> Any:
-                    if not mode.holds(value):
-                        return originals.get(id(value), value)
-                    if value.requires_grad:
-                        value = value.view_as(value)
-                        part.outputs.append(value)
-                    return Stacked(value.unsqueeze(0))
+            def stacked(value: Any, part: Alone = part, mode: Any = mode) -> Any:
+                graphed = isinstance(value, Tensor) and value.requires_grad
+                if graphed:
+                    # A view, so that the gradient of one output does not include paths through another.
+                    depends, value = True, value.view_as(value)
+                    part.outputs.append(value)
+                else:
+                    depends = mode.holds(value)
+                return Stacked(value.unsqueeze(0)) if depends else value
 
-                changes = {place: mapped(place, value, stacked) for place, value in self.snapshot.changes().items()}
-                written = self.snapshot.written()
-                written |= {id(original): (original, copy.detach()) for original, copy in copies if copy._version}
+            output = [stacked(value) for value in values]
+            attributes = {
+                place: mapped(place, value, lambda _, value: stacked(value) if mode.holds(value) else value)
+                for place, value in changes.items()
+            }
+            written = self.snapshot.written()
+            written |= {id(original): (original, copy.detach()) for original, copy in copies if copy._version}
             for name, parameter in self.model.named_parameters():
                 if id(parameter) in written:
                     raise NotPerSampleError(
@@ -193,7 +194,7 @@ class Samples:
                         f"to {name!r}. Write to them outside of forward"
                     )
             self.begin_again()
-            yield Part(own, part, (output, rebuilt, names), [], changes, written)
+            yield Part(own, part, (output, rebuilt, names), [], attributes, written)
 
     @contextlib.contextmanager
     def _own_buffers(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
@@ -211,11 +212,11 @@ class Samples:
                         table[name] = original
 
 
-def _other_way(hints: Hints, error: Exception) -> None:
+def _other_way(hints: Hints, error: Exception, new_tensors: bool) -> None:
     """Note how to run a model that vmap refused."""
     text = str(error).partition("\n")[0]
     hints.checkpoints |= text == CHECKPOINT
-    if not hints.new_tensors and "vmap" in text and "inplace" in text.replace("in-place", "inplace"):
+    if not new_tensors and "vmap" in text and "inplace" in text.replace("in-place", "inplace"):
         hints.new_tensors = True
     else:
         hooked = isinstance(error, Refused) and error.hooked

@@ -260,7 +260,7 @@ class GradientFeatures:
         with torch.no_grad():
             (values, rebuilt, _), _ = ordinary.call(model, (args, kwargs), snapshot)
         snapshot.restore()
-        logits = logits_of(rebuilt(values))[:0]
+        logits = class_logits(rebuilt(values))[:0]
         middle = (logits.shape[1],) if self.contrast else (len(self.signals),) if self.joint else ()
         dtype = losses.compute_dtype(logits.dtype)
         return logits, logits.new_zeros((0, *middle, len(self._names())), dtype=dtype)

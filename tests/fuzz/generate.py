@@ -48,7 +48,8 @@ def draw(seed: int) -> Program:
     def call() -> str:
         if made.random() < 0.3:
             return steps.ACTIONS[made.choice(list(steps.ACTIONS))]
-        api = made.choice(["record", "record", "features", "features", "clip"])
+        api = made.choice(["record", "record", "features", "features", "clip", "clip"])
+        api = made.choice(["submodule", "threads"]) if made.random() < 0.06 else api
         options: dict[str, Any] = {"B": made.choice([1, 2, 3, 4, 5, 5, 6]), "T": made.choice([1, 2, 3, 4])}
         if made.random() < 0.03:
             options["B"] = 0

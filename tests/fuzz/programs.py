@@ -29,6 +29,7 @@ IMPORTS = """import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from tests.fuzz.programs import scripted
 from tests.fuzz.session import Session
 
 
@@ -43,6 +44,11 @@ class Scaled(torch.autograd.Function):
 
 
 """
+
+
+@torch.jit.script
+def scripted(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return x * w.exp()
 
 
 def standalone(program: Program, verdict: str) -> str:
@@ -60,7 +66,7 @@ def verdicts(program: Program) -> Iterator[str]:
         warnings.simplefilter("ignore")
         exec(compile(f"{IMPORTS}{head}session = {first}", f"program {program.seed}", "exec"), names)
         for line in rest:
-            checked = any(f".{api}(" in line for api in ("record", "features", "clip"))
+            checked = any(f".{api}(" in line for api in ("record", "features", "clip", "submodule", "threads"))
             try:
                 exec(line, names)
             except InvalidError:

@@ -117,6 +117,19 @@ LEAVES: dict[str, tuple[str, str]] = {
     "function of one's own": ("", "h = Scaled.apply(h)"),
     "attribute counted": ("self.{n} = 0", "self.{n} += 1\nh = h * (1 + self.{n} % 2)"),
     "samples mixed": ("", "h = h - 0.1 * h.mean(0, keepdim=True)"),
+    # What changes between calls: reductions, values that are annealed, parameters by length, states.
+    "scaled by its norm": ("", "h = h / (1 + h.detach().square().mean().sqrt())"),
+    "term annealed": ("self.value{n} = 0.0\nself.{n} = nn.Linear(4, 4)", "h = h + self.value{n} * self.{n}(h)"),
+    "attribute annealed": ("self.value{n} = 0.0", "h = h * (1 + self.value{n})"),
+    "gate": bare("()", "h + torch.relu(self.{n}) * torch.tanh(h)"),
+    "bias of attention at one length": bare("2, 2",
+        "nn.functional.scaled_dot_product_attention(h.unsqueeze(1), h.unsqueeze(1), h.unsqueeze(1), "
+        "attn_mask=self.{n} if T == 2 else None).squeeze(1)"),
+    "script at one length": bare("4", "scripted(h, self.{n}) if T == 2 else h"),
+    "view at one length": bare("4, 4", "h @ self.{n}.view(16).view(4, 4).t() if T == 2 else h"),
+    "state": ("self.state{n} = None\nself.{n} = nn.RNNCell(4, 4)",
+        "s = self.state{n} if self.state{n} is not None and len(self.state{n}) == len(h) else None\n"
+        "s = self.{n}(h.mean(1), s)\nself.state{n} = s.detach()\nh = h + s.unsqueeze(1)"),
 }  # fmt: skip
 
 #: Steps around a block of steps, whose call is ``{call}``.
@@ -172,6 +185,12 @@ OUTPUTS: dict[str, str] = {
     "logits": "return z",
     "dictionary": "return {'logits': z, 'hidden': h}",
     "tuple": "return z, [h, {'twice': 2 * z}]",
+    "loss": "return {'logits': z, 'loss': nn.functional.cross_entropy(z, z.detach().argmin(1))}",
+    "loss alone": "return z.square().mean()",
+    "sum": "return z, z.square().sum()",
+    "loss of what is not padded": "k = (h.detach().sum(2) > 0).to(h.dtype)\n"
+        "return z, (h.square().mean(2) * k).sum() / k.sum().clamp(min=1)",
+    "hinge": "return z, nn.functional.relu(z - z.detach().amax(1, keepdim=True)).mean()",
 }  # fmt: skip
 
 #: What ``__init__`` does at its end with two linear layers ``{a}`` and ``{b}`` of the tree.
@@ -192,4 +211,6 @@ ACTIONS: dict[str, str] = {
     "float64": "session.model.double()",
     "parameters frozen": "session.freeze()",
     "layer replaced": "session.replace()",
+    "values annealed": "session.vary()",
+    "parameters at zero": "session.zero()",
 }
