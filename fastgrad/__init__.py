@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastgrad.deploy.file.export import export
     from fastgrad.detector import UncertaintyDetector
     from fastgrad.detector.model import TwoStageModel
+    from fastgrad.gradients.check import check
     from fastgrad.gradients.clipping import clip_gradients
     from fastgrad.gradients.features import GradientFeatures
     from fastgrad.gradients.gram import grad_gram, grad_square_sum
@@ -41,6 +42,7 @@ _LAZY = {
     "TwoStageModel": "fastgrad.detector.model",
     "UncertaintyDetector": "fastgrad.detector",
     "certified_threshold": "fastgrad.metrics",
+    "check": "fastgrad.gradients.check",
     "clip_gradients": "fastgrad.gradients.clipping",
     "export": "fastgrad.deploy.file.export",
     "grad_gram": "fastgrad.gradients.gram",
@@ -58,6 +60,7 @@ __all__ = [
     "TwoStageModel",
     "UncertaintyDetector",
     "certified_threshold",
+    "check",
     "clip_gradients",
     "contrast_rows",
     "contrast_rows_linear",

@@ -116,8 +116,8 @@ class Walk:
     untracked: set[int]
     #: The kinds of nodes.
     kinds: set[type]
-    #: Nodes at which results of earlier recorded calls enter.
-    earlier: list[Any]
+    #: Nodes at which inputs enter, and results of earlier recorded calls.
+    entries: list[Any]
 
 
 def walk(outputs: Iterable[Tensor], numbers: list[tuple[int, int]], inputs: Iterable[Any], own: object) -> Walk:
@@ -129,7 +129,8 @@ def walk(outputs: Iterable[Tensor], numbers: list[tuple[int, int]], inputs: Iter
     ranges = sorted(numbers)
     starts, ends = [first for first, _ in ranges], [last for _, last in ranges]
     waiting = [out.grad_fn for out in outputs]
-    seen = {None, *inputs}
+    stops = set(inputs)
+    seen: set[Any] = {None}
     kinds, untracked = found.kinds, found.untracked
     while waiting:
         node = waiting.pop()
@@ -137,8 +138,8 @@ def walk(outputs: Iterable[Tensor], numbers: list[tuple[int, int]], inputs: Iter
             continue
         seen.add(node)
         kind = type(node)
-        if kind.__name__ == "_ReturnedBackward" and node.call is not own:
-            found.earlier.append(node)
+        if node in stops or (kind.__name__ == "_ReturnedBackward" and node.call is not own):
+            found.entries.append(node)
             continue
         kinds.add(kind)
         following = node.next_functions

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastgrad._torch import pytree, saving_plainly
+from fastgrad._torch import pytree, saved_tensor_hooks, saving_plainly
 from fastgrad.engine.outputs import Tree, flatten
 from fastgrad.engine.writes import Snapshot
+from fastgrad.layers.call import CHECKPOINT, Refused
 
 #: Functions that draw random numbers if one of their arguments says so, and the values with which they draw none.
 _QUIET: dict[Callable[..., Any], dict[str, Any]] = {
@@ -51,11 +52,14 @@ class Quiet(TorchFunctionMode):
         super().__init__()
         self._snapshot = snapshot
         self.names: dict[str, None] = {}
+        #: Whether a checkpoint inside computes again in the backward pass.
+        self.checkpoints, self._hooks = False, saved_tensor_hooks()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.compiler.is_compiling():  # torch.cond has the compiler trace through modes
             return func(*args, **(kwargs or {}))
         kwargs = kwargs or {}
+        self.checkpoints |= saved_tensor_hooks() != self._hooks
         if self._snapshot is not None:
             self._snapshot.watch(func, args, kwargs)
         if func in _QUIET:
@@ -111,10 +115,12 @@ def call(forward: Callable[..., Any], given: tuple[Any, Any], snapshot: Snapshot
 class Dependent(TorchFunctionMode):
     """Notes which results depend on the samples ``given``: those computed from them, or written to with them."""
 
-    def __init__(self, given: list[Any], snapshot: Snapshot) -> None:
+    def __init__(self, given: list[Any], snapshot: Snapshot, *, thawed: bool) -> None:
         super().__init__()
         self._found = {id(t): t for t in given}
         self._snapshot = snapshot
+        self._hooks = saved_tensor_hooks() if thawed else None
+        self._thawed = thawed
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor depends on the samples."""
@@ -125,6 +131,8 @@ class Dependent(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         kwargs = kwargs or {}
         self._snapshot.watch(func, args, kwargs)
+        if self._thawed and saved_tensor_hooks() != self._hooks:
+            raise Refused(CHECKPOINT)  # it computes again when the copies of frozen parameters are gone
         out = func(*args, **kwargs)
         leaves = pytree.tree_leaves((args, kwargs))
         if any(id(t) in self._found for t in leaves):

@@ -21,6 +21,7 @@ from fastgrad.engine.outputs import Place, Stacked, find_place, flatten, join, j
 from fastgrad.engine.recorded import Hints, Recorded, hints_of
 from fastgrad.engine.refusals import refuse_mixing
 from fastgrad.engine.samples import Part, Samples
+from fastgrad.engine.turns import reading
 from fastgrad.engine.writes import Attribute, Entry, Snapshot, entries, made_layers, mapped, remember_rows
 from fastgrad.layers import MODULES
 from fastgrad.layers.call import Call, NotPerSampleError
@@ -35,14 +36,15 @@ _UNSEEN = "a parameter reaches the outputs through a function that Python does n
 def run(
     model: nn.Module, forward: Forward, args: Any, kwargs: Any, parameters: Mapping[int, Tensor],
     owner: nn.Module | None = None, *, undo: bool = False, modules: Sequence[tuple[str, nn.Module]] | None = None,
-    batch_dims: BatchDims = None, compared: bool = False, counts: bool = False,
+    batch_dims: BatchDims = None, compared: bool = False, counts: bool = False, part: bool = False,
 ) -> tuple[Any, Recorded]:  # fmt: skip
     """Call the ``forward`` pass of ``model``; return its output and the record of each sample's gradients.
 
     ``parameters`` are those whose gradients are wanted, by id. What the model writes holds the batch's rows, or, with
     ``undo``, nothing stays. If ``model`` is a copy made for this call, ``owner`` is the original. ``modules`` are the
     modules of ``model`` with their paths. ``compared`` leaves the comparison with an ordinary call out; otherwise
-    ValueError if samples interact. ``counts`` has the bytes of results counted.
+    ValueError if samples interact. ``counts`` has the bytes of results counted, and ``part`` says that these are not
+    all samples of the user's batch.
     """
     keep_freed_memory()
     one = _Run(model, forward, args, kwargs, parameters, undo, modules, batch_dims)
@@ -55,7 +57,7 @@ def run(
                 # A checkpoint around the call compares the tensors that two runs save, so it must not see tries.
                 with saving_plainly():
                     _Run(model, forward, args, kwargs, parameters, True, modules, batch_dims).result(owner)[1].close()
-            return one.result(owner, compared=compared, counts=counts)
+            return one.result(owner, compared=compared, counts=counts, part=part)
         except NotPerSampleError:
             refuse_mixing(model, training=True)  # which names the layer
             raise
@@ -95,36 +97,41 @@ class _Run:
         key = self.inputs.key(), self.inputs.samples == 1, self.training, self.hooks, len(MODULES)
         return hints_of(owner, key)
 
-    def result(self, owner: nn.Module, *, compared: bool = False, counts: bool = False) -> tuple[Any, Recorded]:
+    def result(
+        self, owner: nn.Module, *, compared: bool = False, counts: bool = False, part: bool = False
+    ) -> tuple[Any, Recorded]:
         """Run the samples, and again in another way or beside an ordinary call where that is needed."""
         samples, hints = self.inputs.samples, self.hints(owner)
-        self.snapshot = Snapshot(self.modules, self.inputs.objects, self.inputs.leaves)
+        with reading():
+            self.snapshot = Snapshot(self.modules, self.inputs.objects, self.inputs.leaves)
         hooked = self._hooks_gradients()
         if hooked:
             hints.alone_reason = "a hook may change its gradients (full backward hook)"
+        if not hints.places or not (compared or hints.compared or samples == 1):
+            self.call_ordinarily(hints)
+        ways = Samples(
+            self.model, self.forward, self.inputs, self.parameters, self.snapshot, self.modules, thaws=self.undo,
+            counts=counts, part=part,
+        )  # fmt: skip
         try:
-            if not hints.places or not (compared or hints.compared or samples == 1):
-                self.call_ordinarily()
-            ways = Samples(
-                self.model, self.forward, self.inputs, self.parameters, self.snapshot, self.modules, thaws=self.undo,
-                counts=counts,
-            )  # fmt: skip
+            carried = False
             while True:
                 parts = ways.run(hints)
                 names = parts[0].output[2]
-                leaves, writes, loose = self.put_together(parts)
+                leaves, writes, kept = self.put_together(parts)
                 places = self.places(names, leaves, writes, hints)
                 if places is None:
                     ways.begin_again()
-                    self.call_ordinarily()
-                elif self.carries(writes, places, ways):
+                    self.call_ordinarily(hints)
+                elif self.carries(writes, places, ways) and not carried:
+                    carried = True
                     ways.begin_again()
                 else:
                     recorded = Recorded(self.parameters, samples, [(p.index, p.part) for p in parts])
-                    recorded.inputs = self.inputs.behind() + ways.states.nodes()
                     recorded.alone_reason = hints.alone_reason
                     output, written = self.batch(parts, leaves, writes, places, recorded)
-                    behind = self.behind(parts, recorded, output, written)
+                    loose = self.loose(kept, written, recorded)
+                    behind = self.behind(parts, recorded, output, written, ways.states.nodes())
                     if hints.alone_reason or not behind.untracked & self.parameters.keys():
                         break
                     hints.alone_reason = _UNSEEN
@@ -137,14 +144,14 @@ class _Run:
             if not (compared or hints.compared):
                 self.compare(names, flatten(output)[0])
         except BaseException:
-            self.snapshot.restore()
+            ways.begin_again()
             raise
         hints.compared |= samples > 1
-        recorded.inputs += behind.earlier
+        recorded.inputs = behind.entries
         recorded.custom_backward = hooked or "hook" in hints.alone_reason or graph.custom_function(behind.kinds)
         recorded.batched_backward = graph.batched_backward(behind.kinds)
         for tensor, rows in loose:
-            _replace(tensor, rows, recorded)
+            _replace(tensor, rows)
         if self.undo:
             # After the backward pass, because the graph may hold what was written.
             recorded.restore = self._restoring_buffers() if hints.checkpoints else self.snapshot.restore
@@ -173,14 +180,15 @@ class _Run:
 
     # An ordinary call, and what it tells.
 
-    def call_ordinarily(self) -> None:
+    def call_ordinarily(self, hints: Hints) -> None:
         """Call the model on the batch, on two equal samples for one, and undo what it writes."""
         leaves, one = self.inputs.copies(), self.inputs.samples == 1
         self.plain = {}
         try:
             given = self.inputs.call_of(self.inputs.doubled(leaves) if one else leaves)
-            (values, _, names), quiet = ordinary.call(self.forward, given, self.snapshot)
-            self.draws = bool(quiet.names)
+            with reading():
+                (values, _, names), quiet = ordinary.call(self.forward, given, self.snapshot)
+            self.draws, hints.checkpoints = bool(quiet.names), hints.checkpoints or quiet.checkpoints
             changes = self.snapshot.changes()
         except Exception:
             if not one:  # which a model may take alone
@@ -283,8 +291,8 @@ class _Run:
 
     # The batch.
 
-    def put_together(self, parts: list[Part]) -> tuple[list[Any], Writes, list[tuple[Tensor, Tensor]]]:
-        """Return the outputs and written attributes of all samples, and tensors of samples that are kept elsewhere."""
+    def put_together(self, parts: list[Part]) -> tuple[list[Any], Writes, dict[Entry | int, Tensor]]:
+        """Return the outputs and written attributes of all samples, and tensors of samples that something keeps."""
         first = parts[0]
         if any(p.output[2] != first.output[2] for p in parts):
             raise NotPerSampleError("model must return the same structure for all samples; it differs by their paths")
@@ -319,20 +327,37 @@ class _Run:
                     "model must write the same to its buffers and inputs for all samples; what it writes to one of shape "
                     f"{tuple(next(one for one in every if one)[0].shape)} differs between them"
                 )
-        return leaves, writes, []
+        return leaves, writes, {}
 
-    def _kept(self, part: Part, call: Call) -> tuple[Writes, list[tuple[Tensor, Tensor]]]:
-        """Return the attributes that hold tensors of samples that ran together, and such tensors in other places."""
+    def _kept(self, part: Part, call: Call) -> tuple[Writes, dict[Entry | int, Tensor]]:
+        """Return the attributes that hold tensors of samples that ran together, and all such tensors by their places."""
         waiting, writes = {id(t): t for t in part.kept}, {}
+        found: dict[Entry | int, Tensor] = {}
         for place, value in self.snapshot.attributes() if waiting else ():
-            here = {id(t) for _, t in entries(place, value, Tensor)} & {id(t) for t in part.kept}
+            here = {entry: t for entry, t in entries(place, value, Tensor) if id(t) in waiting}
             if here:
+                found |= here
                 writes[place] = mapped(
-                    place, value, lambda _, v, here=here: Stacked(call.physical(v)) if id(v) in here else v
+                    place, value, lambda entry, v, here=here: Stacked(call.physical(v)) if entry in here else v
                 )
-                for key in here & waiting.keys():
-                    del waiting[key]
-        return writes, [(t, call.physical(t)) for t in waiting.values()]
+        placed = {id(t) for t in found.values()}
+        return writes, found | {n: t for n, t in enumerate(waiting.values()) if id(t) not in placed}
+
+    def loose(
+        self, kept: Mapping[Entry | int, Tensor], written: Writes, recorded: Recorded
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return the tensors of one sample that are kept somewhere, each with the batch's in its place."""
+        rows = {entry: t for place, value in written.items() for entry, t in entries(place, value, Tensor)}
+        found = []
+        for place, tensor in kept.items():
+            if isinstance(place, tuple):
+                found.append((tensor, rows[place]))
+                continue
+            part = recorded.parts[0][1]
+            assert isinstance(part, Call)
+            whole = join(physical := part.physical(tensor), likely_place(physical.shape[1:]))
+            found.append((tensor, graph.mark_returned(recorded, whole) if whole.requires_grad else whole))
+        return found
 
     def carries(self, writes: Writes, places: Mapping[Any, Place], ways: Samples) -> bool:
         """Note the rows that are written, and return whether one replaces a state that samples did not get by rows."""
@@ -342,7 +367,7 @@ class _Run:
                 holder, before = self.snapshot.holder(entry[0]), self.snapshot.earlier(entry)
                 known = remember_rows(holder, *entry[1:], places[entry])
                 state = isinstance(before, Tensor) and before.shape == join(x.values, places[entry]).shape
-                again |= known and state and self.inputs.samples > 1 and not ways.states.holds(holder, *entry[1:])
+                again |= known and state and ways.rows > 1 and not ways.states.holds(holder, *entry[1:])
         return again
 
     def batch(
@@ -362,12 +387,14 @@ class _Run:
         output = parts[0].output[1]([whole(at, x) for at, x in enumerate(leaves)])
         return output, {place: mapped(place, value, whole) for place, value in writes.items()}
 
-    def behind(self, parts: list[Part], recorded: Recorded, output: Any, written: Writes) -> graph.Walk:
+    def behind(
+        self, parts: list[Part], recorded: Recorded, output: Any, written: Writes, states: list[Any]
+    ) -> graph.Walk:
         """Walk the graph behind outputs and attributes."""
         held = [t for place, value in written.items() for _, t in entries(place, value, Tensor)]
         graphed = [t for t in (*flatten(output)[0], *held) if isinstance(t, Tensor) and t.grad_fn is not None]
         numbers = [pair for p in parts if isinstance(p.part, Call) for pair in p.part.numbers]
-        return graph.walk(graphed, numbers, recorded.inputs, recorded)
+        return graph.walk(graphed, numbers, self.inputs.behind() + states, recorded)
 
     def write(self, parts: list[Part], written: Writes) -> None:
         """Write what the samples wrote."""
@@ -382,8 +409,7 @@ def _items(value: Any) -> Any:
     return value.items() if isinstance(value, dict) else enumerate(value)
 
 
-def _replace(tensor: Tensor, physical: Tensor, recorded: Recorded) -> None:
-    """Turn a tensor of one sample that is kept somewhere into that of the batch."""
-    rows = join(physical, likely_place(physical.shape[1:]))
-    with contextlib.suppress(RuntimeError):  # something else refers to it
-        torch.utils.swap_tensors(tensor, graph.mark_returned(recorded, rows) if rows.requires_grad else rows)
+def _replace(tensor: Tensor, rows: Tensor) -> None:
+    """Turn a tensor of one sample into that of the batch, for all that hold it: attributes, lists, other threads."""
+    with contextlib.suppress(RuntimeError):  # something inside of PyTorch refers to it
+        torch.utils.swap_tensors(tensor, rows.view_as(rows))

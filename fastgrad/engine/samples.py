@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,13 +18,10 @@ from fastgrad.engine.mode import PerSample, Split
 from fastgrad.engine.modules import replaced
 from fastgrad.engine.outputs import Stacked, Tree, flatten, require_rows
 from fastgrad.engine.recorded import Alone, Hints
+from fastgrad.engine.turns import reading, replacing
 from fastgrad.engine.writes import Attribute, Entry, Snapshot, States, mapped
 from fastgrad.layers.call import CHECKPOINT, Call, NotPerSampleError, Refused, RuleError
 from fastgrad.memory import lacks_memory
-
-#: Samples that run alone use copies of buffers in the model's own tables, so threads take turns.
-_turn = threading.RLock()
-
 
 @dataclass
 class Part:
@@ -45,22 +41,26 @@ class Samples:
     """The samples of one call of ``forward``, the forward pass of ``model``, each of which begins from ``snapshot``.
 
     ``parameters`` are those whose gradients are wanted, by id. ``thaws`` has frozen ones followed also where a
-    checkpoint inside computes again with what the model holds at that time. ``counts`` has bytes counted.
+    checkpoint inside computes again with what the model holds at that time. ``counts`` has bytes counted; ``part``
+    says that there are other samples in the batch.
     """
 
     def __init__(
         self, model: nn.Module, forward: Callable[..., Any], inputs: Inputs, parameters: Mapping[int, Tensor],
-        snapshot: Snapshot, modules: Sequence[tuple[str, nn.Module]], *, thaws: bool, counts: bool,
+        snapshot: Snapshot, modules: Sequence[tuple[str, nn.Module]], *, thaws: bool, counts: bool, part: bool,
     ) -> None:  # fmt: skip
         self.model, self.forward, self.inputs, self.parameters = model, forward, inputs, parameters
         self.snapshot, self.modules = snapshot, modules
         self._thaws, self._counts = thaws, counts
-        self.states = States(snapshot, inputs.samples)
+        # A state of the batch is none of a part of it.
+        self.rows = 1 if part else inputs.samples
+        self.states = States(snapshot, self.rows)
 
     def begin_again(self) -> None:
         """Undo what samples wrote."""
-        self.snapshot.restore()
-        self.states = States(self.snapshot, self.inputs.samples)
+        with reading():
+            self.snapshot.restore()
+        self.states = States(self.snapshot, self.rows)
 
     def run(self, hints: Hints) -> list[Part]:
         """Run all samples; a model that vmap refuses runs again in another way, which is noted in ``hints``."""
@@ -81,7 +81,7 @@ class Samples:
             except Exception as error:
                 if lacks_memory(error):
                     raise
-                if alone or isinstance(error, RuleError):
+                if (alone and not isinstance(error, Refused)) or isinstance(error, RuleError):
                     raise self._failure(error) from error
                 _other_way(hints, error, new_tensors)
                 found, waiting = [], [None]
@@ -130,7 +130,8 @@ class Samples:
 
         tensors, dims = zip(*unique.values(), strict=True)
         try:
-            vmap(one, in_dims=dims, randomness="different")(*tensors)
+            with reading():
+                vmap(one, in_dims=dims, randomness="different")(*tensors)
         except (TypeError, AttributeError, NameError) as error:
             if error is not call.rule_failure:
                 raise
@@ -162,10 +163,11 @@ class Samples:
                 given.append(rows[i])
                 return given[-1]
 
-            with _turn:
+            with replacing():
                 with self._own_buffers() as copies, part.swapped(), self.states.given(state):
                     args, kwargs = self.inputs.call_of(leaves)
-                    with ordinary.Dependent(given, self.snapshot) as mode:
+                    thawed = bool(part.thawed) and not self._thaws
+                    with ordinary.Dependent(given, self.snapshot, thawed=thawed) as mode:
                         result = self.forward(*args, **kwargs)
                 changes = self.snapshot.changes()
             values, rebuilt, names = require_rows(flatten(result))
@@ -216,6 +218,8 @@ def _other_way(hints: Hints, error: Exception, new_tensors: bool) -> None:
     """Note how to run a model that vmap refused."""
     text = str(error).partition("\n")[0]
     hints.checkpoints |= text == CHECKPOINT
+    if hints.alone_reason:
+        return
     if not new_tensors and "vmap" in text and "inplace" in text.replace("in-place", "inplace"):
         hints.new_tensors = True
     else:

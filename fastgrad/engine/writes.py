@@ -74,11 +74,17 @@ class Snapshot:
         self._paths, self._inputs = modules, inputs
         #: Each holder, its attributes, and copies of the containers among them; an empty one's copy is itself.
         self._held: list[tuple[Any, dict[str, Any], list[tuple[str, Any, Any]]]] = []
+        #: Tensors in attributes that are no buffers, and in their lists and dictionaries.
+        self.tensors: list[tuple[Entry, Tensor]] = []
         for holder in (*(module for _, module in modules), *objects):
             held, inner = vars(holder).copy(), []
             for name, value in held.items():
-                if type(value) in _CONTAINERS:
+                if isinstance(value, Tensor):
+                    self.tensors.append(((len(self._held), name, None), value))
+                elif type(value) in _CONTAINERS:
                     inner.append((name, value, value.copy() if value else None))
+                    if value and name not in _TABLES and name != "_buffers":
+                        self.tensors += entries((len(self._held), name), value, Tensor)
             self._held.append((holder, held, inner))
         #: By id, the tensors that were written to in place, and their values before.
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
@@ -286,33 +292,39 @@ def remember_rows(holder: Any, name: str, key: Any, place: Place) -> bool:
     return True
 
 
+#: A state: its holder, name and key, the batch's tensor, and where the batch is in it.
+State = tuple[Any, str, Any, Tensor, Place]
+
+
+def carried_states(holders: Iterable[Any], samples: int) -> list[State]:
+    """Return the rows that earlier calls wrote to attributes, where these have one for each sample."""
+    found: list[State] = []
+    for holder in holders if _carried and samples > 1 else ():
+        ref, places = _carried.get(id(holder), (None, {}))
+        for (name, key), place in list(places.items()) if ref is not None and ref() is holder else ():
+            table, at = table_of(holder, name, key)
+            try:
+                value = table[at]
+            except (KeyError, IndexError, TypeError):
+                continue
+            if isinstance(value, Tensor) and value.dim() > (place or 0) and value.shape[place or 0] == samples:
+                found.append((holder, name, key, value, place))
+    return found
+
+
 class States:
     """The states among a model's attributes that carry the batch, given to its samples by rows."""
 
     def __init__(self, snapshot: Snapshot, samples: int) -> None:
-        #: By id, tensors in attributes, other than buffers, that have a row for each sample, and their names.
-        self.doubtful: dict[int, str] = {}
-        if samples > 1:
-            for place, value in snapshot.attributes():
-                if place[1] != "_buffers":
-                    for entry, t in entries(place, value, Tensor):
-                        if t.dim() and t.shape[0] == samples and not isinstance(t, nn.Parameter):
-                            self.doubtful[id(t)] = snapshot.name(entry)
-        #: Each state: its holder, name and key, the batch's tensor, and where the batch is in it.
-        self.found: list[tuple[Any, str, Any, Tensor, Place]] = []
-        for holder in snapshot.holders() if _carried and samples > 1 else ():
-            ref, places = _carried.get(id(holder), (None, {}))
-            if ref is None or ref() is not holder:
-                continue
-            for (name, key), place in list(places.items()):
-                table, at = table_of(holder, name, key)
-                try:
-                    value = table[at]
-                except (KeyError, IndexError, TypeError):
-                    continue
-                if isinstance(value, Tensor) and value.dim() > (place or 0) and value.shape[place or 0] == samples:
-                    self.found.append((holder, name, key, value, place))
         self._samples = samples
+        #: Each state: its holder, name and key, the batch's tensor, and where the batch is in it.
+        self.found = carried_states(snapshot.holders(), samples)
+        #: By id, other tensors in attributes, no buffers, that have a row for each sample, and their names.
+        self.doubtful = {
+            id(t): snapshot.name(entry)
+            for entry, t in snapshot.tensors
+            if samples > 1 and t.dim() and t.shape[0] == samples and not isinstance(t, nn.Parameter)
+        }
 
     def holds(self, holder: Any, name: str, key: Any) -> bool:
         """Whether this place is given by rows."""

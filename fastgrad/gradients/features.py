@@ -21,7 +21,7 @@ from fastgrad.engine.recorded import Recorded
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.routes import Route, routes_of
 from fastgrad.engine.run import run
-from fastgrad.engine.writes import Snapshot
+from fastgrad.engine.writes import Snapshot, carried_states
 from fastgrad.evaluation import evaluation_copy
 from fastgrad.gradients.contrasts import check_target
 from fastgrad.gradients.recorder import checks_batch_dims
@@ -167,13 +167,14 @@ class GradientFeatures:
             if inputs.samples == 0:
                 return self._empty(model, args, kwargs)
             modules = list(model.named_modules())
-            start, chunk, parts = 0, self._first_chunk(inputs), []
+            whole = bool(carried_states((module for _, module in modules), inputs.samples))
+            start, chunk, parts = 0, inputs.samples if whole else self._first_chunk(inputs), []
             while start < inputs.samples:
                 last = min(start + chunk, inputs.samples)
                 index = None if last - start == inputs.samples else torch.arange(start, last, device="cpu")
                 own = inputs.call_of(inputs.rows(index))
                 of_part = target if target is None or index is None else target[start:last]
-                parts.append(self._pass(model, modules, *own, of_part))
+                parts.append(self._pass(model, modules, *own, of_part, part=index is not None))
                 chunk = self._chunk(parts[0][2], inputs.samples - last) if start == 0 and index is not None else chunk
                 start = last
             return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
@@ -201,6 +202,7 @@ class GradientFeatures:
 
     def _pass(
         self, model: nn.Module, modules: Sequence[tuple[str, nn.Module]], args: Any, kwargs: Any, target: Tensor | None,
+        *, part: bool,
     ) -> tuple[Tensor, Tensor, int]:  # fmt: skip
         """Run one forward and backward pass of an undivided batch; also return the bytes of one sample's results."""
         names = self._names()
@@ -209,7 +211,7 @@ class GradientFeatures:
         wanted = {id(own): own for p, own in pairs if id(p) in names}
         output, recorded = run(
             model, lambda own: functools.partial(_logits, own), args, kwargs, wanted, self.model, undo=True,
-            modules=modules, batch_dims=self.batch_dims, counts=True,
+            modules=modules, batch_dims=self.batch_dims, counts=True, part=part,
         )  # fmt: skip
         self._latest, self._keys = recorded, list(wanted)
         try:

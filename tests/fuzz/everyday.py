@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastgrad
+from tests.fuzz.scripts import scripted
 
 X, Y = inputs(4, 3), torch.tensor([0, 1, 1, 0])
 SEQUENCE = inputs(4, 5, 3)
@@ -150,11 +151,6 @@ def attention_bias() -> None:
         return F.scaled_dot_product_attention(q, q, q, attn_mask=bias).squeeze(1)
 
     by_length(use, bias=nn.Parameter(inputs(5, 5)))
-
-
-@torch.jit.script
-def scripted(x: Tensor, w: Tensor) -> Tensor:
-    return x * w.exp()
 
 
 def later_script() -> None:
@@ -397,8 +393,8 @@ def losses_of_samples() -> None:
 
 def threads() -> None:
     def function(net: Any, x: Tensor) -> Tensor:
-        net.last = net.layer(x)
-        return net.head(net.last)
+        net.last = h = net.layer(x)
+        return net.head(h)
 
     model = parts(function, last=None)
     batches = [inputs(n, 3, seed=n) for n in (4, 2, 5)]

@@ -36,13 +36,16 @@ def draw(seed: int) -> Program:
     """The program of an integer."""
     made = random.Random(seed)
 
-    def some(depth: int, count: int) -> tuple[Step, ...]:
+    def some(depth: int, count: int, again: bool = False) -> tuple[Step, ...]:
         drawn = []
         for _ in range(count):
             if depth < 2 and made.random() < 0.4:
-                drawn.append(Step(made.choice(list(steps.WRAPPERS)), some(depth + 1, made.randint(1, 2))))
+                kind = made.choice(list(steps.WRAPPERS))
+                drawn.append(Step(kind, some(depth + 1, made.randint(1, 2), again or kind == "checkpoint")))
             else:
-                drawn.append(Step(made.choice(list(steps.LEAVES))))
+                kind = made.choice(list(steps.LEAVES))
+                # A checkpoint that computes again from a state that forward has changed is wrong in PyTorch, too.
+                drawn.append(Step("tanh" if again and kind == "state" else kind))
         return tuple(drawn)
 
     def call() -> str:

@@ -87,6 +87,11 @@ def require_independence(model: nn.Module, inputs: Any) -> None:
                 raise InvalidError("samples interact")
 
 
+def states(model: nn.Module) -> list[Any]:
+    """What is carried from call to call."""
+    return [v for module in model.modules() for name, v in vars(module).items() if name.startswith("state")]
+
+
 def of_sample(model: nn.Module, i: int, samples: int) -> nn.Module:
     """The model as a sample sees it: states hold its own row."""
     for module in model.modules():
@@ -115,12 +120,11 @@ def truth(
     try:
         torch.manual_seed(seed)
         started = torch.get_rng_state()
-        whole = copy.deepcopy(before)
-        output = whole(**inputs)
+        output = copy.deepcopy(before)(**inputs)
         draws = not torch.equal(started, torch.get_rng_state())
         left = [of_sample(copy.deepcopy(before), i, samples) for i in range(samples)]
         if not samples:
-            return output, [whole], draws, []
+            return output, [], draws, []
         rows = [own(**inputs | {"x": x}) for own, x in zip(left, inputs["x"].split(1), strict=True)]
         if draws != (not torch.equal(started, torch.get_rng_state())):
             raise InvalidError("the batch draws random numbers, a sample alone does not, or the other way round")
@@ -129,8 +133,8 @@ def truth(
         for i, x in enumerate(wide["x"].split(1)):
             own = of_sample(copied(double), i, samples)
             (loss,) = losses(own(**wide | {"x": x}), 1)
-            after, grads = state(own), gradients_of(loss, wanted)
-            if not alike(after, state(own)) or not alike(grads, gradients_of(loss, wanted)):
+            after, grads = (state(own), states(own)), gradients_of(loss, wanted)
+            if not alike(after, (state(own), states(own))) or not alike(grads, gradients_of(loss, wanted)):
                 raise InvalidError("a checkpoint computes again with what forward has changed")
             alone.append(grads)
     except InvalidError:

@@ -29,7 +29,7 @@ IMPORTS = """import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.fuzz.programs import scripted
+from tests.fuzz.scripts import scripted
 from tests.fuzz.session import Session
 
 
@@ -44,11 +44,6 @@ class Scaled(torch.autograd.Function):
 
 
 """
-
-
-@torch.jit.script
-def scripted(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    return x * w.exp()
 
 
 def standalone(program: Program, verdict: str) -> str:

@@ -118,7 +118,7 @@ LEAVES: dict[str, tuple[str, str]] = {
     "attribute counted": ("self.{n} = 0", "self.{n} += 1\nh = h * (1 + self.{n} % 2)"),
     "samples mixed": ("", "h = h - 0.1 * h.mean(0, keepdim=True)"),
     # What changes between calls: reductions, values that are annealed, parameters by length, states.
-    "scaled by its norm": ("", "h = h / (1 + h.detach().square().mean().sqrt())"),
+    "scaled by its norm": ("", "h = h / (1 + h.detach().square().mean((1, 2), keepdim=True).sqrt())"),
     "term annealed": ("self.value{n} = 0.0\nself.{n} = nn.Linear(4, 4)", "h = h + self.value{n} * self.{n}(h)"),
     "attribute annealed": ("self.value{n} = 0.0", "h = h * (1 + self.value{n})"),
     "gate": bare("()", "h + torch.relu(self.{n}) * torch.tanh(h)"),
@@ -188,7 +188,7 @@ OUTPUTS: dict[str, str] = {
     "loss": "return {'logits': z, 'loss': nn.functional.cross_entropy(z, z.detach().argmin(1))}",
     "loss alone": "return z.square().mean()",
     "sum": "return z, z.square().sum()",
-    "loss of what is not padded": "k = (h.detach().sum(2) > 0).to(h.dtype)\n"
+    "loss of what is not padded": "k = (h.detach()[..., 0] > 0).to(h.dtype)\n"
         "return z, (h.square().mean(2) * k).sum() / k.sum().clamp(min=1)",
     "hinge": "return z, nn.functional.relu(z - z.detach().amax(1, keepdim=True)).mean()",
 }  # fmt: skip

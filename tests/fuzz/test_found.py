@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.fuzz import steps
+from tests.fuzz import everyday, steps
 from tests.fuzz.generate import Program, Step
 from tests.fuzz.programs import verdicts
 
@@ -51,7 +51,7 @@ FOUND: dict[str, tuple[Program, list[str]]] = {
     "positions of a folded batch": found(around("folded", "positions"), right("features")),
     "samples that interact, alone first": found(Step("samples mixed"), right("clip"), refused("clip", B=2),
         input="tokens"),
-    "a mask as long as the batch": found(Step("attention with a mask"), right("features", B=4, T=4, mask=True)),
+    "a mask as long as the batch": found(Step("attention with a mask"), refused("features", B=4, T=4, mask=True)),
     "an output without gradients": found(right("record"), right("clip"), head="functional", output="tuple"),
     "positions of one, beside a bare weight": found(Step("standardized weight"), Step("positions"), right("features")),
     "several gradients through a function of one's own": found(Step("function of one's own"), around("batch doubled",
@@ -74,7 +74,7 @@ FOUND: dict[str, tuple[Program, list[str]]] = {
     "a layer called for each sample": found(around("sample by sample", "bilinear"), right("record", B=3, T=2),
         right("clip", B=2), right("record"), right("features", T=2)),
     "a branch that changes a sample's numbers by 5e-6 alone": found(around("branch on input", "batch norm"),
-        around("twice", "linear"), right("record", B=2, big=True)),
+        around("twice", "linear"), refused("record", B=2, big=True)),
     "a branch of a sample alone that counts in a buffer": found(Step("block", (around("branch on data",
         "buffer counted"),)), refused("clip", B=2), head="functional", seed=9401),
     "attention in evaluation mode, computed again without gradients": found(around("batch repeated", "scale",
@@ -103,6 +103,20 @@ def test_what_was_found(name: str) -> None:
     program, wanted = FOUND[name]
     given = list(verdicts(program))
     assert [verdict.partition(":")[0] for verdict in given] == wanted, given
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", everyday.RIGHT)
+def test_everyday_training_is_right(name: str) -> None:
+    everyday.RIGHT[name]()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", everyday.REFUSED)
+def test_everyday_training_is_refused_by_name(name: str) -> None:
+    call, message = everyday.REFUSED[name]
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
+        call()
 
 
 #: Steps that are refused, and a word of the reason.

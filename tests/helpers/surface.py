@@ -35,6 +35,7 @@ MODULES: dict[str, tuple[str, ...] | None] = {
     "fastgrad.deploy.serve.app": ("create_app",),
     "fastgrad.deploy.serve.bodies": ("Limits",),
     "fastgrad.deploy.serve.ray": None,
+    "fastgrad.gradients.check": ("Check",),
     "fastgrad.gradients.features": ("Route", "logits_of"),
     "fastgrad.interop": ("as_pytorch_ood",),
     "fastgrad.layers": ("register_rule",),
