@@ -20,7 +20,8 @@ from fastgrad.layers.call import NotPerSampleError
 def differing(found: Iterable[tuple[str, Any]], batch: Mapping[str, Any], precision: float = 0.0) -> list[str]:
     """Return the names of tensors that are not the batch's own, to half the digits of their dtype.
 
-    ``precision`` replaces the rounding error of the dtype if it is larger. Tensors of another shape than in the batch are rows of what the batch reduces, and have nothing to agree with.
+    ``precision`` replaces the rounding error of the dtype if it is larger. Tensors of another shape than in the batch
+    are rows of what the batch reduces, and have nothing to agree with.
     """
     return [
         name
@@ -32,7 +33,8 @@ def differing(found: Iterable[tuple[str, Any]], batch: Mapping[str, Any], precis
 
 def drawn() -> tuple[Any, ...]:
     """Return the places of the generators of Python and NumPy, to see whether one was drawn from."""
-    return random.getstate(), np.random.get_state()[2]  # noqa: NPY002
+    place: Any = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), place[2]
 
 
 def interact(name: str) -> NotPerSampleError:

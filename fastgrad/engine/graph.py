@@ -22,10 +22,19 @@ _SCALARS = frozenset(
 )  # fmt: skip
 _OURS = frozenset({"_TapBackward", "_GraphedBackward", "_ReturnedBackward"})
 #: Nodes whose backward pass takes several gradients at once; a test tries each. ``cdist``'s is wrong, without an error.
-_BATCHED = frozenset(
-    {f"{name}Backward" for name in ["Abs", "Acos", "Add", "Addmm", "Alias", "Amax", "Amin", "Asin", "AsStrided", "Atan", "AvgPool2D", "Baddbmm", "Bmm", "Cat", "Clamp", "ClampMin", "Clone", "ConstantPadNd", "Convolution", "Copy", "Cos", "Cumsum", "Div", "Dot", "Elu", "Erf", "Exp", "Expand", "Flip", "Gather", "Gelu", "Glu", "Hardsigmoid", "Hardswish", "Hardtanh", "Index", "IndexSelect", "LeakyRelu", "Log", "Log1P", "LogSigmoid", "LogSoftmax", "Logsumexp", "MaskedFill", "Max", "MaxPool2DWithIndices", "Mean", "Mish", "Mm", "Mul", "Mv", "NativeBatchNorm", "NativeGroupNorm", "NativeLayerNorm", "Neg", "Permute", "Pow", "Prod", "Reciprocal", "Relu", "Repeat", "ReshapeAlias", "Roll", "Rsqrt", "Rsub", "Select", "Sigmoid", "Silu", "Sin", "Slice", "Softmax", "Softplus", "Split", "SplitWithSizes", "Sqrt", "Squeeze", "Stack", "Sub", "Sum", "T", "Tan", "Tanh", "Transpose", "Tril", "Triu", "Unbind", "Unfold", "UnsafeSplit", "UnsafeView", "Unsqueeze", "View", "Where", "ToCopy"]}
-    | _OURS
-)  # fmt: skip
+_BATCHED = _OURS | {
+    f"{name}Backward"
+    for name in re.findall(
+        r"\w+",
+        """Abs Acos Add Addmm Alias Amax Amin Asin AsStrided Atan AvgPool2D Baddbmm Bmm Cat Clamp ClampMin Clone
+        ConstantPadNd Convolution Copy Cos Cumsum Div Dot Elu Erf Exp Expand Flip Gather Gelu Glu Hardsigmoid
+        Hardswish Hardtanh Index IndexSelect LeakyRelu Log Log1P LogSigmoid LogSoftmax Logsumexp MaskedFill Max
+        MaxPool2DWithIndices Mean Mish Mm Mul Mv NativeBatchNorm NativeGroupNorm NativeLayerNorm Neg Permute Pow Prod
+        Reciprocal Relu Repeat ReshapeAlias Roll Rsqrt Rsub Select Sigmoid Silu Sin Slice Softmax Softplus Split
+        SplitWithSizes Sqrt Squeeze Stack Sub Sum T Tan Tanh Transpose Tril Triu Unbind Unfold UnsafeSplit UnsafeView
+        Unsqueeze View Where ToCopy""",
+    )
+}
 
 
 class _Returned(torch.autograd.Function):
@@ -90,7 +99,7 @@ def mean_over_samples(outputs: Iterable[Tensor]) -> str:
 
     It may be a term or a factor of the scalar.
     """
-    waiting = [out.grad_fn for out in outputs if not out.dim()]
+    waiting: list[Any] = [out.grad_fn for out in outputs if not out.dim()]
     while waiting:
         node = waiting.pop()
         if node is None or call_of(node) is not None:
@@ -128,7 +137,7 @@ def walk(outputs: Iterable[Tensor], numbers: list[tuple[int, int]], inputs: Iter
     found = Walk(set(), set(), [])
     ranges = sorted(numbers)
     starts, ends = [first for first, _ in ranges], [last for _, last in ranges]
-    waiting = [out.grad_fn for out in outputs]
+    waiting: list[Any] = [out.grad_fn for out in outputs]
     stops = set(inputs)
     seen: set[Any] = {None}
     kinds, untracked = found.kinds, found.untracked

@@ -50,15 +50,15 @@ class Inputs:
                     f"batch_dims must name dimensions of one size; that of {self._names(at)} was {x.shape[dim]}, that "
                     f"of {self._names(first)} {self.samples}"
                 )
-            elif not (self._given[at] or at == first or batch_dims == 0 or x is self.leaves[first]):
-                if self.samples > 1 and self.samples in x.shape[1:]:
-                    name = self._names(at)
-                    raise ValueError(
-                        f"inputs must not be square in the batch; {name} was {tuple(x.shape)} for {self.samples} "
-                        "samples, so that it may hold a row for each sample or be the same for all. Say which: "
-                        f"batch_dims={{{name}: 0}} or batch_dims={{{name}: None}}, or batch_dims=0 where all inputs "
-                        "carry the batch"
-                    )
+            told = self._given[at] or at == first or batch_dims == 0 or x is self.leaves[first]
+            if self.dims[at] is not None and not told and self.samples > 1 and self.samples in x.shape[1:]:
+                name = self._names(at)
+                raise ValueError(
+                    f"inputs must not be square in the batch; {name} was {tuple(x.shape)} for {self.samples} samples, "
+                    "so that it may hold a row for each sample or be the same for all. Say which: "
+                    f"batch_dims={{{name}: 0}} or batch_dims={{{name}: None}}, or batch_dims=0 where all inputs carry "
+                    "the batch"
+                )
         #: Whether all inputs that carry the batch have one dimension.
         self.lines = all(x.dim() == 1 for x, dim in zip(self.leaves, self.dims, strict=True) if dim is not None)
         #: Numbers of tensors in lists and tuples among the inputs.

@@ -92,8 +92,9 @@ class PerSample(TorchFunctionMode):
         name = next((self._doubtful[id(t)] for t in leaves if id(t) in self._doubtful), None)
         if name is not None and any(map(self._call.is_batched, leaves)):
             raise NotPerSampleError(
-                f"model must not read an attribute of the batch that no recorded call wrote; {name!r} has a row for each "
-                "sample. Reset such a state before recorded calls, and make a constant a buffer (register_buffer)"
+                "model must not read an attribute of the batch that no recorded call wrote; "
+                f"{name!r} has a row for each sample. Reset such a state before recorded calls, and make a constant a "
+                "buffer (register_buffer)"
             )
 
     def know(self, values: Iterable[Any]) -> None:

@@ -21,8 +21,12 @@ from fastgrad.layers.call import CHECKPOINT, Refused
 _QUIET: dict[Callable[..., Any], dict[str, Any]] = {
     F.scaled_dot_product_attention: {"dropout_p": 0.0},
     F.multi_head_attention_forward: {"dropout_p": 0.0},
-    **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu),
-                    {"training": False}),
+    **{
+        function: {"training": False}
+        for function in (
+            F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu
+        )
+    },
 }  # fmt: skip
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 #: Functions that draw from a generator that may be given.

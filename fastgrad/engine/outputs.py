@@ -137,8 +137,8 @@ def joined(each: Sequence[Any], places: Sequence[Tensor | None], name: str) -> S
     if not all(isinstance(x, Stacked) for x in each):
         if any(isinstance(x, Stacked) for x in each) or not all(_same(first, x) for x in each[1:]):
             raise NotPerSampleError(
-                f"model must give all samples the same {name}, or a tensor; it differs between samples that take "
-                "different paths"
+                f"model must give all samples the same {name.removeprefix('its ')}, or a tensor; it differs between "
+                "samples that take different paths"
             )
         return first
     shapes = {(tuple(x.values.shape[1:]), x.values.dtype) for x in each}

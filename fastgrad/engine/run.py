@@ -7,6 +7,7 @@ compared with an ordinary one, which can only refuse it. What earlier calls have
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -214,8 +215,10 @@ class _Run:
         self, names: Sequence[str], leaves: Sequence[Any], writes: Writes, hints: Hints
     ) -> dict[Any, Place] | None:
         """Return where the batch is, by the numbers of outputs and by entries of attributes; None if not known yet."""
-        entered = [(entry, x) for place, value in writes.items() for entry, x in entries(place, value, Stacked)]
-        outputs = [(at, x) for at, x in enumerate(leaves) if isinstance(x, Stacked)]
+        entered: list[tuple[Any, Any]] = [
+            (entry, x) for place, value in writes.items() for entry, x in entries(place, value, Stacked)
+        ]
+        outputs: list[tuple[Any, Any]] = [(at, x) for at, x in enumerate(leaves) if isinstance(x, Stacked)]
         pattern = (
             len(leaves),
             *((key, tuple(n if n == 1 else 0 for n in x.values.shape[1:])) for key, x in outputs + entered),
@@ -225,23 +228,25 @@ class _Run:
                 return None
             found: dict[Any, Place] = {}
             for key, x in (*outputs, *entered):
-                shape, entry = x.values.shape[1:], isinstance(key, tuple)
-                what = f"attribute {self.snapshot.name(key)!r}" if entry else output_name(names[key])
-                batch = self.plain_writes.get(key) if entry else getattr(self.plain.get(names[key]), "shape", None)
-                if batch is None and (entry or not self.plain):
-                    found[key] = likely_place(shape)
-                elif batch is None:
-                    raise NotPerSampleError(
-                        f"model must return for a sample what it returns for the batch; {what} is new"
-                    )
+                shape = x.values.shape[1:]
+                if isinstance(key, tuple):
+                    what, batch = f"attribute {self.snapshot.name(key)!r}", self.plain_writes.get(key)
                 else:
+                    what, batch = output_name(names[key]), getattr(self.plain.get(names[key]), "shape", None)
+                if batch is not None:
                     found[key] = find_place(shape, batch, max(2, self.inputs.samples), what)
-            if found and all(place is None for place in found.values()) and self.inputs.lists:
-                if any(x.values.shape[1:2] == (n,) for _, x in outputs for n in self.inputs.lists):
+                elif isinstance(key, tuple) or not self.plain:
+                    found[key] = likely_place(shape)
+                else:
                     raise NotPerSampleError(
-                        "inputs must be tensors with a row for each sample; a list with one tensor for each sample was "
-                        "given. Stack the tensors, or pad and stack them"
+                        f"model must return for a sample what it returns for the batch; {what} is another"
                     )
+            leading = {x.values.shape[1] for _, x in outputs if x.values.dim() > 1}
+            if found and all(place is None for place in found.values()) and leading & self.inputs.lists:
+                raise NotPerSampleError(
+                    "inputs must be tensors with a row for each sample; a list with one tensor for each sample was "
+                    "given. Stack the tensors, or pad and stack them"
+                )
             hints.places[pattern] = found
         return hints.places[pattern]
 
@@ -306,10 +311,8 @@ class _Run:
         for place in {place for p in parts for place in p.attributes}:
             name = f"attribute {self.snapshot.name(place)!r}"
             values = [p.attributes.get(place, self.snapshot.earlier((*place, None))) for p in parts]
-            if (
-                len({(type(v), len(v) if hasattr(v, "__len__") and not isinstance(v, Tensor) else 0) for v in values})
-                > 1
-            ):
+            sizes = {(type(v), len(v) if isinstance(v, (list, dict, set, deque)) else 0) for v in values}
+            if len(sizes) > 1:
                 raise NotPerSampleError(f"model must give all samples the same {name}; it differs by their paths")
 
             def of_all(entry: Entry, value: Any, name: str = name, values: list[Any] = values) -> Any:
@@ -324,22 +327,24 @@ class _Run:
             every = [p.written.get(key) for p in parts]
             if any(one is None or not torch.equal(one[1], every[0][1]) for one in every):  # type: ignore[index]
                 raise NotPerSampleError(
-                    "model must write the same to its buffers and inputs for all samples; what it writes to one of shape "
-                    f"{tuple(next(one for one in every if one)[0].shape)} differs between them"
+                    "model must write the same to its buffers and inputs for all samples; what it writes to one of "
+                    f"shape {tuple(next(one for one in every if one)[0].shape)} differs between them"
                 )
         return leaves, writes, {}
 
     def _kept(self, part: Part, call: Call) -> tuple[Writes, dict[Entry | int, Tensor]]:
-        """Return the attributes that hold tensors of samples that ran together, and all such tensors by their places."""
+        """Return the attributes that hold tensors of samples that ran together, and these tensors by their places."""
         waiting, writes = {id(t): t for t in part.kept}, {}
-        found: dict[Entry | int, Tensor] = {}
+        found: dict[Any, Tensor] = {}
         for place, value in self.snapshot.attributes() if waiting else ():
             here = {entry: t for entry, t in entries(place, value, Tensor) if id(t) in waiting}
             if here:
                 found |= here
-                writes[place] = mapped(
-                    place, value, lambda entry, v, here=here: Stacked(call.physical(v)) if entry in here else v
-                )
+
+                def stacked(entry: Entry, v: Any, here: Any = here) -> Any:
+                    return Stacked(call.physical(v)) if entry in here else v
+
+                writes[place] = mapped(place, value, stacked)
         placed = {id(t) for t in found.values()}
         return writes, found | {n: t for n, t in enumerate(waiting.values()) if id(t) not in placed}
 

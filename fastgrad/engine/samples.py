@@ -23,6 +23,7 @@ from fastgrad.engine.writes import Attribute, Entry, Snapshot, States, mapped
 from fastgrad.layers.call import CHECKPOINT, Call, NotPerSampleError, Refused, RuleError
 from fastgrad.memory import lacks_memory
 
+
 @dataclass
 class Part:
     """Samples that ran together, or one that ran alone. Tensors of samples are `Stacked`."""
@@ -74,7 +75,7 @@ class Samples:
             except Split as split:
                 whole = torch.arange(self.inputs.samples, device="cpu") if index is None else index
                 values = split.values.to(whole.device)
-                waiting = [whole[(values == v).all(1)] for v in values.unique(dim=0)] + waiting
+                waiting[:0] = [whole[(values == v).all(1)] for v in values.unique(dim=0)]
                 self.begin_again()
             except (NotPerSampleError, StopRecomputation):
                 raise

@@ -1,4 +1,4 @@
-"""What a model's call writes to attributes, containers one level deep, buffers and inputs: noted, undone, given rows."""
+"""What a call writes to attributes, containers one level deep, buffers and inputs: noted, undone, or given rows."""
 
 from __future__ import annotations
 
@@ -279,7 +279,7 @@ def table_of(holder: Any, name: str, key: Any) -> tuple[Any, Any]:
 
 
 def remember_rows(holder: Any, name: str, key: Any, place: Place) -> bool:
-    """Note that a recorded call wrote rows there, so that the next one gives each sample its own; False if it cannot."""
+    """Note that a call wrote rows there, so that the next one gives each sample its own; False if it cannot."""
     with _lock:
         ref, found = _carried.get(id(holder), (None, {}))
         if ref is None or ref() is not holder:

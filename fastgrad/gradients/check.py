@@ -70,7 +70,9 @@ def check(model: nn.Module, *args: Any, batch_dims: BatchDims = None, **kwargs: 
     refuse_mixing(model, training=True)
     samples = Inputs(model.forward, args, kwargs, batch_dims).samples
     if samples < 2:
-        raise ValueError(f"inputs must hold at least two samples, because a batch of one mixes nothing; they held {samples}")
+        raise ValueError(
+            f"inputs must hold at least two samples, because a batch of one mixes nothing; they held {samples}"
+        )
     return outside_of_compilation(_check)(model, args, kwargs, batch_dims)
 
 
@@ -78,7 +80,8 @@ def _check(model: nn.Module, args: Any, kwargs: Any, batch_dims: BatchDims) -> C
     wide = compare.twin(model)
     try:
         if wide is not None:
-            return _checked(wide, *compare.widened((args, kwargs)), batch_dims)
+            own, named = compare.widened((args, kwargs))
+            return _checked(wide, own, named, batch_dims)
     except (RuntimeError, TypeError, NotImplementedError):  # float64 meets what the model makes in another dtype
         pass
     return _checked(copy.deepcopy(model), args, kwargs, batch_dims)

@@ -140,7 +140,7 @@ class GradientFeatures:
 
         Args:
             *args: The model's inputs; every tensor with as many rows as the first carries the batch, unless
-                ``batch_dims`` says otherwise. One that is square in the batch (T by T positions where T = B) is refused.
+                ``batch_dims`` says otherwise. One that is square in the batch (T by T positions, T = B) is refused.
             target: Targets of this batch instead of the extractor's: class indices ``(B,)`` or soft targets ``(B, N)``.
             **kwargs: The model's inputs by keyword.
 

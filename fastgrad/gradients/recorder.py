@@ -297,10 +297,10 @@ def calls_behind(recording: record, outputs: Sequence[Tensor], argument: str, *,
     for name, p in recording.model.named_parameters():
         if id(p) in outside:
             raise ValueError(
-                f"{argument} must depend on {name!r} through recorded calls of the model or of its modules alone; it is "
-                "used outside of them, where no gradient per sample is known: in a weight decay (which belongs into the "
-                "optimizer), another method than forward, a call that torch.func transforms, or a gradient penalty. Call "
-                "such functions from the forward of a module of your own, and record this"
+                f"{argument} must depend on {name!r} through recorded calls of the model or of its modules alone; it "
+                "is used outside of them, where no gradient per sample is known: in a weight decay (which belongs into "
+                "the optimizer), another method than forward, a call that torch.func transforms, or a gradient "
+                "penalty. Call such functions from the forward of a module of your own, and record this"
             )
     mean = "" if given else graph.mean_over_samples(outputs)
     if mean:
@@ -321,8 +321,8 @@ def _require_batch(recorded: Recorded, made: Outputs, name: str, losses: Tensor 
     if losses is None or len(losses) != recorded.samples:
         if recorded.lines:
             raise ValueError(
-                f"{argument} must be losses of shape ({recorded.samples},), where {what}, a tensor of one dimension, which "
-                "may hold positions; call it from the forward of a module of your own, and record this"
+                f"{argument} must be losses of shape ({recorded.samples},), where {what}, a tensor of one dimension, "
+                "which may hold positions; call it from the forward of a module of your own, and record this"
             )
         return
     try:

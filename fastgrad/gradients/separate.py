@@ -56,15 +56,15 @@ def require_separate(losses: Tensor, outputs: Outputs) -> None:
     factors = (2.0**exponents).to(losses)
     if not reached or not losses.requires_grad:
         raise ValueError("losses must be computed from the output of the model's latest call; they were not")
+    given = [out for out, _, _ in reached]
     plain, scaled = (
-        torch.autograd.grad([losses], [out for out, _, _ in reached], [weights], retain_graph=True, allow_unused=True)
+        torch.autograd.grad([losses], given, [weights], retain_graph=True, allow_unused=True)
         for weights in (torch.ones_like(factors), factors)
     )
-    if all(g is None for g in plain):
+    found = [(*each, g, h) for each, g, h in zip(reached, plain, scaled, strict=True) if isinstance(g, Tensor)]
+    if not found:
         raise ValueError("losses must be computed from the output of the model's latest call; they were not")
-    for (out, place, rows), g, h in zip(reached, plain, scaled, strict=True):
-        if g is None:
-            continue
+    for out, place, rows, g, h in found:
         if not rows:
             raise ValueError(
                 "losses must be computed from outputs that carry the batch; they depend on one of shape "

@@ -50,7 +50,8 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "in float32": (lambda net, x: net.head((x - x.float().mean(0)).double()), APART),
     "in bfloat16": (lambda net, x: net.head(x.bfloat16().double() - x.bfloat16().mean(0)), APART),
     "attention over samples": (lambda net, x: net.head((x @ x.T).softmax(1) @ x), APART),
-    "beside random numbers": (lambda net, x: net.head(x + torch.randn(2, len(x), 3).double().sum(0) - x.mean(0)), APART),
+    "beside random numbers": (
+        lambda net, x: net.head(x + torch.randn(2, len(x), 3).double().sum(0) - x.mean(0)), APART),
     "attribute of rows": (lambda net, x: net.head((net.layer(x) + net.rows) @ net.matrix),
         "model must not read an attribute of the batch that no recorded call wrote; 'rows' has a row for each"),
     "statistics": (
@@ -59,7 +60,7 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "frequencies": (lambda net, x: F.embedding((x > 0).long(), net.matrix, scale_grad_by_freq=True).sum(1),
         "an embedding divides gradients by counts over the batch"),
     "beside dropout": (lambda net, x: net.head(F.dropout(x, 0.5, net.training) - x.mean(0)), APART),
-    "products": (lambda net, x: net.head(x) @ net.head(x).mT, "model must not join the samples of a batch; its output "),
+    "products": (lambda net, x: net.head(x) @ net.head(x).mT, "model must not join the samples of a batch; its "),
     "crops": (crops, "model must run on each sample alone, as a batch of one; .* RuntimeError: unflatten"),
 }  # fmt: skip
 

@@ -67,7 +67,7 @@ def text(kind: str) -> nn.Module:
     size = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     if kind == "BERT":
         made = transformers.BertForSequenceClassification(
-            transformers.BertConfig(**size, intermediate_size=8, num_labels=3, max_position_embeddings=16)
+            transformers.BertConfig(**size, intermediate_size=8, num_labels=3, max_position_embeddings=16)  # type: ignore[call-arg]
         )
     else:
         made = transformers.GPT2LMHeadModel(
@@ -543,8 +543,10 @@ def last_batch_smaller() -> None:
 
 def multi_task() -> None:
     """Several losses in a dictionary, some of them zero at first."""
-    model = parts(lambda net, x, y: {"a": F.cross_entropy(net.head(x), y), "b": net.weight * net.layer(x).square().mean()},
-                  weight=0.0)  # fmt: skip
+    model = parts(
+        lambda net, x, y: {"a": F.cross_entropy(net.head(x), y), "b": net.weight * net.layer(x).square().mean()},
+        weight=0.0,
+    )
     for weight in (0.0, 0.5):
         model.weight = weight
         same(model, lambda m, x, y: sum(m(x, y).values()), X, Y)
@@ -639,7 +641,7 @@ def kept_by_hook() -> None:
     model, held = parts(lambda net, x: net.head(net.layer(x).tanh())), []
     model.layer.register_forward_hook(lambda _, __, out: held.append(out))
     with fastgrad.record(model):
-        losses = squares(model, X) + held[-1].square().sum(1) if False else squares(model, X)
+        losses = squares(model, X)
         losses = losses + held[-1].square().sum(1)
         found = torch.stack(fastgrad.grad_sqnorm(losses, model), 1)
     plain = parts(lambda net, x: (h := net.layer(x), net.head(h.tanh())))
@@ -730,7 +732,7 @@ REFUSED: dict[str, tuple[Callable[[], None], str]] = {
     "a generator": (generator, "model must return tensors, not an iterator over them; its output was a generator"),
     "a reentrant checkpoint": (reentrant, "use use_reentrant=False"),
     "another structure by path": (functools.partial(differing, "structure"), "model must return"),
-    "another number by path": (functools.partial(differing, "number"), r"model must give all samples the same its output \[1\]"),
+    "another number by path": (functools.partial(differing, "number"), r"all samples the same output \[1\]"),
     "another shape by path": (functools.partial(differing, "shape"), "model must return"),
     "another attribute by path": (functools.partial(differing, "attribute"), "the same attribute 'count'"),
     "another buffer by path": (functools.partial(differing, "buffer"), "model must write the same to its buffers"),

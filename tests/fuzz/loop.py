@@ -106,9 +106,9 @@ def truth(
 ) -> Any:
     """Run a copy of the model without the package, with the batch as the input ``x``.
 
-    Returns what it gives for the samples, the copies that each of them leaves, whether random numbers are drawn, and for
-    every sample the gradients of its loss (``losses(output, samples)`` is ``(B,)``) in float64; with ``trainable`` only
-    of parameters that require one. Of a model that draws random numbers, only the first is to be used.
+    Returns what it gives for the samples, the copies that each of them leaves, whether random numbers are drawn, and
+    for every sample the gradients of its loss (``losses(output, samples)`` is ``(B,)``) in float64; with ``trainable``
+    only of parameters that require one. Of a model that draws random numbers, only the first is to be used.
     """
     before = copy.deepcopy(model).eval() if evaluate else copy.deepcopy(model)
     double, wide = widened(before, inputs)

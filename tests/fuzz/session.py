@@ -154,7 +154,7 @@ class Session:
     def features(self, *, B: int, T: int, **options: Any) -> None:
         """`GradientFeatures`, of one extractor for all calls."""
         inputs, before = self.inputs(B, T, **options), loop.state(self.model)
-        output, after, draws, rows = loop.truth(self.model, inputs, self.ones, self.calls, evaluate=True)
+        output, _, draws, rows = loop.truth(self.model, inputs, self.ones, self.calls, evaluate=True)
 
         def call() -> Any:
             if self.extractor is None:
@@ -221,9 +221,7 @@ class Session:
 
         double = nn.Linear(4, 3).double()
         double.load_state_dict(head.state_dict())
-        rows = [
-            loop.gradients_of(double(row.double()).square().sum(), list(double.parameters())) for row in x.split(1)
-        ]
+        rows = [loop.gradients_of(double(row.double()).square().sum(), list(double.parameters())) for row in x.split(1)]
 
         def call() -> Tensor:
             with fastgrad.record(self.model):

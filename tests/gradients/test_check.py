@@ -68,7 +68,7 @@ def test_a_model_that_float64_does_not_run() -> None:
 
 def test_bad_input() -> None:
     model = parts(lambda net, x: net.head(x))
-    with pytest.raises(ValueError, match="inputs must hold at least two samples, .*; they held 1"):
+    with pytest.raises(ValueError, match=r"inputs must hold at least two samples, .*; they held 1"):
         fastgrad.check(model, X[:1])
     with pytest.raises(TypeError, match="batch_dims must be None, 0, or a mapping"):
         fastgrad.check(model, X, batch_dims="x")  # type: ignore[arg-type]

@@ -86,7 +86,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     **{f"{name} {value!r}": (lambda given=given: grad_sqnorm(**given), TypeError, f"{name} must be a tensor or a seq")
        for name, value in (("losses", None), ("losses", ["x"]), ("params", 3), ("grad_outputs", 5))
        for given in [{"losses": X, "params": NET.weight, name: value}]},
-    "batch_dims": (lambda: record(NET, batch_dims=1), TypeError, "batch_dims must be None, 0, or a mapping .* it was 1"),
+    "batch_dims": (lambda: record(NET, batch_dims=1), TypeError, "batch_dims must be None, 0, or a .* it was 1"),
     "batch_dims of features": (lambda: GradientFeatures(NET, batch_dims={"x": "0"}), TypeError, "batch_dims must be"),  # type: ignore[dict-item]
     "named": (lambda: grad_sqnorm(X, dict(NET.named_parameters())), TypeError, "params must .* it was dict of str$"),
     "by frequency": (lambda: GradientFeatures(nn.Embedding(4, 5, scale_grad_by_freq=True)), ValueError,
