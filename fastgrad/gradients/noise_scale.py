@@ -30,9 +30,9 @@ class NoiseScale:
 
         noise = fastgrad.NoiseScale(decay=0.99)
         with fastgrad.record(model):
-            loss = F.cross_entropy(model(x), y, reduction="sum")
-            sqnorms = fastgrad.grad_sqnorm(loss, parameters, retain_graph=True)
-            gradients = torch.autograd.grad(loss, parameters)
+            losses = F.cross_entropy(model(x), y, reduction="none")
+            sqnorms = fastgrad.grad_sqnorm(losses, parameters, retain_graph=True)
+            gradients = torch.autograd.grad(losses.sum(), parameters)
         noise.update(torch.stack(sqnorms).sum(0), sum(g.square().sum() for g in gradients))
         noise.scale
     """
