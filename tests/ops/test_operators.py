@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
 import fastgrad
+from fastgrad._torch import require_cpp_compiler
 from fastgrad.losses import LOSSES
 from fastgrad.ops import dispatch, last_layer
 from fastgrad.ops.conv.geometry import Kernel
@@ -250,3 +251,30 @@ def test_impl_and_device(name: str, device: torch.device, monkeypatch: pytest.Mo
     assert launched == []
     with pytest.raises(ValueError, match="it was 'triton', but the device was cpu"):
         function(*inputs, "triton")
+
+
+@pytest.mark.usefixtures("no_interpreter")
+def test_a_compiler_on_a_cpu_makes_one_kernel_of_the_rows() -> None:
+    """The operator is traced as its formula and fuses; the product of the layer is the other call."""
+    from torch._inductor.utils import run_and_get_code
+
+    try:
+        require_cpp_compiler("the test's kernel")
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+    def layer(h: torch.Tensor, weight: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return fastgrad.contrast_sqnorm(h, torch.nn.functional.linear(h, weight, b))
+
+    h, weight, b = torch.randn(5, 8), 9 * torch.randn(20, 8), torch.randn(20)
+    weight[3], b[3], h[1] = weight[9], b[9], 0  # a tie, and an unsure row
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found, (code,) = run_and_get_code(torch.compile(layer, fullgraph=True), h, weight, b)
+        z = torch.nn.functional.linear(h, weight, b)
+        exact = fastgrad.contrast_sqnorm(h.double(), z.double())
+    calls = code.split("def call(")[1]
+    assert calls.count("cpp_fused") == 1
+    assert "fastgrad" not in calls
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
+    assert not torch._dynamo.explain(layer)(h, weight, b).graph_break_count
