@@ -44,7 +44,11 @@ def contrast_sqnorm(
     """Return the squared L2 norm of the last layer's gradient for every one-hot contrast: "why P, rather than k?".
 
     The relative error is a few units in the last place of float32, even where a confident network leaves autograd no
-    correct digit. Differentiable with respect to both tensors.
+    correct digit. Differentiable with respect to both tensors. For cross-entropy, with the two largest logits
+    ``m >= r``, ``f = exp(z - r)``, the sums ``s1`` of f and ``s2`` of f^2 without one largest logit,
+    ``rho = exp(r - m)`` and ``a = 1 + rho s1``, it is ``||h||^2 + 1`` times::
+
+        rho^2 (s1^2 + s2) / a^2 + 2 (1 - exp(z_k - m)) / a
 
     Args:
         features: ``(..., D)``, the input ``h`` of the last layer; float16, bfloat16, float32 or float64; any strides.
