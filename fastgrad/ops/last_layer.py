@@ -64,19 +64,13 @@ def _cross_entropy(features: Tensor, logits: Tensor, bias: bool, mean: bool) -> 
 
 
 def _formula(h: Tensor, z: Tensor, extra: int) -> Tensor:
-    """Return the norms as `fastgrad.kernels.contrast` writes them, which a compiler fuses to one pass over a row."""
+    """Return the norms in few operations, which a compiler fuses to one kernel; `_rows` has the letters."""
     m = z.amax(-1, keepdim=True)
-    top = z == m
-    r = z.masked_fill(top, -torch.inf).amax(-1, keepdim=True)
-    r = torch.where((top.to(z.dtype).sum(-1, keepdim=True) > 1) | (r == -torch.inf), m, r)  # a tie, or a single logit
-    f = torch.exp(torch.minimum(z, r) - r)
-    s1, s2 = f.sum(-1, keepdim=True) - 1, f.square().sum(-1, keepdim=True) - 1
-    rho = torch.exp(r - m) + 0 * m
-    a = 1 + rho * s1
-    p = rho / a
-    predicted = p * (s1 * s1 + s2) * p
-    norms = torch.where(z > r, predicted, predicted + 2 / a - 2 * p * f)
-    return norms * (h.square().sum(-1, keepdim=True) + extra)
+    e, top = torch.exp(z - m), z == m
+    rest, ties = torch.where(top, 0.0, e), top.to(z.dtype).sum(-1, keepdim=True) - 1
+    s1, s2 = rest.sum(-1, keepdim=True) + ties, rest.square().sum(-1, keepdim=True) + ties
+    a = 1 + s1 + 0 * m  # NaN if the softmax is undefined
+    return (h.square().sum(-1, keepdim=True) + extra) * ((s1 * s1 + s2) / (a * a) + 2 * (1 - e) / a)
 
 
 def _rows(factor: Tensor, logits: Tensor, out: Tensor | None = None) -> Tensor:
