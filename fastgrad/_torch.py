@@ -104,6 +104,12 @@ def is_transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def is_mapped() -> bool:
+    """Whether all active ``torch.func`` transforms are ``vmap``. If unknown, operators run as plain torch in it."""
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    return all(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+
+
 def unwrapped(tensor: Tensor) -> Tensor:
     """Return the tensor that ``torch.func`` wrapped, with all samples. Without it, reading values fails under vmap."""
     while not torch.compiler.is_compiling() and _functorch.is_functorch_wrapped_tensor(tensor):

@@ -67,6 +67,7 @@ def _top(z: Tensor) -> Tensor:
 def _leave_one_out(z: Tensor) -> _LeaveOneOut:
     top = _top(z)
     peak = torch.where(top, z, 0).sum(-1, keepdim=True)
+    peak = peak + 0 * peak  # NaN if infinite: the softmax of such a row is undefined
     others = z.masked_fill(top, -torch.inf)
     # The reference point of f cancels mathematically, so it needs no gradient. It must be finite: N = 1 has no
     # second logit, and a masked vocabulary may have no finite one.
@@ -191,7 +192,9 @@ def _mse_norms(z: Tensor, log: bool) -> Tensor:
     at_top = torch.where(top, z - 1, z).square().sum(-1, keepdim=True)
     if log:
         at_top = at_top.log()
-    result = _linear_form(z, z.square().sum(-1, keepdim=True), top, at_top, log)
+    total = z.square().sum(-1, keepdim=True)
+    # All are infinite in a row with an infinite logit.
+    result = _linear_form(torch.where(total == torch.inf, 0, z), total, top, at_top, log)
     return result + math.log(4) if log else 4 * result
 
 

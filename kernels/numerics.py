@@ -11,18 +11,29 @@ def finite(x):
 
 
 @triton.jit
-def exp(x):
-    """Return e^x for x up to 88, to about two units in the last place, at least the least normal number; NaN stays NaN.
+def larger_two(first, second, other_first, other_second):
+    """Return the two largest of two pairs in descending order."""
+    low = tl.minimum(first, other_first)
+    return tl.maximum(first, other_first), tl.maximum(low, tl.maximum(second, other_second))
 
-    Hardware rounds ``x * log2(e)`` to float32, an error of 2e-6 at x = -40, so the integer part n is taken out first: a
-    large number added rounds to n and leaves it in the lowest bits, from where it becomes the exponent of ``2^n``.
+
+@triton.jit
+def two_largest(z):
+    """Return the two largest numbers of every row of a tile; they are equal on a tie. NaN is passed over."""
+    return tl.reduce((z, tl.full(z.shape, float("-inf"), tl.float32)), 1, larger_two)
+
+
+@triton.jit
+def exp_difference(low, high):
+    """Return ``exp(low - high)``, NaN if high is infinite, and ``low - high`` with its rounding error; ``low <= high``.
+
+    The error is half a unit of a number near 40, which would show in a square of the exponential. Two-sum knows it.
     """
-    x = tl.maximum(x, -87.33, propagate_nan=tl.PropagateNan.ALL)
-    shifted = x * 1.4426950408889634 + 12582912.0
-    n = shifted - 12582912.0
-    r = (x - n * 0.693145751953125) - n * 1.42860682030941723212e-6
-    power = ((shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)
-    return tl.exp2(r * 1.4426950408889634) * power
+    x = low - high
+    back = x - low
+    error = tl.where(x > float("-inf"), (low - (x - back)) + (-high - back), 0.0)
+    # The softmax of a row whose maximum is infinite is undefined, as it is to autograd.
+    return tl.exp(x) * (1 + error) + 0.0 * high, x, error
 
 
 @triton.jit
@@ -41,26 +52,11 @@ def one_minus(x, e):
 @triton.jit
 def sigmoid(x):
     """Return 1 / (1 + e^-x) without overflow, relatively accurate on both tails."""
-    e = exp(-tl.abs(x))
+    e = tl.exp(-tl.abs(x))
     return tl.where(x >= 0.0, 1.0, e) / (1.0 + e)
 
 
 @triton.jit
 def log_sigmoid(x):
     """Return log(1 / (1 + e^-x)), absolutely accurate."""
-    e = exp(-tl.abs(x))
-    return tl.where(x < 0.0, x, 0.0) - tl.log(1.0 + e)
-
-
-@triton.jit
-def margin(top, second):
-    """Return ``exp(second - top)``, ``second - top`` and that difference's rounding error, known exactly (two-sum).
-
-    The error is half a unit of a number near 40, which would show in a square of the exponential. The softmax of a row
-    whose maximum is infinite (either sign) is undefined, as it is to autograd: the exponential is then NaN.
-    """
-    r = second - top
-    back = r - second
-    err = (second - (r - back)) + (-top - back)
-    err = tl.where(tl.abs(r) < float("inf"), err, 0.0)
-    return tl.where(tl.abs(top) < float("inf"), exp(r) * (1.0 + err), float("nan")), r, err
+    return tl.where(x < 0.0, x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))

@@ -13,7 +13,7 @@ from python_process import run_python
 pytest.importorskip("triton")
 
 ROOT = pathlib.Path(__file__).parent.parent
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950", "gfx1100")
 
 
 #: Triton compiles in these processes instead of interpreting.
@@ -36,10 +36,7 @@ def test_one_case_of_every_kernel() -> None:
     architectures = ("sm_90", "gfx942")
     rows = report("--quick", *(word for arch in architectures for word in ("--arch", arch)))
     assert complaints(rows) == []
-    kernels = {
-        "contrast_rows_kernel", "contrast_stream_kernel", "contrast_moments_kernel", "contrast_finish_kernel",
-        "linear_stats_kernel", "stats_finish_kernel", "target_sqnorm_kernel",
-    }  # fmt: skip
+    kernels = {"contrast_rows_kernel", "rows_kernel", "moments_kernel", "finish_kernel"}
     for arch in architectures:
         assert {row["kernel"] for row in rows if row["arch"] == arch} >= kernels, arch
 
@@ -53,8 +50,7 @@ def test_one_exponential_a_logit_and_one_instruction_for_it() -> None:
     for row in rows:
         assert row["exponentials"] == 33
         assert row["roundings"] == row["barriers"] == 0
-        # 2,316 to 2,900 when a row had four warps and its logits were masked again before each of two exponentials.
-        assert row["per_row"] <= 1300
+        assert row["per_row"] <= 1100
 
 
 def test_time_in_python_is_measured_on_a_driver_that_launches_nothing() -> None:

@@ -33,7 +33,7 @@ class Case(NamedTuple):
         call: Runs the launcher on them.
         quick: Whether every test run compiles it, as the case of its kernel and path, and a device times it.
         wide: Whether rows are multiples of 16 bytes, which must then be loaded and stored 16 bytes at a time.
-        products: Multiplications on the matrix units.
+        products: Multiplications on the matrix units, without which no kernel runs.
     """
 
     name: str
@@ -55,8 +55,14 @@ def as_if_on(architecture: Architecture) -> Any:
 
 
 def configured(**configs: object) -> Any:
-    """Let functions of `tune`, by name, return these configurations; a context manager, and a decorator of calls."""
-    return mock.patch.dict(vars(tune), {name: mock.Mock(return_value=config) for name, config in configs.items()})
+    """Let functions of `tune`, by name, return these configurations; a context manager, and a decorator of calls.
+
+    A function as a configuration takes the place of the other.
+    """
+    replaced = {
+        name: config if callable(config) else mock.Mock(return_value=config) for name, config in configs.items()
+    }
+    return mock.patch.dict(vars(tune), replaced)
 
 
 def prepared(
@@ -64,11 +70,10 @@ def prepared(
     log: bool = False, mean: bool = False,
 ) -> partial[Any]:  # fmt: skip
     """Return the call of a launcher of the last layer; ``kind`` is the target's."""
-    h = make(B, D)
-    if launcher is contrasts.linear_contrast_stats:
-        return partial(launcher, h, make(N, D, seed=1), make(N, seed=2) if bias else None, loss, mean)
-    z = make(B, N, seed=1)
-    y = (torch.arange(B) % N).to(z.device) if kind == "indices" else None
+    h, z = make(B, D), make(B, N, seed=1)
+    if launcher is contrasts.contrast_stats:
+        return partial(launcher, h, z, loss, bias, mean)
+    y = (torch.arange(len(h)) % z.shape[1]).to(z.device) if kind == "indices" else None
     return partial(launcher, h, z, *((y, kind) if kind else ()), loss, bias, log, mean)
 
 
@@ -83,9 +88,9 @@ def _case(
     call = prepared(launcher, partial(make, dtype=dtype), B, N, D, loss, **options)
     words = (KERNEL_DTYPES[dtype], options.get("kind"), loss, "log" if options.get("log") else "")
     name = " ".join((launcher.__name__, f"B={B} N={N} D={D}", *filter(None, words)))
-    products = B * N * D if launcher.__name__.startswith("linear") else 0
-    whole = gcd(N, D) * dtype.itemsize % 16 == 0
-    return Case(name, tensors(call), call, quick, whole, products)
+    # Tiles of longer rows begin at multiples of 16 bytes, wherever the row does.
+    wide = tune.longest_row(loss) < N or gcd(N, D) * dtype.itemsize % 16 == 0
+    return Case(name, tensors(call), call, quick, wide)
 
 
 def cases(make: Make = meta) -> Iterator[Case]:
@@ -107,18 +112,23 @@ def cases(make: Make = meta) -> Iterator[Case]:
         yield norms(4096, N, 512, dtype, "cross_entropy")
     for B in (1, 265, 4096):
         yield norms(B, 128256, 4096, HALF, "cross_entropy")
-    statistics = partial(_case, contrasts.linear_contrast_stats, make)
-    for loss in LOSSES[:3]:
+    # One sample, few and many with D above N, which one program must not load step by step.
+    for B, D in ((1, 4096), (32, 2048), (4096, 4096)):
+        yield norms(B, 10, D, SINGLE, "cross_entropy", quick=B > 1)
+    statistics = partial(_case, contrasts.contrast_stats, make)
+    for loss in LOSSES:
         yield statistics(8, 128256, 4096, HALF, loss)
-        yield statistics(128, 1000, 2048, HALF, loss)
-        yield statistics(1024, 128256, 4096, HALF, loss, quick=loss == "bce")
+        yield statistics(128, 1000, 2048, HALF, loss, quick=loss == "cross_entropy")
+        yield statistics(512, 128256, 4096, HALF, loss, quick=loss == "bce")
         yield statistics(256, 32000, 4096, SINGLE, loss)
     one = partial(_case, contrasts.target_sqnorm, make)
     for loss in LOSSES:
         for kind in ("ones", "predicted"):
             yield one(4096, 1000, 512, HALF, loss, kind=kind, quick=kind == "ones")
     yield one(4096, 1000, 512, HALF, "bce", kind="ones", log=True, quick=True)
-    yield one(256, 128256, 4096, HALF, "brier", log=True, kind="indices")
+    yield one(256, 128256, 4096, HALF, "brier", log=True, kind="indices", quick=True)
+    for loss in LOSSES:
+        yield one(256, 128256, 4096, HALF, loss, kind="uniform")
     yield from _layers(make)
     # The compiler takes sizes of 1 for constants.
     ones = (1, 1, 1, SINGLE, "mse")

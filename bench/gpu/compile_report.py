@@ -34,15 +34,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from bench.gpu.compile_cases import as_if_on, cases
-from bench.gpu.model import costs
+from bench.gpu.model import costs, fused
 from bench.report import pages
 from bench.report.text import table
 from fastgrad.ops import tune
 
 #: Kernels whose products must run on the matrix units.
-PRODUCTS = {"linear_stats_kernel", "direct_kernel", "gram_kernel"}
-#: Kernels that write whole rows; the others write one number per row or tile.
-WIDE_STORES = {"contrast_rows_kernel", "contrast_stream_kernel", "contrast_finish_kernel"}
+PRODUCTS = {"direct_kernel", "gram_kernel"}
+#: Kernels or kinds of results that write whole rows; the others write one number per row or tile.
+WIDE_STORES = {"contrast_rows_kernel", "contrasts"}
 #: What is read from machine code: the largest number after a word, and how often a word occurs.
 LARGEST = {
     "cubin": {"registers": r"\bREG:(\d+)", "local": r"\b(?:STACK|LOCAL):(\d+)"},
@@ -75,7 +75,7 @@ COUNTED = {
     },
 }
 TARGETS = {
-    name: GPUTarget("hip", name, 64) if arch.backend == "hip" else GPUTarget("cuda", arch.version, 32)
+    name: GPUTarget(arch.backend, name if arch.backend == "hip" else arch.version, arch.threads)
     for name, arch in tune.KNOWN_ARCHITECTURES.items()
 }
 
@@ -122,8 +122,8 @@ def _disassembled(cubin: bytes) -> str:
         return subprocess.check_output([tool, "-res-usage", "-sass", file.name], text=True)
 
 
-def faults(row: dict[str, Any], wide: bool) -> list[str]:
-    """Return which promises about kernels a row breaks; ``wide``: its rows of logits are multiples of 16 bytes."""
+def faults(row: dict[str, Any], wide: bool, given: dict[str, Any]) -> list[str]:
+    """Return which promises about kernels a row breaks; ``wide``: rows are moved 16 bytes at a time."""
     found = []
     if row["spills"] or row["local"]:
         found.append(f"{row['spills']} spills, {row['local']} bytes of local memory")
@@ -132,9 +132,11 @@ def faults(row: dict[str, Any], wide: bool) -> list[str]:
         found.append(f"{row['shared']} of {limit} bytes of shared memory")
     if row["kernel"] in PRODUCTS and not row["matrix"]:
         found.append("no matrix instruction")
-    if wide and not row["wide_loads"] and row["kernel"] != "stats_finish_kernel":
+    if wide and not row["wide_loads"] and given.get("TILED", True):
         found.append("no 16-byte load")
-    if wide and not row["wide_stores"] and row["kernel"] in WIDE_STORES:
+    rows = "out_ptr" in given and given.get("KIND", row["kernel"]) in WIDE_STORES
+    numbers = given.get("ROWS", 1) * given.get("BLOCK_N", 0) // row["warps"]
+    if wide and rows and numbers >= 4 * tune.KNOWN_ARCHITECTURES[row["arch"]].threads and not row["wide_stores"]:
         found.append("no 16-byte store")
     return found
 
@@ -146,18 +148,24 @@ def report(only: str, archs: list[str], quick: bool) -> list[dict[str, Any]]:
     found: dict[str, dict[str, int]] = {}
     wanted = [case for case in cases() if re.search(only, case.name) and (case.quick or not quick)]
     for arch, case in itertools.product(archs, wanted):
+        if case.products and not tune.KNOWN_ARCHITECTURES[arch].multiplies:
+            continue
         print(f"{arch} {case.name}", file=sys.stderr)
+        first = len(rows)
         for kernel, programs, given in compiled(case.call, arch):
             if kernel.hash not in found:
                 found[kernel.hash] = read(kernel.asm)
             row: dict[str, Any] = {"case": case.name, "kernel": kernel.name, "arch": arch}
             row |= {"warps": kernel.metadata.num_warps, "shared": kernel.metadata.shared, **found[kernel.hash]}
-            row |= costs(row, programs, given, case.products if kernel.name in PRODUCTS else 0)
+            row |= costs(row, programs, given)
             row["per_row"] = row["instructions"] * row["warps"] / given["ROWS"] if "ROWS" in given else None
-            row["faults"] = faults(row, case.wide)
+            row["faults"] = faults(row, case.wide, given)
             rows.append(row)
             for fault in row["faults"]:
                 print(f"FAULT {arch} {case.name} {kernel.name}: {fault}", file=sys.stderr)
+        times = [row["us"] for row in rows[first:]]
+        for row in rows[first:]:
+            row["call_us"] = None if None in times else round(sum(times), 1)
     return rows
 
 
@@ -174,7 +182,7 @@ def main() -> None:
     rows = report(options.only, options.arch or list(TARGETS), options.quick)
     print(json.dumps({"rows": rows}, indent=1) if options.json else table(rows))
     if options.out:
-        pages.save("compile", rows, packages=("triton", "torch"))
+        pages.save("compile", rows, packages=("triton", "torch"), facts={"fused": list(fused())})
 
 
 if __name__ == "__main__":

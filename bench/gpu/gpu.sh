@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything worth knowing about a GPU, in one command and some twenty minutes:
+# Everything worth knowing about a GPU, in one command and some thirty minutes:
 #
 #     bash bench/gpu/gpu.sh --out DIR
 #     bash bench/gpu/gpu.sh --out DIR --dry-run      # the steps that a CPU can run, in Triton's interpreter, at tiny sizes
@@ -7,8 +7,8 @@
 # Needs a checkout, Python with PyTorch, Triton, pytest, pytest-benchmark and hypothesis, and the C compiler and Python
 # headers that Triton builds its launcher with: no installation, no network. What is missing, ncu and compute-sanitizer
 # too, its step says. A step that fails or takes too long does not stop the next; the exit status is 0 only if none failed.
-# Written to DIR: environment.txt, tests.txt, kernels.json, one JSON file a table, ncu.csv, sanitizer.txt and, last,
-# summary.md.
+# Written to DIR: environment.txt, tests.txt, kernels.json, tuned.txt for FASTGRAD_TUNED, one JSON file a table, ncu.csv,
+# sanitizer.txt and, last, summary.md.
 set -u
 
 out=
@@ -62,7 +62,7 @@ skip() { echo "== $1: skipped, $2"; steps+=(--step "$1=skipped: $2"); }
 have() { command -v "$1" >/dev/null 2>&1; }
 imports() { "$python" -c "import $1" >/dev/null 2>&1; }
 
-rm -f "$out"/{environment.txt,tests.txt,last-layer.json,rows.json,network.json,end-to-end.json,kernels.json,ncu.csv,sanitizer.txt,summary.md}
+rm -f "$out"/{environment.txt,tests.txt,last-layer.json,rows.json,network.json,end-to-end.json,kernels.json,tuned.txt,ncu.csv,sanitizer.txt,summary.md}
 
 [ -n "$dry" ] || ! have nvidia-smi || step "nvidia-smi" 20 "$out/environment.txt" nvidia-smi
 step "environment" 60 "$out/environment.txt" "$python" -m fastgrad doctor
@@ -91,7 +91,8 @@ times=10000
 [ -z "$dry" ] || times=2
 step "repeats" 300 "$out/sanitizer.txt" "$python" -m bench.gpu.kernels --repeat "$times" --tiny
 [ -n "$dry" ] || step "time in Python" 60 "$out/environment.txt" "$python" -m bench.gpu.host
-step "share of the measured rates" 150 /dev/null "$python" -m bench.gpu.kernels --out "$out" $tiny
+step "times and predictions" 300 /dev/null "$python" -m bench.gpu.kernels --out "$out" $tiny
+step "measured choices" 600 /dev/null "$python" -m bench.gpu.tune --out "$out/tuned.txt" $tiny
 
 once=("$python" -m bench.gpu.kernels --once)
 metrics=dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__throughput.avg.pct_of_peak_sustained_elapsed
@@ -102,7 +103,7 @@ if [ -n "$dry" ]; then
 else
     if have ncu; then
         step "profiler counters" 150 /dev/null ncu --csv --log-file "$out/ncu.csv" --metrics "$metrics" \
-            --kernel-name "regex:contrast|linear|target|direct|gram" --launch-count 40 "${once[@]}"
+            --kernel-name "regex:contrast|rows|moments|finish|direct|gram" --launch-count 40 "${once[@]}"
     else
         skip "profiler counters" "ncu is not installed"
     fi

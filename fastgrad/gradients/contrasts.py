@@ -44,7 +44,11 @@ def contrast_sqnorm(
     """Return the squared L2 norm of the last layer's gradient for every one-hot contrast: "why P, rather than k?".
 
     The relative error is a few units in the last place of float32, even where a confident network leaves autograd no
-    correct digit. Differentiable with respect to both tensors.
+    correct digit. Differentiable with respect to both tensors. For cross-entropy, with the two largest logits
+    ``m >= r``, ``f = exp(z - r)``, the sums ``s1`` of f and ``s2`` of f^2 without one largest logit,
+    ``rho = exp(r - m)`` and ``a = 1 + rho s1``, it is ``||h||^2 + 1`` times::
+
+        rho^2 (s1^2 + s2) / a^2 + 2 (1 - exp(z_k - m)) / a
 
     Args:
         features: ``(..., D)``, the input ``h`` of the last layer; float16, bfloat16, float32 or float64; any strides.
@@ -57,8 +61,10 @@ def contrast_sqnorm(
         impl: ``"auto"``, ``"triton"`` or ``"eager"``; an explicit choice never falls back.
 
     Returns:
-        ``(..., N)``, float32 (float64 for float64 logits). NaN or infinity in one row reaches that row only. Where
-        ``||h||^2`` is beyond the dtype's range (a feature of 1.8e19 in float32), the whole row is infinite or NaN.
+        ``(..., N)``, float32 (float64 for float64 logits). NaN or infinity in one row reaches that row only. A row with
+        an infinite largest logit is NaN for ``"cross_entropy"`` and ``"brier"``, whose softmax is undefined; any
+        infinite logit makes it infinite for ``"mse"``. Where ``||h||^2`` is beyond the dtype's range (a feature of
+        1.8e19 in float32), the whole row is infinite or NaN.
 
     Raises:
         TypeError: A tensor is missing or not floating, or only one of them is float64.
@@ -67,6 +73,57 @@ def contrast_sqnorm(
     leading = _head_pair(features, logits, loss, reduction, bias=bias, log=log)
     norms = last_layer.contrast_sqnorm(_matrix(features), _matrix(logits), loss, bias, log, reduction == "mean", impl)
     return norms if logits.dim() == 2 else norms.reshape(*leading, logits.shape[-1])
+
+
+def contrast_topk(
+    features: Tensor,
+    logits: Tensor,
+    k: int,
+    *,
+    loss: str = "cross_entropy",
+    bias: bool = True,
+    reduction: str = "sum",
+    log: bool = False,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Return the contrasts of the k classes with the largest logits, without the matrix ``(..., N)`` of all.
+
+    The first is the predicted class, the others are its nearest rivals: except for ``"brier"``, a larger logit has the
+    smaller norm. The other arguments and errors are those of :func:`contrast_sqnorm`.
+
+    Returns:
+        Squared norms ``(..., k)``, float32 (float64 for float64 logits), and the classes ``(..., k)``, int64.
+    """
+    leading = _head_pair(features, logits, loss, reduction, bias=bias, log=log)
+    checks.at_least(1, k=k)
+    if k > logits.shape[-1]:
+        raise ValueError(f"k must be at most the number of classes, {logits.shape[-1]}; it was {k}")
+    classes = _matrix(logits).topk(k).indices
+    norms = last_layer.target_sqnorm(
+        _matrix(features), _matrix(logits), classes, "indices", loss, bias, log, reduction == "mean", impl
+    )
+    return norms.reshape(*leading, k), classes.reshape(*leading, k)
+
+
+def contrast_stats(
+    features: Tensor,
+    logits: Tensor,
+    *,
+    loss: str = "cross_entropy",
+    bias: bool = True,
+    reduction: str = "sum",
+    impl: str = "auto",
+) -> ContrastStats:
+    """Compute statistics over all contrasts from logits that exist, without the matrix ``(..., N)`` of norms.
+
+    Arguments and errors are those of :func:`contrast_sqnorm`.
+
+    Returns:
+        :class:`ContrastStats` of tensors ``(...)``, float32 (float64 for float64 logits).
+    """
+    leading = _head_pair(features, logits, loss, reduction, bias=bias)
+    stats = last_layer.contrast_stats(_matrix(features), _matrix(logits), loss, bias, reduction == "mean", impl)
+    return ContrastStats(*stats.reshape(*leading, 5).unbind(-1))
 
 
 def target_sqnorm(
@@ -150,9 +207,8 @@ def linear_contrast_stats(
 ) -> ContrastStats:
     """Compute statistics over all contrasts without storing ``(..., N)``: for vocabularies of 128k and more.
 
-    The Triton kernel needs memory in proportion to B. The eager form holds 4 million logits at a time, or one row;
-    compiled, all of them. ``"brier"`` has the eager form alone. Arguments and errors are those of
-    :func:`linear_contrast_sqnorm`.
+    At most 4 million logits are held at a time, 64 million on a GPU, or one row; compiled, all of them. Arguments and
+    errors are those of :func:`linear_contrast_sqnorm`.
 
     Returns:
         :class:`ContrastStats` of tensors ``(...)``, float32 (float64 for float64).

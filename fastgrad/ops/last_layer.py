@@ -17,8 +17,9 @@ from fastgrad._torch import is_readable, is_transformed
 from fastgrad.losses import compute_dtype
 from fastgrad.ops.dispatch import full_precision, operator
 
-# Logits, elements of rows (B, N, D) or of products (B, U, N) held at a time, or one row if it is longer.
-_CHUNK = 1 << 22
+# Logits, elements of rows (B, N, D) or of products (B, U, N) held at a time, or one row if it is longer. On a GPU, a
+# product of few rows would wait for the weight.
+_CHUNK, _GPU_CHUNK = 1 << 22, 1 << 26
 # Rows are worked on in pieces of at most this many elements (1 MiB), which stay in the cache of one core.
 _CACHED = 1 << 18
 # NumPy takes less time for a single row up to this length.
@@ -45,6 +46,8 @@ def _cross_entropy(features: Tensor, logits: Tensor, bias: bool, mean: bool) -> 
     """Return the norms for cross-entropy by few passes over the logits; on a CPU, over rows that fit the cache."""
     dtype, classes = compute_dtype(logits.dtype), logits.shape[-1]
     extra, divisor = int(bias), classes**2 if mean else 1
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return _formula(features.to(dtype), logits.to(dtype), extra) / divisor
     readable = logits.device.type == "cpu" and is_readable(logits, features)
     if readable and logits.shape[0] == 1 and classes <= _FEW:
         return _one_row(features.detach(), logits.detach(), dtype, extra, divisor)
@@ -58,6 +61,16 @@ def _cross_entropy(features: Tensor, logits: Tensor, bias: bool, mean: bool) -> 
     for f, z, o in zip(factor.split(rows), logits.split(rows), out.split(rows), strict=True):
         _rows(f, z, o)
     return out
+
+
+def _formula(h: Tensor, z: Tensor, extra: int) -> Tensor:
+    """Return the norms in few operations, which a compiler fuses to one kernel; `_rows` has the letters."""
+    m = z.amax(-1, keepdim=True)
+    e, top = torch.exp(z - m), z == m
+    rest, ties = torch.where(top, 0.0, e), top.to(z.dtype).sum(-1, keepdim=True) - 1
+    s1, s2 = rest.sum(-1, keepdim=True) + ties, rest.square().sum(-1, keepdim=True) + ties
+    a = 1 + s1 + 0 * m  # NaN if the softmax is undefined
+    return (h.square().sum(-1, keepdim=True) + extra) * ((s1 * s1 + s2) / (a * a) + 2 * (1 - e) / a)
 
 
 def _rows(factor: Tensor, logits: Tensor, out: Tensor | None = None) -> Tensor:
@@ -102,33 +115,36 @@ def _one_row(h: Tensor, z: Tensor, dtype: torch.dtype, extra: int, divisor: int)
 def _target(
     features: Tensor, logits: Tensor, target: Tensor | None, kind: str, loss: str, bias: bool, log: bool, mean: bool
 ) -> Tensor:
-    """Return the norms ``(B,)`` of a label per sample by their definition; ``kind`` names a label without a tensor."""
+    """Return the norms ``(B,)`` of a label per sample by their definition; ``kind`` names a label without a tensor.
+
+    Class indices may be ``(B, K)``, and the norms are then, too.
+    """
     rows = max(1, _CACHED // 4 // max(logits.shape[-1], 1))
     if logits.device.type == "cpu" and is_readable(logits, features) and not is_transformed() and len(logits) > rows:
         labels = [None] * -(-len(logits) // rows) if target is None else target.split(rows)
         pieces = zip(features.split(rows), logits.split(rows), labels, strict=True)
         return torch.cat([_target(*piece, kind, loss, bias, log, mean) for piece in pieces])
     label = kind if target is None else target
-    norms = losses.target_norms(logits, label, loss=loss, reduction=losses.REDUCTIONS[mean], log=log)
-    scale = features.to(norms.dtype).square().sum(-1) + (1 if bias else 0)
+    scale = features.to(compute_dtype(logits.dtype)).square().sum(-1) + (1 if bias else 0)
+    if kind == "indices" and target is not None and target.dim() == 2:
+        norms = losses.contrast_norms(logits, loss=loss, reduction=losses.REDUCTIONS[mean], log=log).gather(1, target)
+        scale = scale.unsqueeze(1)
+    else:
+        norms = losses.target_norms(logits, label, loss=loss, reduction=losses.REDUCTIONS[mean], log=log)
     return norms + scale.log() if log else norms * scale
 
 
-def _statistics(features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, mean: bool) -> Tensor:
-    logits = linear(features, weight, bias)
-    norms = _contrasts(features, logits, loss, bias is not None, False, mean)
+def _statistics(features: Tensor, logits: Tensor, loss: str, bias: bool, mean: bool) -> Tensor:
+    """Return min, max, mean, expected and predicted norm, ``(B, 5)``; where values are known, a few rows at a time."""
+    rows = max(1, _CHUNK // max(logits.shape[-1], 1))
+    if is_readable(logits, features) and not is_transformed() and len(logits) > rows:
+        pieces = zip(features.split(rows), logits.split(rows), strict=True)
+        return torch.cat([_statistics(*piece, loss, bias, mean) for piece in pieces])
+    norms = _contrasts(features, logits, loss, bias, False, mean)
     p = logits.to(norms.dtype).softmax(-1)
     predicted = norms.gather(-1, logits.argmax(-1, keepdim=True)).squeeze(-1)
     columns = (norms.amin(-1), norms.amax(-1), norms.mean(-1), (p * norms).sum(-1), predicted)
     return torch.stack(columns, -1)
-
-
-def _linear_stats(features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, mean: bool) -> Tensor:
-    """Return min, max, mean, expected and predicted norm, ``(B, 5)``, a few rows at a time."""
-    rows = max(1, _CHUNK // max(weight.shape[0], 1))
-    if torch.compiler.is_compiling() or features.shape[0] <= rows:
-        return _statistics(features, weight, bias, loss, mean)
-    return torch.cat(in_pieces(_statistics, features.split(rows), weight, bias, loss, mean))
 
 
 def rows_linear(features: Tensor, diagonal: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -174,10 +190,30 @@ target_sqnorm = operator(
     "target_sqnorm", _target, lambda h, z, *_: _empty(z, z.shape[0]),
     lambda h, z, y, kind, *_: "soft targets have no kernel" if kind == "soft" else None,
 )  # fmt: skip
-linear_contrast_stats = operator(
-    "linear_contrast_stats", _linear_stats, lambda h, w, *_: _empty(h, h.shape[0], 5),
-    lambda h, w, b, loss, *_: "the statistics of brier have no kernel" if loss == "brier" else None,
-)  # fmt: skip
+contrast_stats = operator("contrast_stats", _statistics, lambda h, z, *_: _empty(z, z.shape[0], 5))
+
+
+def _linear_stats(
+    features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, mean: bool, impl: str
+) -> Tensor:  # fmt: skip
+    with full_precision(features.device):
+        logits = linear(features, weight, bias)
+    return contrast_stats(features, logits, loss, bias is not None, mean, impl)
+
+
+def linear_contrast_stats(
+    features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, mean: bool, impl: str
+) -> Tensor:
+    """Return min, max, mean, expected and predicted norm of a linear layer, ``(B, 5)``, some rows at a time.
+
+    A kernel that fused the product with the statistics would read its operands from the cache more often than the
+    vendor's product, which costs more than the logits do: ``python -m bench.gpu.compile_report`` shows both times.
+    """
+    held = _GPU_CHUNK if features.device.type == "cuda" else _CHUNK
+    rows = max(1, held // max(weight.shape[0], 1))
+    if torch.compiler.is_compiling() or features.shape[0] <= rows:
+        return _linear_stats(features, weight, bias, loss, mean, impl)
+    return torch.cat(in_pieces(_linear_stats, features.split(rows), weight, bias, loss, mean, impl))
 
 
 def linear_contrast_sqnorm(

@@ -1,9 +1,16 @@
-"""Launch configurations of the Triton kernels: pure functions of shape, dtype and architecture."""
+"""Launch configurations of the Triton kernels: pure functions of shape, dtype and architecture.
+
+A JSON file that the environment variable ``FASTGRAD_TUNED`` names replaces choices for the last layer by measured ones;
+``python -m bench.gpu.tune`` writes it.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,9 +28,25 @@ class Architecture:
     processors: int  # streaming multiprocessors or compute units
     shared_memory: int  # bytes one program may use
 
+    @property
+    def name(self) -> str:
+        """What compilers call it."""
+        return f"gfx{self.version}" if self.backend == "hip" else f"sm_{self.version}"
+
+    @property
+    def threads(self) -> int:
+        """Threads of a warp."""
+        return 64 if self.backend == "hip" and self.version < 1000 else 32
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether products compile to instructions of its matrix units, or are interpreted."""
+        return self.backend == "cpu" or (self.version >= 80 if self.backend == "cuda" else self.threads == 64)
+
 
 #: Every report compiles the kernels for these. Other GPUs of the families differ in the number of processors.
 KNOWN_ARCHITECTURES = {
+    "sm_75": Architecture("cuda", 75, 40, 64 << 10),
     "sm_80": Architecture("cuda", 80, 108, 163 << 10),
     "sm_86": Architecture("cuda", 86, 84, 99 << 10),
     "sm_89": Architecture("cuda", 89, 128, 99 << 10),
@@ -32,19 +55,13 @@ KNOWN_ARCHITECTURES = {
     "sm_120": Architecture("cuda", 120, 170, 99 << 10),
     "gfx942": Architecture("hip", 942, 304, 64 << 10),
     "gfx950": Architecture("hip", 950, 256, 160 << 10),
+    "gfx1100": Architecture("hip", 1100, 48, 64 << 10),
 }
 INTERPRETER = Architecture("cpu", 0, 1, 1 << 20)
 
 
-# The longest row that stays in the registers of one program: 32 logits in each of 512 threads.
-LONGEST_ROW = 16384
-# Estimates for an H100: microseconds that a program takes apart from its logits, and another launch; logits that a
-# program reads and writes in a microsecond while another one shares its processor.
-PROGRAM, LAUNCH, LOGITS = 1.0, 2.0, 1750
-# Programs that share a row, at most: the next launch merges their parts in one step.
-MOST_SPLITS = 64
-# Parts of a row of statistics, at most, which one program merges.
-MOST_PARTS = 1024
+#: What a file of measured choices may set. The logits of a row's tile are not among it: too few would be wrong.
+MEASURED = {"ROWS", "BLOCK_D", "num_warps"}
 
 
 def power_of_two(n: int) -> int:
@@ -67,133 +84,70 @@ def _block(size: int, largest: int) -> int:
     return min(max(power_of_two(size), 16), largest)
 
 
-@lru_cache(1024)
-def contrast(B: int, N: int, D: int, loss: str, arch: Architecture) -> tuple[Options, int]:
-    """Choose for features ``(B, D)`` and logits ``(B, N)``; return also how many programs share a row.
+def bucket(B: int, N: int, D: int, loss: str, arch: Architecture) -> str:
+    """Return the key of a measured choice: shapes between the same powers of two share it."""
+    sizes = (power_of_two(n) for n in (B, N, D))
+    return " ".join(map(str, (arch.backend, arch.version, loss, *sizes)))
 
-    A row up to ``LONGEST_ROW`` stays on chip. Several short rows (``ROWS``, set only here) share a program as long as
-    the programs still fill the device. Longer rows are swept twice, by one program or by several.
+
+@lru_cache(1)
+def measured() -> dict[str, Options]:
+    """Return the measured choices by `bucket`; a ValueError if the file holds something else."""
+    path = os.environ.get("FASTGRAD_TUNED")
+    found: dict[str, Options] = json.loads(Path(path).read_text()) if path else {}
+    for key, options in found.items():
+        for name, value in options.items():
+            if name not in MEASURED or type(value) is not int or value < 1 or value & (value - 1):
+                raise ValueError(
+                    f"{path} must give powers of two for {', '.join(sorted(MEASURED))}; for {key!r} it gave "
+                    f"{name} = {value!r}"
+                )
+    return found
+
+
+def longest_row(loss: str) -> int:
+    """Return the most logits that stay in the registers of one program: 32 in each of 512 threads, 16 for brier."""
+    return 8192 if loss == "brier" else 16384
+
+
+@lru_cache(1024)
+def last_layer(B: int, N: int, D: int, loss: str, arch: Architecture) -> tuple[Options, int]:
+    """Choose for features ``(B, D)`` and logits ``(B, N)``; return also how many programs share a row, 0 if none do.
+
+    Short rows belong to one program whole, several (``ROWS``) if both logits and features are few and the programs
+    still fill the device. Features are loaded in one step as long as 512 threads can hold 32 each. Of a longer row
+    every program has one tile.
     """
-    # Brier keeps twice as many numbers per logit.
-    longest = LONGEST_ROW // 2 if loss == "brier" else LONGEST_ROW
-    if longest >= N:
-        block = max(power_of_two(N), 16)
-        rows = max(1, 1024 // block)
-        # One 16-byte access of half precision for each thread of the smallest program.
-        least = 512 if arch.backend == "hip" else 256
-        while rows * block > least and rows > 1 and cdiv(B, rows) < 2 * arch.processors:
+    if longest_row(loss) >= N:
+        block, wide = max(power_of_two(N), 16), max(power_of_two(D), 16)
+        rows = max(1, 1024 // max(block, wide))
+        while rows > 1 and cdiv(B, rows) < 2 * arch.processors:
             rows //= 2
-        width = rows * block
+        logits, features = rows * block, rows * wide
         if cdiv(B, rows) >= 8 * arch.processors:
-            # 32 logits a thread, so that short rows belong to one warp and no thread waits for another warp's sums.
-            warps = width // (512 if loss == "brier" or arch.version == 89 else 1024)
+            # 32 numbers a thread, so that short rows belong to one warp and no thread waits for another warp's sums.
+            warps = max(logits // (512 if loss == "brier" else 1024), features // 1024)
         else:
             # Fewer rows take more threads each, 8 to 32 logits a thread.
-            warps = min(width // 256, max(4, width // 512))
-        warps = min(max(1, warps), 16)
-        if arch.backend == "hip":
-            warps = max(1, warps // 2)  # 64 threads each
-        block_d = _block(D, max(16, 2048 // rows))
-        return {"ROWS": rows, "BLOCK_N": block, "BLOCK_D": block_d, "num_warps": warps}, 1
-    # Rows that are no multiple of 16 bytes take registers for addresses, of which brier and the squares of unbounded
-    # logits leave too few in eight warps. Sigmoids and squares need more before sm_90, squares also since sm_100.
-    unaligned = N % 8 != 0
-    softmax = loss == "cross_entropy"
-    block = 8192 if softmax and not unaligned else 2048 if loss == "brier" and arch.version >= 100 else 4096
-    crowded = unaligned or (arch.version < 90 and loss != "brier")
-    crowded = crowded or (arch.version >= 100 and loss == "mse")
-    warps = 16 if crowded and not softmax and arch.backend == "cuda" else 8
-    if unaligned and loss == "bce" and arch.version == 90:
-        block, warps = 2048, 8
-    # A processor holds two programs, and the last wave should not be nearly empty.
-    places = 2 * arch.processors
-
-    def cost(splits: int) -> float:
-        return cdiv(B * splits, places) * (N / splits / LOGITS + PROGRAM) + LAUNCH * (splits > 1)
-
-    splits = min(range(1, min(MOST_SPLITS, cdiv(N, 2048)) + 1), key=cost)
-    splits = 1 if cost(1) <= 1.1 * cost(splits) else splits
-    block = min(block, max(2048, power_of_two(cdiv(N, splits))))
-    if arch.backend == "hip":
-        warps = min(warps, block // 512)  # 64 threads each, with one 16-byte access of half precision
-    return {"BLOCK_N": block, "BLOCK_D": _block(D, 2048), "num_warps": warps}, splits
+            warps = max(min(logits // 256, max(4, logits // 512)), features // 512)
+        warps = min(max(1, warps), 16) * 32
+        options = {"ROWS": rows, "BLOCK_N": block, "num_warps": max(1, warps // arch.threads)}
+        options["BLOCK_D"] = _block(D, max(16, 32 * warps // rows))
+        tiles = 0
+    else:
+        block = 8192
+        while block > 1024 and B * cdiv(N, block) < 2 * arch.processors:
+            block //= 2
+        tiles = cdiv(N, block)
+        # 16 logits a thread, or 32.
+        options = {"BLOCK_N": block, "num_warps": min(block // 16, 256) // arch.threads}
+        options["BLOCK_D"] = _block(chunk(D, tiles, 16), block)
+    return options | measured().get(bucket(B, N, D, loss, arch), {}), tiles
 
 
 def _precision(dtype: torch.dtype, arch: Architecture) -> str:
     """Return the precision: three TF32 products keep float32 accuracy on NVIDIA's tensor cores; AMD's take float32."""
     return "tf32x3" if dtype == torch.float32 and arch.backend == "cuda" else "ieee"
-
-
-@lru_cache(1024)
-def linear_stats(
-    B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture, loss: str = "cross_entropy"
-) -> tuple[Options, int]:
-    """Choose the tile of a product of ``(B, D)`` and ``(N, D)``: BLOCK_M samples, BLOCK_N classes, BLOCK_K features.
-
-    Return also how many tiles a program walks through.
-    """
-    wide = dtype == torch.float32
-    block_m = _block(B, 64 if wide else 128)
-    if block_m == 128:
-        block_n, block_k, warps = 128, 64, 8
-    else:
-        # Few rows: the weight is read once at memory speed, which takes many programs with deep queues of loads.
-        block_n, block_k, warps = 64, 128, 4
-        if wide:
-            block_k = 32 if block_m == 64 else 64
-    if arch.backend == "cuda":
-        before_sm_90, since_sm_100 = arch.version < 90, arch.version >= 100
-        if block_m == 128:
-            # The moments of wider tiles do not fit the registers: before sm_90 the product's operands take many, and
-            # since sm_100 a thread holds whole rows. For bce, Triton before 3.9 needs more of them.
-            block_n = 64 if before_sm_90 or since_sm_100 or loss in ("mse", "bce") else 128
-        elif block_m == 64 and wide:
-            # The three products of float32 hold three pairs of operands.
-            block_n = 32
-        elif block_m == 16 and before_sm_90 and loss == "bce":
-            block_k = 64
-    # Tiles shrink, the longer side first, until there is one for every processor.
-    while max(block_m, block_n) > 16 and cdiv(B, block_m) * cdiv(N, block_n) < arch.processors:
-        if block_n >= block_m:
-            block_n //= 2
-        else:
-            block_m //= 2
-    if arch.version in (86, 89) and block_m * block_n <= 1024:
-        warps = min(warps, 4)  # eight warps run out of registers there
-    while block_k > 16 and block_k // 2 >= D:
-        block_k //= 2
-    if arch.backend == "hip":
-        # Each of the 64 threads of a warp loads 16 bytes of either operand.
-        warps = min(warps, max(1, min(block_m, block_n) * block_k * dtype.itemsize // 1024))
-    stage = (block_m + block_n) * block_k * dtype.itemsize
-    # AMD's pipeline keeps the stage after next in registers, so two stages take the shared memory of one.
-    stages = 2 if arch.backend == "hip" else max(1, min(4, (arch.shared_memory - 4096) // stage))
-    tiles_m, tiles_n = cdiv(B, block_m), cdiv(N, block_n)
-
-    def cost(tiles: int) -> float:
-        # A quarter of a tile's time goes into starting a program.
-        return cdiv(tiles_m * cdiv(tiles_n, tiles), arch.processors) * (tiles + 0.25)
-
-    least = cdiv(tiles_n, MOST_PARTS)
-    tiles = min((max(least, cdiv(tiles_m * tiles_n, wave * arch.processors)) for wave in range(2, 9)), key=cost)
-    return {
-        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "PRECISION": _precision(dtype, arch),
-        "num_warps": warps, "num_stages": stages,
-    }, tiles  # fmt: skip
-
-
-@lru_cache(1024)
-def target(B: int, N: int, D: int, arch: Architecture) -> Options:
-    """Choose for features ``(B, D)`` and logits ``(B, N)``; rows up to 2048 logits are one block."""
-    block = _block(N, 2048)
-    rows = max(1, 512 // block)
-    while rows > 1 and cdiv(B, rows) < 2 * arch.processors:
-        rows //= 2
-    width = rows * block
-    warps = 1 if width <= 256 else 2 if width <= 512 else 4 if width <= 1024 else 8
-    block_d = _block(D, max(16, 2048 // rows))
-    warps = max(1, warps // 2) if arch.backend == "hip" else warps
-    return {"ROWS": rows, "BLOCK_N": block, "BLOCK_D": block_d, "num_warps": warps}
 
 
 def layer_direct(C: int, O: int, T: int, dtype: torch.dtype, arch: Architecture) -> Options:  # noqa: E741

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = {
-    "environment.txt", "tests.txt", "rows.json", "kernels.json", "sanitizer.txt", "summary.md",
+    "environment.txt", "tests.txt", "rows.json", "kernels.json", "tuned.txt", "sanitizer.txt", "summary.md",
 }  # fmt: skip
 
 
@@ -36,8 +37,14 @@ def test_dry_run(tmp_path: pathlib.Path) -> None:
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
     summary = (tmp_path / "out" / "summary.md").read_text()
     assert "FAILED" not in summary
-    for step in ("test suite", "micro benchmarks", "repeats", "share of the measured rates"):
+    for step in ("test suite", "micro benchmarks", "repeats", "times and predictions", "measured choices"):
         assert f"| {step} | passed" in summary
+    found = json.loads((tmp_path / "out" / "kernels.json").read_text())["rows"]
+    report = json.loads((ROOT / "bench" / "results" / "compile.json").read_text())["rows"]
+    assert {row["case"] for row in found} == {
+        row["case"] for row in report if row["arch"] == "sm_90" and row["call_us"]
+    }
+    assert {row["verdict"] for row in found} == {"reached"}
 
 
 @pytest.mark.parametrize("missing", ["pytest", "pytest_benchmark", "hypothesis"])

@@ -73,6 +73,26 @@ def test_statistics_equal_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(stats.mean, norms.mean(-1))
         torch.testing.assert_close(stats.expected, (logits.softmax(-1) * norms).sum(-1))
         torch.testing.assert_close(stats.predicted, norms.gather(-1, logits.argmax(-1, keepdim=True)).squeeze(-1))
+        given_logits = fastgrad.contrast_stats(h, logits, loss=loss)
+        assert all(torch.equal(*pair) for pair in zip(stats, given_logits, strict=True))
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_contrasts_of_the_largest_logits(loss: str, impl: str, device: torch.device) -> None:
+    h, z = torch.randn(2, 3, 5, device=device), 5 * torch.randn(2, 3, 40, device=device)
+    every = fastgrad.contrast_sqnorm(h, z, loss=loss, bias=False, reduction="mean", impl=impl)
+    norms, classes = fastgrad.contrast_topk(h, z, 4, loss=loss, bias=False, reduction="mean", impl=impl)
+    assert torch.equal(classes, z.topk(4).indices)
+    # Two kernels, whose last operations may be contracted differently.
+    torch.testing.assert_close(norms, every.gather(-1, classes), rtol=2e-6, atol=0)
+    if loss != "brier":
+        assert torch.equal(norms, norms.sort(-1).values)
+        torch.testing.assert_close(norms, every.sort(-1).values[..., :4], rtol=2e-6, atol=0)
+    logs, _ = fastgrad.contrast_topk(h, z, 40, loss=loss, log=True, impl=impl)
+    torch.testing.assert_close(
+        logs.sort(-1).values, fastgrad.contrast_sqnorm(h, z, loss=loss, log=True).sort(-1).values
+    )
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -256,6 +276,9 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: fastgrad.linear_contrast_sqnorm(H, W, torch.randn(3)), ValueError, "bias"),
     (lambda: fastgrad.linear_contrast_sqnorm(H, W.half()), TypeError, "weight.*float16"),
     (lambda: fastgrad.linear_contrast_stats(H, W[0]), ValueError, "weight"),
+    (lambda: fastgrad.contrast_topk(H, Z, 0), ValueError, "k must be an integer of at least 1; it was 0"),
+    (lambda: fastgrad.contrast_topk(H, Z, 99), ValueError, "k must be at most the number of classes, .*; it was 99"),
+    (lambda: fastgrad.contrast_stats(H[:0], Z), ValueError, "features must have the leading shape of logits"),
     (lambda: fastgrad.contrast_sqnorm(H.long(), Z), TypeError, "features.*int64"),
     (lambda: fastgrad.contrast_sqnorm(H, Z, log="yes"), TypeError, "log.*'yes'"),  # type: ignore[arg-type]
     (lambda: fastgrad.linear_contrast_sqnorm(H, W.to("meta")), ValueError, "weight.*cpu.*meta"),

@@ -12,15 +12,11 @@ import torch.nn.functional as F
 triton = pytest.importorskip("triton")
 
 from bench.gpu.compile_cases import configured  # noqa: E402
+from bench.gpu.sanitize.cases import PATHS  # noqa: E402
 from fastgrad.losses import TARGETS  # noqa: E402
-from fastgrad.ops.triton.contrasts import target_sqnorm  # noqa: E402
+from fastgrad.ops.triton.contrasts import contrast_sqnorm, target_sqnorm  # noqa: E402
 
 LOSSES = ("cross_entropy", "bce", "mse", "brier")
-PATHS = {
-    "one block": {"ROWS": 8, "BLOCK_N": 64, "BLOCK_D": 32, "num_warps": 1},
-    "many blocks": {"ROWS": 4, "BLOCK_N": 16, "BLOCK_D": 16, "num_warps": 1},
-}
-
 pytestmark = pytest.mark.usefixtures("poison")
 
 
@@ -47,21 +43,20 @@ def run(
     return target_sqnorm(features.to(device), logits.to(device), target, kind, loss, bias, log, mean)
 
 
-# Many blocks sweep alike with and without the logarithm, and for an index as for the predicted class.
 KINDS = (*TARGETS, "indices")
-CASES = [(kind, log, "one block") for kind in KINDS for log in (False, True)]
-CASES += [(kind, False, "many blocks") for kind in KINDS if kind != "indices"]
 
 
-@pytest.mark.parametrize(("kind", "log", "path"), CASES)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_accuracy(loss: str, kind: str, log: bool, path: str, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(1)
     margins = (0.0, 1.0, 5.0, 10.0, 20.0, 40.0)
-    logits = torch.cat([oracles.confident_logits(1, 21, margin, generator) for margin in margins])
+    logits = torch.cat([oracles.confident_logits(1, 37, margin, generator) for margin in margins])
     features = torch.randn(len(margins), 7, generator=generator)
     target, dense = targets(kind, logits, generator)
-    with configured(target=PATHS[path]):
+    with configured(last_layer=PATHS[path]):
         out = run(features, logits, target, kind, loss, device, log=log)
     assert out.dtype == torch.float32
     for b, got in enumerate(out.cpu().tolist()):
@@ -86,10 +81,24 @@ def test_nearly_equal_logits(kind: str, path: str, device: torch.device) -> None
     generator = torch.Generator().manual_seed(4)
     logits = 1e-3 * torch.randn(3, 21, generator=generator)
     _, dense = targets(kind, logits, generator)
-    with configured(target=PATHS[path]):
+    with configured(last_layer=PATHS[path]):
         out = run(torch.zeros(3, 2), logits, None, kind, "cross_entropy", device)
     for b, got in enumerate(out.cpu().tolist()):
         oracles.check(got, oracles.target_norms(logits[b].tolist(), dense[b].tolist(), "cross_entropy"), False, b)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_several_classes_of_a_row(loss: str, path: str, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(5)
+    features, logits = torch.randn(3, 5, generator=generator), 4 * torch.randn(3, 37, generator=generator)
+    classes = logits.topk(5).indices
+    with configured(last_layer=PATHS[path]):
+        out = run(features, logits, classes, "indices", loss, device)
+        every = contrast_sqnorm(features.to(device), logits.to(device), loss, True, False, False)
+    assert out.shape == (3, 5)
+    # Two kernels, whose last operations may be contracted differently.
+    torch.testing.assert_close(out, every.gather(1, classes.to(device)), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

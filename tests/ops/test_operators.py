@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
 import fastgrad
+from fastgrad._torch import require_cpp_compiler
 from fastgrad.losses import LOSSES
 from fastgrad.ops import dispatch, last_layer
 from fastgrad.ops.conv.geometry import Kernel
@@ -31,11 +31,12 @@ def arguments(name: str, device: torch.device, requires_grad: bool, loss: str) -
         "contrast_sqnorm": (h, z, loss, True, False, False),
         "target_sqnorm": (h, z, torch.tensor([0, 5, 2], device=device), "indices", loss, True, False, True),
         "linear_contrast_sqnorm": (h, weight, b, loss, True, False),
-        "linear_contrast_stats": (h, weight, None, loss, False),
+        "contrast_stats": (h, z, loss, True, False),
+        "linear_contrast_stats": (h, weight, b, loss, False),
     }[name]
 
 
-NAMES = ("contrast_sqnorm", "target_sqnorm", "linear_contrast_stats")
+NAMES = ("contrast_sqnorm", "target_sqnorm", "contrast_stats")
 
 
 @pytest.fixture
@@ -65,21 +66,13 @@ def test_opcheck_eager(name: str) -> None:
 def test_arguments_without_a_kernel(device: torch.device) -> None:
     h, z = torch.randn(3, 5, device=device), torch.randn(3, 6, device=device)
     soft = (h, z, z.softmax(-1), "soft", "bce", True, False, False)
-    statistics = arguments("linear_contrast_stats", device, False, "brier")
-    for name, inputs, reason in (
-        ("target_sqnorm", soft, "soft targets"),
-        ("linear_contrast_stats", statistics, "brier"),
-    ):
-        with pytest.raises(ValueError, match=f"impl.*{reason}"):
-            getattr(last_layer, name)(*inputs, "triton")
-        torch.testing.assert_close(getattr(OPS, name)(*inputs), getattr(last_layer, name)(*inputs, "eager"))
+    with pytest.raises(ValueError, match=r"impl.*soft targets"):
+        last_layer.target_sqnorm(*soft, "triton")
+    torch.testing.assert_close(OPS.target_sqnorm(*soft), last_layer.target_sqnorm(*soft, "eager"))
 
 
-PAIRS = [*itertools.product((*NAMES, "linear_contrast_sqnorm"), LOSSES)]
-PAIRS.remove(("linear_contrast_stats", "brier"))
-
-
-@pytest.mark.parametrize(("name", "loss"), PAIRS)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", [*NAMES, "linear_contrast_sqnorm", "linear_contrast_stats"])
 def test_triton_equals_eager(name: str, loss: str, device: torch.device) -> None:
     inputs = arguments(name, device, True, loss)
     leaves = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
@@ -110,23 +103,25 @@ def test_derivatives_of_dependent_arguments(same: bool, device: torch.device) ->
 
 
 def test_backward_under_autocast(device: torch.device) -> None:
-    inputs = arguments("linear_contrast_stats", device, True, "cross_entropy")
+    inputs = arguments("contrast_stats", device, True, "cross_entropy")
     results = []
     for enabled in (False, True):
         with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
-            results.append(torch.autograd.grad(last_layer.linear_contrast_stats(*inputs, "triton").sum(), inputs[:2]))
+            results.append(torch.autograd.grad(last_layer.contrast_stats(*inputs, "triton").sum(), inputs[:2]))
     torch.testing.assert_close(*results, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize(
     ("hip", "capability", "name", "served"),
     [
-        (None, (7, 5), "sm_75", False),
+        (None, (7, 0), "sm_70", False),
+        (None, (7, 5), "sm_75", True),
         (None, (8, 7), "sm_87", True),
         (None, (12, 1), "sm_121", True),
         (None, (13, 0), "sm_130", False),
         ("7", (9, 4), "gfx942", True),
-        ("7", (11, 0), "gfx1100", False),
+        ("7", (11, 0), "gfx1100", True),
+        ("7", (11, 5), "gfx1151", False),
     ],
 )
 def test_gpus_without_compiled_kernels(
@@ -146,6 +141,11 @@ def test_gpus_without_compiled_kernels(
     if not served:
         with pytest.raises(ValueError, match=f"'triton', but the device was {name}, and kernels are"):
             choose("triton", tensor)
+    refused = name in ("sm_70", "sm_75", "gfx1100", "gfx1151")
+    assert bool(dispatch.product_refusal(tensor.device)) is refused
+    if served and refused:
+        with pytest.raises(ValueError, match=f"the device was {name}, and this kernel multiplies on the matrix units"):
+            choose("triton", tensor, dispatch.product_refusal(tensor.device))
 
 
 def test_first_call_within_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,13 +164,42 @@ def test_first_call_within_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
             launched(SimpleNamespace(device=torch.device("cuda", 0)))
 
 
-def test_torch_func_takes_the_eager_form(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_func(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot differentiate the operators; ``vmap`` alone has a rule for them."""
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     tensor: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
-    found = []
-    torch.func.grad(lambda x: (found.append(choose("auto", tensor)), x)[1])(torch.ones(()))
-    assert [*found, choose("auto", tensor)] == ["eager", "triton"]
+    found: list[str] = []
+
+    def noted(x: torch.Tensor) -> torch.Tensor:
+        found.extend(choose("auto", tensor, mapped=mapped) for mapped in (False, True))
+        return x
+
+    torch.func.grad(noted)(torch.ones(()))
+    torch.func.vmap(noted)(torch.ones(2))
+    torch.func.vmap(torch.func.grad(noted))(torch.ones(2))
+    assert found == ["eager", "eager", "eager", "triton", "eager", "eager"]
+    assert choose("auto", tensor) == "triton"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_vmap(name: str, device: torch.device) -> None:
+    h, z = torch.randn(3, 4, 5, device=device), torch.randn(4, 2, 3, device=device)
+    rest = {
+        "contrast_sqnorm": ("bce", True, False, False),
+        "target_sqnorm": (None, "ones", "bce", True, False, False),
+        "contrast_stats": ("bce", True, False),
+    }[name]
+    function = getattr(last_layer, name)
+    found = [
+        torch.vmap(lambda a, b, impl=impl: function(a, b, *rest, impl), in_dims=dims)(a, b)  # type: ignore[misc]
+        for impl in ("eager", "triton")
+        for a, b, dims in ((h, z, (1, 0)), (h[:2, 0], z, (None, 0)))
+        for a, b in ((a, b.mT if dims == (1, 0) else b),)
+    ]
+    torch.testing.assert_close(found[2:], found[:2])
+    with pytest.raises(ValueError, match=r"it was 'triton', but torch\.func cannot differentiate the kernel"):
+        torch.func.grad(lambda a: function(a, z[0], *rest, "triton").sum())(h[:2, 0])
 
 
 def test_recorded_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,3 +251,30 @@ def test_impl_and_device(name: str, device: torch.device, monkeypatch: pytest.Mo
     assert launched == []
     with pytest.raises(ValueError, match="it was 'triton', but the device was cpu"):
         function(*inputs, "triton")
+
+
+@pytest.mark.usefixtures("no_interpreter")
+def test_a_compiler_on_a_cpu_makes_one_kernel_of_the_rows() -> None:
+    """The operator is traced as its formula and fuses; the product of the layer is the other call."""
+    from torch._inductor.utils import run_and_get_code
+
+    try:
+        require_cpp_compiler("the test's kernel")
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+    def layer(h: torch.Tensor, weight: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return fastgrad.contrast_sqnorm(h, torch.nn.functional.linear(h, weight, b))
+
+    h, weight, b = torch.randn(5, 8), 9 * torch.randn(20, 8), torch.randn(20)
+    weight[3], b[3], h[1] = weight[9], b[9], 0  # a tie, and an unsure row
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found, (code,) = run_and_get_code(torch.compile(layer, fullgraph=True), h, weight, b)
+        z = torch.nn.functional.linear(h, weight, b)
+        exact = fastgrad.contrast_sqnorm(h.double(), z.double())
+    calls = code.split("def call(")[1]
+    assert calls.count("cpp_fused") == 1
+    assert "fastgrad" not in calls
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
+    assert not torch._dynamo.explain(layer)(h, weight, b).graph_break_count

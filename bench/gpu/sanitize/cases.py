@@ -16,11 +16,18 @@ from torch import Tensor
 from bench.gpu.compile_cases import Call, Case, Make, configured, meta, prepared, tensors
 from fastgrad.losses import LOSSES, TARGETS
 from fastgrad.ops.triton import contrasts, layer_sqnorm
+from fastgrad.ops.tune import cdiv
 
-# Blocks shorter than a row, so that every loop and every merge runs.
-TILE = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "PRECISION": "ieee", "num_warps": 4, "num_stages": 2}
-STREAM = {"BLOCK_N": 32, "BLOCK_D": 16, "num_warps": 1}
-CONTRAST = {"rows": ({**STREAM, "ROWS": 4, "BLOCK_N": 64}, 1), "stream": (STREAM, 1), "split": (STREAM, 2)}
+SMALL = {"BLOCK_D": 16, "num_warps": 1}
+
+
+def tiled(block: int) -> Any:
+    """Return a function as `tune.last_layer` by which programs share every row, with tiles of ``block`` logits."""
+    return lambda B, N, *_: ({**SMALL, "BLOCK_N": block}, cdiv(N, block))
+
+
+#: Both ways to a row's norms, with more rows and features than fit a block, and tiles shorter than a row.
+PATHS = {"rows": ({**SMALL, "ROWS": 4, "BLOCK_N": 64}, 0), "tiles": tiled(32)}
 OF_LAYERS = {"BLOCK_T": 16, "PRECISION": "ieee", "num_warps": 4, "num_stages": 2}
 LAYERS = {
     "layer_direct": {"BLOCK_O": 16, "BLOCK_C": 16, **OF_LAYERS},
@@ -52,26 +59,24 @@ def _case(title: str, loss: str, sizes: tuple[int, ...], call: partial[Any], qui
 
 def cases(make: Make = made) -> Iterator[Case]:
     """Yield all cases; `Case.quick` marks one for each path of each kernel."""
-    some, ones = ((5, 37, 19), 3), ((1, 1, 1), 0)
-    for (path, config), loss, (sizes, pad) in itertools.product(
-        CONTRAST.items(), LOSSES, (some, ((3, 64, 16), 0), ones, ((2, 33, 1), 1))
+    # Rows with space between them, tiles that begin before their rows, a single number, whole blocks.
+    some, peeled, ones = ((5, 37, 19), 3), ((3, 37, 16), 0), ((1, 1, 1), 0)
+    shapes = (some, peeled, ones, ((2, 64, 16), 0))
+    for (path, config), loss, (sizes, pad) in itertools.product(PATHS.items(), LOSSES, shapes):
+        made_here = partial(make, pad=pad)
+        for log in (False, True):
+            call = prepared(contrasts.contrast_sqnorm, made_here, *sizes, loss, log=log)
+            quick = (loss, log) in (("cross_entropy", False), ("brier", True)) and sizes == peeled[0]
+            yield _case(f"contrast {path}{' log' if log else ''}", loss, sizes, call, quick, last_layer=config)
+        call = prepared(contrasts.contrast_stats, made_here, *sizes, loss)
+        yield _case(f"statistics {path}", loss, sizes, call, loss == "bce" and sizes == some[0], last_layer=config)
+    few = (("indices", "bce"), ("ones", "cross_entropy"))
+    for (path, config), kind, loss, (sizes, pad) in itertools.product(
+        PATHS.items(), (*TARGETS, "indices"), LOSSES, (some, peeled, ones)
     ):
-        log = loss in ("bce", "brier")
-        call = prepared(contrasts.contrast_sqnorm, partial(make, pad=pad), *sizes, loss, log=log)
-        yield _case(f"contrast {path}", loss, sizes, call, loss == "brier" and sizes == some[0], contrast=config)
-
-    quick = (("indices", "bce"), ("ones", "cross_entropy"))
-    options = {"ROWS": 2, "BLOCK_N": 16, "BLOCK_D": 16, "num_warps": 1}
-    for kind, loss, (sizes, pad) in itertools.product((*TARGETS, "indices"), LOSSES, (some, ((2, 16, 16), 0), ones)):
         call = prepared(contrasts.target_sqnorm, partial(make, pad=pad), *sizes, loss, kind=kind)
-        yield _case(f"target {kind}", loss, sizes, call, (kind, loss) in quick and sizes == some[0], target=options)
-
-    shapes = (((35, 37, 21), 3), ((16, 16, 16), 0), ones, ((17, 33, 5), 1))
-    for loss, (sizes, pad), bias in itertools.product(LOSSES[:3], shapes, (False, True)):
-        call = prepared(contrasts.linear_contrast_stats, partial(make, pad=pad), *sizes, loss, bias=bias)
-        quick_one = sizes == shapes[-1][0] and loss == "bce" and bias
-        title = "statistics" if bias else "statistics without bias,"
-        yield _case(title, loss, sizes, call, quick_one, linear_stats=(TILE, 1))
+        quick = (kind, loss) in few and sizes == some[0]
+        yield _case(f"target {kind} {path}", loss, sizes, call, quick, last_layer=config)
 
     for name, (shape, outputs, *each) in CONVOLUTIONS.items():
         along = zip(shape[2:], *each[:4], strict=True)
@@ -98,17 +103,15 @@ def huge() -> Iterator[tuple[str, Call, int]]:
             yield f"{case.name}, strides beyond 2^31", case.call, 1
 
     of = partial(meta, dtype=torch.bfloat16)
-    split = {"BLOCK_N": 1 << 17, "BLOCK_D": 2048, "num_warps": 16}, 8
-    # Few tiles per program, so that the partial moments alone have more than 2^31 elements.
-    tiles = {**TILE, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}
-    narrow = {**tiles, "BLOCK_M": 16, "BLOCK_N": 1 << 13}
-    norms, statistics = contrasts.contrast_sqnorm, contrasts.linear_contrast_stats
+    # The partial moments alone have more than 2^31 elements in the last.
+    norms, statistics = contrasts.contrast_sqnorm, contrasts.contrast_stats
     for title, launcher, sizes, loss, configs in (
-        ("contrast rows", norms, (4_300_000, 1000, 512), "brier", {}),
-        ("contrast stream", norms, (120_000, 40_000, 64), "brier", {"contrast": (split[0], 1)}),
-        ("contrast split", norms, (3_000, 1_500_001, 64), "brier", {"contrast": split}),
-        ("statistics", statistics, (1_500_000, 65_536, 64), "bce", {"linear_stats": (tiles, 4)}),
-        ("statistics", statistics, (3, 9_000_000, 320), "bce", {"linear_stats": (narrow, 1)}),
+        ("contrast rows", norms, (4_300_000, 1000, 512), "cross_entropy", {}),
+        ("general rows", norms, (4_300_000, 1000, 512), "brier", {}),
+        ("contrast tiles", norms, (120_000, 40_000, 64), "brier", {}),
+        ("peeled tiles", norms, (3_000, 1_500_001, 64), "brier", {}),
+        ("statistics", statistics, (1_500_000, 65_536, 64), "bce", {}),
+        ("statistics", statistics, (1_500_000, 65_536, 64), "bce", {"last_layer": tiled(128)}),
     ):
         case = _case(title, loss, sizes, prepared(launcher, of, *sizes, loss), False, **configs)
         yield case.name, case.call, 1

@@ -17,7 +17,7 @@ from fastgrad._torch import functorch, lowered
 from fastgrad.losses import compute_dtype
 from fastgrad.ops.conv import cost, routes
 from fastgrad.ops.conv.geometry import Ints, Kernel, Problem, problem_of
-from fastgrad.ops.dispatch import choose, launcher
+from fastgrad.ops.dispatch import choose, launcher, product_refusal
 
 
 @functools.lru_cache(maxsize=4096)
@@ -38,7 +38,8 @@ def _solve(a: Tensor, g: Tensor, kernel: Kernel, impl: str) -> Tensor:
     # The kernel has no derivative.
     differentiated = torch.is_grad_enabled() and (a.requires_grad or g.requires_grad)
     common = torch.promote_types(a.dtype, g.dtype)
-    if (impl == "auto" and (p.guarded or differentiated)) or choose(impl, a.to(common)) == "eager":
+    plain = impl == "auto" and (p.guarded or differentiated)
+    if plain or choose(impl, a.to(common), product_refusal(a.device)) == "eager":
         route, step = plan(tuple(a.shape), tuple(g.shape), p[2:], dtype)
         whole = step >= a.shape[0]
         pieces = [(a, g)] if whole else zip(a.split(step), g.split(step, 1), strict=True)
