@@ -29,10 +29,10 @@ from bench.detection import cache
 from bench.detection.data import photographs, sets
 from bench.detection.train import accuracy, fit
 from bench.report import pages
+from fastgrad.blocks import DEFAULT_BLOCKS
 from fastgrad.deploy.file.export import export
 from fastgrad.deploy.file.package import ModelPackage
 from fastgrad.detector.model import TwoStageModel
-from fastgrad.detector.price import DEFAULT_BLOCKS
 
 #: Returns test images ``(n, 3, 224, 224)``, given their number and the first one's place.
 Images = Callable[[int, int], Tensor]

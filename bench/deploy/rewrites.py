@@ -24,10 +24,10 @@ from bench.clock import in_turns, rounded_ratio, seconds
 from bench.deploy.price import NETWORKS as PRICED
 from bench.report import pages
 from fastgrad import TwoStageModel
+from fastgrad.blocks import DEFAULT_BLOCKS
 from fastgrad.commands.demo import digit_network
 from fastgrad.deploy.file import onnx_export, onnx_file
 from fastgrad.deploy.file.export import export
-from fastgrad.detector.price import DEFAULT_BLOCKS
 
 BATCHES, ROUNDS = (1, 8), 15
 #: How each network is built, and the shape of its inputs.

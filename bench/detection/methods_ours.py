@@ -1,7 +1,7 @@
 """fastgrad's own detectors, through its public interface, and the control that has the same challenges.
 
 The blocks that they read are cached, so that forms of the detector share them; `TwoStageModel.fit` and a call do all
-else, as for users. Blocks are named, because timings on a busy machine could make a budget drop some.
+else, as for users.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from torch import Tensor
 from bench.detection.registry import METHODS, Protocol, Score, method
 from bench.detection.subject import BATCH, TEXTS, Fit, NotRun, Seen, Subject, packed
 from fastgrad import TwoStageModel
-from fastgrad.blocks import BLOCKS, Gradients
+from fastgrad.blocks import BLOCKS, DEFAULT_BLOCKS, Gradients
 from fastgrad.blocks.extraction import Extraction
 from fastgrad.blocks.subject import watch
 from fastgrad.detector import collect
-from fastgrad.detector.price import DEFAULT_BLOCKS
 from fastgrad.prediction import Prediction
 
 #: Published scores that the control's logistic regression reads: those of one pass that need no classes.
@@ -140,7 +139,7 @@ def _registered(name: str, paper: str, extra: Sequence[str] = (), challenges: An
 
 _registered(", clean only", "the default, challenges=None", challenges=None)
 _registered(", default", "the default blocks")
-_registered(", second pass", "the default blocks of a budget of 2.5", ("view",))
+_registered(", second pass", "the default blocks and the view", ("view",))
 for _what, _block in {
     "all contrasts of the last layer": "contrasts", "norms of normalisation layers": NormalisationNorms.name,
     "norms of all parameters": AllNorms.name,

@@ -11,8 +11,8 @@
 | `contrasts`      | h, logits            | 0                      | last-layer gradient norms, all classes |
 | `gradients`      | 3 backward passes    | about 9                | gradient norms of every parameter      |
 
-Detectors read the first four by default, and the fifth if the budget allows a second forward pass. The others must be
-requested by name. An exported file cannot serve `gradients`.
+Detectors read the first four by default, `DEFAULT_BLOCKS`, where the network can serve them. The others must be named:
+`blocks=[*DEFAULT_BLOCKS, "view"]` adds a second forward pass. An exported file cannot serve `gradients`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ from fastgrad.blocks.view import View
 
 #: Every block by name.
 BLOCKS: dict[str, type[Block]] = {}
+#: Blocks that detectors read by default. Without roughness, the mean AUROC of unseen cases on photographs, with
+#: EfficientNet-Lite0 and Lite1, fell by .008, without image statistics by .006. Contrasts, h and gradient norms added
+#: nothing. A second forward pass (`View`) gained .03 to .05 for attacks that went through JPEG.
+DEFAULT_BLOCKS: tuple[str, ...] = ("logits", "activations", "image", "roughness")
 
 
 def register_block(block: type[Block]) -> type[Block]:
@@ -64,6 +68,7 @@ for _block in (Logits, Activations, Image, Roughness, View, Features, Contrasts,
 
 __all__ = [
     "BLOCKS",
+    "DEFAULT_BLOCKS",
     "Activations",
     "Block",
     "Contrasts",

@@ -29,7 +29,7 @@ from torch import Tensor
 from fastgrad import checks
 from fastgrad.blocks.block import CHALLENGE_CLASSIFIER, Settings
 from fastgrad.detector.challenge_classifier import ChallengeClassifier, JointRows
-from fastgrad.detector.constants import CAP, STEPS, WEIGHT
+from fastgrad.detector.constants import CAP, WEIGHT
 from fastgrad.detector.inputs import Blocks, take
 from fastgrad.scores.conformal import PValues, weighted
 from fastgrad.scores.fitted import Fitted, FittedList
@@ -162,7 +162,7 @@ class Calibrated(NamedTuple):
     table: Table
 
 
-def fit_scores(table: Table, chosen: NDArray[np.bool_], count: int, *, steps: int = STEPS) -> dict[str, Score]:
+def fit_scores(table: Table, chosen: NDArray[np.bool_], count: int) -> dict[str, Score]:
     """Fit the scores of all blocks on the clean samples among the ``chosen``, and the challenge classifier on all."""
     settings = Settings(table.log, count)
     clean = {name: values.numpy() for name, values in take(table.blocks, chosen & (table.kinds == 0)).items()}
@@ -175,7 +175,7 @@ def fit_scores(table: Table, chosen: NDArray[np.bool_], count: int, *, steps: in
     if (chosen & (table.kinds > 0)).any():
         joint = JointRows(parts=FittedList(**{name: table.known[name].joint(clean, settings) for name in clean}))
         joined = torch.cat([joint(take(table.blocks, part)).float() for part in _parts(chosen)])
-        classifier = ChallengeClassifier.fit(joined, table.kinds[chosen], table.classes, steps=steps)
+        classifier = ChallengeClassifier.fit(joined, table.kinds[chosen], table.classes)
         scores[CHALLENGE_CLASSIFIER] = Score(rows=joint, score=classifier, source=CHALLENGE_CLASSIFIER, weight=WEIGHT)
     return scores
 
@@ -209,21 +209,16 @@ def with_p_values(scores: Mapping[str, Score], raw: Tensor, counted: NDArray[np.
     return DetectorModule(scores=FittedList(**scores), p_values=p_values)
 
 
-def fit_detector(table: Table, folds: int, random: np.random.RandomState, *, draft: bool = False) -> Calibrated:
-    """Fit scores by folds and once more on all folds, and calibrate their sum.
-
-    A ``draft`` has the same parts and price, from one fit on all folds and a classifier that has learned nothing.
-    """
+def fit_detector(table: Table, folds: int, random: np.random.RandomState) -> Calibrated:
+    """Fit scores by folds and once more on all folds, and calibrate their sum."""
     fold = assign_folds(table, folds, random)
     fitting, clean = fold >= 0, table.kinds == 0
     # A fit without a fold scores that fold; the fit on all folds, number -1, scores samples in none and new samples.
-    fold = np.full_like(fold, -1) if draft else fold
     fits = {number: fitting & (fold != number) for number in range(fold.max() + 1)} | {-1: fitting}
     smallest = min(int((clean & chosen).sum()) for chosen in fits.values())
     if smallest < 2:
         raise ValueError(f"groups must leave 2 clean samples of other sources to each fold; they left {smallest}")
-    steps = 0 if draft else STEPS
-    fitted = {number: fit_scores(table, chosen, smallest, steps=steps) for number, chosen in fits.items()}
+    fitted = {number: fit_scores(table, chosen, smallest) for number, chosen in fits.items()}
     final = {name: score for name, score in fitted[-1].items() if all(name in scores for scores in fitted.values())}
     if not final:
         raise ValueError("blocks must have at least one score, or there must be challenges; there was neither")

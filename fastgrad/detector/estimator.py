@@ -182,9 +182,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         return {name: as_tensor(array) for name, array in blocks.items()}
 
 
-def fit_table(
-    detector: UncertaintyDetector, table: Table, random: np.random.RandomState, *, draft: bool = False
-) -> Calibrated:
+def fit_table(detector: UncertaintyDetector, table: Table, random: np.random.RandomState) -> Calibrated:
     """Fit a detector with the options of ``detector``; return also what fits without each sample say about it."""
     checks.is_bool(log=detector.log)
     if detector.folds is not None and (not isinstance(detector.folds, (int, np.integer)) or detector.folds < 2):
@@ -194,6 +192,6 @@ def fit_table(
     folds = detector.folds or (constants.FOLDS_OF_SPLIT if table.held_out.any() else usual)
     # Products are small: the spinning threads of NumPy and PyTorch would wait for each other, three times as long.
     with threadpool_limits(limits=1):
-        calibrated = fit_detector(table, int(folds), random, draft=draft)
+        calibrated = fit_detector(table, int(folds), random)
     calibrated.module.options["false_alarm_rate"] = float(detector.false_alarm_rate)
     return calibrated

@@ -1,12 +1,10 @@
-"""`TwoStageModel.fit`, step by step: draw, check, read, probabilities, price, calibrate, risk, report."""
+"""`TwoStageModel.fit`, step by step: draw, check, read, probabilities, calibrate, risk, report."""
 
 from __future__ import annotations
 
-import functools
 import itertools
-import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +14,7 @@ from sklearn.utils import check_random_state
 from torch import Tensor, nn
 
 from fastgrad.batches import batch_size, take, to_device
-from fastgrad.blocks import BLOCKS, Block, Features
+from fastgrad.blocks import BLOCKS, DEFAULT_BLOCKS, Block, Features
 from fastgrad.blocks.extraction import Extraction, Inputs, arguments
 from fastgrad.blocks.subject import Subject, watch
 from fastgrad.challenges import CHALLENGES, challenge_cost
@@ -26,8 +24,7 @@ from fastgrad.detector.calibrate import Calibrated, DetectorModule, Table
 from fastgrad.detector.collect import Sample
 from fastgrad.detector.estimator import UncertaintyDetector, fit_table
 from fastgrad.detector.inputs import Blocks, check_blocks, kinds_of
-from fastgrad.detector.price import DEFAULT_BLOCKS, EXTENDED_BLOCKS, EXTENDED_FROM, PriceReport, fit_to_budget
-from fastgrad.detector.report import Gain, Report, gains, probability_suffices
+from fastgrad.detector.report import Report, probability_suffices
 from fastgrad.detector.risk import NoisyOr, Risk, doubt, tempered
 from fastgrad.evaluation import RandomState, agree, device_of, refuse_devices
 from fastgrad.introspection.correction import Correction, Labelled, choose
@@ -51,35 +48,26 @@ class Parts:
     temperature: Temperature | None
     risk: Risk | None
     report: Report | None = None
-    gains: Callable[[], dict[str, Gain]] | None = None
 
 
 def fit(
-    model: nn.Module,
-    detector: UncertaintyDetector | None,
-    asked: Sequence[Block] | None,
-    options: loaders.FitOptions,
-    answer: Callable[[Parts], Callable[[Inputs], object]],
+    model: nn.Module, detector: UncertaintyDetector | None, asked: Sequence[Block] | None, options: loaders.FitOptions
 ) -> Parts:
-    """Fit with the blocks that were ``asked`` for, or with as many of the preset's as fit the budget.
-
-    ``answer`` returns how a two-stage model would answer with some parts, to measure the price.
-    """
+    """Fit with the blocks that were ``asked`` for, or with those of the default ones that the network can serve."""
     refuse_devices(model)
     base = detector or UncertaintyDetector(log=False, random_state=options.seed)
     clean, given = loaders.draw_all(options, base.calibration_fraction)
     device, verbose = device_of(model), options.verbose
     x = to_device(clean[0].batches[0], device)
     subject = watch(model, *arguments(x))
-    blocks = _blocks(asked, options.budget, subject)
+    blocks, left_out = _blocks(asked, subject)
     if options.correct and subject.head is None:
         raise ValueError("correct=True needs a model that ends in a linear layer")
     sample = loaders.build_sample(clean, given, subject.classes, clone(base), options)
-    served = [block for block in blocks if block.refusal(subject) is None]
     # The correction reads h, also where the detector does not.
-    added = [Features()] if options.correct and all(block.name != Features.name for block in served) else []
+    added = [Features()] if options.correct and all(block.name != Features.name for block in blocks) else []
     # Logarithms of norms cannot underflow, but the user's detector may expect the norms themselves.
-    extraction = Extraction(model, [*served, *added], log=not base.log, known=subject)
+    extraction = Extraction(model, [*blocks, *added], log=not base.log, known=subject)
     generated = collect.generated_batches(sample, model, device, options.seed, verbose)
     _require_own(extraction, x)
     features = collect.read(extraction, device, itertools.chain(collect.drawn_batches(sample, verbose), generated))
@@ -88,61 +76,43 @@ def fit(
     held_out = (features.kinds == "") & sample.held_out[features.groups]
     challenging, truth = torch.from_numpy(features.kinds != ""), torch.from_numpy(labels)
     labelled = truth >= 0
-    temperature, known = None, labelled & ~challenging
-    if known.sum() >= constants.FEWEST_LABELLED:
-        temperature = Temperature.fit(features.logits[known], truth[known])
+    temperature, usual = None, labelled & ~challenging
+    if usual.sum() >= constants.FEWEST_LABELLED:
+        temperature = Temperature.fit(features.logits[usual], truth[usual])
     logits = tempered(features.logits, temperature)
     by_name: Blocks = {**BLOCKS, **{block.name: block for block in blocks}}
-    arrays = check_blocks({block.name: features.blocks[block.name] for block in served}, by_name, log=base.log)
+    arrays = check_blocks({block.name: features.blocks[block.name] for block in blocks}, by_name, log=base.log)
+    read = {name: as_tensor(x) for name, x in arrays.items()}
     groups = groups_of(np.where(features.groups >= 0, sample.sources[features.groups], -1), len(labels))
-    kinds, read = kinds_of(features.kinds, challenging.numpy()), {name: as_tensor(x) for name, x in arrays.items()}
+    table = Table(read, by_name, kinds_of(features.kinds, challenging.numpy()), groups, held_out, base.log)
+    fitted = fit_table(base, table, check_random_state(clone(base).random_state))
+    log_p, correction, gate, corrected = logits.double().log_softmax(-1), None, None, None
+    if options.correct:
+        gate = NoisyOr.fit(None, fitted.evidence, challenging, challenging)
+        h, odds, own = features.blocks[Features.name], gate.log_odds(fitted.evidence), labelled.numpy()
+        known = Labelled(h[own], logits[own], odds[own], truth[own], challenging[own], groups[own])
+        correction, log_p[labelled], corrected = choose(known, options.seed, always=options.correct == "always")
+    if correction is None:
+        gate, extraction = None, extraction.of(blocks)
+    risk, why = _risk(log_p, truth, fitted, options.risk)
+    for part in (fitted.module, correction, gate, temperature, risk):
+        if part is not None:
+            part.to(device)
+    prices = {block.name: block.price(subject) for block in blocks}
+    report = replace(_report(sample, features, prices, left_out, fitted, why), correction=corrected)
+    return Parts(extraction, fitted.module, correction, gate, temperature, risk, report)
 
-    def complete(names: tuple[str, ...], *, draft: bool) -> tuple[Parts, Calibrated, tuple[str, str | None]]:
-        """Return parts with these blocks, what their detector was fitted on, and words about risk and correction."""
-        some = {name: value for name, value in read.items() if name in names}
-        table = Table(some, by_name, kinds, groups, held_out, base.log)
-        fitted = fit_table(base, table, check_random_state(clone(base).random_state), draft=draft)
-        gate = NoisyOr.fit(None, fitted.evidence, challenging, challenging) if options.correct else None
-        log_p, correction, corrected, kept = logits.double().log_softmax(-1), None, None, list(names)
-        if gate is not None:
-            h, odds, own = features.blocks[Features.name], gate.log_odds(fitted.evidence), labelled.numpy()
-            given = Labelled(h[own], logits[own], odds[own], truth[own], challenging[own], groups[own])
-            correction, log_p[labelled], corrected = choose(
-                given, options.seed, always=options.correct == "always", draft=draft
-            )
-            gate, kept = (None, kept) if correction is None else (gate, [*kept, Features.name])
-        risk, why = _risk(log_p, truth, fitted, options.risk)
-        for part in (fitted.module, correction, gate, temperature, risk):
-            if part is not None:
-                part.to(device)
-        own_extraction = extraction.of([block for block in extraction.blocks if block.name in kept])
-        parts = Parts(own_extraction, fitted.module, correction, gate, temperature, risk)
-        return parts, fitted, (why, corrected)
 
+def _blocks(asked: Sequence[Block] | None, subject: Subject) -> tuple[Sequence[Block], dict[str, str]]:
+    """Return the blocks that were asked for, or the default ones that can be served, and why others cannot."""
+    blocks = [BLOCKS[name]() for name in DEFAULT_BLOCKS] if asked is None else asked
+    refused = {block.name: why for block in blocks if (why := block.refusal(subject)) is not None}
     if asked is None:
-        price = fit_to_budget(
-            model, blocks, x, options.budget, subject=subject,
-            answer=lambda some: answer(complete(tuple(block.name for block in some), draft=True)[0]),
-        )  # fmt: skip
-    else:
-        # Blocks that were named are kept at any price.
-        names, predicted = tuple(block.name for block in blocks), 1 + sum(block.price(subject) for block in blocks)
-        price = PriceReport(names, predicted, math.nan, (), math.inf, math.nan, batch_size(x), math.nan)
-    parts, fitted, (why, corrected) = complete(price.blocks, draft=False)
-    report = replace(_report(sample, features, price, fitted, why), correction=corrected)
-    return replace(parts, report=report, gains=functools.partial(gains, fitted.table, features.kinds))
-
-
-def _blocks(asked: Sequence[Block] | None, budget: float, subject: Subject) -> Sequence[Block]:
-    """Return the blocks that were asked for, or those of the preset."""
-    if asked is None:
-        # `fit_to_budget` reports those that cannot be served.
-        return [BLOCKS[name]() for name in (EXTENDED_BLOCKS if budget >= EXTENDED_FROM else DEFAULT_BLOCKS)]
-    for block in asked:
-        if (why := block.refusal(subject)) is not None:
-            possible = ", ".join(repr(name) for name, kind in BLOCKS.items() if kind().refusal(subject) is None)
-            raise ValueError(f"blocks must be ones that the network can serve, {possible}; {block.name!r}: {why}")
-    return asked
+        return [block for block in blocks if block.name not in refused], refused
+    for name, why in refused.items():
+        possible = ", ".join(repr(name) for name, kind in BLOCKS.items() if kind().refusal(subject) is None)
+        raise ValueError(f"blocks must be ones that the network can serve, {possible}; {name!r}: {why}")
+    return blocks, {}
 
 
 def _require_own(extraction: Extraction, x: Inputs) -> None:
@@ -194,19 +164,26 @@ def _risk(log_p: Tensor, truth: Tensor, fitted: Calibrated, asked: bool | None) 
 
 
 def _report(
-    sample: Sample, features: collect.FeatureTable, price: PriceReport, fitted: Calibrated, risk: str
+    sample: Sample,
+    features: collect.FeatureTable,
+    prices: dict[str, float],
+    left_out: dict[str, str],
+    fitted: Calibrated,
+    risk: str,
 ) -> Report:
     made, counts = np.unique(features.kinds[features.kinds != ""], return_counts=True)
     challenges = dict(zip(made.tolist(), counts.tolist(), strict=True))
     # Challenges of token ids are made without the model.
     names = [name for name in challenges if name in CHALLENGES]
+    predicted = 1 + sum(prices.values())
     making = challenge_cost(sample.each, names=names) / sample.each - 1 if sample.each else 0
     return Report(
-        price=price,
+        prices=prices,
+        left_out=left_out,
         drawn=len(sample.labels),
         seen=sum(one.seen for one in sample.clean),
         challenges=challenges,
-        passes=price.predicted + (price.predicted + making) * sum(challenges.values()) / len(sample.labels),
+        passes=predicted + (predicted + making) * sum(challenges.values()) / len(sample.labels),
         calibrating=int(fitted.module.options["sources"]),
         exact=bool(fitted.module.options["exact"]),
         risk=risk,

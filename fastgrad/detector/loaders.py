@@ -34,7 +34,6 @@ class FitOptions:
     mean: Sequence[float] | None
     std: Sequence[float] | None
     verbose: bool | None
-    budget: float
     seed: int
 
     def normalisation(self, channels: int) -> list[list[float]] | None:

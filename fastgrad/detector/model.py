@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastgrad import checks
 from fastgrad._torch import original
+from fastgrad.batches import batch_size
 from fastgrad.blocks import BLOCKS, Block, Features
 from fastgrad.blocks.block import CHALLENGE_CLASSIFIER
 from fastgrad.blocks.extraction import Extraction, Inputs
 from fastgrad.blocks.subject import Subject
-from fastgrad.detector import UncertaintyDetector, constants, fitting, loaders, storage
+from fastgrad.detector import UncertaintyDetector, constants, fitting, loaders, price, storage
 from fastgrad.detector.calibrate import DetectorModule
-from fastgrad.detector.report import Gain, Report
+from fastgrad.detector.report import Report
 from fastgrad.detector.risk import NoisyOr, Risk, doubt, tempered
 from fastgrad.evaluation import buffers_kept, device_of, refuse_scripted
 from fastgrad.introspection.correction import Correction, mixed
@@ -59,9 +59,8 @@ class TwoStageModel(nn.Module):
             ``.logits``, or the first item of a tuple.
         detector: An `UncertaintyDetector` whose parameters are used; it is not changed. One that is already fitted on
             named blocks needs no `fit`. None for the default one.
-        budget: Cost limit of an answer, in forward passes of this network as measured by `fit`. The forward pass that
-            gives the logits is the first. ``math.inf`` for no limit.
-        blocks: Names or instances of the blocks, without a cost limit; None for the preset of the budget.
+        blocks: Names or instances of the blocks; None for those of `fastgrad.blocks.DEFAULT_BLOCKS` that the network
+            can serve. `price` measures what they cost.
         seed: Seed of all random numbers; a given detector keeps its own ``random_state``.
 
     Attributes:
@@ -74,8 +73,7 @@ class TwoStageModel(nn.Module):
         extraction_: The `Extraction` that reads the blocks.
 
     Raises:
-        TypeError, ValueError: An argument is not as described, two blocks have the same name, or the budget is below 1,
-            the network's own forward pass.
+        TypeError, ValueError: An argument is not as described, or two blocks have the same name.
     """
 
     #: The network runs in evaluation mode, whatever the modes of its modules are.
@@ -86,21 +84,26 @@ class TwoStageModel(nn.Module):
         model: nn.Module,
         *,
         detector: UncertaintyDetector | None = None,
-        budget: float = 1.2,
         blocks: Sequence[str | Block] | None = None,
         seed: int = 0,
+        **unknown: object,
     ) -> None:
         super().__init__()
+        if "budget" in unknown:
+            raise TypeError(
+                "budget must not be given: name the blocks instead, blocks=[...], and measure their cost after the fit "
+                f"with price(x); it was {unknown['budget']!r}"
+            )
+        if unknown:
+            raise TypeError(f"TwoStageModel takes model, detector, blocks and seed; it was given {sorted(unknown)}")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; it was {type(model).__name__}")
         refuse_scripted(model)
         if detector is not None and not isinstance(detector, UncertaintyDetector):
             raise TypeError(f"detector must be an UncertaintyDetector or None; it was {type(detector).__name__}")
-        if isinstance(budget, bool) or not isinstance(budget, (int, float, np.integer, np.floating)) or not budget >= 1:
-            raise ValueError(f"budget must be at least 1, the forward pass that gives the logits; it was {budget!r}")
         checks.is_seed(seed)
         self.model, self.detector = model, detector
-        self.budget, self.seed = float(budget), int(seed)
+        self.seed = int(seed)
         self.blocks = None if blocks is None else tuple(named_blocks(blocks))
         self.extraction_: Extraction | None = None
         self.detector_: DetectorModule | None = None
@@ -109,7 +112,6 @@ class TwoStageModel(nn.Module):
         self.temperature_: Temperature | None = None
         self.risk_: Risk | None = None
         self.report_: Report | None = None
-        self._gains: Callable[[], dict[str, Gain]] | None = None
         # A fitted argument is copied, so that this module and the user's do not share state.
         if detector is not None and hasattr(detector, "module_"):
             known: dict[str, Block] = {block.name: block for block in self.blocks or ()}
@@ -231,42 +233,39 @@ class TwoStageModel(nn.Module):
             raise TypeError(f"correct must be True, False or 'always'; it was {correct!r}")
         options = loaders.FitOptions(
             clean, challenges, calibration, max_samples, challenges_per_input, risk, correct, clip, mean, std, verbose,
-            budget=self.budget, seed=self.seed,
+            self.seed,
         )  # fmt: skip
         with buffers_kept(self.model):
-            parts = fitting.fit(self.model, self.detector, self.blocks, options, self._with)
-        self._take(parts)
-        return self
-
-    def _take(self, parts: fitting.Parts) -> None:
+            parts = fitting.fit(self.model, self.detector, self.blocks, options)
         for name in fitting.FITTED:
             setattr(self, f"{name}_", getattr(parts, name))
-        self.extraction_, self.report_, self._gains = parts.extraction, parts.report, parts.gains
+        self.extraction_, self.report_ = parts.extraction, parts.report
+        return self
 
-    def _with(self, parts: fitting.Parts) -> TwoStageModel:
-        """Return a model of the same network with other parts."""
-        result = copy.copy(self)
-        result._modules = dict(self._modules)
-        result._take(parts)
-        return result
-
-    def report(self, *, gains: bool = False) -> Report:
+    def report(self) -> Report:
         """Return the summary of the last fit; it prints as text.
 
-        ``gains`` measures what each block adds to the AUROC on kinds of challenge left out of training.
-
         Raises:
-            RuntimeError: Before `fit`, or ``gains`` that were not measured before the model was copied or saved.
-            ValueError: ``gains`` without challenges of two families.
+            RuntimeError: Before `fit`.
         """
-        checks.is_bool(gains=gains)
         if self.report_ is None:
             raise RuntimeError("a report needs a fit: call fit(clean)")
-        if gains and self.report_.gains is None:
-            if self._gains is None:
-                raise RuntimeError("gains need the features of the fit, which are not stored: call fit(clean)")
-            self.report_ = replace(self.report_, gains=self._gains())
         return self.report_
+
+    def price(self, x: Inputs, *, rounds: int = price.ROUNDS) -> price.Price:
+        """Measure what an answer to the batch ``x`` costs, in forward passes of the plain network; return the `Price`.
+
+        Answer and network take turns, so many ``rounds``, on the network's device. The model stays as it is.
+
+        Raises:
+            RuntimeError: Before `fit`.
+            ValueError: ``rounds`` is below 3, or ``x`` holds no input.
+        """
+        checks.at_least(3, rounds=rounds)
+        self._fitted()
+        if not batch_size(x):
+            raise ValueError("x must hold at least one input; it held none")
+        return price.measure(self.model, self, x, rounds)
 
     def threshold(self, false_alarm_rate: float | None = None) -> float:
         """Return the uncertainty that a share ``false_alarm_rate`` of clean inputs exceeds; default: the detector's.
@@ -295,7 +294,6 @@ class TwoStageModel(nn.Module):
         extra = {
             "network": storage.fingerprint(self.model),
             "log": extraction.log,
-            "budget": self.budget,
             "seed": self.seed,
             "blocks": [{"name": block.name, "options": block.options()} for block in extraction.blocks],
             "subject": None if extraction.known is None else asdict(extraction.known),
@@ -324,7 +322,7 @@ class TwoStageModel(nn.Module):
         unknown = [entry["name"] for entry in extra["blocks"] if entry["name"] not in BLOCKS]
         if unknown:
             raise ValueError(f"blocks of {str(path)!r} must be registered (register_block); unknown: {unknown}")
-        result.budget, result.seed = extra["budget"], extra["seed"]
+        result.seed = extra["seed"]
         known = extra["subject"]
         blocks = [BLOCKS[entry["name"]](**entry["options"]) for entry in extra["blocks"]]
         subject = None if known is None else Subject.from_json(known)
@@ -340,10 +338,6 @@ class TwoStageModel(nn.Module):
         if self.extraction_ is None or self.extraction_.model is not original(self.model):
             raise RuntimeError("model must be the network that TwoStageModel was fitted with: call fit(clean) again")
         return self.detector_, self.extraction_
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the features of the fit, which only gains need."""
-        return {**super().__getstate__(), "_gains": None}  # type: ignore[no-untyped-call]
 
 
 def named_blocks(blocks: Sequence[str | Block]) -> list[Block]:

@@ -22,7 +22,7 @@ from fastgrad.atomic import written_beside
 from fastgrad.batches import bytes_of
 from fastgrad.scores.fitted import Fitted, rebuild
 
-FORMAT = 1
+FORMAT = 2
 _KEY = "fastgrad"
 _EMPTY = "0" * 64
 

@@ -73,15 +73,12 @@ def mixed(log_p: Tensor, corrected: Tensor, odds: Tensor) -> Tensor:
     return torch.logaddexp(log_p + logsigmoid(-odds), corrected.log_softmax(-1) + logsigmoid(odds))
 
 
-def choose(data: Labelled, seed: int, *, always: bool = False, draft: bool = False) -> Choice:
+def choose(data: Labelled, seed: int, *, always: bool = False) -> Choice:
     """Fit every candidate by folds, and the best once more on all inputs; warn if it is none.
 
-    ``always`` keeps the best correction even if no correction is better. A ``draft`` is zero and has the same price.
+    ``always`` keeps the best correction even if no correction is better.
     """
     network = data.logits.double().log_softmax(1)
-    if draft:
-        nothing = network.new_zeros(data.h.shape[1] + 1, network.shape[1])
-        return Choice(Correction(weight=nothing[:-1], bias=nothing[-1]), network, "")
     mean, scale = data.h.mean(0), data.h.std(0)
     scale = torch.where(scale > 0, scale, 1.0)
     rows = (data.h - mean) / scale
@@ -122,7 +119,7 @@ def choose(data: Labelled, seed: int, *, always: bool = False, draft: bool = Fal
     if not better and not always:
         warnings.warn(
             f"correct=True: no correction certainly answers better, so the network answers alone: {accuracy}",
-            stacklevel=5,  # whoever calls `TwoStageModel.fit`
+            stacklevel=4,  # whoever calls `TwoStageModel.fit`
         )
         return Choice(None, network, f"not kept: {accuracy}")
     said = "kept" if better else "kept as asked, but not certainly better"

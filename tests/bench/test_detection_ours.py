@@ -19,8 +19,8 @@ from bench.detection.data import news
 from bench.detection.methods_ours import AllNorms, NormalisationNorms, answer, blocks_of, fitted
 from bench.detection.subject import CASES, SMALL, TEXTS, Fit, Options, Shown, Subject
 from fastgrad import TwoStageModel
+from fastgrad.blocks import DEFAULT_BLOCKS
 from fastgrad.detector import collect
-from fastgrad.detector.price import DEFAULT_BLOCKS
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Networks of other kinds: in their libraries' forms, compiled, under autocast, and with habits of their own."""
 
-import math
 import warnings
 from typing import Any
 
@@ -43,7 +42,7 @@ def test_text_classifier():
     network = transformers.BertForSequenceClassification(config)
     tokens = torch.randint(0, 20, (60, 6), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in tokens.split(20)]
-    two_stage = TwoStageModel(network, budget=math.inf).fit(data, None)
+    two_stage = TwoStageModel(network).fit(data, None)
     assert two_stage.report().kept == ["logits", "activations"]
     assert two_stage(data[0]).uncertainty.shape == (20,)
     assert two_stage(data[0]).risk is None
@@ -111,14 +110,6 @@ def test_writes_to_its_inputs(write):
     x = images(5)
     assert torch.equal(*(fit(x).uncertainty for fit in fits))
     assert torch.equal(x, images(5))
-
-
-def test_price_of_what_the_network_takes():
-    """Ids that begin at 1 become others in each pass."""
-    network = nn.Sequential(nn.Embedding(40, 4), nn.Flatten(), nn.Linear(20, CLASSES))
-    network = Net(lambda net, ids: net.network(ids.sub_(1)), network=network).eval()
-    ids = torch.randint(1, 41, (60, 5), generator=torch.Generator().manual_seed(0))
-    assert TwoStageModel(network, budget=math.inf).fit([ids]).report().price.measured > 1
 
 
 def test_no_single_sample():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -84,7 +83,6 @@ HEAD = nn.Sequential(NET, nn.Softplus()).eval()
 LABELS = torch.arange(60) % 4
 FLAT = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval()
 SOFTMAX = "model must return logits; it returned probabilities"
-BUDGET = "budget must be at least 1, the forward pass .* it was"
 BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "folds": (lambda: UncertaintyDetector(folds=1).fit(ROWS), ValueError, "folds .* it was 1"),
     "half a fold": (lambda: UncertaintyDetector(folds=2.5).fit(ROWS), ValueError, "folds must"),  # type: ignore[arg-type]
@@ -119,12 +117,16 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no block": (lambda: TwoStageModel(NET, blocks=[]), ValueError, "blocks must name at least one block"),
     "one name": (lambda: TwoStageModel(NET, blocks="logits"), TypeError, "blocks must be a sequence"),
     "no blocks": (lambda: TwoStageModel(NET, blocks=5), TypeError, "blocks must be a sequence .* it was 5"),  # type: ignore[arg-type]
-    "gains": (lambda: TwoStageModel(NET).report(gains="all"), TypeError, "gains must be .* 'all'"),  # type: ignore[arg-type]
     "a number": (lambda: TwoStageModel(NET, blocks=[3]), TypeError, "blocks must be names or blocks; one was 3"),  # type: ignore[list-item]
     "one score": (lambda: TwoStageModel(NET, blocks=["logits", Weighed()]).fit([IMAGES], None), ValueError, "'energy'"),
     "headless": (lambda: TwoStageModel(NET[:4], blocks=["features"]).fit([IMAGES], None), ValueError, HEADLESS),
-    **{f"budget {budget}": (lambda budget=budget: TwoStageModel(NET, budget=budget), ValueError, BUDGET)
-       for budget in (0.9, math.nan, "1.2", True)},
+    "budget": (lambda: TwoStageModel(NET, budget=1.2), TypeError, r"budget .* blocks=.*price\(x\); it was 1\.2"),
+    "a word": (lambda: TwoStageModel(NET, block=["logits"]), TypeError, r"it was given \['block'\]"),
+    "rounds": (lambda: TwoStageModel(NET).price(IMAGES, rounds=1), ValueError, "rounds must be .* at least 3"),
+    "no price": (lambda: TwoStageModel(NET).price(IMAGES), RuntimeError, "must be fitted first"),
+    "nothing priced": (
+        lambda: TwoStageModel(NET, blocks=["logits"]).fit([IMAGES], None).price(IMAGES[:0]), ValueError, "one input",
+    ),
     "one layer": (lambda: TwoStageModel(LINEAR, blocks=["activations"]).fit([IMAGES], None), ValueError, "but the l"),
     "softmax": (lambda: TwoStageModel(nn.Sequential(NET, nn.Softmax(1))).fit([IMAGES], None), ValueError, SOFTMAX),
     "one output": (lambda: TwoStageModel(ONE).fit([(IMAGES, torch.ones(60))], None), ValueError, "with one output"),

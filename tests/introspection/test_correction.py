@@ -56,10 +56,3 @@ def test_without_anything_to_correct_the_network_answers_alone() -> None:
         anyway = choose(data, 0, always=True)
     assert anyway.correction is not None
     assert anyway.words == found.words.replace("not kept", "kept as asked, but not certainly better")
-
-
-def test_a_draft_changes_no_answer() -> None:
-    data = labelled(20, shift=3.0)
-    found = choose(data, 0, draft=True)
-    assert found.correction is not None
-    assert torch.equal(found.correction(data.h, data.logits), data.logits)
