@@ -19,6 +19,7 @@ from fastgrad.challenges import CHALLENGES, PixelRange, iter_challenges
 from fastgrad.challenges.attacks import gradients_reach
 from fastgrad.challenges.tokens import iter_token_challenges
 from fastgrad.detector.constants import CHALLENGED_TOGETHER
+from fastgrad.detector.grey_levels import shifted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,7 @@ class Sample:
     each: int  # challenges to generate from each input that is not held out; 0 for none
     pixels: PixelRange | None  # of images
     normalisation: list[list[float]] | None = None  # mean and standard deviation by channel, if the user gave them
+    levels: Tensor | None = None  # (n,): by how many grey levels each image is shifted; None if inputs are not images
 
 
 def _tags(name: str, value: Any, count: int) -> list[Any]:
@@ -168,6 +170,8 @@ def drawn_batches(sample: Sample, verbose: bool | None) -> Iterator[Batch]:
     first = 0
     for x in bar([x for drawn in sample.clean for x in drawn.batches], "clean inputs", verbose):
         count = batch_size(x)
+        if sample.pixels is not None and sample.levels is not None:
+            x = shifted(x, sample.levels[first : first + count].view(-1, 1, 1, 1), sample.pixels)
         yield x, [""] * count, range(first, first + count)
         first += count
     if sample.challenges is not None:

@@ -13,7 +13,7 @@ from sklearn.base import clone
 from sklearn.utils import check_random_state
 from torch import Tensor, nn
 
-from fastgrad.batches import batch_size, take, to_device
+from fastgrad.batches import batch_size, pieces, take, to_device
 from fastgrad.blocks import BLOCKS, DEFAULT_BLOCKS, Block, Features
 from fastgrad.blocks.extraction import Extraction, Inputs, arguments
 from fastgrad.blocks.subject import Subject, watch
@@ -23,6 +23,7 @@ from fastgrad.detector import collect, constants, loaders
 from fastgrad.detector.calibrate import Calibrated, DetectorModule, Table
 from fastgrad.detector.collect import Sample
 from fastgrad.detector.estimator import UncertaintyDetector, fit_table
+from fastgrad.detector.grey_levels import sensitivity
 from fastgrad.detector.inputs import Blocks, check_blocks, kinds_of
 from fastgrad.detector.report import Report, probability_suffices
 from fastgrad.detector.risk import NoisyOr, Risk, doubt, tempered
@@ -99,7 +100,18 @@ def fit(
         if part is not None:
             part.to(device)
     prices = {block.name: block.price(subject) for block in blocks}
-    report = replace(_report(sample, features, prices, left_out, fitted, why), correction=corrected)
+    levels = None
+    if sample.pixels is not None:
+        limit = fitted.module.threshold()
+        first, *others = sample.clean[0].images()
+        alike = torch.cat([first, *(x for x in others if x.shape[1:] == first.shape[1:])])
+
+        def flagged(images: Tensor) -> Tensor:
+            answers = [fitted.module(extraction(to_device(part, device))[1]) for part in pieces(images, device)]
+            return (torch.cat(answers) > limit).cpu()
+
+        levels = sensitivity(alike, sample.pixels, flagged, options.seed)
+    report = replace(_report(sample, features, prices, left_out, fitted, why), correction=corrected, levels=levels)
     return Parts(extraction, fitted.module, correction, gate, temperature, risk, report)
 
 

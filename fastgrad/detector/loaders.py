@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from sklearn.utils import check_random_state
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from fastgrad.challenges.tokens import ids_of
 from fastgrad.detector import collect, constants
 from fastgrad.detector.collect import Drawn, Sample
 from fastgrad.detector.estimator import UncertaintyDetector
+from fastgrad.detector.grey_levels import shifts
 from fastgrad.detector.inputs import held_out_of
 
 
@@ -113,7 +115,8 @@ def build_sample(
         suffix = " that calibration does not give" if others else ""
         raise ValueError(f"clean must give at least {least} different inputs{suffix}; it gave {different}")
     normalisation = options.normalisation(images[0].shape[1]) if images else None
-    return Sample(drawn, given, labels, sources, held_out, each, pixels, normalisation)
+    levels = None if pixels is None else shifts(len(first), options.seed)[torch.from_numpy(sources)]
+    return Sample(drawn, given, labels, sources, held_out, each, pixels, normalisation, levels)
 
 
 def _pixels(drawn: list[Drawn], options: FitOptions) -> PixelRange | None:

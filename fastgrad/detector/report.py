@@ -29,6 +29,8 @@ class Report:
         risk: What the risk was learned from, or why there is none.
         correction: Accuracy of the network and of the corrected answers, by fits without each input; None if no
             correction was asked for.
+        levels: Shares of clean images that are flagged at the detector's false-alarm rate: unchanged, one grey level
+            brighter or darker, and with noise of one level; None if inputs are not images.
         normalisation: Mean and standard deviation by channel that normalised unit images, from ``clip``, ``mean`` and
             ``std`` of `fit`; None if the range was read from the images, or if inputs are not images.
     """
@@ -43,6 +45,7 @@ class Report:
     exact: bool
     risk: str
     correction: str | None = None
+    levels: dict[str, float] | None = None
     normalisation: list[list[float]] | None = None
 
     @property
@@ -73,6 +76,9 @@ class Report:
             f"false alarms  from {1 / (self.calibrating + 1):.2g} on: {self.calibrating} clean inputs, {form}",
             f"risk          {self.risk}",
         ]
+        if self.levels is not None:
+            shares = ", ".join(f"{name} {share:.0%}" for name, share in self.levels.items())
+            lines.append(f"flagged       {shares}")
         lines += [] if self.correction is None else [f"correction    {self.correction}"]
         return "\n".join(lines)
 

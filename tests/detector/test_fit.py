@@ -43,9 +43,12 @@ def test_equal_inputs_are_one_source():
     torch.testing.assert_close(torch.cat([scores[:40], scores[100:]]), scores[40:100])
     assert (twice.report().drawn, twice.report().calibrating) == (120, 60)
     # Nothing is fitted on what calibrates, though it come among the clean inputs.
+    flat, x = (
+        nn.Sequential(nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval(),
+        x.flatten(1),
+    )
     split, apart = (
-        TwoStageModel(small_network(), blocks=["logits", "activations"]).fit([clean], None, [x[:30]])
-        for clean in (x, x[30:])
+        TwoStageModel(flat, blocks=["logits", "activations"]).fit([clean], None, [x[:30]]) for clean in (x, x[30:])
     )
     torch.testing.assert_close(split(x).uncertainty, apart(x).uncertainty)
 
