@@ -137,7 +137,7 @@ def timed(runs: Mapping[str, ModelPackage], x: Tensor) -> Iterator[dict[str, Any
 def measure(name: str, data: Path, cache: Path) -> Iterator[dict[str, Any]]:
     cache.mkdir(parents=True, exist_ok=True)
     net, images, clean = network(name, data, cache)
-    fitted = TwoStageModel(net, blocks=DEFAULT_BLOCKS).fit(clean.split(16), None)
+    fitted = TwoStageModel(net, blocks=DEFAULT_BLOCKS).fit(clean.split(16), challenges=None)
     live: dict[str, nn.Module] = {"plain": Plain(net).eval(), "default": fitted}
     for suffix, runtime in RUNTIMES.items():
         runs = {}

@@ -68,7 +68,7 @@ def measure(name: str) -> Iterator[dict[str, Any]]:
     for form, (extra, _) in FORMS.items():
         if not set(extra) & set(of_images):
             blocks = [block for block in (*DEFAULT_BLOCKS, *extra) if block not in of_images]
-            models[form] = TwoStageModel(net, blocks=blocks).fit(clean, challenges)
+            models[form] = TwoStageModel(net, blocks=blocks).fit(clean, challenges=challenges)
     plain = torch.no_grad()(lambda x: logits_of(net(x) if isinstance(x, Tensor) else net(**x)))
     for batch, rounds in ROUNDS.items():
         x = inputs(batch)

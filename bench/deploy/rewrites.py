@@ -44,7 +44,7 @@ def measure(name: str) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
     build, shape = NETWORKS[name]
     model = TwoStageModel(build().eval(), blocks=DEFAULT_BLOCKS)
-    model.fit([torch.rand(24, *shape) for _ in range(2)], None, verbose=None)
+    model.fit([torch.rand(24, *shape) for _ in range(2)], challenges=None, verbose=None)
     with tempfile.TemporaryDirectory() as folder:
         # Answers are compared below; untrained networks magnify rounding beyond the usual tolerance.
         translated = partial(export, model, torch.rand(2, *shape), max_batch=64, tolerance=math.inf)

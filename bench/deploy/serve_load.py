@@ -77,7 +77,7 @@ def exported(name: str, folder: Path) -> dict[str, Path]:
     for part in x[:192].split(64):  # running statistics that fit the pictures
         net.train()(part)
     net.eval()
-    model = TwoStageModel(net, blocks=DEFAULT_BLOCKS).fit(x.split(50), None)
+    model = TwoStageModel(net, blocks=DEFAULT_BLOCKS).fit(x.split(50), challenges=None)
     export(model, x[:1], files["with uncertainty"], max_batch=64)
     export(Plain(net).eval(), x[:1], files["plain"], max_batch=64)
     return files

@@ -110,7 +110,7 @@ def fitted(fit: Fit, names: Sequence[str], challenges: Any = "generate", **optio
 
     two_stage = TwoStageModel(fit.subject.model, blocks=blocks, seed=subject.draw)
     with mock.patch.object(collect, "read", read), torch.enable_grad():
-        two_stage.fit(fit.loader(clean, labels), challenges, **options)
+        two_stage.fit(fit.loader(clean, labels), challenges=challenges, **options)
     return two_stage
 
 

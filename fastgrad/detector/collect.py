@@ -113,7 +113,8 @@ def _tags(name: str, value: Any, count: int) -> list[Any]:
     listed = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
     if len(listed) != count:
         raise ValueError(
-            f"{name} must give one label per input, or inputs alone; a batch had {count} inputs and {len(listed)}"
+            f"{name} must give one label per input, or inputs alone; a batch had {count} inputs and {len(listed)}. A "
+            "batch of one input has a dimension of its own, x[None]"
         )
     return listed
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastgrad.batches import batch_size, pieces, take, to_device
 from fastgrad.blocks import BLOCKS, DEFAULT_BLOCKS, Block, Features
 from fastgrad.blocks.extraction import Extraction, Inputs, arguments
-from fastgrad.blocks.subject import Subject, watch
+from fastgrad.blocks.subject import Subject, unlike_inputs, watch
 from fastgrad.challenges import CHALLENGES, challenge_cost
 from fastgrad.checks import groups_of
 from fastgrad.detector import collect, constants, loaders
@@ -57,10 +57,15 @@ def fit(
     """Fit with the blocks that were ``asked`` for, or with those of the default ones that the network can serve."""
     refuse_devices(model)
     base = detector or UncertaintyDetector(log=False, random_state=options.seed)
-    clean, given = loaders.draw_all(options, base.calibration_fraction)
+    clean, given = loaders.draw_all(options, base.calibration_fraction, network_dtype(model))
     device, verbose = device_of(model), options.verbose
     x = to_device(clean[0].batches[0], device)
-    subject = watch(model, *arguments(x))
+    try:
+        subject = watch(model, *arguments(x))
+    except Exception as error:
+        if (wanted := unlike_inputs(x)) is None:
+            raise
+        raise ValueError(f"clean must give {wanted}. The network raised {type(error).__name__}: {error}") from error
     blocks, left_out = _blocks(asked, subject)
     if options.correct and subject.head is None:
         raise ValueError("correct=True needs a model that ends in a linear layer")
@@ -113,6 +118,11 @@ def fit(
         levels = sensitivity(alike, sample.pixels, flagged, options.seed)
     report = replace(_report(sample, features, prices, left_out, fitted, why), correction=corrected, levels=levels)
     return Parts(extraction, fitted.module, correction, gate, temperature, risk, report)
+
+
+def network_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype of the network's first floating parameter."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
 def _blocks(asked: Sequence[Block] | None, subject: Subject) -> tuple[Sequence[Block], dict[str, str]]:

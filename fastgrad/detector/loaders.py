@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from sklearn.utils import check_random_state
 from torch import Tensor
 
 from fastgrad import checks
+from fastgrad.batches import batch_size, take
 from fastgrad.challenges import PixelRange
 from fastgrad.challenges.tokens import ids_of
 from fastgrad.detector import collect, constants
@@ -20,14 +21,20 @@ from fastgrad.detector.estimator import UncertaintyDetector
 from fastgrad.detector.grey_levels import shifts
 from fastgrad.detector.inputs import held_out_of
 
+#: Batches of a loader, or all inputs: a tensor, an array, or a mapping of tensors.
+Data = Iterable[Any]
+#: How many inputs go together if all are given at once.
+TOGETHER = 64
+
 
 @dataclass(frozen=True)
 class FitOptions:
     """Arguments of `TwoStageModel.fit`, and two of the model, of the same names."""
 
-    clean: Iterable[Any]
-    challenges: str | Iterable[Any] | None
-    calibration: Iterable[Any] | None
+    clean: Data
+    y: Any
+    challenges: str | Data | None
+    calibration: Data | None
     max_samples: int
     challenges_per_input: int | None
     risk: bool | None
@@ -47,7 +54,33 @@ class FitOptions:
         return [[float((m - black) / (white - black)) for m in mean], [float(s / (white - black)) for s in std]]
 
 
-def draw_all(options: FitOptions, fraction: float | None) -> tuple[list[Drawn], Drawn | None]:
+def batches_of(name: str, data: Data, dtype: torch.dtype, y: Any = None) -> Data:
+    """Return batches of inputs that were given all at once, with their labels ``y``, or the loader that was given.
+
+    Floating arrays get the network's ``dtype``.
+    """
+    if isinstance(data, np.ndarray):
+        if data.dtype.kind not in "fiub":
+            raise TypeError(f"{name} must be an array of numbers; it was of {data.dtype}")
+        data = torch.from_numpy(data)
+        data = data.to(dtype) if data.is_floating_point() else data
+    if not isinstance(data, (Tensor, Mapping)):
+        if y is not None:
+            raise TypeError(
+                "y must be None beside a loader, whose batches are (x, labels), and challenges are named, "
+                f"challenges=...; it was {type(y).__name__}"
+            )
+        checks.is_loader(name, data)
+        return data
+    count = batch_size(data)
+    labels = None if y is None else np.asarray(y.cpu() if isinstance(y, Tensor) else y)
+    if labels is not None and (labels.ndim == 0 or len(labels) != count):
+        raise ValueError(f"y must have one label for each of {count} inputs; its shape was {labels.shape}")
+    parts = [slice(start, start + TOGETHER) for start in range(0, count, TOGETHER)]
+    return [(take(data, part, count), None if labels is None else labels[part]) for part in parts]
+
+
+def draw_all(options: FitOptions, fraction: float | None, dtype: torch.dtype) -> tuple[list[Drawn], Drawn | None]:
     """Read all loaders once and return `Sample.clean` and `Sample.challenges`."""
     checks.at_least(constants.FEWEST_CLEAN, max_samples=options.max_samples)
     challenges, each = options.challenges, options.challenges_per_input
@@ -58,12 +91,13 @@ def draw_all(options: FitOptions, fraction: float | None) -> tuple[list[Drawn], 
         if not isinstance(challenges, str):
             raise ValueError(f"challenges_per_input needs challenges='generate'; it was {each} beside others or none")
 
-    def draw(name: str, loader: Iterable[Any], shift: int) -> Drawn:
-        checks.is_loader(name, loader)
-        return collect.draw(name, loader, options.max_samples, options.seed + shift, verbose=options.verbose)
+    def draw(name: str, data: Data, shift: int, y: Any = None) -> Drawn:
+        return collect.draw(
+            name, batches_of(name, data, dtype, y), options.max_samples, options.seed + shift, verbose=options.verbose
+        )
 
     least = constants.FEWEST_CLEAN
-    clean = [draw("clean", options.clean, 0)]
+    clean = [draw("clean", options.clean, 0, options.y)]
     if len(clean[0]) < least:
         raise ValueError(
             f"clean must give at least {least} inputs, with which a false-alarm rate of {1 / (least + 1):.2f} is "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -124,14 +125,25 @@ class TwoStageModel(nn.Module):
         """The device of the network's parameters."""
         return device_of(self.model)
 
+    @property
+    def false_alarm_rate(self) -> float:
+        """Share of clean inputs that `Prediction.flagged` may call unusual; can be set, and is stored."""
+        return float(self._fitted()[0].options["false_alarm_rate"])
+
+    @false_alarm_rate.setter
+    def false_alarm_rate(self, rate: float) -> None:
+        checks.lies_in("(0, 1)", false_alarm_rate=rate)
+        self._fitted()[0].options["false_alarm_rate"] = float(rate)
+
     def forward(self, x: Inputs) -> Prediction:
         """Predict a batch ``(B, ...)`` of what the network takes, or a mapping of its keyword arguments.
 
         Returns:
-            The `Prediction`: logits and probabilities ``(B, N)``, uncertainty and risk ``(B,)``.
+            The `Prediction`: logits and probabilities ``(B, N)``, uncertainty, risk and flagged ``(B,)``.
 
         Raises:
             RuntimeError: Before `fit`.
+            ValueError: The network fails on inputs of another number of dimensions or dtype than those of `fit`.
         """
         return self._predict(x)[0]
 
@@ -162,7 +174,8 @@ class TwoStageModel(nn.Module):
                 log_p = mixed(log_p, self.correction_(blocks[Features.name], calibrated), self.gate_.log_odds(evidence))
             doubts = doubt(log_p)
             risk = None if self.risk_ is None else self.risk_(doubts, evidence, kinds).to(log_p.dtype)
-            prediction = Prediction(logits, log_p.exp(), uncertainty.to(log_p.dtype), risk)
+            flagged = uncertainty > -math.log(self.false_alarm_rate)
+            prediction = Prediction(logits, log_p.exp(), uncertainty.to(log_p.dtype), risk, flagged)
         return prediction, doubts, evidence, kinds
 
     @property
@@ -178,10 +191,11 @@ class TwoStageModel(nn.Module):
     @torch.inference_mode(False)
     def fit(
         self,
-        clean: Iterable[Any],
-        challenges: str | Iterable[Any] | None = "generate",
-        calibration: Iterable[Any] | None = None,
+        clean: loaders.Data,
+        y: Any = None,
         *,
+        challenges: str | loaders.Data | None = "generate",
+        calibration: loaders.Data | None = None,
         max_samples: int = constants.MOST_CLEAN,
         challenges_per_input: int | None = None,
         risk: bool | None = None,
@@ -194,15 +208,18 @@ class TwoStageModel(nn.Module):
         """Fit the detector on clean inputs and challenges; with labels also the probabilities and the risk.
 
         Args:
-            clean: Batches of clean inputs, ``x`` or ``(x, labels)``, or mappings with the key ``"labels"``; read once.
-                Prefer data that the network was not trained on: it is more certain of its training data. Equal inputs
-                are one source: each fit uses all of them or none.
+            clean: Clean inputs: a tensor or array ``(n, ...)``, a mapping of tensors, or a loader of batches, ``x`` or
+                ``(x, labels)``, or mappings with the key ``"labels"``; read once. Floating arrays get the network's
+                dtype. Prefer data that the network was not trained on: it is more certain of its training data. Equal
+                inputs are one source: each fit uses all of them or none. Half of the images are shifted by up to one
+                grey level (`fastgrad.detector.grey_levels`).
+            y: Labels ``(n,)`` of inputs that are no loader; None for none.
             challenges: ``"generate"`` makes them from the clean inputs (`fastgrad.challenges`): images
                 ``(B, C, H, W)``, or token ids ``(B, T)`` of an integer dtype, alone or as ``input_ids``. Images get no
                 attacks if no gradient of the logits reaches them (``torch.no_grad`` or integers inside). None fits on
-                clean data alone. Otherwise, give batches of your own challenging inputs, ``x`` or ``(x, kinds)``. Only
+                clean data alone. Otherwise, give your own challenging inputs, or batches of them with kinds. Only
                 generated challenges, which have labels, let unusual inputs raise the risk.
-            calibration: Clean batches on which nothing is fitted: false-alarm rates are then exact. None holds out a
+            calibration: Clean inputs on which nothing is fitted: false-alarm rates are then exact. None holds out a
                 fifth of ``clean`` from 1,000 inputs on; below, it cross-validates (`fastgrad.detector.calibrate`).
             max_samples: Largest number of inputs used from each loader, drawn uniformly.
             challenges_per_input: How many challenges are generated from one clean input. None means three, or fewer if
@@ -232,8 +249,8 @@ class TwoStageModel(nn.Module):
         if not isinstance(correct, bool) and correct != "always":
             raise TypeError(f"correct must be True, False or 'always'; it was {correct!r}")
         options = loaders.FitOptions(
-            clean, challenges, calibration, max_samples, challenges_per_input, risk, correct, clip, mean, std, verbose,
-            self.seed,
+            clean, y, challenges, calibration, max_samples, challenges_per_input, risk, correct, clip, mean, std,
+            verbose, self.seed,
         )  # fmt: skip
         with buffers_kept(self.model):
             parts = fitting.fit(self.model, self.detector, self.blocks, options)

@@ -43,7 +43,7 @@ def test_a_fit_on_kept_blocks_is_the_users(subject: Subject) -> None:
     fit = Fit(subject)
     kept = fitted(fit, DEFAULT_BLOCKS, None)
     direct = TwoStageModel(subject.model, blocks=DEFAULT_BLOCKS, seed=0)
-    direct.fit(fit.loader(*subject.parts["fit"]), None)
+    direct.fit(fit.loader(*subject.parts["fit"]), challenges=None)
     seen = subject.seen("darker")
     expected, found = direct(seen.images), answer(kept, seen)
     torch.testing.assert_close(found.uncertainty, expected.uncertainty, rtol=1e-5, atol=1e-6)

@@ -176,7 +176,7 @@ def test_the_flagged_share_of_a_fitted_model(count: int, fits: int) -> None:
         generator = torch.Generator().manual_seed(1000 * count + number)
         own, odd, new = torch.randn(3, max(count, 200), 8, generator=generator)
         model = TwoStageModel(network, blocks=["logits", "activations"], seed=number)
-        model.fit(own[:count].split(50), (2 * odd[:count]).split(50), verbose=False)
+        model.fit(own[:count].split(50), challenges=(2 * odd[:count]).split(50), verbose=False)
         uncertainty = model(new[:200]).uncertainty.numpy()
         found[number] = [(uncertainty > model.threshold(rate)).mean() for rate in RATES]
     check_default(found, count)

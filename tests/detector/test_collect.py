@@ -108,12 +108,12 @@ BAD: dict[str, tuple[Callable[[TwoStageModel], Any], str]] = {
         "at least 20 inputs, with which a false-alarm rate of 0.05 is possible; it gave 19",
     ),
     "few to calibrate": (
-        lambda m: m.fit([CLEAN], None, [CLEAN[:5]]),
+        lambda m: m.fit([CLEAN], challenges=None, calibration=[CLEAN[:5]]),
         "calibration must give at least 20 inputs; it gave 5",
     ),
     "few different": (lambda m: m.fit([CLEAN[:19]] * 3), "at least 20 different inputs; it gave 19"),
     "calibration on itself": (
-        lambda m: m.fit([CLEAN], None, [CLEAN[10:], CLEAN[:31]]),
+        lambda m: m.fit([CLEAN], challenges=None, calibration=[CLEAN[10:], CLEAN[:31]]),
         "20 different inputs that calibration does not give; it gave 0",
     ),
     "one class": (
@@ -131,7 +131,7 @@ BAD: dict[str, tuple[Callable[[TwoStageModel], Any], str]] = {
     "correction of too few": (lambda m: m.fit(pairs(CLEAN[:29]), correct=True), "correct=True needs .* there were 29"),
     "correction without labels": (lambda m: m.fit([CLEAN], correct=True), "needs challenges='generate' .* no labels"),
     "correction without challenges": (
-        lambda m: m.fit(pairs(CLEAN), None, correct=True),
+        lambda m: m.fit(pairs(CLEAN), challenges=None, correct=True),
         "correct=True needs challenges='generate' .* other challenges or none",
     ),
     "constant": (lambda m: m.fit([torch.ones(60, 3, 4, 4)]), "images that show something; every one was constant"),
@@ -144,18 +144,24 @@ BAD: dict[str, tuple[Callable[[TwoStageModel], Any], str]] = {
     ),
     "divided twice": (lambda m: m.fit([CLEAN / 255]), r"here \[0, 1\]; they took 0\.0039 of it"),
     "calibration out of range": (
-        lambda m: m.fit([CLEAN], None, [CLEAN * 255], clip=(0, 1)),
+        lambda m: m.fit([CLEAN], challenges=None, calibration=[CLEAN * 255], clip=(0, 1)),
         r"images must lie in the range that clip, mean and std give, \[0, 1\]",
     ),
     "mixed ranges": (lambda m: m.fit([CLEAN, 255 * CLEAN]), "images must share one range"),
-    "word": (lambda m: m.fit([CLEAN], "none"), "challenges must be 'generate', None or a loader; it was 'none'"),
+    "word": (
+        lambda m: m.fit([CLEAN], challenges="none"),
+        "challenges must be 'generate', None or a loader; it was 'none'",
+    ),
     "no images": (lambda m: m.fit([CLEAN.flatten(1)]), "from images .* or token ids"),
-    "range of no images": (lambda m: m.fit([CLEAN.flatten(1)], None, clip=(0, 1)), "clip, mean and std need images"),
-    "empty challenges": (lambda m: m.fit([CLEAN], []), "challenges must hold at least one batch"),
+    "range of no images": (
+        lambda m: m.fit([CLEAN.flatten(1)], challenges=None, clip=(0, 1)),
+        "clip, mean and std need images",
+    ),
+    "empty challenges": (lambda m: m.fit([CLEAN], challenges=[]), "challenges must hold at least one batch"),
     "max_samples": (lambda m: m.fit([CLEAN], max_samples=3), "max_samples must be an integer of at least 20; it was 3"),
     "each": (lambda m: m.fit([CLEAN], challenges_per_input=0), "challenges_per_input must be an integer of at least 1"),
     "none generated": (
-        lambda m: m.fit([CLEAN], None, challenges_per_input=2),
+        lambda m: m.fit([CLEAN], challenges=None, challenges_per_input=2),
         "challenges_per_input needs challenges='generate'",
     ),
     "half": (lambda m: m.fit([CLEAN], challenges_per_input=1.5), "an integer of at least 1; it was 1.5"),  # type: ignore[arg-type]
@@ -165,11 +171,11 @@ BAD: dict[str, tuple[Callable[[TwoStageModel], Any], str]] = {
         r"clean must give inputs of one number of dimensions; they had \[1, 4\]\. Labels stand beside",
     ),
     "challenges and kinds": (
-        lambda m: m.fit([CLEAN], (CLEAN, torch.arange(60))),
+        lambda m: m.fit([CLEAN], challenges=(CLEAN, torch.arange(60))),
         r"challenges must give inputs of one number of dimensions; they had \[1, 4\]",
     ),
     "one label a batch": (lambda m: m.fit([(CLEAN, 1)]), "a batch had 60 inputs and 1"),
-    "one word a batch": (lambda m: m.fit([CLEAN], [(CLEAN[:5], "noise")]), "a batch had 5 inputs and 1"),
+    "one word a batch": (lambda m: m.fit([CLEAN], challenges=[(CLEAN[:5], "noise")]), "a batch had 5 inputs and 1"),
     "one mean": (lambda m: m.fit([CLEAN], mean=0.5, std=0.5), "mean must have 3 values, one per channel; it was 0.5"),  # type: ignore[arg-type]
     "no deviation": (lambda m: m.fit([CLEAN], mean=[0.5] * 3, std=[math.nan] * 3), "std must be finite"),
     "several labels": (lambda m: m.fit([(CLEAN, [[0], [1, 2]] * 30)]), "labels class indices from 0 to 2, .* object"),
@@ -191,10 +197,10 @@ def test_bad_input_is_refused_before_any_challenge_is_made(case: str, monkeypatc
 def test_what_the_network_can_take_is_no_mistake() -> None:
     """Inputs that lack a dimension, which the network adds; dark images, of which no challenges are made."""
     flat = nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (-1, 48)), nn.Linear(48, 3)).eval()
-    two_stage = TwoStageModel(flat, blocks=["logits"]).fit([images(30), images(30, 1).flatten(2)], None)
+    two_stage = TwoStageModel(flat, blocks=["logits"]).fit([images(30), images(30, 1).flatten(2)], challenges=None)
     assert two_stage(images(4)).uncertainty.isfinite().all()
     for challenges in (None, [CLEAN / 300]):
-        TwoStageModel(network(), blocks=["logits"]).fit([CLEAN / 255], challenges, clip=(0, 1))
+        TwoStageModel(network(), blocks=["logits"]).fit([CLEAN / 255], challenges=challenges, clip=(0, 1))
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
@@ -204,31 +210,33 @@ def test_a_network_without_an_answer_is_not_calibrated(value: float) -> None:
         return logits.index_fill(1, torch.tensor(1), value).where(x[:, :1, 0, 0] > x[:, 1:2, 0, 0], logits)
 
     with pytest.raises(ValueError, match=r"clean .* an answer to; for \d+ it gave NaN or infinity"):
-        TwoStageModel(Net(overflowing, network=network()), blocks=["image"]).fit(pairs(CLEAN), None)
+        TwoStageModel(Net(overflowing, network=network()), blocks=["image"]).fit(pairs(CLEAN), challenges=None)
     masked = nn.Sequential(network(), nn.Threshold(-0.15, -math.inf))
     with pytest.raises(ValueError, match=r"clean and calibration must give .* blocks are finite; \['logits'\]"):
         TwoStageModel(masked, blocks=["logits"]).fit([CLEAN])
 
 
 def test_labels_of_the_calibration_count_for_the_risk() -> None:
-    model = TwoStageModel(network(), blocks=["logits"]).fit(pairs(CLEAN[:25]), None, pairs(CLEAN[25:]), risk=True)
+    model = TwoStageModel(network(), blocks=["logits"]).fit(
+        pairs(CLEAN[:25]), challenges=None, calibration=pairs(CLEAN[25:]), risk=True
+    )
     assert "without generated challenges that have labels: unusual inputs do not raise it" in str(model.report())
     assert "from 60 clean inputs" in str(model.report())
-    model.fit([CLEAN[:25]], None, pairs(CLEAN[25:]), risk=True)
+    model.fit([CLEAN[:25]], challenges=None, calibration=pairs(CLEAN[25:]), risk=True)
     assert "from 35 clean inputs" in str(model.report())
 
 
 def test_without_labels_there_is_no_risk_and_the_report_says_so() -> None:
-    model = TwoStageModel(network(), blocks=["logits"]).fit([CLEAN], None)
+    model = TwoStageModel(network(), blocks=["logits"]).fit([CLEAN], challenges=None)
     assert model(CLEAN).risk is None
     assert model.explain(CLEAN).raised is None
     assert "risk          none: no labels" in str(model.report())
-    model = TwoStageModel(network(), blocks=["logits"]).fit(pairs(CLEAN), None, risk=False)
+    model = TwoStageModel(network(), blocks=["logits"]).fit(pairs(CLEAN), challenges=None, risk=False)
     assert model(CLEAN).risk is None
     assert "none: not asked for" in str(model.report())
-    model = TwoStageModel(network(), blocks=["logits"]).fit(pairs(CLEAN[:29]), None)
+    model = TwoStageModel(network(), blocks=["logits"]).fit(pairs(CLEAN[:29]), challenges=None)
     assert [model.risk_, model.temperature_] == [None, None]
     said = "none: 29 labelled clean inputs are too few; it needs 30"
     assert said in str(model.report())
-    model = TwoStageModel(nn.Sequential(network(), nn.Linear(3, 1)), blocks=["logits"]).fit([CLEAN], None)
+    model = TwoStageModel(nn.Sequential(network(), nn.Linear(3, 1)), blocks=["logits"]).fit([CLEAN], challenges=None)
     assert "none: the network has one logit" in str(model.report())

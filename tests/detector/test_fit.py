@@ -24,7 +24,7 @@ from fastgrad.detector import fitting
 def test_given_loaders():
     challenges = [(1 - x, [f"kind {i % 3}" for i in range(len(x))]) for x in images(90, 4).split(30)]
     two_stage = TwoStageModel(small_network(), blocks=["logits", "image"])
-    two_stage.fit(loader(150), challenges, loader(100, 7))
+    two_stage.fit(loader(150), challenges=challenges, calibration=loader(100, 7))
     assert len(two_stage.calibration_scores) == 100  # all of the calibration loader
     assert two_stage.report().exact
     assert two_stage.detector_.scores.challenges.score.bias.shape == (4,)
@@ -35,9 +35,43 @@ def test_given_loaders():
         assert part in str(two_stage.report())
 
 
+def test_inputs_may_be_given_all_at_once():
+    """As tensors, arrays of another precision, or batches."""
+    x, y = images(150), torch.arange(150) % CLASSES
+    batches = list(zip(x.split(64), y.split(64), strict=True))
+    forms = [((batches,), images(40, 3)), ((x, y), images(40, 3)), ((x.double().numpy(), y.tolist()), images(40, 3))]
+    fits = [
+        TwoStageModel(small_network(), blocks=["logits", "image"]).fit(*data, calibration=other)
+        for data, other in forms
+    ]
+    for fit in fits:
+        assert (fit.report(), fit.report().drawn) == (fits[0].report(), 190)
+        assert torch.equal(fit(x[:9]).risk, fits[0](x[:9]).risk)
+        assert torch.equal(fit(x[:9]).uncertainty, fits[0](x[:9]).uncertainty)
+    without = TwoStageModel(small_network(), blocks=["logits"]).fit(x.numpy(), challenges=(1 - x).numpy())
+    assert without(x[:9]).risk is None
+    assert without.report().challenges == {"challenge": 150}
+
+
+def test_a_mapping_of_tensors_is_no_loader():
+    ids = torch.randint(2, 40, (80, 6), generator=torch.Generator().manual_seed(0))
+    layers = nn.Sequential(nn.Embedding(40, 4), nn.Flatten(), nn.Linear(24, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    network = Net(lambda net, input_ids: net.layers(input_ids), layers=layers).eval()
+    fits = [
+        TwoStageModel(network).fit(data, labels)
+        for data, labels in (
+            ({"input_ids": ids}, torch.arange(80) % 4),
+            ([{"input_ids": ids, "labels": torch.arange(80) % 4}], None),
+        )
+    ]
+    x = {"input_ids": ids[:9]}
+    assert torch.equal(*(fit(x).uncertainty for fit in fits))
+    assert torch.equal(*(fit(x).risk for fit in fits))
+
+
 def test_equal_inputs_are_one_source():
     x = images(60)
-    twice = TwoStageModel(small_network(), blocks=["logits", "activations"]).fit([x[:40], x, x[40:]], None)
+    twice = TwoStageModel(small_network(), blocks=["logits", "activations"]).fit([x[:40], x, x[40:]], challenges=None)
     # Both are scored by what was fitted on neither.
     scores = twice.calibration_scores
     torch.testing.assert_close(torch.cat([scores[:40], scores[100:]]), scores[40:100])
@@ -48,14 +82,15 @@ def test_equal_inputs_are_one_source():
         x.flatten(1),
     )
     split, apart = (
-        TwoStageModel(flat, blocks=["logits", "activations"]).fit([clean], None, [x[:30]]) for clean in (x, x[30:])
+        TwoStageModel(flat, blocks=["logits", "activations"]).fit([clean], challenges=None, calibration=[x[:30]])
+        for clean in (x, x[30:])
     )
     torch.testing.assert_close(split(x).uncertainty, apart(x).uncertainty)
 
 
 @pytest.mark.parametrize("blocks", [["gradients", "logits", "features", "image"], ["contrasts", "logits", View()]])
 def test_named_blocks_on_clean_data_alone(blocks):
-    two_stage = TwoStageModel(small_network(), blocks=blocks).fit(loader(120, labels=False), None)
+    two_stage = TwoStageModel(small_network(), blocks=blocks).fit(loader(120, labels=False), challenges=None)
     names = [getattr(block, "name", block) for block in blocks]
     assert two_stage.report().kept == names
     assert two_stage.detector_.sources == sorted(names, key=list(BLOCKS).index)
@@ -124,7 +159,7 @@ def test_seed_of_the_detector(monkeypatch):
     monkeypatch.setattr(fitting.collect, "drawn_batches", watched)
     for seed, own in ((0, 3), (1, 3), (0, 4), (0, np.random.RandomState(3))):
         detector = UncertaintyDetector(log=False, calibration_fraction=0.5, random_state=own)
-        TwoStageModel(small_network(), detector=detector, blocks=["logits"], seed=seed).fit(loader(60), None)
+        TwoStageModel(small_network(), detector=detector, blocks=["logits"], seed=seed).fit(loader(60), challenges=None)
     assert held_out[0] == held_out[1] == held_out[3] != held_out[2]
 
 
@@ -177,7 +212,7 @@ def test_buffers_are_left_as_they_were(fails):
 
 
 def test_fit_that_fails_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = TwoStageModel(small_network(), blocks=["logits"]).fit(loader(60), None)
+    model = TwoStageModel(small_network(), blocks=["logits"]).fit(loader(60), challenges=None)
     before = {name: getattr(model, name) for name in ("extraction_", "detector_", "temperature_", "risk_", "report_")}
 
     def fails(*_: object) -> None:
@@ -187,7 +222,7 @@ def test_fit_that_fails_last(monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(fitting, last, fails)
             with pytest.raises(RuntimeError, match="no risk"):
-                model.fit(loader(80), None)
+                model.fit(loader(80), challenges=None)
         assert all(getattr(model, name) is value for name, value in before.items())
 
 
@@ -219,5 +254,5 @@ def test_correction_that_is_not_kept():
 
 @pytest.mark.parametrize(("clip", "expected"), [(None, None), ((-1, 1), [[0.5] * 3, [0.5] * 3])])
 def test_range_is_a_normalisation(clip, expected):
-    two_stage = TwoStageModel(small_network(), blocks=["logits"]).fit([2 * images(60) - 1], None, clip=clip)
+    two_stage = TwoStageModel(small_network(), blocks=["logits"]).fit([2 * images(60) - 1], challenges=None, clip=clip)
     assert two_stage.report().normalisation == expected

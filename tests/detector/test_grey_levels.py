@@ -71,7 +71,7 @@ def test_what_has_no_grid_is_read_as_it_is(monkeypatch: pytest.MonkeyPatch) -> N
         fits = []
         for share in (0.5, 0.0):
             monkeypatch.setattr(constants, "SHIFTED", share)
-            fits.append(TwoStageModel(model, blocks=["logits"]).fit([x], None))
+            fits.append(TwoStageModel(model, blocks=["logits"]).fit([x], challenges=None))
         assert fits[0].report() == fits[1].report()
         assert fits[0].report().levels is None
         assert torch.equal(fits[0].calibration_scores, fits[1].calibration_scores)

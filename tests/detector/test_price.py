@@ -30,7 +30,7 @@ def network() -> nn.Sequential:
 @pytest.mark.parametrize(("blocks", "passes"), [(["logits"], 1), (["logits", "view"], 2)])
 def test_network_and_answer_take_turns(blocks: list[str], passes: int) -> None:
     model = network().train()
-    two_stage = TwoStageModel(model, blocks=blocks).fit([images(60)], None)
+    two_stage = TwoStageModel(model, blocks=blocks).fit([images(60)], challenges=None)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     Counted.passes = 0
     found = two_stage.price(images(8), rounds=5)
@@ -61,7 +61,11 @@ def test_a_network_that_writes_to_its_inputs_has_a_price() -> None:
 
 
 def test_predicted_prices_are_those_of_the_blocks() -> None:
-    report = TwoStageModel(small_network(), blocks=["logits", "view", "gradients"]).fit([images(60)], None).report()
+    report = (
+        TwoStageModel(small_network(), blocks=["logits", "view", "gradients"])
+        .fit([images(60)], challenges=None)
+        .report()
+    )
     assert report.prices == {"logits": 0, "view": 1, "gradients": 8.5}
     assert report.predicted == 10.5
     assert "10.5 forward passes predicted, 1 of them for view, 8.5 of them for gradients; price(x) measures it" in str(
@@ -72,9 +76,9 @@ def test_predicted_prices_are_those_of_the_blocks() -> None:
 def test_default_blocks_that_cannot_be_served_are_left_out_with_their_reason() -> None:
     assert set(DEFAULT_BLOCKS) <= set(BLOCKS)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
-    report = TwoStageModel(model).fit([torch.rand(60, 6)], None).report()
+    report = TwoStageModel(model).fit([torch.rand(60, 6)], challenges=None).report()
     assert report.kept == ["logits", "activations"]
     assert report.left_out["image"] == "the input is not one image (B, C, H, W), at least 3 x 3"
     assert f"without image: {report.left_out['image']}" in str(report)
-    everything = TwoStageModel(small_network()).fit(loader(60), None)
+    everything = TwoStageModel(small_network()).fit(loader(60), challenges=None)
     assert (everything.report().kept, everything.report().left_out) == (list(DEFAULT_BLOCKS), {})

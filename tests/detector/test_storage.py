@@ -121,7 +121,7 @@ def test_block_of_the_users(tmp_path):
     try:
         loaded = TwoStageModel.load(two_stage.save(tmp_path / "model.safetensors"), two_stage.model)
         assert torch.equal(loaded(x).risk, two_stage(x).risk)
-        named = TwoStageModel(small_network(), blocks=["brightness"]).fit(loader(60), None)
+        named = TwoStageModel(small_network(), blocks=["brightness"]).fit(loader(60), challenges=None)
         assert named.report().kept == ["brightness"]
     finally:
         del BLOCKS["brightness"]
@@ -142,7 +142,7 @@ def test_normalisation_in_files(tmp_path, clip):
     white = 1 if clip is None else clip[1]
     told = {"mean": [white * m for m in mean], "std": [white * s for s in std], "clip": clip}
     x = (images(60) - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    two_stage = TwoStageModel(small_network(), blocks=["logits"]).fit([x], None, **told)
+    two_stage = TwoStageModel(small_network(), blocks=["logits"]).fit([x], challenges=None, **told)
     two_stage = TwoStageModel.load(two_stage.save(tmp_path / "estimators.safetensors"), two_stage.model)
     for given, expected in (({}, (mean, std)), ({"mean": [0.0] * 3, "std": [1.0] * 3}, ([0.0] * 3, [1.0] * 3))):
         file = fastgrad.export(two_stage, x[:2], tmp_path / "model.onnx", **given)
