@@ -21,8 +21,9 @@ import inspect
 
 from fastgrad.blocks.activations import Activations
 from fastgrad.blocks.block import Block
+from fastgrad.blocks.features import Features
 from fastgrad.blocks.gradients import Gradients
-from fastgrad.blocks.last_layer import Contrasts, Features
+from fastgrad.blocks.last_layer import Contrasts, Penultimate
 from fastgrad.blocks.local_contrast import Image, Roughness
 from fastgrad.blocks.logits import Logits
 from fastgrad.blocks.view import View
@@ -63,7 +64,7 @@ def register_block(block: type[Block]) -> type[Block]:
     return block
 
 
-for _block in (Logits, Activations, Image, Roughness, View, Features, Contrasts, Gradients):
+for _block in (Logits, Activations, Image, Roughness, View, Penultimate, Contrasts, Gradients):
     register_block(_block)
 
 __all__ = [
@@ -76,6 +77,7 @@ __all__ = [
     "Gradients",
     "Image",
     "Logits",
+    "Penultimate",
     "Roughness",
     "View",
     "register_block",

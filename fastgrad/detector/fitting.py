@@ -1,65 +1,101 @@
-"""`TwoStageModel.fit`, step by step: draw, check, read, probabilities, calibrate, risk, report."""
+"""`TwoStageModel.fit` from top to bottom: data, features, calibration, correction, risk, report."""
 
 from __future__ import annotations
 
-import itertools
 import warnings
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from sklearn.base import clone
 from sklearn.utils import check_random_state
 from torch import Tensor, nn
 
+from fastgrad import checks
 from fastgrad.batches import batch_size, pieces, take, to_device
-from fastgrad.blocks import BLOCKS, DEFAULT_BLOCKS, Block, Features
+from fastgrad.blocks import BLOCKS, DEFAULT_BLOCKS, Block, Penultimate
 from fastgrad.blocks.extraction import Extraction, Inputs, arguments
+from fastgrad.blocks.features import Features
 from fastgrad.blocks.subject import Subject, unlike_inputs, watch
 from fastgrad.challenges import CHALLENGES, challenge_cost
-from fastgrad.checks import groups_of
-from fastgrad.detector import collect, constants, loaders
-from fastgrad.detector.calibrate import Calibrated, DetectorModule, Table
-from fastgrad.detector.collect import Sample
-from fastgrad.detector.estimator import UncertaintyDetector, fit_table
+from fastgrad.detector import constants, data, reading
+from fastgrad.detector.calibrate import Calibrated, DetectorModule
+from fastgrad.detector.data import Data
+from fastgrad.detector.estimator import UncertaintyDetector, fit_detector
 from fastgrad.detector.grey_levels import sensitivity
-from fastgrad.detector.inputs import Blocks, check_blocks, kinds_of
+from fastgrad.detector.inputs import Known, check_blocks
 from fastgrad.detector.report import Report, probability_suffices
 from fastgrad.detector.risk import NoisyOr, Risk, doubt, tempered
 from fastgrad.evaluation import RandomState, agree, device_of, refuse_devices
-from fastgrad.introspection.correction import Correction, Labelled, choose
-from fastgrad.scores.rows import as_tensor
+from fastgrad.introspection.correction import Correction, choose
 from fastgrad.scores.temperature import Temperature
 
-#: The modules that a fit makes; those that it does not need are None.
-FITTED = ("detector", "correction", "gate", "temperature", "risk")
 #: Two computations of a block agree up to its square root: networks in half precision round to some hundredths.
 _ROUNDING = 2.5e-3
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a fit gives a two-stage model; parts that it does not need are None."""
+class Parts(NamedTuple):
+    """What a fit gives a two-stage model; modules that it does not need are None."""
 
-    extraction: Extraction
     detector: DetectorModule
     correction: Correction | None
     gate: NoisyOr | None
     temperature: Temperature | None
     risk: Risk | None
-    report: Report | None = None
+    extraction: Extraction
+    report: Report
 
 
 def fit(
-    model: nn.Module, detector: UncertaintyDetector | None, asked: Sequence[Block] | None, options: loaders.FitOptions
-) -> Parts:
-    """Fit with the blocks that were ``asked`` for, or with those of the default ones that the network can serve."""
+    model: nn.Module, detector: UncertaintyDetector | None, asked: Sequence[Block] | None, seed: int, *,
+    risk: bool | None, correct: bool | str, verbose: bool | None, **given: Any,
+) -> Parts:  # fmt: skip
+    """Fit on what was ``given``, arguments of `prepare`, with blocks that were ``asked`` for or the default ones."""
+    sample, extraction, blocks, left_out = prepare(
+        model, detector, asked, seed, correct=bool(correct), verbose=verbose, **given
+    )
+    data.require_labels(sample.labels, risk=risk, correct=correct, generate=sample.each > 0)
+    features = reading.read(extraction, sample, seed, verbose)
+    parts = fit_features(model, detector, blocks, features, seed, risk=risk, correct=correct, known=extraction.known)
+    report = replace(
+        parts.report, left_out=left_out, seen=sample.seen, passes=_passes(sample, parts.report),
+        normalisation=sample.normalisation, levels=_levels(sample, parts, seed),
+    )  # fmt: skip
+    return parts._replace(report=report)
+
+
+def read(
+    model: nn.Module, detector: UncertaintyDetector | None, asked: Sequence[Block] | None, seed: int, *,
+    verbose: bool | None, **given: Any,
+) -> Features:  # fmt: skip
+    """Return the features that `fit` would be fitted on."""
+    sample, extraction, _, _ = prepare(model, detector, asked, seed, correct=False, verbose=verbose, **given)
+    return reading.read(extraction, sample, seed, verbose)
+
+
+def prepare(
+    model: nn.Module, detector: UncertaintyDetector | None, asked: Sequence[Block] | None, seed: int, *,
+    correct: bool, clean: Any, y: Any, challenges: Any, calibration: Any, max_samples: int,
+    challenges_per_input: int | None, clip: tuple[float, float] | None, mean: Sequence[float] | None,
+    std: Sequence[float] | None, verbose: bool | None,
+) -> tuple[Data, Extraction, list[Block], dict[str, str]]:  # fmt: skip
+    """Draw and check all inputs; return them, what reads them, the detector's blocks, and why others are left out."""
+    if verbose is not None:
+        checks.is_bool(verbose=verbose)
     refuse_devices(model)
-    base = detector or UncertaintyDetector(log=False, random_state=options.seed)
-    clean, given = loaders.draw_all(options, base.calibration_fraction, network_dtype(model))
-    device, verbose = device_of(model), options.verbose
-    x = to_device(clean[0].batches[0], device)
+    base = _base(detector, seed)
+    if calibration is not None and base.calibration_fraction is not None:
+        raise ValueError(
+            f"calibration must be None where the detector's calibration_fraction is given, {base.calibration_fraction}"
+        )
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    drawn, others = data.draw(
+        clean, y, challenges, calibration, max_samples=max_samples, challenges_per_input=challenges_per_input,
+        dtype=dtype, seed=seed, verbose=verbose,
+    )  # fmt: skip
+    x = to_device(drawn[0].batches[0], device_of(model))
     try:
         subject = watch(model, *arguments(x))
     except Exception as error:
@@ -67,67 +103,64 @@ def fit(
             raise
         raise ValueError(f"clean must give {wanted}. The network raised {type(error).__name__}: {error}") from error
     blocks, left_out = _blocks(asked, subject)
-    if options.correct and subject.head is None:
+    if correct and subject.head is None:
         raise ValueError("correct=True needs a model that ends in a linear layer")
-    sample = loaders.build_sample(clean, given, subject.classes, clone(base), options)
+    sample = data.check(
+        drawn, others, subject.classes, generate=isinstance(challenges, str), each=challenges_per_input,
+        fraction=base.calibration_fraction, random_state=clone(base).random_state, seed=seed, clip=clip,
+        mean=mean, std=std,
+    )  # fmt: skip
     # The correction reads h, also where the detector does not.
-    added = [Features()] if options.correct and all(block.name != Features.name for block in blocks) else []
+    added = [Penultimate()] if correct and all(block.name != Penultimate.name for block in blocks) else []
     # Logarithms of norms cannot underflow, but the user's detector may expect the norms themselves.
     extraction = Extraction(model, [*blocks, *added], log=not base.log, known=subject)
-    generated = collect.generated_batches(sample, model, device, options.seed, verbose)
     _require_own(extraction, x)
-    features = collect.read(extraction, device, itertools.chain(collect.drawn_batches(sample, verbose), generated))
-    # A challenge has the label of the clean input it was made from; inputs held out have no challenges.
-    labels = np.where(features.groups >= 0, sample.labels[features.groups], -1)
-    held_out = (features.kinds == "") & sample.held_out[features.groups]
-    challenging, truth = torch.from_numpy(features.kinds != ""), torch.from_numpy(labels)
-    labelled = truth >= 0
-    temperature, usual = None, labelled & ~challenging
+    return sample, extraction, blocks, left_out
+
+
+def fit_features(
+    model: nn.Module, detector: UncertaintyDetector | None, blocks: Sequence[Block], features: Features, seed: int, *,
+    risk: bool | None, correct: bool | str, known: Subject | None = None,
+) -> Parts:  # fmt: skip
+    """Fit a detector that reads ``blocks``, and what follows from labels, on features of inputs and challenges."""
+    base, device = _base(detector, seed), device_of(model)
+    by_name: Known = {**BLOCKS, **{block.name: block for block in blocks}}
+    checked = check_blocks(features.only(block.name for block in blocks).blocks, by_name, log=base.log)
+    random = check_random_state(clone(base).random_state)
+    fitted = fit_detector(base, replace(features, blocks=checked), by_name, random)
+    labels, challenging = features.labels, features.challenging
+    temperature, usual = None, (labels >= 0) & ~challenging
     if usual.sum() >= constants.FEWEST_LABELLED:
-        temperature = Temperature.fit(features.logits[usual], truth[usual])
+        temperature = Temperature.fit(features.logits[usual], labels[usual])
     logits = tempered(features.logits, temperature)
-    by_name: Blocks = {**BLOCKS, **{block.name: block for block in blocks}}
-    arrays = check_blocks({block.name: features.blocks[block.name] for block in blocks}, by_name, log=base.log)
-    read = {name: as_tensor(x) for name, x in arrays.items()}
-    groups = groups_of(np.where(features.groups >= 0, sample.sources[features.groups], -1), len(labels))
-    table = Table(read, by_name, kinds_of(features.kinds, challenging.numpy()), groups, held_out, base.log)
-    fitted = fit_table(base, table, check_random_state(clone(base).random_state))
     log_p, correction, gate, corrected = logits.double().log_softmax(-1), None, None, None
-    if options.correct:
-        gate = NoisyOr.fit(None, fitted.evidence, challenging, challenging)
-        h, odds, own = features.blocks[Features.name], gate.log_odds(fitted.evidence), labelled.numpy()
-        known = Labelled(h[own], logits[own], odds[own], truth[own], challenging[own], groups[own])
-        correction, log_p[labelled], corrected = choose(known, options.seed, always=options.correct == "always")
+    if correct:
+        gate, labelled = NoisyOr.fit(None, fitted.evidence, challenging, challenging), labels >= 0
+        correction, log_p[labelled], corrected = choose(
+            features.at(labelled), logits[labelled], gate.log_odds(fitted.evidence)[labelled], seed,
+            always=correct == "always",
+        )  # fmt: skip
+    estimate, why = _risk(log_p, features, fitted, risk)
+    kept = list(blocks)
     if correction is None:
-        gate, extraction = None, extraction.of(blocks)
-    risk, why = _risk(log_p, truth, fitted, options.risk)
-    for part in (fitted.module, correction, gate, temperature, risk):
+        gate = None
+    elif all(block.name != Penultimate.name for block in kept):
+        kept.append(Penultimate())
+    for part in (fitted.module, correction, gate, temperature, estimate):
         if part is not None:
             part.to(device)
-    prices = {block.name: block.price(subject) for block in blocks}
-    levels = None
-    if sample.pixels is not None:
-        limit = fitted.module.threshold()
-        first, *others = sample.clean[0].images()
-        alike = torch.cat([first, *(x for x in others if x.shape[1:] == first.shape[1:])])
-
-        def flagged(images: Tensor) -> Tensor:
-            answers = [fitted.module(extraction(to_device(part, device))[1]) for part in pieces(images, device)]
-            return (torch.cat(answers) > limit).cpu()
-
-        levels = sensitivity(alike, sample.pixels, flagged, options.seed)
-    report = replace(_report(sample, features, prices, left_out, fitted, why), correction=corrected, levels=levels)
-    return Parts(extraction, fitted.module, correction, gate, temperature, risk, report)
+    extraction = Extraction(model, kept, log=not base.log, known=known)
+    report = _report(features, blocks, fitted.module, why, corrected)
+    return Parts(fitted.module, correction, gate, temperature, estimate, extraction, report)
 
 
-def network_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype of the network's first floating parameter."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+def _base(detector: UncertaintyDetector | None, seed: int) -> UncertaintyDetector:
+    return detector or UncertaintyDetector(log=False, random_state=seed)
 
 
-def _blocks(asked: Sequence[Block] | None, subject: Subject) -> tuple[Sequence[Block], dict[str, str]]:
+def _blocks(asked: Sequence[Block] | None, subject: Subject) -> tuple[list[Block], dict[str, str]]:
     """Return the blocks that were asked for, or the default ones that can be served, and why others cannot."""
-    blocks = [BLOCKS[name]() for name in DEFAULT_BLOCKS] if asked is None else asked
+    blocks = [BLOCKS[name]() for name in DEFAULT_BLOCKS] if asked is None else list(asked)
     refused = {block.name: why for block in blocks if (why := block.refusal(subject)) is not None}
     if asked is None:
         return [block for block in blocks if block.name not in refused], refused
@@ -146,7 +179,7 @@ def _require_own(extraction: Extraction, x: Inputs) -> None:
         warnings.warn(
             "model draws random numbers in evaluation mode: an input that is given again gets another answer, "
             "uncertainty and risk",
-            stacklevel=5,  # whoever calls `TwoStageModel.fit`
+            stacklevel=6,  # whoever calls `TwoStageModel.fit`
         )
         return
     for block in extraction.blocks:
@@ -161,24 +194,24 @@ def _require_own(extraction: Extraction, x: Inputs) -> None:
             )
 
 
-def _risk(log_p: Tensor, truth: Tensor, fitted: Calibrated, asked: bool | None) -> tuple[Risk | None, str]:
-    """Return the risk of answers ``log_p`` ``(n, N)``, from labels ``truth``, and what it was learned from."""
+def _risk(log_p: Tensor, features: Features, fitted: Calibrated, asked: bool | None) -> tuple[Risk | None, str]:
+    """Return the risk of answers ``log_p`` ``(n, N)``, from the features' labels, and what it was learned from."""
     if asked is False:
         return None, "none: not asked for"
-    chosen, kinds = truth >= 0, torch.from_numpy(fitted.table.kinds)
+    chosen, codes = features.labels >= 0, features.codes
     if not chosen.any():
         return None, "none: no labels" if log_p.shape[1] > 1 else "none: the network has one logit"
-    if (usual := int((chosen & (kinds == 0)).sum())) < constants.FEWEST_LABELLED:
+    if (usual := int((chosen & (codes == 0)).sum())) < constants.FEWEST_LABELLED:
         return None, f"none: {usual} labelled clean inputs are too few; it needs {constants.FEWEST_LABELLED}"
-    log_p, truth, kinds = log_p[chosen], truth[chosen], kinds[chosen]
-    wrong = log_p.argmax(-1) != truth
+    log_p, codes = log_p[chosen], codes[chosen]
+    wrong = log_p.argmax(-1) != features.labels[chosen]
     known = doubt(log_p), fitted.evidence[chosen], fitted.log_p[chosen]
-    risk, clean = Risk.fit(*known, wrong, kinds), kinds == 0
+    risk, clean = Risk.fit(*known, wrong, codes), codes == 0
     # The risk was fitted on these answers: if even so it ranks them no better, it does not on new ones.
     suffices = probability_suffices(*(values[clean].numpy() for values in (risk(*known), known[0], wrong)))
-    made = int((kinds > 0).sum())
+    made = int((codes > 0).sum())
     others = (
-        f"and {made} of their challenges, {int(wrong[kinds > 0].sum())} answered wrongly"
+        f"and {made} of their challenges, {int(wrong[codes > 0].sum())} answered wrongly"
         if made
         else "without generated challenges that have labels: unusual inputs do not raise it"
     )
@@ -186,28 +219,34 @@ def _risk(log_p: Tensor, truth: Tensor, fitted: Calibrated, asked: bool | None) 
 
 
 def _report(
-    sample: Sample,
-    features: collect.FeatureTable,
-    prices: dict[str, float],
-    left_out: dict[str, str],
-    fitted: Calibrated,
-    risk: str,
+    features: Features, blocks: Sequence[Block], module: DetectorModule, risk: str, correction: str | None
 ) -> Report:
-    made, counts = np.unique(features.kinds[features.kinds != ""], return_counts=True)
-    challenges = dict(zip(made.tolist(), counts.tolist(), strict=True))
-    # Challenges of token ids are made without the model.
-    names = [name for name in challenges if name in CHALLENGES]
-    predicted = 1 + sum(prices.values())
-    making = challenge_cost(sample.each, names=names) / sample.each - 1 if sample.each else 0
+    kinds = Counter(sorted(kind for kind in features.kinds if kind))
+    drawn = len(features) - kinds.total()
     return Report(
-        prices=prices,
-        left_out=left_out,
-        drawn=len(sample.labels),
-        seen=sum(one.seen for one in sample.clean),
-        challenges=challenges,
-        passes=predicted + (predicted + making) * sum(challenges.values()) / len(sample.labels),
-        calibrating=int(fitted.module.options["sources"]),
-        exact=bool(fitted.module.options["exact"]),
-        risk=risk,
-        normalisation=sample.normalisation,
-    )
+        {block.name: block.price for block in blocks}, {}, drawn, drawn, dict(kinds), None,
+        int(module.options["sources"]), bool(module.options["exact"]), risk, correction,
+    )  # fmt: skip
+
+
+def _passes(sample: Data, report: Report) -> float:
+    """Return the predicted cost of making challenges and reading everything, in forward passes over clean inputs."""
+    # Challenges of token ids are made without the model.
+    names = [name for name in report.challenges if name in CHALLENGES]
+    making = challenge_cost(sample.each, names=names) / sample.each - 1 if sample.each else 0
+    return report.predicted + (report.predicted + making) * sum(report.challenges.values()) / report.drawn
+
+
+def _levels(sample: Data, parts: Parts, seed: int) -> dict[str, float] | None:
+    """Return what one grey level does to clean images."""
+    if sample.pixels is None:
+        return None
+    first, *others = sample.drawn[0].images
+    alike = torch.cat([first, *(x for x in others if x.shape[1:] == first.shape[1:])])
+    detector, device, limit = parts.detector, device_of(parts.extraction.model), parts.detector.threshold()
+
+    def flagged(images: Tensor) -> Tensor:
+        read = (parts.extraction(to_device(part, device))[1] for part in pieces(images, device))
+        return torch.cat([detector(blocks).cpu() for blocks in read]) > limit
+
+    return sensitivity(alike, sample.pixels, flagged, seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 from fastgrad import checks
 from fastgrad._torch import original
 from fastgrad.batches import batch_size
-from fastgrad.blocks import BLOCKS, Block, Features
+from fastgrad.blocks import BLOCKS, Block, Penultimate
 from fastgrad.blocks.block import CHALLENGE_CLASSIFIER
 from fastgrad.blocks.extraction import Extraction, Inputs
+from fastgrad.blocks.features import Features
 from fastgrad.blocks.subject import Subject
-from fastgrad.detector import UncertaintyDetector, constants, fitting, loaders, price, storage
+from fastgrad.detector import UncertaintyDetector, constants, data, fitting, loaders, price, storage
 from fastgrad.detector.calibrate import DetectorModule
 from fastgrad.detector.report import Report
 from fastgrad.detector.risk import NoisyOr, Risk, doubt, tempered
@@ -28,6 +30,9 @@ from fastgrad.evaluation import buffers_kept, device_of, refuse_scripted
 from fastgrad.introspection.correction import Correction, mixed
 from fastgrad.prediction import Prediction
 from fastgrad.scores.temperature import Temperature
+
+#: The modules that a fit makes, of which some may be None.
+MODULES = ("detector", "correction", "gate", "temperature", "risk")
 
 
 class Explanation(NamedTuple):
@@ -164,14 +169,18 @@ class TwoStageModel(nn.Module):
 
     def _predict(self, x: Inputs) -> tuple[Prediction, Tensor, Tensor, Tensor]:
         """Return prediction, 1 - its largest probability ``(B,)``, evidence ``(B, S)``, log p of kinds ``(B, C)``."""
-        detector, extraction = self._fitted()
-        logits, blocks = extraction(x)
+        return self._answer(*self._fitted()[1](x))
+
+    def _answer(self, logits: Tensor, blocks: dict[str, Tensor]) -> tuple[Prediction, Tensor, Tensor, Tensor]:
+        detector, _ = self._fitted()
         with torch.no_grad():
             uncertainty, evidence, kinds = detector.explain(blocks)
             calibrated = tempered(logits, self.temperature_)
             log_p = calibrated.log_softmax(-1)
             if self.correction_ is not None and self.gate_ is not None:
-                log_p = mixed(log_p, self.correction_(blocks[Features.name], calibrated), self.gate_.log_odds(evidence))
+                log_p = mixed(
+                    log_p, self.correction_(blocks[Penultimate.name], calibrated), self.gate_.log_odds(evidence)
+                )
             doubts = doubt(log_p)
             risk = None if self.risk_ is None else self.risk_(doubts, evidence, kinds).to(log_p.dtype)
             flagged = uncertainty > -math.log(self.false_alarm_rate)
@@ -191,11 +200,11 @@ class TwoStageModel(nn.Module):
     @torch.inference_mode(False)
     def fit(
         self,
-        clean: loaders.Data,
+        clean: loaders.Given,
         y: Any = None,
         *,
-        challenges: str | loaders.Data | None = "generate",
-        calibration: loaders.Data | None = None,
+        challenges: str | loaders.Given | None = "generate",
+        calibration: loaders.Given | None = None,
         max_samples: int = constants.MOST_CLEAN,
         challenges_per_input: int | None = None,
         risk: bool | None = None,
@@ -245,18 +254,80 @@ class TwoStageModel(nn.Module):
                 logits. The network or a block mixes samples of a batch.
                 All of it is checked before the first challenge is read.
         """
-        checks.is_bool(**{name: v for name, v in (("risk", risk), ("verbose", verbose)) if v is not None})
-        if not isinstance(correct, bool) and correct != "always":
-            raise TypeError(f"correct must be True, False or 'always'; it was {correct!r}")
-        options = loaders.FitOptions(
-            clean, y, challenges, calibration, max_samples, challenges_per_input, risk, correct, clip, mean, std,
-            verbose, self.seed,
-        )  # fmt: skip
         with buffers_kept(self.model):
-            parts = fitting.fit(self.model, self.detector, self.blocks, options)
-        for name in fitting.FITTED:
-            setattr(self, f"{name}_", getattr(parts, name))
-        self.extraction_, self.report_ = parts.extraction, parts.report
+            parts = fitting.fit(
+                self.model, self.detector, self.blocks, self.seed, clean=clean, y=y, challenges=challenges,
+                calibration=calibration, max_samples=max_samples, challenges_per_input=challenges_per_input, clip=clip,
+                mean=mean, std=std, verbose=verbose, **_labelled(risk, correct),
+            )  # fmt: skip
+        return self._take(parts)
+
+    @torch.inference_mode(False)
+    def fit_features(
+        self, features: Features, *, risk: bool | None = None, correct: bool | Literal["always"] = False
+    ) -> TwoStageModel:
+        """Fit on features that were read before, by `read_features` or from a cache; the network does not run.
+
+        Args:
+            features: `Features` of clean inputs and of challenges, if any, with the blocks that this model names, or
+                with any if it names none.
+            risk: As for `fit`.
+            correct: As for `fit`; the features need the block ``"features"``.
+
+        Raises:
+            TypeError, ValueError: Blocks are missing or malformed, or there are too few inputs or labels.
+        """
+        checks.is_a(Features, features=features)
+        blocks = [BLOCKS[name]() for name in features.blocks] if self.blocks is None else self.blocks
+        how = _labelled(risk, correct)
+        data.require_labels(features.labels, **how, generate=bool(features.challenging.any()))
+        return self._take(fitting.fit_features(self.model, self.detector, blocks, features, self.seed, **how))
+
+    @torch.inference_mode(False)
+    def read_features(
+        self,
+        clean: loaders.Given,
+        y: Any = None,
+        *,
+        challenges: str | loaders.Given | None = "generate",
+        calibration: loaders.Given | None = None,
+        max_samples: int = constants.MOST_CLEAN,
+        challenges_per_input: int | None = None,
+        clip: tuple[float, float] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        verbose: bool | None = None,
+    ) -> Features:
+        """Return the `Features` that `fit` would be fitted on; arguments and errors are those of `fit`."""
+        with buffers_kept(self.model):
+            return fitting.read(
+                self.model, self.detector, self.blocks, self.seed, clean=clean, y=y, challenges=challenges,
+                calibration=calibration, max_samples=max_samples, challenges_per_input=challenges_per_input, clip=clip,
+                mean=mean, std=std, verbose=verbose,
+            )  # fmt: skip
+
+    def predict_features(self, features: Features) -> Prediction:
+        """Return the `Prediction` for features that were read before; the network does not run.
+
+        Raises:
+            RuntimeError: Before `fit`.
+            ValueError: A block is missing.
+        """
+        checks.is_a(Features, features=features)
+        _, extraction = self._fitted()
+        own = features.only(block.name for block in extraction.blocks)
+        moved = {name: value.to(self.device) for name, value in own.blocks.items()}
+        return self._answer(own.logits.to(self.device), moved)[0]
+
+    def _take(self, parts: fitting.Parts) -> TwoStageModel:
+        for name, part in parts._asdict().items():
+            setattr(self, f"{name}_", part)
+        if (parts.report.correction or "").startswith("not kept"):
+            warnings.warn(
+                "correct=True: no correction certainly answers better, so the network answers alone: "
+                f"{parts.report.correction}",
+                stacklevel=4,  # whoever calls `fit`
+            )
         return self
 
     def report(self) -> Report:
@@ -316,7 +387,7 @@ class TwoStageModel(nn.Module):
             "subject": None if extraction.known is None else asdict(extraction.known),
             "report": None if self.report_ is None else asdict(self.report_),
         }
-        modules = {name: module for name in fitting.FITTED if (module := getattr(self, f"{name}_")) is not None}
+        modules = {name: module for name in MODULES if (module := getattr(self, f"{name}_")) is not None}
         return storage.save(path, modules, extra)
 
     @classmethod
@@ -355,6 +426,15 @@ class TwoStageModel(nn.Module):
         if self.extraction_ is None or self.extraction_.model is not original(self.model):
             raise RuntimeError("model must be the network that TwoStageModel was fitted with: call fit(clean) again")
         return self.detector_, self.extraction_
+
+
+def _labelled(risk: bool | None, correct: object) -> dict[str, Any]:
+    """Return the arguments of a fit that need labels, checked."""
+    if risk is not None:
+        checks.is_bool(risk=risk)
+    if not isinstance(correct, bool) and correct != "always":
+        raise TypeError(f"correct must be True, False or 'always'; it was {correct!r}")
+    return {"risk": risk, "correct": correct}
 
 
 def named_blocks(blocks: Sequence[str | Block]) -> list[Block]:

@@ -23,7 +23,8 @@ class Report:
         drawn: Clean inputs that were used.
         seen: Clean inputs that the loader gave.
         challenges: How many challenges of each kind.
-        passes: Predicted cost of making challenges and reading everything, in forward passes over the clean inputs.
+        passes: Predicted cost of making challenges and reading everything, in forward passes over the clean inputs;
+            None if features were given.
         calibrating: Clean inputs behind the false-alarm rates; ``1 / (calibrating + 1)`` is the smallest they promise.
         exact: Whether nothing was fitted on these inputs.
         risk: What the risk was learned from, or why there is none.
@@ -40,7 +41,7 @@ class Report:
     drawn: int
     seen: int
     challenges: dict[str, int]
-    passes: float
+    passes: float | None
     calibrating: int
     exact: bool
     risk: str
@@ -66,13 +67,14 @@ class Report:
     def __str__(self) -> str:
         made = sum(self.challenges.values())
         form = "held out, so rates are exact" if self.exact else "each scored by what was fitted without it"
+        cost = "" if self.passes is None else f"; about {self.passes:.0f} forward passes in all"
         beyond = "".join(f", {price:g} of them for {name}" for name, price in self.prices.items() if price)
         lines = [
             f"blocks        {', '.join(self.kept)}",
             *(f"  without {name}: {why}" for name, why in self.left_out.items()),
             f"price         {self.predicted:g} forward passes predicted{beyond}; price(x) measures it",
             f"clean inputs  {self.drawn} of {self.seen}",
-            f"challenges    {made} of {len(self.challenges)} kinds; about {self.passes:.0f} forward passes in all",
+            f"challenges    {made} of {len(self.challenges)} kinds{cost}",
             f"false alarms  from {1 / (self.calibrating + 1):.2g} on: {self.calibrating} clean inputs, {form}",
             f"risk          {self.risk}",
         ]

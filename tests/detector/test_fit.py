@@ -18,7 +18,6 @@ from fastgrad import TwoStageModel, UncertaintyDetector
 from fastgrad.blocks import BLOCKS, DEFAULT_BLOCKS, View
 from fastgrad.challenges import challenge_cost
 from fastgrad.checks import without_warnings
-from fastgrad.detector import fitting
 
 
 def test_given_loaders():
@@ -149,17 +148,12 @@ def test_seed(tmp_path):
     assert file("one") == file("two") != file("three", seed=1)
 
 
-def test_seed_of_the_detector(monkeypatch):
-    held_out, plain = [], fitting.collect.drawn_batches
-
-    def watched(sample, verbose):
-        held_out.append(sample.held_out.tolist())
-        return plain(sample, verbose)
-
-    monkeypatch.setattr(fitting.collect, "drawn_batches", watched)
+def test_seed_of_the_detector():
+    held_out = []
     for seed, own in ((0, 3), (1, 3), (0, 4), (0, np.random.RandomState(3))):
         detector = UncertaintyDetector(log=False, calibration_fraction=0.5, random_state=own)
-        TwoStageModel(small_network(), detector=detector, blocks=["logits"], seed=seed).fit(loader(60), challenges=None)
+        model = TwoStageModel(small_network(), detector=detector, blocks=["logits"], seed=seed)
+        held_out.append(model.read_features(loader(60), challenges=None).held_out.tolist())
     assert held_out[0] == held_out[1] == held_out[3] != held_out[2]
 
 
@@ -211,19 +205,15 @@ def test_buffers_are_left_as_they_were(fails):
         network.eval()(images(3))
 
 
-def test_fit_that_fails_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fit_that_fails_changes_nothing():
     model = TwoStageModel(small_network(), blocks=["logits"]).fit(loader(60), challenges=None)
-    before = {name: getattr(model, name) for name in ("extraction_", "detector_", "temperature_", "risk_", "report_")}
-
-    def fails(*_: object) -> None:
-        raise RuntimeError("no risk")
-
-    for last in ("_risk", "_report"):
-        with monkeypatch.context() as patch:
-            patch.setattr(fitting, last, fails)
-            with pytest.raises(RuntimeError, match="no risk"):
-                model.fit(loader(80), challenges=None)
-        assert all(getattr(model, name) is value for name, value in before.items())
+    before = dict(vars(model)) | dict(model._modules)
+    with pytest.raises(ValueError, match="challenges must give inputs that the network has an answer to"):
+        model.fit(loader(80), challenges=images(30) * torch.nan)
+    few = model.read_features(loader(80), challenges=None).at(torch.arange(2))
+    with pytest.raises(ValueError, match="2 clean samples"):
+        model.fit_features(few)
+    assert all(value is before[name] for name, value in (vars(model) | model._modules).items())
 
 
 def test_price_samples_and_promises(fitted):

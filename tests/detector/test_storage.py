@@ -18,6 +18,7 @@ from fastgrad import TwoStageModel
 from fastgrad.blocks import BLOCKS, Block, register_block
 from fastgrad.deploy.file.package import ModelPackage
 from fastgrad.detector import storage
+from fastgrad.scores.one_class import distance
 
 
 def test_round_trip_is_bit_equal(fitted, tmp_path):
@@ -100,13 +101,10 @@ class Brightness(Block):
 
     name = "brightness"
     shapes = "(B, 3)"
+    scores = (distance,)
 
     def values(self, found):
         return found.image().mean((2, 3))
-
-    @classmethod
-    def scores(cls, blocks, settings):
-        yield cls.distance(blocks, settings)
 
 
 def test_block_of_the_users(tmp_path):

@@ -23,6 +23,7 @@ MODULES: dict[str, tuple[str, ...] | None] = {
     "fastgrad": None,
     "fastgrad.blocks": None,
     "fastgrad.detector.report": ("Report",),
+    "fastgrad.scores.one_class": ("Settings", "distance", "mixture", "plain"),
     "fastgrad.detector.price": ("Price",),
     "fastgrad.challenges": None,
     "fastgrad.checks": ("MissingExtraError",),

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from small_nets import Net
 from torch import Tensor, nn
 
-from fastgrad import TwoStageModel
-from fastgrad.blocks import Logits
-from fastgrad.blocks.extraction import Extraction
-from fastgrad.challenges import CHALLENGES, PixelRange
-from fastgrad.detector import collect
+from fastgrad import TwoStageModel, UncertaintyDetector
+from fastgrad.challenges import CHALLENGES
+from fastgrad.detector import loaders
 
 
 def network() -> nn.Sequential:
@@ -40,8 +36,8 @@ def test_inputs_are_drawn_uniformly_from_the_whole_loader() -> None:
     loader = [(torch.arange(50.0).view(50, 1) + 50 * i, torch.full((50,), i)) for i in range(10)]
     counts: Counter[int] = Counter()
     for seed in range(40):
-        drawn = collect.draw("clean", loader, 60, seed)
-        assert (len(drawn), drawn.seen) == (60, 500)
+        drawn = loaders.draw("clean", loader, 60, seed)
+        assert (len(drawn.tags), drawn.seen) == (60, 500)
         values = torch.cat([x for x in drawn.batches if isinstance(x, Tensor)])[:, 0]
         assert values.tolist() == sorted(set(values.tolist()))  # in the loader's order, none twice
         assert drawn.tags == [int(value) // 50 for value in values]
@@ -55,8 +51,8 @@ def test_a_loader_is_read_once_and_mappings_keep_their_shapes() -> None:
         for length in (5, 7, 5):
             yield {"input_ids": torch.full((4, length), length), "scale": 2.0}
 
-    drawn = collect.draw("clean", once(), 100, 0)
-    assert len(drawn) == drawn.seen == 12
+    drawn = loaders.draw("clean", once(), 100, 0)
+    assert len(drawn.tags) == drawn.seen == 12
     assert sorted(tuple(x["input_ids"].shape) for x in drawn.batches) == [(4, 5), (4, 5), (4, 7)]
     assert all(x["scale"] == 2.0 for x in drawn.batches)
 
@@ -65,7 +61,7 @@ def test_what_came_beside_a_batch_stays_beside_its_inputs() -> None:
     inputs = torch.arange(12.0).view(12, 1)
     for shape in ((), (1,), (2, 3)):
         loader = [{"x": part, "scale": torch.full(shape, float(i % 2))} for i, part in enumerate(inputs.split(4))]
-        drawn = collect.draw("clean", loader, 100, 0)
+        drawn = loaders.draw("clean", loader, 100, 0)
         assert [tuple(x["scale"].shape) for x in drawn.batches] == [shape] * 3
         found = {value: x["scale"].mean().item() for x in drawn.batches for value in x["x"].flatten().tolist()}
         assert found == {float(i): float(i // 4 % 2) for i in range(12)}
@@ -74,29 +70,25 @@ def test_what_came_beside_a_batch_stays_beside_its_inputs() -> None:
 def test_inputs_keep_their_names_in_whatever_order_a_batch_has_them() -> None:
     ids, types = torch.arange(12.0).view(12, 1), -torch.arange(12.0).view(12, 1)
     pairs = [{"ids": ids[:2], "types": types[:2]}, {"types": types[2:8], "ids": ids[2:8]}, {"types": types[8:]}]
-    drawn = collect.draw("clean", pairs, 100, 0)
+    drawn = loaders.draw("clean", pairs, 100, 0)
     assert sorted(value for x in drawn.batches for value in x.get("ids", ids[:0]).flatten().tolist()) == list(range(8))
     assert all(value <= 0 for x in drawn.batches for value in x["types"].flatten().tolist())
 
 
 @pytest.mark.parametrize("batch", [8, 120])
-def test_every_kind_of_challenge_is_made_of_the_inputs_that_fit(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collect, "CHALLENGED_TOGETHER", batch)  # kinds take turns over all inputs, not in each part
-    model = network()
-    drawn = collect.draw("clean", images(240).split(batch), 240, 0)
-    device, chosen = torch.device("cpu"), np.arange(240) < 200
-    pixels = PixelRange.of(drawn.images())
-    sample = collect.Sample([drawn], None, np.full(240, -1), np.arange(240), ~chosen, 3, pixels)
-    batches = (collect.drawn_batches(sample, False), collect.generated_batches(sample, model, device, 0, False))
-    features = collect.read(Extraction(model, [Logits()]), device, itertools.chain(*batches))
-    made = features.kinds != ""
-    assert made.sum() == 600
-    assert set(features.kinds[made]) == set(CHALLENGES)
-    assert (np.bincount(features.groups[made], minlength=240) == np.where(chosen, 3, 0)).all()
-    assert (features.groups[~made] == np.arange(240)).all()
-    # What a challenge is made from is what its number says: brightness changes no order of pixels.
-    with torch.no_grad():
-        torch.testing.assert_close(features.logits[:240], model(torch.cat(drawn.batches)))
+def test_every_kind_of_challenge_is_made_of_the_inputs_that_fit(batch: int) -> None:
+    """Kinds take turns over all inputs, not over those of a batch."""
+    detector = UncertaintyDetector(log=False, calibration_fraction=1 / 6)
+    model = TwoStageModel(network(), detector=detector, blocks=["logits"])
+    features = model.read_features(images(240).split(batch))
+    made, held_out = features.challenging, features.held_out
+    assert (int(made.sum()), int(held_out.sum())) == (600, 40)
+    assert set(features.kinds) - {""} == set(CHALLENGES)
+    counts = torch.bincount(features.sources[made], minlength=240)
+    assert torch.equal(features.sources[~made], torch.arange(240))
+    assert torch.equal(counts, torch.where(held_out[~made], 0, 3))
+    shown = features.sources[torch.tensor([kind == "brightness" for kind in features.kinds])]
+    assert len(shown) > 10
 
 
 CLEAN = images(60)
@@ -184,14 +176,16 @@ BAD: dict[str, tuple[Callable[[TwoStageModel], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_refused_before_any_challenge_is_made(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*_: object, **__: object) -> None:
-        raise AssertionError("a challenge was made")
-
-    monkeypatch.setattr(collect, "iter_challenges", never)
+def test_bad_input_is_refused_before_any_challenge_is_made(case: str) -> None:
+    """The network runs at most once, to be watched, and without gradients."""
+    asked: list[bool] = []
+    model = network()
+    model.register_forward_hook(lambda *_: asked.append(torch.is_grad_enabled()))
     fit, message = BAD[case]
     with pytest.raises(ValueError, match=message):
-        fit(TwoStageModel(network(), blocks=["logits"]))
+        fit(TwoStageModel(model, blocks=["logits"]))
+    assert not any(asked)
+    assert len(asked) <= 5
 
 
 def test_what_the_network_can_take_is_no_mistake() -> None:
