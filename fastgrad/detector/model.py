@@ -405,19 +405,31 @@ class TwoStageModel(nn.Module):
         checks.is_path(path=path)
         result = cls(model)
         modules, extra = storage.load(path)
-        if storage.fingerprint(model) != extra["network"]:
+        foreign = f"path must be a file written by TwoStageModel.save; {str(path)!r} is not one"
+        try:
+            fingerprint, result.seed, log = extra["network"], int(extra["seed"]), bool(extra["log"])
+            entries = {str(entry["name"]): dict(entry["options"]) for entry in extra["blocks"]}
+            subject = None if extra["subject"] is None else Subject.from_json(extra["subject"])
+            result.report_ = None if extra["report"] is None else Report.from_json(extra["report"])
+            str(result.report_)
+            parts = [modules.pop(name, None) for name in MODULES]
+        except storage.ALTERED as error:
+            raise ValueError(foreign) from error
+        kinds = (DetectorModule, Correction, NoisyOr, Temperature, Risk)
+        wrong = [part for part, kind in zip(parts, kinds, strict=True) if not isinstance(part, (kind, type(None)))]
+        if wrong or modules or parts[0] is None:
+            raise ValueError(foreign)
+        if storage.fingerprint(model) != fingerprint:
             raise ValueError(f"model must be the network that {str(path)!r} was saved with; its parameters differ")
-        unknown = [entry["name"] for entry in extra["blocks"] if entry["name"] not in BLOCKS]
-        if unknown:
+        if unknown := [name for name in entries if name not in BLOCKS]:
             raise ValueError(f"blocks of {str(path)!r} must be registered (register_block); unknown: {unknown}")
-        result.seed = extra["seed"]
-        known = extra["subject"]
-        blocks = [BLOCKS[entry["name"]](**entry["options"]) for entry in extra["blocks"]]
-        subject = None if known is None else Subject.from_json(known)
-        result.extraction_ = Extraction(model, blocks, log=extra["log"], known=subject)
-        result.report_ = None if extra["report"] is None else Report.from_json(extra["report"])
-        for name, module in modules.items():
-            setattr(result, f"{name}_", module.eval().to(result.device))
+        try:
+            blocks = [BLOCKS[name](**options) for name, options in entries.items()]
+        except TypeError as error:
+            raise ValueError(foreign) from error
+        result.extraction_ = Extraction(model, blocks, log=log, known=subject)
+        for name, part in zip(MODULES, parts, strict=True):
+            setattr(result, f"{name}_", None if part is None else part.eval().to(result.device))
         return result
 
     def _fitted(self) -> tuple[DetectorModule, Extraction]:

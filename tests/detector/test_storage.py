@@ -2,6 +2,9 @@
 
 import dataclasses
 import hashlib
+import itertools
+import json
+import os
 import pickle
 import re
 
@@ -76,6 +79,50 @@ def test_file_that_is_refused(fitted, tmp_path, case):
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(ValueError, match=message):
         TwoStageModel.load(path, fitted.model)
+
+
+def altered(value):
+    """Yield copies of a JSON value with one part of it replaced by another type, or left out."""
+    if isinstance(value, dict):
+        for key, own in value.items():
+            yield {name: part for name, part in value.items() if name != key}
+            yield from ({**value, key: other} for other in altered(own))
+    elif isinstance(value, list) and value:
+        yield from ([other, *value[1:]] for other in altered(value[0]))
+    yield from (other for other in (None, "a", 7, [], {}) if type(other) is not type(value))
+
+
+def test_altered_descriptions(tmp_path):
+    """Whoever writes the digest anew gets a message, or a model: nothing else is raised."""
+    model = TwoStageModel(small_network(), blocks=["logits", "activations"]).fit(loader(60), challenges=None)
+    data = model.save(tmp_path / "model.safetensors").read_bytes()
+    size = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:size])
+    content = json.loads(header["__metadata__"]["fastgrad"]) | {"digest": storage._EMPTY}
+    said = []
+    # Every seventh: there are more than a thousand.
+    for other in itertools.islice(altered(content), 0, None, 7):
+        if not isinstance(other, dict) or other.get("digest") != storage._EMPTY:
+            continue
+        text = json.dumps(header | {"__metadata__": {"fastgrad": json.dumps(other)}}).encode()
+        whole = len(text).to_bytes(8, "little") + text + data[size:]
+        path = tmp_path / "altered.safetensors"
+        path.write_bytes(whole.replace(storage._EMPTY.encode(), hashlib.sha256(whole).hexdigest().encode(), 1))
+        try:
+            TwoStageModel.load(path, model.model)
+        except ValueError as error:
+            said.append(str(error))
+    assert len(said) > 30
+    ours = re.compile("path must be a file written by|has format|an unknown part|its parameters differ|unknown: ")
+    assert all(map(ours.search, said))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes of this kind")
+def test_a_pipe_is_no_file(fitted, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(ValueError, match=FOREIGN):
+            TwoStageModel.load(path, fitted.model)
 
 
 def test_any_changed_bit(fitted, tmp_path):
