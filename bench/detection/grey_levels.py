@@ -79,11 +79,12 @@ def pictures(data: Path, cache: Path) -> Case:
     return Case(photographs.network(), split.at(order[:400]).labelled(), split.at(order[600:900]).labelled(), 100, 1)
 
 
-NETWORKS: Mapping[str, tuple[str, Callable[[Path, Path], Case]]] = {
-    "digits": ("three convolutions on digits (scikit-learn)", digits),
-    "kuzushiji": ("three convolutions on Kuzushiji-MNIST", kuzushiji),
-    "cifar10": ("a small residual network on CIFAR-10", cifar),
-    "photographs": ("EfficientNet-Lite0 on photographs", pictures),
+#: Title, whether the share was chosen on it, and how it is made.
+NETWORKS: Mapping[str, tuple[str, bool, Callable[[Path, Path], Case]]] = {
+    "digits": ("three convolutions on digits (scikit-learn)", True, digits),
+    "kuzushiji": ("three convolutions on Kuzushiji-MNIST", False, kuzushiji),
+    "cifar10": ("a small residual network on CIFAR-10", True, cifar),
+    "photographs": ("EfficientNet-Lite0 on photographs", False, pictures),
 }
 
 
@@ -114,7 +115,7 @@ def misleading(case: Case) -> dict[str, Tensor]:
 
 
 def measure(name: str, *, data: Path, cache: Path) -> Iterator[dict[str, Any]]:
-    case = NETWORKS[name][1](data, cache)
+    case = NETWORKS[name][2](data, cache)
     attacks, shown = misleading(case), altered(case.test[0])
     loader = list(zip(*(values.split(BATCH) for values in case.fit), strict=True))
     for form, share in FORMS.items():
@@ -131,16 +132,21 @@ def measure(name: str, *, data: Path, cache: Path) -> Iterator[dict[str, Any]]:
                 for what, found in unusual.items()
             }
             rows.append(shares | merits | {"mean of attacks": float(np.mean(list(merits.values())))})
-        yield {"network": name, "form": form, "fitted": len(case.fit[0]), "tested": len(usual), "seeds": case.seeds} | {
-            what: round(float(np.mean([row[what] for row in rows])), 4) for what in rows[0]
-        }
+        yield {
+            "network": name,
+            "case": "shares",
+            "method": form,
+            "fitted": len(case.fit[0]),
+            "tested": len(usual),
+            "seeds": case.seeds,
+        } | {what: round(float(np.mean([row[what] for row in rows])), 4) for what in rows[0]}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     pages.command(
         "grey-levels", __doc__, measure, NETWORKS, packages=("torch", "numpy", "scikit-learn", "foolbox"),
-        facts={"titles": {name: title for name, (title, _) in NETWORKS.items()}},
+        facts={"networks": {name: about for name, (*about, _) in NETWORKS.items()}},
         data={"type": Path, "required": True, "help": "folder with the .npz files"},
         cache={"type": Path, "default": Path("detection-cache"), "help": "networks"},
     )  # fmt: skip

@@ -24,7 +24,6 @@ from fastgrad.blocks import BLOCKS, DEFAULT_BLOCKS, Block, Features, Gradients
 from fastgrad.blocks.extraction import Extraction
 from fastgrad.blocks.subject import watch
 from fastgrad.detector import fitting, reading
-from fastgrad.detector.constants import MOST_CLEAN
 from fastgrad.prediction import Prediction
 
 #: Published scores that the control's logistic regression reads: those of one pass that need no classes.
@@ -95,10 +94,9 @@ def read_for(fit: Fit, blocks: Sequence[Block], challenges: Any, **given: Any) -
     where = "clean" if challenges is None else fit.case or "generated"
 
     def shown() -> dict[str, Any]:
-        how = {"calibration": None, "max_samples": MOST_CLEAN, "challenges_per_input": None, "clip": None} | given
         sample, *_ = fitting.prepare(
-            subject.model, None, blocks, subject.draw, correct=False, clean=fit.loader(clean, labels), y=None,
-            challenges=challenges, mean=None, std=None, verbose=False, **how,
+            subject.model, None, blocks, subject.draw, correct=False, clean=fit.loader(clean, labels),
+            challenges=challenges, verbose=False, **given,
         )  # fmt: skip
         with torch.enable_grad():
             parts = list(reading.batches_of(sample, subject.model, subject.draw, False))

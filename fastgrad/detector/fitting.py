@@ -26,6 +26,7 @@ from fastgrad.detector.data import Data
 from fastgrad.detector.estimator import UncertaintyDetector, fit_detector
 from fastgrad.detector.grey_levels import sensitivity
 from fastgrad.detector.inputs import Known, check_blocks
+from fastgrad.detector.loaders import Given
 from fastgrad.detector.report import Report, probability_suffices
 from fastgrad.detector.risk import NoisyOr, Risk, doubt, tempered
 from fastgrad.evaluation import RandomState, agree, device_of, refuse_devices
@@ -68,7 +69,7 @@ def fit(
 
 def read(
     model: nn.Module, detector: UncertaintyDetector | None, asked: Sequence[Block] | None, seed: int, *,
-    verbose: bool | None, **given: Any,
+    verbose: bool | None = None, **given: Any,
 ) -> Features:  # fmt: skip
     """Return the features that `fit` would be fitted on."""
     sample, extraction, _, _ = prepare(model, detector, asked, seed, correct=False, verbose=verbose, **given)
@@ -77,9 +78,10 @@ def read(
 
 def prepare(
     model: nn.Module, detector: UncertaintyDetector | None, asked: Sequence[Block] | None, seed: int, *,
-    correct: bool, clean: Any, y: Any, challenges: Any, calibration: Any, max_samples: int,
-    challenges_per_input: int | None, clip: tuple[float, float] | None, mean: Sequence[float] | None,
-    std: Sequence[float] | None, verbose: bool | None,
+    correct: bool, clean: Given, y: Any = None, challenges: str | Given | None = "generate",
+    calibration: Given | None = None, max_samples: int = constants.MOST_CLEAN, challenges_per_input: int | None = None,
+    clip: tuple[float, float] | None = None, mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+    verbose: bool | None = None,
 ) -> tuple[Data, Extraction, list[Block], dict[str, str]]:  # fmt: skip
     """Draw and check all inputs; return them, what reads them, the detector's blocks, and why others are left out."""
     if verbose is not None:

@@ -284,27 +284,10 @@ class TwoStageModel(nn.Module):
         return self._take(fitting.fit_features(self.model, self.detector, blocks, features, self.seed, **how))
 
     @torch.inference_mode(False)
-    def read_features(
-        self,
-        clean: loaders.Given,
-        y: Any = None,
-        *,
-        challenges: str | loaders.Given | None = "generate",
-        calibration: loaders.Given | None = None,
-        max_samples: int = constants.MOST_CLEAN,
-        challenges_per_input: int | None = None,
-        clip: tuple[float, float] | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        verbose: bool | None = None,
-    ) -> Features:
-        """Return the `Features` that `fit` would be fitted on; arguments and errors are those of `fit`."""
+    def read_features(self, clean: loaders.Given, y: Any = None, **given: Any) -> Features:
+        """Return the `Features` that `fit` would be fitted on, with its arguments and errors but for labels' uses."""
         with buffers_kept(self.model):
-            return fitting.read(
-                self.model, self.detector, self.blocks, self.seed, clean=clean, y=y, challenges=challenges,
-                calibration=calibration, max_samples=max_samples, challenges_per_input=challenges_per_input, clip=clip,
-                mean=mean, std=std, verbose=verbose,
-            )  # fmt: skip
+            return fitting.read(self.model, self.detector, self.blocks, self.seed, clean=clean, y=y, **given)
 
     def predict_features(self, features: Features) -> Prediction:
         """Return the `Prediction` for features that were read before; the network does not run.
