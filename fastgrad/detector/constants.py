@@ -1,4 +1,4 @@
-"""Every number that the detector's method rests on, with its reason and where it was tuned.
+"""Numbers of the detector's method, with their reasons and where they were tuned; those of a score stand beside it.
 
 *Photographs* are 400 images of ImageNet's classes and 45 generated challenges with 24 images each, for
 EfficientNet-Lite0 and Lite1, tested on 28 sets that are not generated. AUROC below is the mean over those sets, from
