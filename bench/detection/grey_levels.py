@@ -11,6 +11,7 @@ count. The network of Kuzushiji-MNIST, whose file has no labels, tells apart fou
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,11 +27,11 @@ from bench.detection.train import HELD_OUT, trained
 from bench.report import pages
 from fastgrad import TwoStageModel
 from fastgrad.commands import demo
-from fastgrad.detector import constants
+from fastgrad.detector import fitting, reading
 
 LEVEL, BATCH = 1 / 255, 50
-#: Share of the clean images that are shifted, by the name in the table.
-FORMS = {"as they are": 0.0, "half shifted": constants.SHIFTED}
+#: Whether half of the clean images are shifted, by the name in the table.
+FORMS = {"as they are": False, "half shifted": True}
 ATTACKS = {"FGSM 8/255": ("FGSM", 8 * LEVEL), "PGD 2/255": ("PGD", 2 * LEVEL), "PGD 8/255": ("PGD", 8 * LEVEL)}
 
 
@@ -114,32 +115,41 @@ def misleading(case: Case) -> dict[str, Tensor]:
     return found
 
 
-def measure(name: str, *, data: Path, cache: Path) -> Iterator[dict[str, Any]]:
-    case = NETWORKS[name][2](data, cache)
-    attacks, shown = misleading(case), altered(case.test[0])
+def fitted(case: Case, seed: int, *, shifts: bool) -> TwoStageModel:
+    """Return the default detector; without ``shifts``, the clean images are read as they are."""
     loader = list(zip(*(values.split(BATCH) for values in case.fit), strict=True))
-    for form, share in FORMS.items():
-        rows = []
+    sample, extraction, blocks, _ = fitting.prepare(
+        case.model, None, None, seed, correct=False, clean=loader, clip=(0.0, 1.0), verbose=False
+    )
+    sample = sample if shifts else replace(sample, levels=None)
+    features = reading.read(extraction, sample, seed, verbose=False)
+    return TwoStageModel(case.model, blocks=blocks, seed=seed).fit_features(features)
+
+
+def measure(name: str, *, data: Path, cache: Path) -> Iterator[dict[str, Any]]:
+    return rows(name, NETWORKS[name][2](data, cache))
+
+
+def rows(name: str, case: Case) -> Iterator[dict[str, Any]]:
+    """Yield a row for each form: shares of flagged images, and AUROC of attacks."""
+    attacks, shown = misleading(case), altered(case.test[0])
+    for form, shifts in FORMS.items():
+        found = []
         for seed in range(case.seeds):
-            constants.SHIFTED = share
-            two_stage = TwoStageModel(case.model, seed=seed).fit(loader, clip=(0.0, 1.0), verbose=False)
-            score = partial(answered, lambda x, fitted=two_stage: fitted(x).uncertainty)
+            two_stage = fitted(case, seed, shifts=shifts)
+            score = partial(answered, lambda x, model=two_stage: model(x).uncertainty)
             usual = score(shown["clean"])
             shares = {what: float((score(x) > two_stage.threshold()).double().mean()) for what, x in shown.items()}
             unusual = {what: score(x) for what, x in attacks.items() if len(x) >= 10}
             merits = {
-                what: float(roc_auc_score([0] * len(usual) + [1] * len(found), torch.cat([usual, found])))
-                for what, found in unusual.items()
+                what: float(roc_auc_score([0] * len(usual) + [1] * len(other), torch.cat([usual, other])))
+                for what, other in unusual.items()
             }
-            rows.append(shares | merits | {"mean of attacks": float(np.mean(list(merits.values())))})
-        yield {
-            "network": name,
-            "case": "shares",
-            "method": form,
-            "fitted": len(case.fit[0]),
-            "tested": len(usual),
-            "seeds": case.seeds,
-        } | {what: round(float(np.mean([row[what] for row in rows])), 4) for what in rows[0]}
+            found.append(shares | merits | {"mean of attacks": float(np.mean(list(merits.values())))})
+        head = {"fitted": len(case.fit[0]), "tested": len(usual), "seeds": case.seeds}
+        yield {"network": name, "case": "shares", "method": form, **head} | {
+            what: round(float(np.mean([row[what] for row in found])), 4) for what in found[0]
+        }
 
 
 if __name__ == "__main__":

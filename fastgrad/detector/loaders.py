@@ -17,7 +17,8 @@ from fastgrad.blocks.extraction import Inputs
 
 #: Batches of a loader, or all inputs: a tensor, an array, or a mapping of tensors.
 Given = Iterable[Any]
-#: How many inputs go together if all are given at once.
+#: How many inputs are read together, however many the loader gives: a network rounds by the size of a batch, and what
+#: 1e-7 becomes in a p-value's tail could decide an alarm.
 TOGETHER = 64
 
 
@@ -69,11 +70,10 @@ def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bo
     """
     rng = np.random.default_rng(seed)
     kept: list[tuple[int, str, tuple[bool, ...], Inputs, Any]] = []
-    seen, size = 0, 1
+    seen = 0
     for batch in bar(loader, name, verbose):
         x, given = split_batch(name, batch)
         count = batch_size(x)
-        size = max(size, count)
         tags, (leaves, structure) = _tags(name, given, count), pytree.tree_flatten(x)
         carriers = carrying(leaves, count)
         # Inputs of one kind can share a batch: keys have the same order, rows the same shape, and all else is equal.
@@ -98,8 +98,8 @@ def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bo
         others.append((own, hash((kind, *own_bytes))))
     batches: list[Inputs] = []
     for carriers, rows, _ in kinds.values():
-        for start in range(0, len(rows), size):
-            columns = zip(carriers, *map(pytree.tree_leaves, rows[start : start + size]), strict=True)
+        for start in range(0, len(rows), TOGETHER):
+            columns = zip(carriers, *map(pytree.tree_leaves, rows[start : start + TOGETHER]), strict=True)
             joined = [torch.cat(column) if carries else column[0] for carries, *column in columns]
             batches.append(pytree.tree_unflatten(joined, pytree.tree_structure(rows[0])))
     dimensions = sorted({x.dim() for x in batches if isinstance(x, Tensor)})

@@ -122,22 +122,16 @@ def test_a_fit_is_always_the_same():
 
 
 @pytest.mark.parametrize("text", [False, True])
-def test_batches_of_other_sizes_give_the_same_numbers(text):
-    """Up to what the network's own float32 rounds, which the tail of a p-value magnifies."""
+def test_batches_of_other_sizes_give_the_same_parts(text):
     x = torch.randint(2, 40, (80, 6), generator=torch.Generator().manual_seed(0)) if text else images(80)
     layers = nn.Sequential(nn.Embedding(40, 4), nn.Flatten(), nn.Linear(24, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
     network, labels = layers if text else small_network(), torch.arange(80) % 4
-    fits = [
+    first, *others = (
         TwoStageModel(network).fit(list(zip(x.split(size), labels.split(size), strict=True))) for size in (2, 8, 64)
-    ]
-    answers = [model(x[:40]) for model in fits]
-    for model, answer in zip(fits[1:], answers[1:], strict=True):
-        assert model.report() == fits[0].report()
-        assert {name: value.shape for name, value in parts(model).items()} == {
-            name: value.shape for name, value in parts(fits[0]).items()
-        }
-        for found, expected in zip(answer, answers[0], strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    )
+    for model in others:
+        assert model.report() == first.report()
+        assert all(torch.equal(value, parts(first)[name]) for name, value in parts(model).items())
 
 
 def test_seed(tmp_path):
