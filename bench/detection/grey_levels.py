@@ -27,7 +27,7 @@ from bench.detection.train import HELD_OUT, trained
 from bench.report import pages
 from fastgrad import TwoStageModel
 from fastgrad.commands import demo
-from fastgrad.detector import fitting, reading
+from fastgrad.detector import collect, fitting
 
 LEVEL, BATCH = 1 / 255, 50
 #: Whether half of the clean images are shifted, by the name in the table.
@@ -122,7 +122,7 @@ def fitted(case: Case, seed: int, *, shifts: bool) -> TwoStageModel:
         case.model, None, None, seed, correct=False, clean=loader, clip=(0.0, 1.0), verbose=False
     )
     sample = sample if shifts else replace(sample, levels=None)
-    features = reading.read(extraction, sample, seed, verbose=False)
+    features = collect.read(extraction, sample, seed, verbose=False)
     return TwoStageModel(case.model, blocks=blocks, seed=seed).fit_features(features)
 
 

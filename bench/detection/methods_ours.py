@@ -23,7 +23,7 @@ from fastgrad import TwoStageModel
 from fastgrad.blocks import BLOCKS, DEFAULT_BLOCKS, Block, Features, Gradients
 from fastgrad.blocks.extraction import Extraction
 from fastgrad.blocks.subject import watch
-from fastgrad.detector import fitting, reading
+from fastgrad.detector import collect, fitting
 from fastgrad.prediction import Prediction
 
 #: Published scores that the control's logistic regression reads: those of one pass that need no classes.
@@ -99,9 +99,9 @@ def read_for(fit: Fit, blocks: Sequence[Block], challenges: Any, **given: Any) -
             challenges=challenges, verbose=False, **given,
         )  # fmt: skip
         with torch.enable_grad():
-            parts = list(reading.batches_of(sample, subject.model, subject.draw, False))
+            parts = list(collect.batches_of(sample, subject.model, subject.draw, False))
         kinds, numbers = (list(itertools.chain.from_iterable(column)) for column in list(zip(*parts, strict=True))[1:])
-        known = {name: value.numpy() for name, value in reading.known_of(sample, kinds, numbers).items()}
+        known = {name: value.numpy() for name, value in collect.known_of(sample, kinds, numbers).items()}
         inputs = torch.cat([torch.as_tensor(x) for x, *_ in parts]).numpy()
         return {"inputs": inputs, "kinds": np.array(kinds), "groups": np.array(numbers), **known}
 

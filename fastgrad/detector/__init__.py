@@ -3,8 +3,8 @@
 The method in fourteen lines, a module or function each:
 
 1.  `loaders.draw`: draw clean inputs uniformly from the whole loader, in one pass.
-2.  `reading.read`: read the default blocks that the network can serve, from each clean input's forward pass.
-3.  `reading.batches_of`: generate challenges from the clean inputs, and read the same blocks from them.
+2.  `collect.read`: read the default blocks that the network can serve, from each clean input's forward pass.
+3.  `collect.batches_of`: generate challenges from the clean inputs, and read the same blocks from them.
 4.  `calibrate.assign_folds`: deal clean inputs into folds; a challenge goes with the input that it was made from.
 5.  `calibrate.fit_scores`: score each block by a one-class model of the clean inputs outside a fold.
 6.  `challenge_classifier`: fit one linear classifier of clean inputs and kinds of challenge on the same rows.

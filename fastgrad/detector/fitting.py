@@ -20,7 +20,7 @@ from fastgrad.blocks.extraction import Extraction, Inputs, arguments
 from fastgrad.blocks.features import Features
 from fastgrad.blocks.subject import Subject, unlike_inputs, watch
 from fastgrad.challenges import CHALLENGES, challenge_cost
-from fastgrad.detector import constants, data, reading
+from fastgrad.detector import collect, constants, data
 from fastgrad.detector.calibrate import Calibrated, DetectorModule
 from fastgrad.detector.data import Data
 from fastgrad.detector.estimator import UncertaintyDetector, fit_detector
@@ -58,7 +58,7 @@ def fit(
         model, detector, asked, seed, correct=bool(correct), verbose=verbose, **given
     )
     data.require_labels(sample.labels, risk=risk, correct=correct, generate=sample.each > 0)
-    features = reading.read(extraction, sample, seed, verbose)
+    features = collect.read(extraction, sample, seed, verbose)
     parts = fit_features(model, detector, blocks, features, seed, risk=risk, correct=correct, known=extraction.known)
     report = replace(
         parts.report, left_out=left_out, seen=sample.seen, passes=_passes(sample, parts.report),
@@ -73,7 +73,7 @@ def read(
 ) -> Features:  # fmt: skip
     """Return the features that `fit` would be fitted on."""
     sample, extraction, _, _ = prepare(model, detector, asked, seed, correct=False, verbose=verbose, **given)
-    return reading.read(extraction, sample, seed, verbose)
+    return collect.read(extraction, sample, seed, verbose)
 
 
 def prepare(

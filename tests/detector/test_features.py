@@ -13,7 +13,7 @@ from torch import Tensor
 from fastgrad import TwoStageModel
 from fastgrad.blocks import BLOCKS, DEFAULT_BLOCKS, Features
 from fastgrad.blocks.extraction import Extraction
-from fastgrad.detector.reading import features_of
+from fastgrad.detector.collect import features_of
 
 X, Y = images(90), torch.arange(90) % CLASSES
 
