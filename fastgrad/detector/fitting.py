@@ -59,7 +59,7 @@ def fit(
     )
     data.require_labels(sample.labels, risk=risk, correct=correct, generate=sample.each > 0)
     features = collect.read(extraction, sample, seed, verbose)
-    parts = fit_features(model, detector, blocks, features, seed, risk=risk, correct=correct, known=extraction.known)
+    parts = fit_features(model, detector, blocks, features, seed, risk=risk, correct=correct, reader=extraction)
     report = replace(
         parts.report, left_out=left_out, seen=sample.seen, passes=_passes(sample, parts.report),
         normalisation=sample.normalisation, levels=_levels(sample, parts, seed),
@@ -122,7 +122,7 @@ def prepare(
 
 def fit_features(
     model: nn.Module, detector: UncertaintyDetector | None, blocks: Sequence[Block], features: Features, seed: int, *,
-    risk: bool | None, correct: bool | str, known: Subject | None = None,
+    risk: bool | None, correct: bool | str, reader: Extraction | None = None,
 ) -> Parts:  # fmt: skip
     """Fit a detector that reads ``blocks``, and what follows from labels, on features of inputs and challenges."""
     base, device = _base(detector, seed), device_of(model)
@@ -151,7 +151,7 @@ def fit_features(
     for part in (fitted.module, correction, gate, temperature, estimate):
         if part is not None:
             part.to(device)
-    extraction = Extraction(model, kept, log=not base.log, known=known)
+    extraction = Extraction(model, kept, log=not base.log) if reader is None else reader.of(kept)
     report = _report(features, blocks, fitted.module, why, corrected)
     return Parts(fitted.module, correction, gate, temperature, estimate, extraction, report)
 

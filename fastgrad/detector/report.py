@@ -80,7 +80,7 @@ class Report:
         ]
         if self.levels is not None:
             shares = ", ".join(f"{name} {share:.0%}" for name, share in self.levels.items())
-            lines.append(f"flagged       {shares}")
+            lines.append(f"grey levels   flagged: {shares}")
         lines += [] if self.correction is None else [f"correction    {self.correction}"]
         return "\n".join(lines)
 

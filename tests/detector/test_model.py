@@ -80,7 +80,6 @@ def test_nan_beside_other_inputs(fitted, place):
 def test_block_that_fails(monkeypatch):
     two_stage = TwoStageModel(small_network(), blocks=["logits", "image"]).fit(loader(120), challenges=None)
     x = images(5)
-    assert torch.isfinite(two_stage(x).uncertainty).all()
 
     def fail(self, found):
         raise RuntimeError("out of luck")
