@@ -25,8 +25,14 @@ from fastgrad.evaluation import device_of
 Batch = tuple[Inputs, Sequence[str], Sequence[int]]
 
 
-def batches_of(data: Data, model: nn.Module, seed: int, verbose: bool | None) -> Iterator[Batch]:
-    """Yield clean inputs, the user's challenges, and challenges made from clean inputs, in the order of reading."""
+def batches_of(data: Data, model: nn.Module, seed: int, verbose: bool | None) -> Iterable[Batch]:
+    """Return clean inputs, the user's challenges, and challenges made from clean inputs, in the order of reading."""
+    # Those of token ids are made first, so that what has none is refused before anything is read.
+    made = bar(_generated(data, model, seed), "challenges", verbose) if data.each else ()
+    return itertools.chain(_given(data, verbose), made)
+
+
+def _given(data: Data, verbose: bool | None) -> Iterator[Batch]:
     first = 0
     for x in bar([x for drawn in data.drawn for x in drawn.batches], "clean inputs", verbose):
         count = batch_size(x)
@@ -40,8 +46,6 @@ def batches_of(data: Data, model: nn.Module, seed: int, verbose: bool | None) ->
             count = batch_size(x)
             kinds = ["challenge" if tag is None else f"kind {tag}" for tag in itertools.islice(tags, count)]
             yield x, kinds, [-1] * count
-    if data.each:
-        yield from bar(_generated(data, model, seed), "challenges", verbose)
 
 
 def _generated(data: Data, model: nn.Module, seed: int) -> Iterable[Batch]:
