@@ -97,10 +97,8 @@ def unlike_inputs(x: object) -> str | None:
     if not x.is_floating_point() and x.dim() >= 3:
         return f"images of a floating dtype, as the network was trained on, such as x.float() / 255; it gave {x.dtype}"
     if x.dim() == 3:
-        return (
-            f"batches (B, ...) of inputs; one of shape {tuple(x.shape)} counts as {len(x)} inputs of shape "
-            f"{tuple(x.shape[1:])}: a single input is x[None]"
-        )
+        own = tuple(x.shape[1:])
+        return f"batches (B, ...) of inputs; dimension 0 left inputs of shape {own}: a batch of one input is x[None]"
     return None
 
 

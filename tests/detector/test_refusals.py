@@ -145,7 +145,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "too few labels": (lambda: Two(NET).fit(IMAGES, LABELS[:5]), ValueError, r"y .* 60 inputs; .* \(5,\)"),
     "words": (lambda: Two(NET).fit(np.array(["a"] * 60)), TypeError, "clean must be an array of numbers"),
     "bytes": (lambda: Two(NET).fit(BYTES), ValueError, r"floating dtype.* x.float\(\) / 255; .* torch.uint8"),
-    "one image": (lambda: Two(NET).fit([IMAGES[0]] * 60), ValueError, r"one of shape \(3, 8, 8\) counts as 3"),
+    "one image": (lambda: Two(NET).fit([IMAGES[0]] * 60), ValueError, r"left inputs of shape \(8, 8\): a b.*x\[None\]"),
     "bytes later": (lambda: answered(BYTES[:2]), ValueError, "x must be a batch like .* torch.float32; .*uint8"),
     "one later": (lambda: answered(IMAGES[0]), ValueError, r"4 dimensions .* \(3, 8, 8\) .*: .* x\[None\]"),
     "double": (lambda: answered(IMAGES.double()), ValueError, "4 dimensions and torch.float32; .* torch.float64"),
