@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Prediction(NamedTuple):
-    """Logits, and three answers: how likely each class is, how unusual the input is, how likely the answer is wrong.
+    """Logits, how likely each class is, how unusual the input is, how likely the answer is wrong, and whether to look.
 
     Attributes:
         logits: ``(B, N)``, the network's own.
@@ -19,9 +19,12 @@ class Prediction(NamedTuple):
             clean input looks at least this unusual, not a probability of error. Infinite where it cannot be computed.
         risk: ``(B,)``: the probability that the answer is wrong, for clean and unusual inputs; None if fitted without
             labels.
+        flagged: ``(B,)`` of bool: whether the uncertainty is above the threshold of a false-alarm rate,
+            `TwoStageModel.false_alarm_rate` or that of an exported file; None if a file has none.
     """
 
     logits: Tensor
     probabilities: Tensor
     uncertainty: Tensor
     risk: Tensor | None = None
+    flagged: Tensor | None = None

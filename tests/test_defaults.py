@@ -30,8 +30,6 @@ def fitted(correct: bool) -> list[Tensor]:
     model = fastgrad.TwoStageModel(NETWORK, blocks=blocks, seed=1)
     with without_warnings(UserWarning):  # there is nothing to correct
         model.fit([(IMAGES, LABELS)], correct=correct, verbose=False)
-    if not correct:
-        model.report(gains=True)
     return [value for value in model(IMAGES[:5]) if value is not None]
 
 

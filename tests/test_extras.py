@@ -79,7 +79,7 @@ print(json.dumps(found))
 
 PLAIN = """
 import torch, fastgrad
-from fastgrad.detector.price import DEFAULT_BLOCKS
+from fastgrad.blocks import DEFAULT_BLOCKS
 from torch import nn
 torch.manual_seed(0)
 model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()

@@ -29,10 +29,10 @@ from bench.detection import cache
 from bench.detection.data import photographs, sets
 from bench.detection.train import accuracy, fit
 from bench.report import pages
+from fastgrad.blocks import DEFAULT_BLOCKS
 from fastgrad.deploy.file.export import export
 from fastgrad.deploy.file.package import ModelPackage
 from fastgrad.detector.model import TwoStageModel
-from fastgrad.detector.price import DEFAULT_BLOCKS
 
 #: Returns test images ``(n, 3, 224, 224)``, given their number and the first one's place.
 Images = Callable[[int, int], Tensor]
@@ -137,7 +137,7 @@ def timed(runs: Mapping[str, ModelPackage], x: Tensor) -> Iterator[dict[str, Any
 def measure(name: str, data: Path, cache: Path) -> Iterator[dict[str, Any]]:
     cache.mkdir(parents=True, exist_ok=True)
     net, images, clean = network(name, data, cache)
-    fitted = TwoStageModel(net, blocks=DEFAULT_BLOCKS).fit(clean.split(16), None)
+    fitted = TwoStageModel(net, blocks=DEFAULT_BLOCKS).fit(clean.split(16), challenges=None)
     live: dict[str, nn.Module] = {"plain": Plain(net).eval(), "default": fitted}
     for suffix, runtime in RUNTIMES.items():
         runs = {}

@@ -1,9 +1,9 @@
 """What an answer costs live: the time of `TwoStageModel` over the plain network's, beside the predicted price.
 
-``python -m bench.deploy.price`` measures the blocks that the default budget keeps, and those with a second pass at the
-image, on five networks. Each is fitted as users fit it, with labels and, for images, generated challenges, so that an
-answer has a risk. All forms of one network and batch are timed in turns, on the processor's clock and one thread; the
-ratio is the median over rounds. Prices do not depend on the weights, which are untrained, nor on how well the detector
+``python -m bench.deploy.price`` measures the default blocks, and those with a second pass at the image, on five
+networks. Each is fitted as users fit it, with labels and, for images, generated challenges, so that an answer has a
+risk. All forms of one network and batch are timed in turns, on the processor's clock and one thread; the ratio is the
+median over rounds. Prices do not depend on the weights, which are untrained, nor on how well the detector
 is fitted: a few dozen random inputs are enough.
 """
 
@@ -23,10 +23,10 @@ from bench.detection.data import photographs
 from bench.report import pages
 from fastgrad import TwoStageModel
 from fastgrad.batches import logits_of
-from fastgrad.detector.price import DEFAULT_BLOCKS
+from fastgrad.blocks import DEFAULT_BLOCKS
 
 Inputs = Tensor | dict[str, Tensor]
-#: Blocks that each form reads beside the default ones, and the budget that `TwoStageModel` promises, in forward passes.
+#: Blocks that each form reads beside the default ones, and the price that it aims at, in forward passes.
 FORMS = {"default": ((), 1.2), "with the view": (("view",), 2.5)}
 #: Rounds by batch size: larger batches take longer, and their ratios vary less.
 ROUNDS = {1: 31, 8: 15, 32: 7}
@@ -68,7 +68,7 @@ def measure(name: str) -> Iterator[dict[str, Any]]:
     for form, (extra, _) in FORMS.items():
         if not set(extra) & set(of_images):
             blocks = [block for block in (*DEFAULT_BLOCKS, *extra) if block not in of_images]
-            models[form] = TwoStageModel(net, blocks=blocks).fit(clean, challenges)
+            models[form] = TwoStageModel(net, blocks=blocks).fit(clean, challenges=challenges)
     plain = torch.no_grad()(lambda x: logits_of(net(x) if isinstance(x, Tensor) else net(**x)))
     for batch, rounds in ROUNDS.items():
         x = inputs(batch)
@@ -80,7 +80,7 @@ def measure(name: str) -> Iterator[dict[str, Any]]:
         for (form, model), times in zip(models.items(), taken, strict=True):
             yield {
                 "network": name, "batch": batch, "form": form, "plain_ms": round(1e3 * statistics.median(base), 1),
-                **rounded_ratio(times, base), "predicted": round(model.report().price.predicted, 2),
+                **rounded_ratio(times, base), "predicted": round(model.report().predicted, 2),
                 "aim": FORMS[form][1],
             }  # fmt: skip
 

@@ -24,10 +24,10 @@ from bench.clock import in_turns, rounded_ratio, seconds
 from bench.deploy.price import NETWORKS as PRICED
 from bench.report import pages
 from fastgrad import TwoStageModel
+from fastgrad.blocks import DEFAULT_BLOCKS
 from fastgrad.commands.demo import digit_network
 from fastgrad.deploy.file import onnx_export, onnx_file
 from fastgrad.deploy.file.export import export
-from fastgrad.detector.price import DEFAULT_BLOCKS
 
 BATCHES, ROUNDS = (1, 8), 15
 #: How each network is built, and the shape of its inputs.
@@ -44,7 +44,7 @@ def measure(name: str) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
     build, shape = NETWORKS[name]
     model = TwoStageModel(build().eval(), blocks=DEFAULT_BLOCKS)
-    model.fit([torch.rand(24, *shape) for _ in range(2)], None, verbose=None)
+    model.fit([torch.rand(24, *shape) for _ in range(2)], challenges=None, verbose=None)
     with tempfile.TemporaryDirectory() as folder:
         # Answers are compared below; untrained networks magnify rounding beyond the usual tolerance.
         translated = partial(export, model, torch.rand(2, *shape), max_batch=64, tolerance=math.inf)

@@ -33,11 +33,11 @@ from torchvision.models import resnet18
 
 from bench.micro.models import plain
 from bench.report import pages
+from fastgrad.blocks import DEFAULT_BLOCKS
 from fastgrad.deploy.file.export import export
 from fastgrad.deploy.file.images import decode_image
 from fastgrad.deploy.file.package import Description, ModelPackage
 from fastgrad.detector.model import TwoStageModel
-from fastgrad.detector.price import DEFAULT_BLOCKS
 
 #: What is served, and the size of its images. The small network has some 10 million multiply-adds per image.
 NETWORKS = {"small": (partial(plain, width=16, norm=True), 32), "resnet18": (partial(resnet18, num_classes=10), 112)}
@@ -77,7 +77,7 @@ def exported(name: str, folder: Path) -> dict[str, Path]:
     for part in x[:192].split(64):  # running statistics that fit the pictures
         net.train()(part)
     net.eval()
-    model = TwoStageModel(net, blocks=DEFAULT_BLOCKS).fit(x.split(50), None)
+    model = TwoStageModel(net, blocks=DEFAULT_BLOCKS).fit(x.split(50), challenges=None)
     export(model, x[:1], files["with uncertainty"], max_batch=64)
     export(Plain(net).eval(), x[:1], files["plain"], max_batch=64)
     return files

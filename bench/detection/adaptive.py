@@ -29,14 +29,14 @@ from bench.detection.subject import PHOTOGRAPHS, SMALL, Fit, Options, Subject
 from bench.report.pages import printed
 from fastgrad import TwoStageModel
 from fastgrad._torch import flat_graph
+from fastgrad.blocks import DEFAULT_BLOCKS
 from fastgrad.detector.calibrate import values_of
-from fastgrad.detector.price import DEFAULT_BLOCKS, EXTENDED_BLOCKS
 
 #: Steps of each objective.
 STEPS = 20
 RADII = (2 / 255, 8 / 255)
 #: The blocks of the attacked detectors.
-FORMS: Mapping[str, Sequence[str]] = {"default": DEFAULT_BLOCKS, "second pass": EXTENDED_BLOCKS}
+FORMS: Mapping[str, Sequence[str]] = {"default": DEFAULT_BLOCKS, "second pass": (*DEFAULT_BLOCKS, "view")}
 #: Weights of the detector's score beside the margin; None is selective.
 LAMBDAS: Mapping[str, float | None] = {"lambda 0.1": 0.1, "lambda 1": 1.0, "selective": None}
 DEFAULT_NETWORKS = ("lite0", "resnet20")

@@ -21,8 +21,8 @@ from bench.detection.failure import judged
 from bench.detection.methods_ours import answer, blocks_of, fitted
 from bench.detection.registry import NETWORKS
 from bench.detection.subject import CASES, Fit, Options, Subject
+from fastgrad.blocks import DEFAULT_BLOCKS
 from fastgrad.deploy.error_rate import error_rate
-from fastgrad.detector.price import DEFAULT_BLOCKS
 
 Values = NDArray[np.float64]
 DEFAULT_NETWORKS = ("resnet56", "densenet", "lite0", "lite1", "lite2", "news", "magika")

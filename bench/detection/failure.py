@@ -20,7 +20,7 @@ from bench.detection.methods_ours import answer, fitted
 from bench.detection.registry import METHODS, Method, Protocol
 from bench.detection.subject import BATCH, CASES, Fit, NotRun, Options, Seen, Subject
 from bench.detection.tables import CIFAR, LITE
-from fastgrad.detector.price import DEFAULT_BLOCKS
+from fastgrad.blocks import DEFAULT_BLOCKS
 from fastgrad.metrics import aurc
 
 Values = NDArray[np.float64]

@@ -31,7 +31,7 @@ from bench.detection.subject import BATCH, SMALL, TEXTS, Fit, Options, Seen, Sub
 from bench.detection.train import HELD_OUT, fit_layer
 from fastgrad import IntrospectiveClassifier, TwoStageModel, contrast_sqnorm
 from fastgrad.batches import take
-from fastgrad.detector.price import DEFAULT_BLOCKS
+from fastgrad.blocks import DEFAULT_BLOCKS
 from fastgrad.introspection.correction import mixed
 from fastgrad.metrics import ece
 

@@ -35,7 +35,7 @@ def grad_uncertainty(fit: Fit) -> Score:
 @method("gradient norms", 2022, "Lee et al.: all parameters, scored from clean data by a Gaussian", slow=True)
 def gradient_norms(fit: Fit) -> Score:
     clean = log_norms(fit.clean)
-    gaussian = Mahalanobis.fit(clean.double().numpy(), directions=clean.shape[1])
+    gaussian = Mahalanobis.fit(clean, directions=clean.shape[1])
     return lambda seen: gaussian(log_norms(seen).double())
 
 

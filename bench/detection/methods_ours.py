@@ -1,14 +1,14 @@
 """fastgrad's own detectors, through its public interface, and the control that has the same challenges.
 
 The blocks that they read are cached, so that forms of the detector share them; `TwoStageModel.fit` and a call do all
-else, as for users. Blocks are named, because timings on a busy machine could make a budget drop some.
+else, as for users.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -20,11 +20,10 @@ from torch import Tensor
 from bench.detection.registry import METHODS, Protocol, Score, method
 from bench.detection.subject import BATCH, TEXTS, Fit, NotRun, Seen, Subject, packed
 from fastgrad import TwoStageModel
-from fastgrad.blocks import BLOCKS, Gradients
+from fastgrad.blocks import BLOCKS, DEFAULT_BLOCKS, Block, Features, Gradients
 from fastgrad.blocks.extraction import Extraction
 from fastgrad.blocks.subject import watch
-from fastgrad.detector import collect
-from fastgrad.detector.price import DEFAULT_BLOCKS
+from fastgrad.detector import collect, fitting
 from fastgrad.prediction import Prediction
 
 #: Published scores that the control's logistic regression reads: those of one pass that need no classes.
@@ -40,6 +39,7 @@ class AllNorms(Gradients):
     name = "all_norms"
 
     signals = Gradients.signals[:1]
+    price = 3.5
 
 
 class NormalisationNorms(AllNorms):
@@ -57,11 +57,9 @@ def blocks_of(subject: Subject, where: str, images: Tensor, names: Sequence[str]
     """Return those of the named blocks that the network can serve, read from the inputs or the cache."""
     wanted = {"all_norms" if name == NormalisationNorms.name else name for name in names}
     found: dict[str, Tensor] = {}
-    for reading in READINGS:
-        if wanted & set(reading):
-            kept = subject.kept(
-                f"blocks/{'-'.join(reading)}/{where}", lambda reading=reading: _read(subject, images, reading)
-            )
+    for group in READINGS:
+        if wanted & set(group):
+            kept = subject.kept(f"blocks/{'-'.join(group)}/{where}", lambda group=group: _read(subject, images, group))
             found |= {name: torch.from_numpy(value) for name, value in kept.items()}
     if NormalisationNorms.name in names:
         vectors = torch.tensor([parameter.dim() == 1 for parameter in subject.model.parameters()])
@@ -89,38 +87,48 @@ def _read(subject: Subject, images: Tensor, names: Sequence[str]) -> dict[str, A
     return {name: torch.cat([part[name] for part in parts]).float().numpy() for name in parts[0]}
 
 
-def fitted(fit: Fit, names: Sequence[str], challenges: Any = "generate", **options: Any) -> TwoStageModel:
-    """Return a model fitted on those of the named blocks that the network can serve; the cache keeps their values."""
+def read_for(fit: Fit, blocks: Sequence[Block], challenges: Any, **given: Any) -> Features:
+    """Return the features that a fit with these arguments would read; the cache keeps the inputs and the blocks."""
     subject = fit.subject
     clean, labels = subject.parts["fit"]
-    known = watch(fit.subject.model, (clean[:BATCH],), {})
+    where = "clean" if challenges is None else fit.case or "generated"
+
+    def shown() -> dict[str, Any]:
+        sample, *_ = fitting.prepare(
+            subject.model, None, blocks, subject.draw, correct=False, clean=fit.loader(clean, labels),
+            challenges=challenges, verbose=False, **given,
+        )  # fmt: skip
+        with torch.enable_grad():
+            parts = list(collect.batches_of(sample, subject.model, subject.draw, False))
+        kinds, numbers = (list(itertools.chain.from_iterable(column)) for column in list(zip(*parts, strict=True))[1:])
+        known = {name: value.numpy() for name, value in collect.known_of(sample, kinds, numbers).items()}
+        inputs = torch.cat([torch.as_tensor(x) for x, *_ in parts]).numpy()
+        return {"inputs": inputs, "kinds": np.array(kinds), "groups": np.array(numbers), **known}
+
+    made = subject.kept(f"inputs/{where}/fit", shown)
+    inputs = torch.from_numpy(made["inputs"]).to(clean.dtype)
+    values = blocks_of(subject, f"{where}/fit", inputs, [*(block.name for block in blocks), "logits", "features"])
+    known = {name: torch.from_numpy(made[name]) for name in ("sources", "labels", "held_out")}
+    return Features.of(values["logits"], values, kinds=made["kinds"].tolist(), **known)
+
+
+def fitted(
+    fit: Fit, names: Sequence[str], challenges: Any = "generate", correct: Any = False, **given: Any
+) -> TwoStageModel:
+    """Return a model fitted on those of the named blocks that the network can serve; the cache keeps their values."""
+    known = watch(fit.subject.model, (fit.subject.parts["fit"][0][:BATCH],), {})
     blocks = [block for block in (MADE[name]() for name in names) if block.refusal(known) is None]
-    where, read_anew = "clean" if challenges is None else fit.case or "generated", collect.read
-
-    def read(extraction: Extraction, device: Any, batches: Any) -> collect.FeatureTable:
-        def shown() -> dict[str, Any]:
-            # The inputs themselves are collected instead of blocks.
-            made = read_anew(lambda x: (x.flatten(1)[:, :1], {"inputs": x}), device, batches)
-            return {"inputs": made.blocks["inputs"].numpy(), "kinds": made.kinds, "groups": made.groups}
-
-        made = subject.kept(f"inputs/{where}/fit", shown)
-        inputs = torch.from_numpy(made["inputs"]).to(clean.dtype)
-        wanted = [*(block.name for block in extraction.blocks), "logits"]
-        values = blocks_of(subject, f"{where}/fit", inputs, wanted)
-        return collect.FeatureTable(values, values["logits"], made["kinds"], made["groups"])
-
-    two_stage = TwoStageModel(fit.subject.model, blocks=blocks, seed=subject.draw)
-    with mock.patch.object(collect, "read", read), torch.enable_grad():
-        two_stage.fit(fit.loader(clean, labels), challenges, **options)
-    return two_stage
+    features = read_for(fit, blocks, challenges, **given)
+    return TwoStageModel(fit.subject.model, blocks=blocks, seed=fit.subject.draw).fit_features(
+        features, correct=correct
+    )
 
 
 def answer(two_stage: TwoStageModel, seen: Seen) -> Prediction:
     """Return a fitted model's answers to the inputs of a case."""
     wanted = [*(block.name for block in two_stage.extraction_.blocks), "logits"]
     values = blocks_of(seen.subject, f"{seen.case}/{seen.part}", seen.images, wanted)
-    with torch.no_grad(), mock.patch.object(Extraction, "__call__", return_value=(values["logits"], values)):
-        return two_stage(seen.images)
+    return two_stage.predict_features(Features.of(values["logits"], values))
 
 
 def _registered(name: str, paper: str, extra: Sequence[str] = (), challenges: Any = "generate") -> None:
@@ -140,7 +148,7 @@ def _registered(name: str, paper: str, extra: Sequence[str] = (), challenges: An
 
 _registered(", clean only", "the default, challenges=None", challenges=None)
 _registered(", default", "the default blocks")
-_registered(", second pass", "the default blocks of a budget of 2.5", ("view",))
+_registered(", second pass", "the default blocks and the view", ("view",))
 for _what, _block in {
     "all contrasts of the last layer": "contrasts", "norms of normalisation layers": NormalisationNorms.name,
     "norms of all parameters": AllNorms.name,

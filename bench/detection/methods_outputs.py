@@ -103,7 +103,7 @@ def _gaussians(change: Callable[[Tensor], Tensor], fit: Fit) -> Score:
     try:
         labels = fit.labels
     except NotRun:
-        one = Mahalanobis.fit(h.double().numpy(), directions=h.shape[1])
+        one = Mahalanobis.fit(h, directions=h.shape[1])
         return lambda seen: one(change(seen.h).double())
     from pytorch_ood.detector import Mahalanobis as Gaussians
 

@@ -11,8 +11,8 @@
 | `contrasts`      | h, logits            | 0                      | last-layer gradient norms, all classes |
 | `gradients`      | 3 backward passes    | about 9                | gradient norms of every parameter      |
 
-Detectors read the first four by default, and the fifth if the budget allows a second forward pass. The others must be
-requested by name. An exported file cannot serve `gradients`.
+Detectors read the first four by default, `DEFAULT_BLOCKS`, where the network can serve them. The others must be named:
+`blocks=[*DEFAULT_BLOCKS, "view"]` adds a second forward pass. An exported file cannot serve `gradients`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,19 @@ import inspect
 
 from fastgrad.blocks.activations import Activations
 from fastgrad.blocks.block import Block
+from fastgrad.blocks.features import Features
 from fastgrad.blocks.gradients import Gradients
-from fastgrad.blocks.last_layer import Contrasts, Features
+from fastgrad.blocks.last_layer import Contrasts, Penultimate
 from fastgrad.blocks.local_contrast import Image, Roughness
 from fastgrad.blocks.logits import Logits
 from fastgrad.blocks.view import View
 
 #: Every block by name.
 BLOCKS: dict[str, type[Block]] = {}
+#: Blocks that detectors read by default. Without roughness, the mean AUROC of unseen cases on photographs, with
+#: EfficientNet-Lite0 and Lite1, fell by .008, without image statistics by .006. Contrasts, h and gradient norms added
+#: nothing. A second forward pass (`View`) gained .03 to .05 for attacks that went through JPEG.
+DEFAULT_BLOCKS: tuple[str, ...] = ("logits", "activations", "image", "roughness")
 
 
 def register_block(block: type[Block]) -> type[Block]:
@@ -59,11 +64,12 @@ def register_block(block: type[Block]) -> type[Block]:
     return block
 
 
-for _block in (Logits, Activations, Image, Roughness, View, Features, Contrasts, Gradients):
+for _block in (Logits, Activations, Image, Roughness, View, Penultimate, Contrasts, Gradients):
     register_block(_block)
 
 __all__ = [
     "BLOCKS",
+    "DEFAULT_BLOCKS",
     "Activations",
     "Block",
     "Contrasts",
@@ -71,6 +77,7 @@ __all__ = [
     "Gradients",
     "Image",
     "Logits",
+    "Penultimate",
     "Roughness",
     "View",
     "register_block",

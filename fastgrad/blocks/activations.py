@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fastgrad.blocks.block import CLIP, JOINT, Array, Block, Part, Settings
+from fastgrad.blocks.block import JOINT, Block
 from fastgrad.blocks.channels import Channels, output_of, sampled
 from fastgrad.blocks.forward import Pass, Reading
 from fastgrad.blocks.subject import Subject
 from fastgrad.losses import compute_dtype
 from fastgrad.ops.channel_moments import channel_square_sums
-from fastgrad.scores.rows import ScoreRows
+from fastgrad.scores.one_class import CLIP, distance
 
 
 class Activations(Block):
@@ -28,6 +28,8 @@ class Activations(Block):
 
     name = "activations"
     alarm = "inner activations unlike those of known inputs"
+    scores = (distance,)
+    classified: ClassVar[Mapping[str, Any]] = {"clip": CLIP, **JOINT}
 
     def refusal(self, subject: Subject) -> str | None:
         layers = "normalisation, convolution, linear, recurrent or attention layer but the last"
@@ -48,14 +50,6 @@ class Activations(Block):
             return _log(torch.cat(means, 1))
         seen = zip(places, values, strict=True)
         return torch.cat([_columns(value, place.dim) if place.grid else value for place, value in seen], 1)
-
-    @classmethod
-    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        yield cls.distance(blocks, settings)
-
-    @classmethod
-    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> ScoreRows:
-        return cls.rows(blocks, settings, clip=CLIP, **JOINT)
 
 
 def _columns(value: Tensor, dim: int, mask: Tensor | None = None) -> Tensor:

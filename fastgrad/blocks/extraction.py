@@ -66,7 +66,12 @@ class Extraction:
             mask = None if subject.mask is None else kwargs[subject.mask]
             readings = {block.name: block.readings(subject, mask) for block in self.blocks}
             samples = max(samples, 1)
-            found = Pass(self.model, readings, subject, args, kwargs, samples, log=self.log, kept=self.kept)
+            try:
+                found = Pass(self.model, readings, subject, args, kwargs, samples, log=self.log, kept=self.kept)
+            except Exception as error:
+                if (mismatch := subject.mismatch(x)) is None:
+                    raise
+                raise ValueError(mismatch) from error
             logits, values = found.logits, {block.name: self._values(block, found) for block in self.blocks}
         return (logits[:0], {n: v[:0] for n, v in values.items()}) if empty else (logits, values)
 

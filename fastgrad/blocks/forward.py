@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastgrad.batches import logits_of
+from fastgrad.batches import class_logits, logits_of
 from fastgrad.blocks.subject import Subject
 from fastgrad.evaluation import Evaluated, Hook
 
@@ -48,7 +48,7 @@ class Pass:
         every = [reading for each in readings.values() for reading in each]
         hooks = [(self._network.model.get_submodule(reading.path), self._hook(reading)) for reading in every]
         #: ``(B, N)``.
-        self.logits = logits_of(self._network.run(args, kwargs, hooks))
+        self.logits = class_logits(self._network.run(args, kwargs, hooks), samples)
         for reading in every:
             if reading not in self._values:
                 raise RuntimeError(f"the forward pass did not call {reading.path!r}, which was to be read")

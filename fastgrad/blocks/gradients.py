@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 from torch import Tensor
 
 from fastgrad.batches import copied
-from fastgrad.blocks.block import Array, Block, Part, Settings
+from fastgrad.blocks.block import Block
 from fastgrad.blocks.forward import Pass
-from fastgrad.blocks.subject import Subject
 from fastgrad.gradients.features import GradientFeatures
+from fastgrad.scores.one_class import mixture
 
 
 class Gradients(Block):
@@ -26,14 +25,13 @@ class Gradients(Block):
     shapes = "(B, P) or (B, S, P)"
     squared_norms = True
     live = True
+    scores = (mixture,)
     #: Losses and targets whose gradients say different things about a sample.
     signals: ClassVar[tuple[tuple[str, str], ...]] = (
         ("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predicted"),
     )  # fmt: skip
-
-    def price(self, subject: Subject) -> float:
-        """Return the price: a forward pass of its own, and for each signal a training step's backward pass."""
-        return 1 + 2.5 * len(self.signals)
+    #: A forward pass of its own, and for each signal a training step's backward pass.
+    price = 1 + 2.5 * 3
 
     def values(self, found: Pass) -> Tensor:
         if self.name not in found.kept:
@@ -41,7 +39,3 @@ class Gradients(Block):
         args, kwargs = copied((found.args, found.kwargs))
         features: Tensor = found.kept[self.name](*args, **kwargs)[1]
         return features
-
-    @classmethod
-    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        yield cls.mixture(blocks, settings)

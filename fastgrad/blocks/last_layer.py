@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fastgrad.blocks.block import JOINT, Array, Block, Part, Settings
+from fastgrad.blocks.block import JOINT, Block
 from fastgrad.blocks.forward import Pass, Reading
 from fastgrad.blocks.subject import Subject
 from fastgrad.gradients.contrasts import contrast_sqnorm
-from fastgrad.scores.rows import ScoreRows
+from fastgrad.scores.one_class import distance, mixture
 
 
-class Features(Block):
+class Penultimate(Block):
     """h ``(B, D)``; its score is the shrunk Mahalanobis distance of the standardised columns."""
 
     name = "features"
     alarm = "last features unlike those of known inputs"
+    scores = (distance,)
+    classified: ClassVar[Mapping[str, Any]] = JOINT
 
     def refusal(self, subject: Subject) -> str | None:
         return None if subject.head is not None else "the network does not end in a linear layer"
@@ -28,16 +32,8 @@ class Features(Block):
     def values(self, found: Pass) -> Tensor:
         return found.readings(self.name)[0]
 
-    @classmethod
-    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        yield cls.distance(blocks, settings)
 
-    @classmethod
-    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> ScoreRows:
-        return cls.rows(blocks, settings, **JOINT)
-
-
-class Contrasts(Features):
+class Contrasts(Penultimate):
     """`fastgrad.contrast_sqnorm` of h and the logits, ``(B, N)``: a function of the softmax and ``||h||`` alone."""
 
     name = "contrasts"
@@ -45,14 +41,8 @@ class Contrasts(Features):
     ranks = (2, 3, 4)
     shapes = "(B, N), (B, N, P) or (B, S, N, P)"
     squared_norms = True
+    scores = (partial(mixture, rank=True),)
+    classified: ClassVar[Mapping[str, Any]] = {"rank": True}
 
     def values(self, found: Pass) -> Tensor:
         return contrast_sqnorm(super().values(found), found.logits, bias=found.subject.bias, log=found.log)
-
-    @classmethod
-    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        yield cls.mixture(blocks, settings, rank=True)
-
-    @classmethod
-    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> ScoreRows:
-        return cls.rows(blocks, settings, rank=True)

@@ -7,17 +7,17 @@ pixels, for any network, and `Roughness` the network's first maps, as the networ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgrad.blocks.block import Array, Block, Part, Settings
+from fastgrad.blocks.block import Block
 from fastgrad.blocks.channels import output_of
 from fastgrad.blocks.forward import Pass, Reading
 from fastgrad.blocks.subject import NO_IMAGE, Subject, is_image
 from fastgrad.losses import compute_dtype
+from fastgrad.scores.one_class import mixture
 
 #: Largest number of pixels read: more say no more about a distribution.
 _PIXELS = 1024
@@ -38,16 +38,13 @@ class Image(Block):
 
     name = "image"
     alarm = "brightness, sharpness or noise unlike those of known images"
+    scores = (mixture,)
 
     def refusal(self, subject: Subject) -> str | None:
         return None if subject.image is not None else NO_IMAGE
 
     def values(self, found: Pass) -> Tensor:
         return image_statistics(found.image())
-
-    @classmethod
-    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        yield cls.mixture(blocks, settings)
 
 
 def image_statistics(images: Tensor) -> Tensor:
@@ -77,6 +74,7 @@ class Roughness(Block):
 
     name = "roughness"
     alarm = "fine grain, as the first layer sees it, unlike that of known inputs"
+    scores = (mixture,)
 
     def refusal(self, subject: Subject) -> str | None:
         maps = "no convolution or normalisation that is called once puts out maps (B, C, H, W), at least 3 x 3"
@@ -87,10 +85,6 @@ class Roughness(Block):
 
     def values(self, found: Pass) -> Tensor:
         return found.readings(self.name)[0]
-
-    @classmethod
-    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        yield cls.mixture(blocks, settings)
 
 
 def roughness(maps: Tensor) -> Tensor:

@@ -33,11 +33,23 @@ class Subject:
     image: int | str | None  # index or keyword of the one image tensor (B, C, H, W); None for none or several
     mask: str | None  # keyword of the input that marks the positions of a text (B, T)
     first: str | None = None  # the module that returns the first normalised, or else convolved, maps (B, C, H, W)
+    dims: int | None = None  # dimensions of the inputs, if they are one tensor
+    dtype: str | None = None  # and its dtype
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Subject:
         """Return the subject that `dataclasses.asdict` stored."""
         return cls(**{**stored, "channels": tuple(Channels(**place) for place in stored["channels"])})
+
+    def mismatch(self, x: object) -> str | None:
+        """Return words about one tensor of inputs that is not of the kind that was watched, or None."""
+        if self.dims is None or not isinstance(x, Tensor) or (x.dim(), str(x.dtype)) == (self.dims, self.dtype):
+            return None
+        hint = ": a single input is x[None]" if x.dim() == self.dims - 1 else ""
+        return (
+            f"x must be a batch like those of fit, with {self.dims} dimensions and {self.dtype}; it was of shape "
+            f"{tuple(x.shape)} and {x.dtype}{hint}"
+        )
 
 
 class _Watch(DispatchMode):
@@ -76,6 +88,18 @@ class _Watch(DispatchMode):
                     quantized = 2**-8 if func.namespace == "quantized" else 0.0
                     self.precision = max(self.precision, quantized, torch.finfo(tensor.dtype).eps)
         return out
+
+
+def unlike_inputs(x: object) -> str | None:
+    """Return what may be wrong with a batch on which a network fails, in words, or None."""
+    if not isinstance(x, Tensor):
+        return None
+    if not x.is_floating_point() and x.dim() >= 3:
+        return f"images of a floating dtype, as the network was trained on, such as x.float() / 255; it gave {x.dtype}"
+    if x.dim() == 3:
+        own = tuple(x.shape[1:])
+        return f"batches (B, ...) of inputs; dimension 0 left inputs of shape {own}: a batch of one input is x[None]"
+    return None
 
 
 def is_image(value: object) -> bool:
@@ -120,6 +144,7 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Su
     )
     given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     images = [place for place, value in given if is_image(value)]
+    alone = len(given) == 1 and isinstance(given[0][1], Tensor)
     found = _places(three, two, path)
     # The first maps of at least 3 x 3; normalised ones, which have one scale, come before others.
     maps = [
@@ -136,6 +161,8 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Su
         image=images[0] if len(images) == 1 else None,
         mask="attention_mask" if isinstance(mask, Tensor) and mask.dim() == 2 else None,
         first=min(maps, key=lambda seen: seen[0], default=(True, None))[1],
+        dims=given[0][1].dim() if alone else None,
+        dtype=str(given[0][1].dtype) if alone else None,
     )
 
 

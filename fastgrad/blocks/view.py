@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgrad.blocks.block import Array, Block, Part, Settings
+from fastgrad.blocks.block import Block
 from fastgrad.blocks.forward import Pass
 from fastgrad.blocks.subject import NO_IMAGE, Subject
 from fastgrad.losses import compute_dtype
-from fastgrad.scores.fitted import Fitted
-from fastgrad.scores.rows import ScoreRows
+from fastgrad.scores.one_class import plain
 
 #: Divergences below this are rounding of the two softmaxes.
 _LEAST = 1e-6
 #: Share of height and width that a view keeps.
 _KEPT = 0.9
-
-
-class Plain(Fitted):
-    """The only column of a block as its score."""
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """Return scores ``(B,)`` of ``rows`` ``(B, 1)``."""
-        return rows[:, 0]
 
 
 class View(Block):
@@ -39,12 +28,11 @@ class View(Block):
     name = "view"
     alarm = "an answer that changes when the image is enlarged a little"
     shapes = "(B, 1)"
+    price = 1.0
+    scores = (plain,)
 
     def refusal(self, subject: Subject) -> str | None:
         return None if subject.image is not None else NO_IMAGE
-
-    def price(self, subject: Subject) -> float:
-        return 1.0
 
     def of(self, images: Tensor) -> Tensor:
         """Return the view of ``images`` ``(B, C, H, W)``, in the same shape."""
@@ -61,7 +49,3 @@ class View(Block):
         second = found.again(self.of(image)).to(dtype).log_softmax(-1)
         divergence = (first.exp() * (first - second)).sum(-1, keepdim=True)
         return torch.log(divergence.clamp_min(0) + _LEAST)
-
-    @classmethod
-    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        yield cls.name, ScoreRows.fit(blocks, cls.name, standardise=False), Plain()

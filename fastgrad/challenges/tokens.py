@@ -98,27 +98,26 @@ def iter_token_challenges(
     Raises:
         ValueError: An attention mask holds negative values, like a mask that is added to attention scores.
     """
-    corpus, rng = Corpus(batches), np.random.default_rng(seed)
+    corpus = Corpus(batches)
     # Without padding, all inputs must keep their length.
     names = [name for name in TOKEN_CHALLENGES if corpus.padding is not None or name != "omission"]
     turns = [(name, share) for name in names for share in SHARES]
-    turns = [turns[place] for place in rng.permutation(len(turns))]
+    turns = [turns[place] for place in np.random.default_rng(seed).permutation(len(turns))]
     wanted = {number: kinds_for(turns, place, each) for place, number in enumerate(chosen)}
     first = 0
     for x in batches:
-        own = range(first, first + batch_size(x))
-        for again in range(each):
-            made: list[tuple[int, str, Places, Ids]] = []
-            for number in own:
-                if number in wanted:
-                    name, share = wanted[number][again]
-                    places, ids = corpus.altered(number, name, share, rng)
-                    if not np.array_equal(ids, corpus.rows[number].ids):
-                        made.append((number, name, places, ids))
-            if made:
-                sources = [number for number, *_ in made]
-                yield corpus.written(x, first, made), [name for _, name, *_ in made], sources
-        first += len(own)
+        size = batch_size(x)
+        made: list[tuple[int, str, Places, Ids]] = []
+        for number in filter(wanted.__contains__, range(first, first + size)):
+            for again, (name, share) in enumerate(wanted[number]):
+                # Random numbers of its own, so that batches of other sizes give the same challenges.
+                places, ids = corpus.altered(number, name, share, np.random.default_rng((seed, number, again)))
+                if not np.array_equal(ids, corpus.rows[number].ids):
+                    made.append((number, name, places, ids))
+        for start in range(0, len(made), size):
+            part = made[start : start + size]
+            yield corpus.written(x, first, part), [name for _, name, *_ in part], [number for number, *_ in part]
+        first += size
 
 
 class Corpus:

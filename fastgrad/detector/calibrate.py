@@ -18,21 +18,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fastgrad import checks
-from fastgrad.blocks.block import CHALLENGE_CLASSIFIER, Settings
+from fastgrad.blocks.block import CHALLENGE_CLASSIFIER
+from fastgrad.blocks.features import Features
 from fastgrad.detector.challenge_classifier import ChallengeClassifier, JointRows
-from fastgrad.detector.constants import CAP, STEPS, WEIGHT
-from fastgrad.detector.inputs import Blocks, take
+from fastgrad.detector.constants import CAP, WEIGHT
+from fastgrad.detector.inputs import Known
 from fastgrad.scores.conformal import PValues, weighted
 from fastgrad.scores.fitted import Fitted, FittedList
+from fastgrad.scores.one_class import Settings
 
 
 class Score(Fitted):
@@ -132,69 +132,60 @@ def values_of(scores: Iterable[Score], blocks: Mapping[str, Tensor]) -> tuple[Te
     return raw, raw.new_empty(raw.shape[1], 0) if log_p is None else log_p
 
 
-@dataclass(frozen=True)
-class Table:
-    """Blocks of clean samples and challenges, n in all."""
-
-    blocks: dict[str, Tensor]  # (n, ...) by name
-    known: Blocks  # the blocks by name, which define how each is scored
-    kinds: NDArray[np.intp]  # (n,): 0 for clean samples, 1 and up for kinds of challenge
-    groups: NDArray[np.intp]  # (n,): the source of each; a challenge has that of the clean sample it was made from
-    held_out: NDArray[np.bool_]  # (n,): clean samples that only calibrate the sum
-    log: bool  # whether to take the logarithms of squared norms
-
-    @property
-    def classes(self) -> int:
-        """Number of classes: clean, and each kind of challenge."""
-        return int(self.kinds.max()) + 1
-
-
 class Calibrated(NamedTuple):
-    """A detector and what it was fitted on.
+    """A detector, and what fits without each sample say about it.
 
-    ``evidence`` ``(n, S)`` and ``log_p`` ``(n, C)`` are what `DetectorModule.explain` returns for every sample of the
-    table, from a fit without the sample and its source. C is 0 without a challenge classifier.
+    ``evidence`` ``(n, S)`` and ``log_p`` ``(n, C)`` are what `DetectorModule.explain` returns for every sample, from a
+    fit without the sample and its source. C is 0 without a challenge classifier.
     """
 
     module: DetectorModule
     evidence: Tensor
     log_p: Tensor
-    table: Table
 
 
-def fit_scores(table: Table, chosen: NDArray[np.bool_], count: int, *, steps: int = STEPS) -> dict[str, Score]:
+def fit_scores(features: Features, chosen: Tensor, known: Known, count: int, *, log: bool) -> dict[str, Score]:
     """Fit the scores of all blocks on the clean samples among the ``chosen``, and the challenge classifier on all."""
-    settings = Settings(table.log, count)
-    clean = {name: values.numpy() for name, values in take(table.blocks, chosen & (table.kinds == 0)).items()}
+    codes = features.codes
+    clean = take(features.blocks, chosen & (codes == 0))
     scores: dict[str, Score] = {}
     for source in clean:
-        for name, rows, score in table.known[source].scores(clean, settings):
+        own = Settings(known[source].squared_norms, log, count)
+        for part in (fit(source, clean, own) for fit in known[source].scores):
+            if part is None:
+                continue
+            name, rows, score = part
             if name in scores:
                 raise ValueError(f"blocks must name their scores apart; {source!r} and another one both have {name!r}")
             scores[name] = Score(rows=rows, score=score, source=source, weight=1.0)
-    if (chosen & (table.kinds > 0)).any():
-        joint = JointRows(parts=FittedList(**{name: table.known[name].joint(clean, settings) for name in clean}))
-        joined = torch.cat([joint(take(table.blocks, part)).float() for part in _parts(chosen)])
-        classifier = ChallengeClassifier.fit(joined, table.kinds[chosen], table.classes, steps=steps)
+    if (chosen & (codes > 0)).any():
+        seen = {
+            name: Settings(known[name].squared_norms, log, count).rows(name, clean, **known[name].classified)
+            for name in clean
+        }
+        joint = JointRows(parts=FittedList(**seen))
+        joined = torch.cat([joint(take(features.blocks, part)).float() for part in _parts(chosen)])
+        classifier = ChallengeClassifier.fit(joined, codes[chosen], int(codes.max()) + 1)
         scores[CHALLENGE_CLASSIFIER] = Score(rows=joint, score=classifier, source=CHALLENGE_CLASSIFIER, weight=WEIGHT)
     return scores
 
 
-def assign_folds(table: Table, folds: int, random: np.random.RandomState) -> NDArray[np.intp]:
+def assign_folds(features: Features, folds: int, random: np.random.RandomState) -> Tensor:
     """Return the fold ``(n,)`` of each sample, one fold per source; -1 for the sources of samples held out."""
-    apart = np.isin(table.groups, table.groups[table.held_out])
-    clean = np.unique(table.groups[(table.kinds == 0) & ~apart])
+    groups, challenging = features.groups, features.challenging
+    apart = torch.isin(groups, groups[features.held_out])
+    clean = groups[~challenging & ~apart].unique().numpy()
     if len(clean) < 2:
         raise ValueError(f"groups must have at least 2 sources of clean samples; there was {len(clean)}")
     # A fit needs two samples.
     count = len(clean) if len(clean) - -(-len(clean) // folds) < 2 else min(folds, len(clean))
-    others = np.setdiff1d(np.unique(table.groups), clean)
-    fold = np.full(int(table.groups.max()) + 1, -1)
+    others = np.setdiff1d(groups.unique().numpy(), clean)
+    fold = torch.full((int(groups.max()) + 1,), -1, dtype=torch.int64, device="cpu")
     for sources in (clean, others):
-        fold[random.permutation(sources)] = np.arange(len(sources)) % count
-    folded = np.where(apart, -1, fold[table.groups])
-    challenged = folded[table.kinds > 0]
-    if len(challenged) and len(np.setdiff1d(challenged, [-1])) < 2:
+        fold[torch.from_numpy(random.permutation(sources))] = torch.arange(len(sources), device="cpu") % count
+    folded = fold[groups].masked_fill(apart, -1)
+    challenged = folded[challenging]
+    if len(challenged) and len(challenged[challenged >= 0].unique()) < 2:
         raise ValueError(
             "challenges must come from more sources, so that those of one fold leave some to fit on; "
             f"the {len(challenged)} left none"
@@ -202,57 +193,59 @@ def assign_folds(table: Table, folds: int, random: np.random.RandomState) -> NDA
     return folded
 
 
-def with_p_values(scores: Mapping[str, Score], raw: Tensor, counted: NDArray[np.bool_]) -> DetectorModule:
+def with_p_values(scores: Mapping[str, Score], raw: Tensor, counted: Tensor) -> DetectorModule:
     """Return a detector with p-values among the ``counted`` of ``raw`` scores ``(K, n)``; its sum is uncalibrated."""
     two_sided = [bool(score.score.options.get("two_sided")) for score in scores.values()]
-    p_values = PValues.fit(raw[:, torch.from_numpy(counted)], two_sided)
+    p_values = PValues.fit(raw[:, counted], two_sided)
     return DetectorModule(scores=FittedList(**scores), p_values=p_values)
 
 
-def fit_detector(table: Table, folds: int, random: np.random.RandomState, *, draft: bool = False) -> Calibrated:
-    """Fit scores by folds and once more on all folds, and calibrate their sum.
-
-    A ``draft`` has the same parts and price, from one fit on all folds and a classifier that has learned nothing.
-    """
-    fold = assign_folds(table, folds, random)
-    fitting, clean = fold >= 0, table.kinds == 0
+def calibrate(features: Features, known: Known, folds: int, random: np.random.RandomState, *, log: bool) -> Calibrated:
+    """Fit scores by folds and once more on all folds, and calibrate their sum; ``log`` takes logarithms of norms."""
+    fold = assign_folds(features, folds, random)
+    fitting, clean = fold >= 0, ~features.challenging
     # A fit without a fold scores that fold; the fit on all folds, number -1, scores samples in none and new samples.
-    fold = np.full_like(fold, -1) if draft else fold
-    fits = {number: fitting & (fold != number) for number in range(fold.max() + 1)} | {-1: fitting}
+    fits = {number: fitting & (fold != number) for number in range(int(fold.max()) + 1)} | {-1: fitting}
     smallest = min(int((clean & chosen).sum()) for chosen in fits.values())
     if smallest < 2:
         raise ValueError(f"groups must leave 2 clean samples of other sources to each fold; they left {smallest}")
-    steps = 0 if draft else STEPS
-    fitted = {number: fit_scores(table, chosen, smallest, steps=steps) for number, chosen in fits.items()}
+    fitted = {number: fit_scores(features, chosen, known, smallest, log=log) for number, chosen in fits.items()}
     final = {name: score for name, score in fitted[-1].items() if all(name in scores for scores in fitted.values())}
     if not final:
         raise ValueError("blocks must have at least one score, or there must be challenges; there was neither")
     raw = torch.full((len(final), len(fold)), torch.nan, dtype=torch.float64, device="cpu")
-    log_p = raw.new_empty(len(fold), table.classes if CHALLENGE_CLASSIFIER in final else 0)
+    kinds = int(features.codes.max()) + 1
+    log_p = raw.new_empty(len(fold), kinds if CHALLENGE_CLASSIFIER in final else 0)
     for number, scores in fitted.items():
         for part in _parts(fold == number) if (fold == number).any() else ():
-            raw[:, part], log_p[part] = values_of([scores[name] for name in final], take(table.blocks, part))
-    missing = raw[:, torch.from_numpy(clean)].isnan().sum(1).tolist()
+            raw[:, part], log_p[part] = values_of([scores[name] for name in final], take(features.blocks, part))
+    missing = raw[:, clean].isnan().sum(1).tolist()
     if failed := {name: count for name, count in zip(final, missing, strict=True) if count}:
         raise ValueError(f"clean samples must have finite scores to calibrate on; these were NaN: {failed}")
     # p-values come from the clean samples of the other folds, so that no sample makes itself look usual.
     evidence = raw.new_empty(len(fold), len(final))
     modules = {number: with_p_values(final, raw, clean & chosen) for number, chosen in fits.items()}
     for number, others in modules.items():
-        rows = torch.from_numpy(fold == number)
+        rows = fold == number
         evidence[rows] = others.evidence(raw[:, rows])
     module = modules[-1]
     # The p-value of the sum is counted on the samples held out, or else on every clean sample.
-    calibrates = table.held_out if table.held_out.any() else clean & fitting
-    calibrating = evidence[torch.from_numpy(calibrates)]
+    exact = bool(features.held_out.any())
+    calibrates = features.held_out if exact else clean & fitting
+    calibrating = evidence[calibrates]
     module.add_module("final", PValues.fit(calibrating.sum(-1).unsqueeze(0), [False], counted=True))
     module.register_buffer("calibration_scores", module.total(calibrating))
-    module.options["exact"] = bool(table.held_out.any())
+    module.options["exact"] = exact
     # Samples of one source may be alike, so only one of each source counts for the smallest rate that can be promised.
-    module.options["sources"] = len(np.unique(table.groups[calibrates]))
-    return Calibrated(module.eval(), module.by_source(evidence), log_p, table)
+    module.options["sources"] = len(features.groups[calibrates].unique())
+    return Calibrated(module.eval(), module.by_source(evidence), log_p)
 
 
-def _parts(chosen: NDArray[np.bool_]) -> list[NDArray[np.intp]]:
+def take(blocks: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """Return the rows of every block."""
+    return {name: values[rows] for name, values in blocks.items()}
+
+
+def _parts(chosen: Tensor) -> tuple[Tensor, ...]:
     """Return the chosen places, some at a time, so that a large set needs little memory."""
-    return np.array_split(np.flatnonzero(chosen), -(-int(chosen.sum()) // 1024))
+    return chosen.nonzero()[:, 0].tensor_split(-(-int(chosen.sum()) // 1024))

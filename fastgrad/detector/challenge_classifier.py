@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fastgrad.detector.constants import INVERSE_PENALTY, LIMIT, STEPS
@@ -37,16 +35,15 @@ class ChallengeClassifier(Fitted):
     bias: Tensor  # (C,)
 
     @classmethod
-    def fit(cls, rows: Tensor, kinds: NDArray[np.intp], classes: int, *, steps: int = STEPS) -> ChallengeClassifier:
+    def fit(cls, rows: Tensor, codes: Tensor, classes: int) -> ChallengeClassifier:
         """Minimise the cross-entropy of rows ``(n, d)`` plus ``||W||^2 / (2 c n)``; c is `INVERSE_PENALTY`.
 
-        ``kinds`` ``(n,)`` are 0 for clean samples and other numbers for challenges; both must occur. Those of the C
+        ``codes`` ``(n,)`` are 0 for clean samples and other numbers for challenges; both must occur. Those of the C
         ``classes`` that do not occur get probability 0.
         """
-        codes = torch.from_numpy(kinds)
         absent = torch.where(torch.bincount(codes, minlength=classes) == 0, -torch.inf, torch.zeros((), device="cpu"))
         penalty = 1 / (INVERSE_PENALTY * len(rows))
-        values = fit_softmax(rows, codes, equal_shares(codes > 0), absent, penalty, steps=steps)
+        values = fit_softmax(rows, codes, equal_shares(codes > 0), absent, penalty, steps=STEPS)
         return cls(weight=values[:-1], bias=values[-1] + absent)
 
     def forward(self, rows: Tensor) -> Tensor:

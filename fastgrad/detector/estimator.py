@@ -17,9 +17,11 @@ from torch import Tensor
 
 from fastgrad import checks
 from fastgrad.blocks import BLOCKS
+from fastgrad.blocks.features import Features
 from fastgrad.checks import Array
 from fastgrad.detector import constants, inputs
-from fastgrad.detector.calibrate import Calibrated, DetectorModule, Table, fit_detector
+from fastgrad.detector.calibrate import Calibrated, DetectorModule, calibrate
+from fastgrad.detector.inputs import Known
 from fastgrad.scores.rows import as_tensor
 
 FeatureInput = ArrayLike | Mapping[str, ArrayLike]
@@ -95,10 +97,14 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         blocks = self._blocks(X, reset=True)
         count = len(next(iter(blocks.values())))
         challenging, self.classes_ = inputs.challenging_of(y, count)
-        codes, numbers = inputs.kinds_of(kinds, challenging), checks.groups_of(groups, count)
+        names, numbers = inputs.kinds_of(kinds, challenging), checks.groups_of(groups, count)
         random = check_random_state(self.random_state)
         calibrating = inputs.held_out_of(held_out, challenging, numbers, self.calibration_fraction, random)
-        self.module_ = fit_table(self, Table(blocks, BLOCKS, codes, numbers, calibrating, self.log), random).module
+        features = Features.of(
+            torch.empty((count, 0), device="cpu"), blocks, kinds=names, sources=torch.from_numpy(numbers),
+            held_out=torch.from_numpy(calibrating),
+        )  # fmt: skip
+        self.module_ = fit_detector(self, features, BLOCKS, random).module
         return self
 
     def decision_function(self, X: FeatureInput) -> Array:
@@ -173,27 +179,28 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
             array = checks.validated(self, "X", X, reset=reset)
             if self.log:
                 inputs.check_squared("X", array)
-            blocks = {"gradients": array}
-        shapes = {name: array.shape[1:] for name, array in blocks.items()}
+            blocks = {"gradients": as_tensor(array)}
+        shapes = {name: tuple(values.shape[1:]) for name, values in blocks.items()}
         if reset:
             self.shapes_ = shapes
         elif shapes != self.shapes_:
             raise ValueError(f"X must have the blocks and shapes of fit, {self.shapes_}; it had {shapes}")
-        return {name: as_tensor(array) for name, array in blocks.items()}
+        return blocks
 
 
-def fit_table(
-    detector: UncertaintyDetector, table: Table, random: np.random.RandomState, *, draft: bool = False
+def fit_detector(
+    detector: UncertaintyDetector, features: Features, known: Known, random: np.random.RandomState
 ) -> Calibrated:
     """Fit a detector with the options of ``detector``; return also what fits without each sample say about it."""
     checks.is_bool(log=detector.log)
     if detector.folds is not None and (not isinstance(detector.folds, (int, np.integer)) or detector.folds < 2):
         raise ValueError(f"folds must be an integer of at least 2 or None; it was {detector.folds!r}")
     checks.lies_in("(0, 1)", false_alarm_rate=detector.false_alarm_rate)
-    usual = constants.FOLDS_OF_FEW if (table.kinds == 0).sum() < constants.FEW else constants.FOLDS
-    folds = detector.folds or (constants.FOLDS_OF_SPLIT if table.held_out.any() else usual)
+    few = int((~features.challenging).sum()) < constants.FEW
+    usual = constants.FOLDS_OF_FEW if few else constants.FOLDS
+    folds = detector.folds or (constants.FOLDS_OF_SPLIT if features.held_out.any() else usual)
     # Products are small: the spinning threads of NumPy and PyTorch would wait for each other, three times as long.
     with threadpool_limits(limits=1):
-        calibrated = fit_detector(table, int(folds), random, draft=draft)
+        calibrated = calibrate(features, known, int(folds), random, log=detector.log)
     calibrated.module.options["false_alarm_rate"] = float(detector.false_alarm_rate)
     return calibrated

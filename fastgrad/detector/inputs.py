@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.utils.validation import column_or_1d
 from torch import Tensor
@@ -15,12 +14,14 @@ from fastgrad import checks
 from fastgrad.blocks import Block
 from fastgrad.checks import Array, to_array
 from fastgrad.detector import constants
+from fastgrad.scores.rows import as_tensor
 
-Blocks = Mapping[str, Block | type[Block]]
+#: Blocks by name, which say how each is scored.
+Known = Mapping[str, Block | type[Block]]
 
 
-def check_blocks(X: Mapping[str, Any], known: Blocks, *, log: bool) -> dict[str, Array]:
-    """Return named blocks as arrays of one length, float64 or float32, in the order of ``known``."""
+def check_blocks(X: Mapping[str, Any], known: Known, *, log: bool) -> dict[str, Tensor]:
+    """Return named blocks as tensors of one length, float64 or float32, in the order of ``known``."""
     unknown = sorted(map(str, set(X) - set(known)))
     if unknown or not X:
         raise ValueError(f"X must have blocks named {', '.join(known)}; it had {', '.join(map(repr, X)) or 'none'}")
@@ -42,7 +43,7 @@ def check_blocks(X: Mapping[str, Any], known: Blocks, *, log: bool) -> dict[str,
                 f"X['contrasts'] must have one entry per class on axis {axis}, {classes} like X['logits']; "
                 f"it was {arrays['contrasts'].shape}"
             )
-    return arrays
+    return {name: as_tensor(array) for name, array in arrays.items()}
 
 
 def check_squared(name: str, array: Array) -> None:
@@ -79,16 +80,12 @@ def challenging_of(y: ArrayLike | None, count: int) -> tuple[NDArray[np.bool_], 
     return values == classes[1], classes
 
 
-def kinds_of(kinds: ArrayLike | None, challenging: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """Return 0 for clean samples, and 1 and up for kinds of challenge; only one kind if ``kinds`` is None."""
-    if kinds is None:
-        return challenging.astype(np.intp)
-    values = np.asarray(kinds)
+def kinds_of(kinds: ArrayLike | None, challenging: NDArray[np.bool_]) -> list[str]:
+    """Return an empty text for clean samples, and names of kinds of challenge; one kind if ``kinds`` is None."""
+    values = challenging.astype(int) if kinds is None else np.asarray(kinds)
     if values.shape != challenging.shape:
         raise ValueError(f"kinds must have shape {challenging.shape}, like y; it was {values.shape}")
-    codes = np.zeros(len(values), dtype=np.intp)
-    codes[challenging] = 1 + np.unique(values[challenging].astype(str), return_inverse=True)[1]
-    return codes
+    return [f"kind {kind}" if other else "" for kind, other in zip(values.tolist(), challenging, strict=True)]
 
 
 def held_out_of(
@@ -131,8 +128,3 @@ def held_out_of(
         each = order[np.sort(np.unique(groups[order], return_index=True)[1])]
         mask[each[: max(1, min(round(share * sources), sources - 3))]] = True
     return mask
-
-
-def take(blocks: Mapping[str, Tensor], chosen: NDArray[Any]) -> dict[str, Tensor]:
-    """Return the chosen rows of every block."""
-    return {name: values[torch.from_numpy(chosen)] for name, values in blocks.items()}

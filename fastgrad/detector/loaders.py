@@ -1,159 +1,159 @@
-"""The loaders given to `TwoStageModel.fit`: drawn once, and checked before anything is fitted."""
+"""What a user gives a fit: a loader, or all inputs at once; drawn uniformly, in one pass."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
-from sklearn.utils import check_random_state
+import torch
 from torch import Tensor
 
 from fastgrad import checks
-from fastgrad.challenges import PixelRange
-from fastgrad.challenges.tokens import ids_of
-from fastgrad.detector import collect, constants
-from fastgrad.detector.collect import Drawn, Sample
-from fastgrad.detector.estimator import UncertaintyDetector
-from fastgrad.detector.inputs import held_out_of
+from fastgrad._torch import pytree
+from fastgrad.batches import bar, batch_size, bytes_of, carrying, split_batch, take
+from fastgrad.blocks.extraction import Inputs
+
+#: Batches of a loader, or all inputs: a tensor, an array, or a mapping of tensors.
+Given = Iterable[Any]
+#: How many inputs are read together, however many the loader gives: a network rounds by the size of a batch, and what
+#: 1e-7 becomes in a p-value's tail could decide an alarm.
+TOGETHER = 64
 
 
-@dataclass(frozen=True)
-class FitOptions:
-    """Arguments of `TwoStageModel.fit`, and two of the model, of the same names."""
+class Drawn(NamedTuple):
+    """Inputs drawn uniformly from a loader."""
 
-    clean: Iterable[Any]
-    challenges: str | Iterable[Any] | None
-    calibration: Iterable[Any] | None
-    max_samples: int
-    challenges_per_input: int | None
-    risk: bool | None
-    correct: bool | Literal["always"]
-    clip: tuple[float, float] | None
-    mean: Sequence[float] | None
-    std: Sequence[float] | None
-    verbose: bool | None
-    budget: float
-    seed: int
+    batches: list[Inputs]  # on the CPU; those of one batch have one shape
+    tags: list[Any]  # what came with each input: a label, the kind of a challenge, or None
+    keys: list[int]  # a hash of each input; equal inputs have the same
+    seen: int  # how many inputs the loader gave
 
-    def normalisation(self, channels: int) -> list[list[float]] | None:
-        """Return, from ``clip``, ``mean`` and ``std``, the mean and standard deviation that normalised unit images."""
-        if self.clip is None and self.mean is None:
-            return None
-        black, white = (0.0, 1.0) if self.clip is None else self.clip
-        mean, std = ([value] * channels if own is None else own for value, own in ((0.0, self.mean), (1.0, self.std)))
-        return [[float((m - black) / (white - black)) for m in mean], [float(s / (white - black)) for s in std]]
+    @property
+    def images(self) -> list[Tensor]:
+        """The batches if all are floating images ``(B, C, H, W)``, else none."""
+        images = [x for x in self.batches if isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point()]
+        return images if len(images) == len(self.batches) else []
 
 
-def draw_all(options: FitOptions, fraction: float | None) -> tuple[list[Drawn], Drawn | None]:
-    """Read all loaders once and return `Sample.clean` and `Sample.challenges`."""
-    checks.at_least(constants.FEWEST_CLEAN, max_samples=options.max_samples)
-    challenges, each = options.challenges, options.challenges_per_input
-    if isinstance(challenges, str) and challenges != "generate":
-        raise ValueError(f"challenges must be 'generate', None or a loader; it was {challenges!r}")
-    if each is not None:
-        checks.at_least(1, challenges_per_input=each)
-        if not isinstance(challenges, str):
-            raise ValueError(f"challenges_per_input needs challenges='generate'; it was {each} beside others or none")
+def batches_of(name: str, data: Given, dtype: torch.dtype, y: Any = None) -> Given:
+    """Return batches of inputs that were given all at once, with their labels ``y``, or the loader that was given.
 
-    def draw(name: str, loader: Iterable[Any], shift: int) -> Drawn:
-        checks.is_loader(name, loader)
-        return collect.draw(name, loader, options.max_samples, options.seed + shift, verbose=options.verbose)
-
-    least = constants.FEWEST_CLEAN
-    clean = [draw("clean", options.clean, 0)]
-    if len(clean[0]) < least:
-        raise ValueError(
-            f"clean must give at least {least} inputs, with which a false-alarm rate of {1 / (least + 1):.2f} is "
-            f"possible; it gave {len(clean[0])}"
-        )
-    if options.calibration is not None:
-        if fraction is not None:
-            raise ValueError(f"calibration must be None where the detector's calibration_fraction is given, {fraction}")
-        clean.append(draw("calibration", options.calibration, 1))
-        if len(clean[1]) < least:
-            raise ValueError(f"calibration must give at least {least} inputs; it gave {len(clean[1])}")
-    given = None if challenges is None or isinstance(challenges, str) else draw("challenges", challenges, 2)
-    return clean, given
-
-
-def build_sample(
-    drawn: list[Drawn], given: Drawn | None, classes: int, detector: UncertaintyDetector, options: FitOptions
-) -> Sample:
-    """Check what was drawn, and decide what is held out and challenged."""
-    clean, *others = drawn
-    count = len(clean)
-    labels = collect.labels_of("clean", clean, classes)
-    if options.correct and (labels[0] < 0 or not isinstance(options.challenges, str)):
-        raise ValueError(
-            "correct=True needs challenges='generate' and clean (x, labels), from whose challenges it learns; there "
-            f"were {'no labels' if labels[0] < 0 else 'other challenges or none'}"
-        )
-    first: dict[int, int] = {}
-    sources = np.array([first.setdefault(key, len(first)) for one in drawn for key in one.keys])
-    if others:
-        labels = np.concatenate([labels, collect.labels_of("calibration", others[0], classes)])
-        held_out = np.arange(len(labels)) >= count
-    else:
-        random = check_random_state(detector.random_state)
-        held_out = held_out_of(None, np.zeros(count, bool), sources, detector.calibration_fraction, random)
-    labelled = int((labels >= 0).sum())
-    if (options.risk or options.correct) and labelled < constants.FEWEST_LABELLED:
-        what = "risk=True" if options.risk else "correct=True"
-        raise ValueError(f"{what} needs at least {constants.FEWEST_LABELLED} inputs with labels; there were {labelled}")
-    images = clean.images()
-    pixels = _pixels(drawn, options)
-    each = 0
-    if isinstance(options.challenges, str):
-        _require_kind(clean, images)
-        most = max(1, constants.MOST_CHALLENGES // int((~held_out).sum()))
-        each = options.challenges_per_input or min(constants.EACH, most)
-    different, least = len(np.setdiff1d(sources[:count], sources[count:])), constants.FEWEST_CLEAN
-    if different < least:
-        suffix = " that calibration does not give" if others else ""
-        raise ValueError(f"clean must give at least {least} different inputs{suffix}; it gave {different}")
-    normalisation = options.normalisation(images[0].shape[1]) if images else None
-    return Sample(drawn, given, labels, sources, held_out, each, pixels, normalisation)
-
-
-def _pixels(drawn: list[Drawn], options: FitOptions) -> PixelRange | None:
-    """Return black and white of the images, or None if the inputs are not images."""
-    declared = any(value is not None for value in (options.clip, options.mean, options.std))
-    images = drawn[0].images()
-    if not images:
-        if declared:
-            raise ValueError("clip, mean and std need images (B, C, H, W); clean gave other inputs")
-        return None
-    if not all(bool(x.isfinite().all()) for x in images):
-        raise ValueError("clean must give finite images; some held NaN or infinity")
-    if all(bool((x.amax((2, 3)) == x.amin((2, 3))).all()) for x in images):
-        raise ValueError("clean must give images that show something; every one was constant")
-    # A range is not read from images of the calibration loader.
-    ranged = [x for one in (drawn if declared else drawn[:1]) for x in one.images()]
-    pixels = PixelRange.of(ranged, clip=options.clip, mean=options.mean, std=options.std)
-    if isinstance(options.challenges, str):
-        ends = [float(end) for x in ranged for end in pixels.to_unit(x).aminmax()]
-        if (spread := max(ends) - min(ends)) < constants.LEAST_SPREAD:
-            black, white = float(pixels.low.min()), float(pixels.high.max())
-            raise ValueError(
-                f"images must spread over the range from black to white, here [{black:.4g}, {white:.4g}]; they took "
-                f"{spread:.2g} of it: give the clip=(black, white), mean and std of these images"
+    Floating arrays get the network's ``dtype``.
+    """
+    if isinstance(data, np.ndarray):
+        if data.dtype.kind not in "fiub":
+            raise TypeError(f"{name} must be an array of numbers; it was of {data.dtype}")
+        data = torch.from_numpy(data)
+        data = data.to(dtype) if data.is_floating_point() else data
+    if not isinstance(data, (Tensor, Mapping)):
+        if y is not None:
+            raise TypeError(
+                "y must be None beside a loader, whose batches are (x, labels), and challenges are named, "
+                f"challenges=...; it was {type(y).__name__}"
             )
-    return pixels
+        checks.is_loader(name, data)
+        return data
+    count = batch_size(data)
+    labels = None if y is None else np.asarray(y.cpu() if isinstance(y, Tensor) else y)
+    if labels is not None and (labels.ndim == 0 or len(labels) != count):
+        raise ValueError(f"y must have one label for each of {count} inputs; its shape was {labels.shape}")
+    parts = [slice(start, start + TOGETHER) for start in range(0, count, TOGETHER)]
+    return [(take(data, part, count), None if labels is None else labels[part]) for part in parts]
 
 
-def _require_kind(clean: Drawn, images: list[Tensor]) -> None:
-    """Raise ValueError if challenges cannot be generated from inputs of this kind."""
-    if not images and any(ids_of(x) is None for x in clean.batches):
+def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bool | None = False) -> Drawn:
+    """Draw at most ``limit`` inputs of a loader with equal probability, in one pass (reservoir sampling; Vitter, 1985).
+
+    Its batches are ``x``, ``(x, something for each input)``, or mappings with labels among the inputs.
+    """
+    rng = np.random.default_rng(seed)
+    kept: list[tuple[int, str, tuple[bool, ...], Inputs, Any]] = []
+    seen = 0
+    for batch in bar(loader, name, verbose):
+        x, given = split_batch(name, batch)
+        count = batch_size(x)
+        tags, (leaves, structure) = _tags(name, given, count), pytree.tree_flatten(x)
+        carriers = carrying(leaves, count)
+        # Inputs of one kind can share a batch: keys have the same order, rows the same shape, and all else is equal.
+        kind = str([structure, *map(_kind, leaves, carriers)])
+        for i in range(count):
+            place = seen if seen < limit else int(rng.integers(seen + 1))
+            seen += 1
+            if place < limit:
+                row = take(x, slice(i, i + 1), count, carriers)
+                row = pytree.tree_map_only(Tensor, lambda t: t.detach().cpu().clone(), row)
+                kept[place : place + 1] = [(seen, kind, carriers, row, tags[i])]
+    if not kept:
         raise ValueError(
-            "challenges can be generated from images (B, C, H, W) or token ids (B, T) only; give challenges=None "
-            "to fit on clean data alone, or a loader of challenges. Images are tensors of a floating dtype, in no "
-            "mapping; token ids have an integer dtype, and are tensors or the input_ids of mappings"
+            f"{name} must hold at least one batch; it was empty (an iterator can be read once: give a loader or list)"
         )
-    last = next((tuple(x.shape) for x in images if x.shape[3] in (1, 3, 4) and min(x.shape[1:3]) >= 8), None)
-    if last is not None:
+    kinds: dict[str, tuple[tuple[bool, ...], list[Inputs], list[tuple[Any, int]]]] = {}
+    # In the loader's order.
+    for _, kind, carriers, inputs, own in sorted(kept, key=lambda entry: entry[0]):
+        _, rows, others = kinds.setdefault(kind, (carriers, [], []))
+        rows.append(inputs)
+        own_bytes = map(bytes_of, itertools.compress(pytree.tree_leaves(inputs), carriers))
+        others.append((own, hash((kind, *own_bytes))))
+    batches: list[Inputs] = []
+    for carriers, rows, _ in kinds.values():
+        for start in range(0, len(rows), TOGETHER):
+            columns = zip(carriers, *map(pytree.tree_leaves, rows[start : start + TOGETHER]), strict=True)
+            joined = [torch.cat(column) if carries else column[0] for carries, *column in columns]
+            batches.append(pytree.tree_unflatten(joined, pytree.tree_structure(rows[0])))
+    dimensions = sorted({x.dim() for x in batches if isinstance(x, Tensor)})
+    # A network may add a dimension that some inputs lack, but inputs of one number each are labels.
+    if len(dimensions) > 1 and dimensions[0] == 1:
         raise ValueError(
-            f"challenges can be generated from images (B, C, H, W) only; these had their channels last, {last}. "
-            "Move them to dimension 1 (x.movedim(-1, 1)), and back in a module around the network"
+            f"{name} must give inputs of one number of dimensions; they had {dimensions}. Labels stand beside their "
+            "inputs, in a loader or list of pairs: [(x, labels)]"
         )
+    given, keys = map(list, zip(*(pair for _, _, others in kinds.values() for pair in others), strict=True))
+    return Drawn(batches, given, keys, seen)
+
+
+def _tags(name: str, value: Any, count: int) -> list[Any]:
+    if value is None or isinstance(value, Mapping):
+        return [None] * count
+    given = value.tolist() if isinstance(value, (Tensor, np.ndarray)) else value
+    listed = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    if len(listed) != count:
+        raise ValueError(
+            f"{name} must give one label per input, or inputs alone; a batch had {count} inputs and {len(listed)}. A "
+            "batch of one input has a dimension of its own, x[None]"
+        )
+    return listed
+
+
+def _kind(leaf: Any, carries: bool) -> Any:
+    """Return what two inputs must have in common to share a batch."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.dtype, leaf.shape[1:] if carries else (leaf.shape, hash(bytes_of(leaf)))
+
+
+def labels_of(name: str, drawn: Drawn, classes: int) -> Tensor:
+    """Return checked class indices ``(n,)``; all -1 if the loader gave no labels."""
+    given = [value for value in drawn.tags if value is not None]
+    if not given:
+        return torch.full((len(drawn.tags),), -1, dtype=torch.int64, device="cpu")
+    wanted = f"{name} must give (x, labels), labels class indices from 0 to {classes - 1}, or inputs x alone"
+    if len(given) < len(drawn.tags):
+        raise ValueError(f"{wanted}; {len(drawn.tags) - len(given)} of {len(drawn.tags)} inputs had no label")
+    if classes < 2:
+        raise ValueError(
+            f"{name} must give inputs x alone for a network with one output, which has no classes to confuse; "
+            "for two classes return two, torch.cat([torch.zeros_like(z), z], 1)"
+        )
+    try:
+        values = np.asarray(given)
+    except ValueError:  # of several shapes
+        values = np.asarray(given, object)
+    if values.ndim != 1 or values.dtype.kind not in "iu":
+        raise ValueError(f"{wanted}; they were of shape {values.shape[1:]} each and {values.dtype}")
+    if values.min() < 0 or values.max() >= classes:
+        raise ValueError(f"{wanted}; they went from {values.min()} to {values.max()}")
+    if len(np.unique(values)) < 2:
+        raise ValueError(f"{wanted}, of at least two classes; all {len(values)} were {values[0]}")
+    return torch.from_numpy(values.astype(np.int64))

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastgrad import checks
 from fastgrad._torch import original
-from fastgrad.blocks import BLOCKS, Block, Features
+from fastgrad.batches import batch_size
+from fastgrad.blocks import BLOCKS, Block, Penultimate
 from fastgrad.blocks.block import CHALLENGE_CLASSIFIER
 from fastgrad.blocks.extraction import Extraction, Inputs
+from fastgrad.blocks.features import Features
 from fastgrad.blocks.subject import Subject
-from fastgrad.detector import UncertaintyDetector, constants, fitting, loaders, storage
+from fastgrad.detector import UncertaintyDetector, constants, data, fitting, loaders, price, storage
 from fastgrad.detector.calibrate import DetectorModule
-from fastgrad.detector.report import Gain, Report
+from fastgrad.detector.report import Report
 from fastgrad.detector.risk import NoisyOr, Risk, doubt, tempered
 from fastgrad.evaluation import buffers_kept, device_of, refuse_scripted
 from fastgrad.introspection.correction import Correction, mixed
 from fastgrad.prediction import Prediction
 from fastgrad.scores.temperature import Temperature
+
+#: The modules that a fit makes, of which some may be None.
+MODULES = ("detector", "correction", "gate", "temperature", "risk")
 
 
 class Explanation(NamedTuple):
@@ -59,9 +65,8 @@ class TwoStageModel(nn.Module):
             ``.logits``, or the first item of a tuple.
         detector: An `UncertaintyDetector` whose parameters are used; it is not changed. One that is already fitted on
             named blocks needs no `fit`. None for the default one.
-        budget: Cost limit of an answer, in forward passes of this network as measured by `fit`. The forward pass that
-            gives the logits is the first. ``math.inf`` for no limit.
-        blocks: Names or instances of the blocks, without a cost limit; None for the preset of the budget.
+        blocks: Names or instances of the blocks; None for those of `fastgrad.blocks.DEFAULT_BLOCKS` that the network
+            can serve. `price` measures what they cost.
         seed: Seed of all random numbers; a given detector keeps its own ``random_state``.
 
     Attributes:
@@ -74,8 +79,7 @@ class TwoStageModel(nn.Module):
         extraction_: The `Extraction` that reads the blocks.
 
     Raises:
-        TypeError, ValueError: An argument is not as described, two blocks have the same name, or the budget is below 1,
-            the network's own forward pass.
+        TypeError, ValueError: An argument is not as described, or two blocks have the same name.
     """
 
     #: The network runs in evaluation mode, whatever the modes of its modules are.
@@ -86,21 +90,26 @@ class TwoStageModel(nn.Module):
         model: nn.Module,
         *,
         detector: UncertaintyDetector | None = None,
-        budget: float = 1.2,
         blocks: Sequence[str | Block] | None = None,
         seed: int = 0,
+        **unknown: object,
     ) -> None:
         super().__init__()
+        if "budget" in unknown:
+            raise TypeError(
+                "budget must not be given: name the blocks instead, blocks=[...], and measure their cost after the fit "
+                f"with price(x); it was {unknown['budget']!r}"
+            )
+        if unknown:
+            raise TypeError(f"TwoStageModel takes model, detector, blocks and seed; it was given {sorted(unknown)}")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; it was {type(model).__name__}")
         refuse_scripted(model)
         if detector is not None and not isinstance(detector, UncertaintyDetector):
             raise TypeError(f"detector must be an UncertaintyDetector or None; it was {type(detector).__name__}")
-        if isinstance(budget, bool) or not isinstance(budget, (int, float, np.integer, np.floating)) or not budget >= 1:
-            raise ValueError(f"budget must be at least 1, the forward pass that gives the logits; it was {budget!r}")
         checks.is_seed(seed)
         self.model, self.detector = model, detector
-        self.budget, self.seed = float(budget), int(seed)
+        self.seed = int(seed)
         self.blocks = None if blocks is None else tuple(named_blocks(blocks))
         self.extraction_: Extraction | None = None
         self.detector_: DetectorModule | None = None
@@ -109,7 +118,6 @@ class TwoStageModel(nn.Module):
         self.temperature_: Temperature | None = None
         self.risk_: Risk | None = None
         self.report_: Report | None = None
-        self._gains: Callable[[], dict[str, Gain]] | None = None
         # A fitted argument is copied, so that this module and the user's do not share state.
         if detector is not None and hasattr(detector, "module_"):
             known: dict[str, Block] = {block.name: block for block in self.blocks or ()}
@@ -122,14 +130,25 @@ class TwoStageModel(nn.Module):
         """The device of the network's parameters."""
         return device_of(self.model)
 
+    @property
+    def false_alarm_rate(self) -> float:
+        """Share of clean inputs that `Prediction.flagged` may call unusual; can be set, and is stored."""
+        return float(self._fitted()[0].options["false_alarm_rate"])
+
+    @false_alarm_rate.setter
+    def false_alarm_rate(self, rate: float) -> None:
+        checks.lies_in("(0, 1)", false_alarm_rate=rate)
+        self._fitted()[0].options["false_alarm_rate"] = float(rate)
+
     def forward(self, x: Inputs) -> Prediction:
         """Predict a batch ``(B, ...)`` of what the network takes, or a mapping of its keyword arguments.
 
         Returns:
-            The `Prediction`: logits and probabilities ``(B, N)``, uncertainty and risk ``(B,)``.
+            The `Prediction`: logits and probabilities ``(B, N)``, uncertainty, risk and flagged ``(B,)``.
 
         Raises:
             RuntimeError: Before `fit`.
+            ValueError: The network fails on inputs of another number of dimensions or dtype than those of `fit`.
         """
         return self._predict(x)[0]
 
@@ -150,17 +169,22 @@ class TwoStageModel(nn.Module):
 
     def _predict(self, x: Inputs) -> tuple[Prediction, Tensor, Tensor, Tensor]:
         """Return prediction, 1 - its largest probability ``(B,)``, evidence ``(B, S)``, log p of kinds ``(B, C)``."""
-        detector, extraction = self._fitted()
-        logits, blocks = extraction(x)
+        return self._answer(*self._fitted()[1](x))
+
+    def _answer(self, logits: Tensor, blocks: dict[str, Tensor]) -> tuple[Prediction, Tensor, Tensor, Tensor]:
+        detector, _ = self._fitted()
         with torch.no_grad():
             uncertainty, evidence, kinds = detector.explain(blocks)
             calibrated = tempered(logits, self.temperature_)
             log_p = calibrated.log_softmax(-1)
             if self.correction_ is not None and self.gate_ is not None:
-                log_p = mixed(log_p, self.correction_(blocks[Features.name], calibrated), self.gate_.log_odds(evidence))
+                log_p = mixed(
+                    log_p, self.correction_(blocks[Penultimate.name], calibrated), self.gate_.log_odds(evidence)
+                )
             doubts = doubt(log_p)
             risk = None if self.risk_ is None else self.risk_(doubts, evidence, kinds).to(log_p.dtype)
-            prediction = Prediction(logits, log_p.exp(), uncertainty.to(log_p.dtype), risk)
+            flagged = uncertainty > -math.log(self.false_alarm_rate)
+            prediction = Prediction(logits, log_p.exp(), uncertainty.to(log_p.dtype), risk, flagged)
         return prediction, doubts, evidence, kinds
 
     @property
@@ -176,10 +200,11 @@ class TwoStageModel(nn.Module):
     @torch.inference_mode(False)
     def fit(
         self,
-        clean: Iterable[Any],
-        challenges: str | Iterable[Any] | None = "generate",
-        calibration: Iterable[Any] | None = None,
+        clean: loaders.Given,
+        y: Any = None,
         *,
+        challenges: str | loaders.Given | None = "generate",
+        calibration: loaders.Given | None = None,
         max_samples: int = constants.MOST_CLEAN,
         challenges_per_input: int | None = None,
         risk: bool | None = None,
@@ -192,15 +217,18 @@ class TwoStageModel(nn.Module):
         """Fit the detector on clean inputs and challenges; with labels also the probabilities and the risk.
 
         Args:
-            clean: Batches of clean inputs, ``x`` or ``(x, labels)``, or mappings with the key ``"labels"``; read once.
-                Prefer data that the network was not trained on: it is more certain of its training data. Equal inputs
-                are one source: each fit uses all of them or none.
+            clean: Clean inputs: a tensor or array ``(n, ...)``, a mapping of tensors, or a loader of batches, ``x`` or
+                ``(x, labels)``, or mappings with the key ``"labels"``; read once. Floating arrays get the network's
+                dtype. Prefer data that the network was not trained on: it is more certain of its training data. Equal
+                inputs are one source: each fit uses all of them or none. Half of the images are shifted by up to one
+                grey level (`fastgrad.detector.grey_levels`).
+            y: Labels ``(n,)`` of inputs that are no loader; None for none.
             challenges: ``"generate"`` makes them from the clean inputs (`fastgrad.challenges`): images
                 ``(B, C, H, W)``, or token ids ``(B, T)`` of an integer dtype, alone or as ``input_ids``. Images get no
                 attacks if no gradient of the logits reaches them (``torch.no_grad`` or integers inside). None fits on
-                clean data alone. Otherwise, give batches of your own challenging inputs, ``x`` or ``(x, kinds)``. Only
+                clean data alone. Otherwise, give your own challenging inputs, or batches of them with kinds. Only
                 generated challenges, which have labels, let unusual inputs raise the risk.
-            calibration: Clean batches on which nothing is fitted: false-alarm rates are then exact. None holds out a
+            calibration: Clean inputs on which nothing is fitted: false-alarm rates are then exact. None holds out a
                 fifth of ``clean`` from 1,000 inputs on; below, it cross-validates (`fastgrad.detector.calibrate`).
             max_samples: Largest number of inputs used from each loader, drawn uniformly.
             challenges_per_input: How many challenges are generated from one clean input. None means three, or fewer if
@@ -226,47 +254,89 @@ class TwoStageModel(nn.Module):
                 logits. The network or a block mixes samples of a batch.
                 All of it is checked before the first challenge is read.
         """
-        checks.is_bool(**{name: v for name, v in (("risk", risk), ("verbose", verbose)) if v is not None})
-        if not isinstance(correct, bool) and correct != "always":
-            raise TypeError(f"correct must be True, False or 'always'; it was {correct!r}")
-        options = loaders.FitOptions(
-            clean, challenges, calibration, max_samples, challenges_per_input, risk, correct, clip, mean, std, verbose,
-            budget=self.budget, seed=self.seed,
-        )  # fmt: skip
         with buffers_kept(self.model):
-            parts = fitting.fit(self.model, self.detector, self.blocks, options, self._with)
-        self._take(parts)
-        return self
+            parts = fitting.fit(
+                self.model, self.detector, self.blocks, self.seed, clean=clean, y=y, challenges=challenges,
+                calibration=calibration, max_samples=max_samples, challenges_per_input=challenges_per_input, clip=clip,
+                mean=mean, std=std, verbose=verbose, **_labelled(risk, correct),
+            )  # fmt: skip
+        return self._take(parts)
 
-    def _take(self, parts: fitting.Parts) -> None:
-        for name in fitting.FITTED:
-            setattr(self, f"{name}_", getattr(parts, name))
-        self.extraction_, self.report_, self._gains = parts.extraction, parts.report, parts.gains
+    @torch.inference_mode(False)
+    def fit_features(
+        self, features: Features, *, risk: bool | None = None, correct: bool | Literal["always"] = False
+    ) -> TwoStageModel:
+        """Fit on features that were read before, by `read_features` or from a cache; the network does not run.
 
-    def _with(self, parts: fitting.Parts) -> TwoStageModel:
-        """Return a model of the same network with other parts."""
-        result = copy.copy(self)
-        result._modules = dict(self._modules)
-        result._take(parts)
-        return result
-
-    def report(self, *, gains: bool = False) -> Report:
-        """Return the summary of the last fit; it prints as text.
-
-        ``gains`` measures what each block adds to the AUROC on kinds of challenge left out of training.
+        Args:
+            features: `Features` of clean inputs and of challenges, if any, with the blocks that this model names, or
+                with any if it names none.
+            risk: As for `fit`.
+            correct: As for `fit`; the features need the block ``"features"``.
 
         Raises:
-            RuntimeError: Before `fit`, or ``gains`` that were not measured before the model was copied or saved.
-            ValueError: ``gains`` without challenges of two families.
+            TypeError, ValueError: Blocks are missing or malformed, or there are too few inputs or labels.
         """
-        checks.is_bool(gains=gains)
+        checks.is_a(Features, features=features)
+        blocks = [BLOCKS[name]() for name in features.blocks] if self.blocks is None else self.blocks
+        how = _labelled(risk, correct)
+        data.require_labels(features.labels, **how, generate=bool(features.challenging.any()))
+        return self._take(fitting.fit_features(self.model, self.detector, blocks, features, self.seed, **how))
+
+    @torch.inference_mode(False)
+    def read_features(self, clean: loaders.Given, y: Any = None, **given: Any) -> Features:
+        """Return the `Features` that `fit` would be fitted on, with its arguments and errors but for labels' uses."""
+        with buffers_kept(self.model):
+            return fitting.read(self.model, self.detector, self.blocks, self.seed, clean=clean, y=y, **given)
+
+    def predict_features(self, features: Features) -> Prediction:
+        """Return the `Prediction` for features that were read before; the network does not run.
+
+        Raises:
+            RuntimeError: Before `fit`.
+            ValueError: A block is missing.
+        """
+        checks.is_a(Features, features=features)
+        _, extraction = self._fitted()
+        own = features.only(block.name for block in extraction.blocks)
+        moved = {name: value.to(self.device) for name, value in own.blocks.items()}
+        return self._answer(own.logits.to(self.device), moved)[0]
+
+    def _take(self, parts: fitting.Parts) -> TwoStageModel:
+        for name, part in parts._asdict().items():
+            setattr(self, f"{name}_", part)
+        if (parts.report.correction or "").startswith("not kept"):
+            warnings.warn(
+                "correct=True: no correction certainly answers better, so the network answers alone: "
+                f"{parts.report.correction}",
+                stacklevel=4,  # whoever calls `fit`
+            )
+        return self
+
+    def report(self) -> Report:
+        """Return the summary of the last fit; it prints as text.
+
+        Raises:
+            RuntimeError: Before `fit`.
+        """
         if self.report_ is None:
             raise RuntimeError("a report needs a fit: call fit(clean)")
-        if gains and self.report_.gains is None:
-            if self._gains is None:
-                raise RuntimeError("gains need the features of the fit, which are not stored: call fit(clean)")
-            self.report_ = replace(self.report_, gains=self._gains())
         return self.report_
+
+    def price(self, x: Inputs, *, rounds: int = price.ROUNDS) -> price.Price:
+        """Measure what an answer to the batch ``x`` costs, in forward passes of the plain network; return the `Price`.
+
+        Answer and network take turns, so many ``rounds``, on the network's device. The model stays as it is.
+
+        Raises:
+            RuntimeError: Before `fit`.
+            ValueError: ``rounds`` is below 3, or ``x`` holds no input.
+        """
+        checks.at_least(3, rounds=rounds)
+        self._fitted()
+        if not batch_size(x):
+            raise ValueError("x must hold at least one input; it held none")
+        return price.measure(self.model, self, x, rounds)
 
     def threshold(self, false_alarm_rate: float | None = None) -> float:
         """Return the uncertainty that a share ``false_alarm_rate`` of clean inputs exceeds; default: the detector's.
@@ -295,13 +365,12 @@ class TwoStageModel(nn.Module):
         extra = {
             "network": storage.fingerprint(self.model),
             "log": extraction.log,
-            "budget": self.budget,
             "seed": self.seed,
             "blocks": [{"name": block.name, "options": block.options()} for block in extraction.blocks],
             "subject": None if extraction.known is None else asdict(extraction.known),
             "report": None if self.report_ is None else asdict(self.report_),
         }
-        modules = {name: module for name in fitting.FITTED if (module := getattr(self, f"{name}_")) is not None}
+        modules = {name: module for name in MODULES if (module := getattr(self, f"{name}_")) is not None}
         return storage.save(path, modules, extra)
 
     @classmethod
@@ -319,19 +388,31 @@ class TwoStageModel(nn.Module):
         checks.is_path(path=path)
         result = cls(model)
         modules, extra = storage.load(path)
-        if storage.fingerprint(model) != extra["network"]:
+        foreign = f"path must be a file written by TwoStageModel.save; {str(path)!r} is not one"
+        try:
+            fingerprint, result.seed, log = extra["network"], int(extra["seed"]), bool(extra["log"])
+            entries = {str(entry["name"]): dict(entry["options"]) for entry in extra["blocks"]}
+            subject = None if extra["subject"] is None else Subject.from_json(extra["subject"])
+            result.report_ = None if extra["report"] is None else Report.from_json(extra["report"])
+            str(result.report_)
+            parts = [modules.pop(name, None) for name in MODULES]
+        except storage.ALTERED as error:
+            raise ValueError(foreign) from error
+        kinds = (DetectorModule, Correction, NoisyOr, Temperature, Risk)
+        wrong = [part for part, kind in zip(parts, kinds, strict=True) if not isinstance(part, (kind, type(None)))]
+        if wrong or modules or parts[0] is None:
+            raise ValueError(foreign)
+        if storage.fingerprint(model) != fingerprint:
             raise ValueError(f"model must be the network that {str(path)!r} was saved with; its parameters differ")
-        unknown = [entry["name"] for entry in extra["blocks"] if entry["name"] not in BLOCKS]
-        if unknown:
+        if unknown := [name for name in entries if name not in BLOCKS]:
             raise ValueError(f"blocks of {str(path)!r} must be registered (register_block); unknown: {unknown}")
-        result.budget, result.seed = extra["budget"], extra["seed"]
-        known = extra["subject"]
-        blocks = [BLOCKS[entry["name"]](**entry["options"]) for entry in extra["blocks"]]
-        subject = None if known is None else Subject.from_json(known)
-        result.extraction_ = Extraction(model, blocks, log=extra["log"], known=subject)
-        result.report_ = None if extra["report"] is None else Report.from_json(extra["report"])
-        for name, module in modules.items():
-            setattr(result, f"{name}_", module.eval().to(result.device))
+        try:
+            blocks = [BLOCKS[name](**options) for name, options in entries.items()]
+        except TypeError as error:
+            raise ValueError(foreign) from error
+        result.extraction_ = Extraction(model, blocks, log=log, known=subject)
+        for name, part in zip(MODULES, parts, strict=True):
+            setattr(result, f"{name}_", None if part is None else part.eval().to(result.device))
         return result
 
     def _fitted(self) -> tuple[DetectorModule, Extraction]:
@@ -341,9 +422,14 @@ class TwoStageModel(nn.Module):
             raise RuntimeError("model must be the network that TwoStageModel was fitted with: call fit(clean) again")
         return self.detector_, self.extraction_
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the features of the fit, which only gains need."""
-        return {**super().__getstate__(), "_gains": None}  # type: ignore[no-untyped-call]
+
+def _labelled(risk: bool | None, correct: object) -> dict[str, Any]:
+    """Return the arguments of a fit that need labels, checked."""
+    if risk is not None:
+        checks.is_bool(risk=risk)
+    if not isinstance(correct, bool) and correct != "always":
+        raise TypeError(f"correct must be True, False or 'always'; it was {correct!r}")
+    return {"risk": risk, "correct": correct}
 
 
 def named_blocks(blocks: Sequence[str | Block]) -> list[Block]:

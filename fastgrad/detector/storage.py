@@ -22,7 +22,9 @@ from fastgrad.atomic import written_beside
 from fastgrad.batches import bytes_of
 from fastgrad.scores.fitted import Fitted, rebuild
 
-FORMAT = 1
+FORMAT = 2
+#: What reading a description raises if someone has altered it and written the digest anew.
+ALTERED = (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError)
 _KEY = "fastgrad"
 _EMPTY = "0" * 64
 
@@ -56,13 +58,16 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Fitted], dict[str, Any
     from safetensors import SafetensorError
     from safetensors.torch import load as deserialise
 
-    data = Path(path).read_bytes()
     foreign = f"path must be a file written by TwoStageModel.save; {str(path)!r} is not one"
+    if Path(path).exists() and not Path(path).is_file():
+        # A pipe would never end.
+        raise ValueError(foreign)
+    data = Path(path).read_bytes()
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         content = json.loads(header["__metadata__"][_KEY])
         digest, number = content["digest"].encode(), content["format"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except ALTERED as error:
         raise ValueError(foreign) from error
     original = data.replace(digest, _EMPTY.encode(), 1)
     if hashlib.sha256(original).hexdigest().encode() != digest:
@@ -72,9 +77,9 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Fitted], dict[str, Any
     try:
         tensors: dict[str, Tensor] = deserialise(data)
         modules = {name: rebuild(spec, tensors, f"{name}.") for name, spec in content["modules"].items()}
-    except (SafetensorError, KeyError) as error:
+        extra = dict(content["extra"])
+    except (SafetensorError, *ALTERED) as error:
         raise ValueError(foreign) from error
-    extra: dict[str, Any] = content["extra"]
     return modules, extra
 
 

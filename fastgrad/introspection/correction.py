@@ -15,16 +15,15 @@ the network's own answers instead of training a second network on the same input
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from fastgrad.blocks.features import Features
+from fastgrad.blocks.last_layer import Penultimate
 from fastgrad.metrics.interval import Interval
 from fastgrad.scores.fitted import Fitted
 from fastgrad.scores.softmax_regression import equal_shares, fit_softmax
@@ -44,18 +43,6 @@ class Correction(Fitted):
         return logits + h.to(logits.dtype) @ self.weight.to(logits.dtype) + self.bias.to(logits.dtype)
 
 
-@dataclass(frozen=True)
-class Labelled:
-    """Clean inputs and challenges with labels, n in all."""
-
-    h: Tensor  # (n, D)
-    logits: Tensor  # (n, N), calibrated
-    odds: Tensor  # (n,), log odds of a challenge, from evidence of fits without the input and its source
-    labels: Tensor  # (n,)
-    challenging: Tensor  # (n,), bool
-    sources: NDArray[np.intp]  # (n,); a challenge has that of its clean input
-
-
 class Choice(NamedTuple):
     """The correction that was chosen, None if it is none, and what it does.
 
@@ -73,27 +60,26 @@ def mixed(log_p: Tensor, corrected: Tensor, odds: Tensor) -> Tensor:
     return torch.logaddexp(log_p + logsigmoid(-odds), corrected.log_softmax(-1) + logsigmoid(odds))
 
 
-def choose(data: Labelled, seed: int, *, always: bool = False, draft: bool = False) -> Choice:
-    """Fit every candidate by folds, and the best once more on all inputs; warn if it is none.
+def choose(features: Features, logits: Tensor, odds: Tensor, seed: int, *, always: bool = False) -> Choice:
+    """Fit every candidate by folds, and the best once more on all inputs.
 
-    ``always`` keeps the best correction even if no correction is better. A ``draft`` is zero and has the same price.
+    ``features`` hold h and labels of n clean inputs and challenges, ``logits`` ``(n, N)`` are calibrated, ``odds``
+    ``(n,)`` the log odds of a challenge, from evidence of fits without the input and its source. ``always`` keeps the
+    best correction even if no correction is better.
     """
-    network = data.logits.double().log_softmax(1)
-    if draft:
-        nothing = network.new_zeros(data.h.shape[1] + 1, network.shape[1])
-        return Choice(Correction(weight=nothing[:-1], bias=nothing[-1]), network, "")
-    mean, scale = data.h.mean(0), data.h.std(0)
+    network, labels, challenging = logits.double().log_softmax(1), features.labels, features.challenging
+    h = features.blocks[Penultimate.name]
+    mean, scale = h.mean(0), h.std(0)
     scale = torch.where(scale > 0, scale, 1.0)
-    rows = (data.h - mean) / scale
-    source = np.unique(data.sources, return_inverse=True)[1]
+    rows, source = (h - mean) / scale, features.groups.numpy()
     fold = torch.from_numpy(np.random.default_rng(seed).permutation(source.max() + 1)[source] % FOLDS)
 
     def fit(chosen: Tensor, penalty: float, start: Tensor | None = None) -> Tensor:
-        given = rows[chosen], data.labels[chosen], equal_shares(data.challenging[chosen]), data.logits[chosen]
+        given = rows[chosen], labels[chosen], equal_shares(challenging[chosen]), logits[chosen]
         return fit_softmax(*given, penalty, steps=STEPS, start=start)
 
     fitted: list[Tensor | None] = [None] * FOLDS
-    shares = equal_shares(data.challenging)
+    shares = equal_shares(challenging)
     best: tuple[Interval, float, Tensor] | None = None
     for penalty in PENALTIES:
         log_p = network.clone()
@@ -101,17 +87,17 @@ def choose(data: Labelled, seed: int, *, always: bool = False, draft: bool = Fal
             other = fold == number
             fitted[number] = values = fit(~other, penalty, fitted[number])
             correction = Correction(weight=values[:-1], bias=values[-1])
-            log_p[other] = mixed(network[other], correction(rows[other], data.logits[other].double()), data.odds[other])
-        gains = (log_p - network).gather(1, data.labels.unsqueeze(1)).squeeze(1)
+            log_p[other] = mixed(network[other], correction(rows[other], logits[other].double()), odds[other])
+        gains = (log_p - network).gather(1, labels.unsqueeze(1)).squeeze(1)
         gain = Interval.of((gains * len(gains) * shares).numpy(), source)
         if best is not None and gain.mean <= best[0].mean:
             break
         best = gain, penalty, log_p
     assert best is not None
     gain, penalty, log_p = best
-    right, alone = (v.argmax(1).eq(data.labels).double().numpy() for v in (log_p, network))
+    right, alone = (v.argmax(1).eq(labels).double().numpy() for v in (log_p, network))
     better, words = gain.mean > gain.half, []
-    for name, own in (("clean inputs", ~data.challenging.numpy()), ("challenges", data.challenging.numpy())):
+    for name, own in (("clean inputs", ~challenging.numpy()), ("challenges", challenging.numpy())):
         change = Interval.of((right - alone)[own], source[own])
         better &= change.mean >= -change.half
         words.append(
@@ -120,10 +106,6 @@ def choose(data: Labelled, seed: int, *, always: bool = False, draft: bool = Fal
         )
     accuracy = "; ".join(words)
     if not better and not always:
-        warnings.warn(
-            f"correct=True: no correction certainly answers better, so the network answers alone: {accuracy}",
-            stacklevel=5,  # whoever calls `TwoStageModel.fit`
-        )
         return Choice(None, network, f"not kept: {accuracy}")
     said = "kept" if better else "kept as asked, but not certainly better"
     values = fit(fold >= 0, penalty)

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fastgrad import checks
@@ -25,7 +24,7 @@ class GaussianMixture(Fitted):
     constants: Tensor
 
     @classmethod
-    def fit(cls, rows: NDArray[np.float64], components: int) -> GaussianMixture:
+    def fit(cls, rows: Tensor, components: int) -> GaussianMixture:
         """Fit on ``rows`` ``(n, d)`` of unit variance; a hundredth is added to every variance."""
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.mixture import GaussianMixture as Mixture
@@ -33,7 +32,7 @@ class GaussianMixture(Fitted):
         mixture = Mixture(components, reg_covar=1e-2, random_state=0, max_iter=200, tol=1e-3)
         # Raised for equal rows, or if more iterations would help; the result is a density in any case.
         with checks.without_warnings(ConvergenceWarning):
-            mixture.fit(rows)
+            mixture.fit(rows.numpy())
         factors = as_buffer(mixture.precisions_cholesky_)
         log_determinant = torch.diagonal(factors, dim1=1, dim2=2).log().sum(1)
         constants = as_buffer(np.log(mixture.weights_)) + log_determinant - 0.5 * rows.shape[1] * math.log(2 * math.pi)

@@ -43,7 +43,7 @@ class ScoreRows(Fitted):
     @classmethod
     def fit(
         cls,
-        blocks: Mapping[str, Array],
+        blocks: Mapping[str, Tensor],
         block: str,
         *,
         norms: bool = False,
@@ -65,7 +65,7 @@ class ScoreRows(Fitted):
             clip=clip,
             extra_columns=extra_columns,
         )
-        flat = rows.flat({name: as_tensor(array) for name, array in blocks.items()})
+        flat = rows.flat(blocks)
         mean, scale = torch.zeros_like(flat[0]), torch.ones_like(flat[0])
         # Of squared norms, the logarithm turns the relative error into an absolute one; storing it rounds once more.
         size = flat.abs().mean(0)
@@ -114,11 +114,6 @@ class ScoreRows(Fitted):
         rows = (flat - self.mean) / self.scale
         clip = self.options["clip"]
         return rows if clip is None else clipped(rows, clip)
-
-    def of(self, blocks: Mapping[str, Array]) -> Array:
-        """Return the rows of blocks that are arrays."""
-        result: Array = self({name: as_tensor(array) for name, array in blocks.items()}).numpy()
-        return result
 
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """Return rows ``(B, d)``, ``(B, e)``, or ``(B, e + c)`` with c columns beside the projection, float64."""

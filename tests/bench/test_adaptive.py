@@ -29,7 +29,7 @@ def model(request: pytest.FixtureRequest) -> TwoStageModel:
     net[-1].weight.data.mul_(20)
     loader = [(images(40, seed),) for seed in (2, 3)]
     # Named: a network so small is above any limit.
-    return TwoStageModel(net, blocks=FORMS[request.param]).fit(loader, None)
+    return TwoStageModel(net, blocks=FORMS[request.param]).fit(loader, challenges=None)
 
 
 def test_the_white_box_is_the_detector_with_derivatives(model: TwoStageModel) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -16,11 +15,10 @@ pytest.importorskip("pytorch_ood")
 from bench.detection import methods_ours, methods_outputs, registry  # noqa: F401
 from bench.detection.architectures import residual_network
 from bench.detection.data import news
-from bench.detection.methods_ours import AllNorms, NormalisationNorms, answer, blocks_of, fitted
+from bench.detection.methods_ours import MADE, AllNorms, NormalisationNorms, answer, blocks_of, fitted, read_for
 from bench.detection.subject import CASES, SMALL, TEXTS, Fit, Options, Shown, Subject
 from fastgrad import TwoStageModel
-from fastgrad.detector import collect
-from fastgrad.detector.price import DEFAULT_BLOCKS
+from fastgrad.blocks import DEFAULT_BLOCKS
 
 
 @pytest.fixture
@@ -43,7 +41,7 @@ def test_a_fit_on_kept_blocks_is_the_users(subject: Subject) -> None:
     fit = Fit(subject)
     kept = fitted(fit, DEFAULT_BLOCKS, None)
     direct = TwoStageModel(subject.model, blocks=DEFAULT_BLOCKS, seed=0)
-    direct.fit(fit.loader(*subject.parts["fit"]), None)
+    direct.fit(fit.loader(*subject.parts["fit"]), challenges=None)
     seen = subject.seen("darker")
     expected, found = direct(seen.images), answer(kept, seen)
     torch.testing.assert_close(found.uncertainty, expected.uncertainty, rtol=1e-5, atol=1e-6)
@@ -54,16 +52,17 @@ def test_a_fit_on_kept_blocks_is_the_users(subject: Subject) -> None:
 
 
 def test_challenges_and_their_blocks_are_those_of_a_users_fit(subject: Subject) -> None:
-    fit, read, direct = Fit(subject), collect.read, []
-    fitted(fit, DEFAULT_BLOCKS)
-    with mock.patch.object(collect, "read", lambda *given: direct.append(read(*given)) or direct[0]):
-        TwoStageModel(subject.model, blocks=DEFAULT_BLOCKS, seed=0).fit(fit.loader(*subject.parts["fit"]))
-    kept = subject.kept("inputs/generated/fit", dict)
-    found = blocks_of(subject, "generated/fit", torch.from_numpy(kept["inputs"]), DEFAULT_BLOCKS)
-    assert kept["kinds"].tolist() == direct[0].kinds.tolist()
-    assert kept["groups"].tolist() == direct[0].groups.tolist()
-    for name, value in direct[0].blocks.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+    fit = Fit(subject)
+    blocks = [MADE[name]() for name in DEFAULT_BLOCKS]
+    kept = read_for(fit, blocks, "generate").only(DEFAULT_BLOCKS)
+    with torch.enable_grad():
+        direct = TwoStageModel(subject.model, blocks=blocks).read_features(fit.loader(*subject.parts["fit"]))
+    assert kept.kinds == direct.kinds
+    assert "noise" in kept.kinds
+    for name in ("sources", "labels", "held_out"):
+        assert torch.equal(getattr(kept, name), getattr(direct, name))
+    for name, value in direct.blocks.items():
+        torch.testing.assert_close(kept.blocks[name], value, rtol=1e-4, atol=1e-4)
 
 
 def test_norms_of_normalisation_layers_are_those_of_vectors(subject: Subject) -> None:

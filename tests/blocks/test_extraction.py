@@ -11,7 +11,7 @@ from small_nets import Net
 from torch import nn
 
 import fastgrad
-from fastgrad.blocks import Activations, Contrasts, Features, Gradients
+from fastgrad.blocks import Activations, Contrasts, Gradients, Penultimate
 from fastgrad.blocks.extraction import Extraction
 from fastgrad.blocks.subject import watch
 
@@ -45,7 +45,7 @@ def test_the_layer_that_returned_the_logits(case: str) -> None:
 
 def test_blocks_hold_what_they_say() -> None:
     network, x = small_network().eval(), images(4)
-    logits, blocks = Extraction(network, [Gradients(), Features()], log=False)(x)
+    logits, blocks = Extraction(network, [Gradients(), Penultimate()], log=False)(x)
     torch.testing.assert_close(blocks["features"], network[:-1](x).detach())
     torch.testing.assert_close(logits, network(x).detach())
     ones = fastgrad.target_sqnorm(blocks["features"], logits, "ones", loss="bce", bias=False)
@@ -57,15 +57,15 @@ def test_h_where_the_network_runs_more_than_once() -> None:
     torch.manual_seed(0)
     net = Net(unmappable, inner=nn.Linear(6, 6), head=nn.Linear(6, 3)).double().eval()
     x = torch.randn(7, 6, dtype=torch.float64)
-    expected = Extraction(net, [Features()])(x)[1]["features"]
-    _, blocks = Extraction(net, [Features(), Gradients()])(x)
+    expected = Extraction(net, [Penultimate()])(x)[1]["features"]
+    _, blocks = Extraction(net, [Penultimate(), Gradients()])(x)
     torch.testing.assert_close(blocks["features"], expected, rtol=1e-13, atol=1e-13)
 
 
 def test_a_compiled_network_has_the_same_blocks() -> None:
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).eval(), torch.randn(5, 6)
-    for blocks in ([Gradients(), Features()], [Activations(), Contrasts()]):
+    for blocks in ([Gradients(), Penultimate()], [Activations(), Contrasts()]):
         logits, values = Extraction(net, blocks)(x)
         found, same = Extraction(torch.compile(net, backend="eager"), blocks)(x)
         assert torch.equal(found, logits)

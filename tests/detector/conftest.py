@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-import math
-
 import pytest
 from small_images import images, small_network
 
 from fastgrad import TwoStageModel
+from fastgrad.blocks import DEFAULT_BLOCKS
 
 
 @pytest.fixture(scope="session")
@@ -14,4 +13,4 @@ def fitted() -> TwoStageModel:
     x = images(200)
     labels = (x[:, 0].mean((1, 2)) > 0.5).long() + 2 * (x[:, 1].mean((1, 2)) > 0.5).long()
     pairs = list(zip(x.split(50), labels.split(50), strict=True))
-    return TwoStageModel(small_network(), budget=math.inf).fit(pairs, correct=True, verbose=False)
+    return TwoStageModel(small_network(), blocks=[*DEFAULT_BLOCKS, "view"]).fit(pairs, correct=True, verbose=False)

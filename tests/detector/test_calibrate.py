@@ -10,10 +10,9 @@ import torch
 from scipy.stats import betabinom
 
 from fastgrad import TwoStageModel, UncertaintyDetector
-from fastgrad.blocks import BLOCKS
-from fastgrad.detector import estimator
-from fastgrad.detector.calibrate import DetectorModule, Table, assign_folds, values_of
-from fastgrad.detector.report import gains
+from fastgrad.blocks import BLOCKS, Features
+from fastgrad.detector.calibrate import DetectorModule, assign_folds, fit_scores, values_of
+from fastgrad.detector.inputs import held_out_of
 
 LOGITS = np.random.default_rng(1).normal(size=(8, 5))
 WIDE = np.random.default_rng(2).normal(size=(8, 40))
@@ -39,6 +38,14 @@ def fitted(rng: np.random.Generator, count: int, **options: object) -> Uncertain
     return UncertaintyDetector(log=False, **options).fit(X, (kinds > 0).astype(int), kinds=kinds, groups=groups)
 
 
+def of(groups: np.ndarray, kinds: np.ndarray, held_out: np.ndarray | None = None) -> Features:
+    """Features of these sources and kinds, 0 for clean, without a block."""
+    return Features.of(
+        torch.empty(len(groups), 0), {}, kinds=["" if kind == 0 else str(kind) for kind in kinds],
+        sources=torch.from_numpy(groups), held_out=None if held_out is None else torch.from_numpy(held_out),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("count", [4, 7, 50])
 def test_a_source_is_in_one_fold(count: int) -> None:
     rng = np.random.default_rng(count)
@@ -47,39 +54,31 @@ def test_a_source_is_in_one_fold(count: int) -> None:
     kinds = (np.arange(len(groups)) >= count).astype(int)
     order = rng.permutation(len(groups))
     groups, kinds = groups[order], kinds[order]
-    nobody = np.zeros(len(groups), bool)
-    fold = assign_folds(Table({}, BLOCKS, kinds, groups, nobody, False), 5, np.random.RandomState(0))
+    fold = assign_folds(of(groups, kinds), 5, np.random.RandomState(0)).numpy()
     assert set(fold) == set(range(min(5, count)))
     for source in range(count):
         assert len(set(fold[groups == source])) == 1
     sizes = np.bincount(fold[kinds == 0])
     assert sizes.max() - sizes.min() <= 1
     # What is held out is in no fold, nor are the challenges made from it.
-    apart = assign_folds(
-        Table({}, BLOCKS, kinds, groups, (groups < 2) & (kinds == 0), False), 5, np.random.RandomState(0)
-    )
+    held_out = (groups < 2) & (kinds == 0)
+    apart = assign_folds(of(groups, kinds, held_out), 5, np.random.RandomState(0)).numpy()
     assert ((apart == -1) == (groups < 2)).all()
 
 
-def test_no_fit_sees_what_it_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastgrad.detector import calibrate
-
-    seen = []
-    original = calibrate.fit_scores
-
-    def watched(table: Table, chosen: np.ndarray, count: int, *, steps: int) -> dict[str, calibrate.Score]:
-        seen.append(set(table.groups[chosen]))
-        return original(table, chosen, count, steps=steps)
-
-    monkeypatch.setattr(calibrate, "fit_scores", watched)
-    rng = np.random.default_rng(0)
-    X, kinds, groups = challenged(rng, 40)
-    held_out = (groups < 10) & (kinds == 0)
-    UncertaintyDetector(log=False, folds=3).fit(X, kinds > 0, kinds=kinds, groups=groups, held_out=held_out)
-    *folds, final = seen
-    assert final == set(range(10, 40))
-    left_out = [final - one for one in folds]
-    assert sorted(source for one in left_out for source in one) == list(range(10, 40))
+def test_a_fit_sees_nothing_but_what_was_chosen() -> None:
+    """Other rows may hold anything; `assign_folds` says what is chosen for which fit."""
+    X, kinds, groups = challenged(np.random.default_rng(0), 40)
+    blocks = {name: torch.from_numpy(value) for name, value in X.items()}
+    chosen = torch.from_numpy(groups >= 10)
+    found = []
+    for other in (1.0, torch.nan):
+        changed = {name: torch.where(chosen.unsqueeze(1), value, other) for name, value in blocks.items()}
+        features = Features.of(changed["logits"], changed, kinds=[f"{kind or ''}" for kind in kinds])
+        scores = fit_scores(features, chosen, BLOCKS, 30, log=False)
+        found.append([value for score in scores.values() for value in score.state_dict().values()])
+    assert len(found[0]) > 10
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +176,7 @@ def test_the_flagged_share_of_a_fitted_model(count: int, fits: int) -> None:
         generator = torch.Generator().manual_seed(1000 * count + number)
         own, odd, new = torch.randn(3, max(count, 200), 8, generator=generator)
         model = TwoStageModel(network, blocks=["logits", "activations"], seed=number)
-        model.fit(own[:count].split(50), (2 * odd[:count]).split(50), verbose=False)
+        model.fit(own[:count].split(50), challenges=(2 * odd[:count]).split(50), verbose=False)
         uncertainty = model(new[:200]).uncertainty.numpy()
         found[number] = [(uncertainty > model.threshold(rate)).mean() for rate in RATES]
     check_default(found, count)
@@ -195,16 +194,14 @@ def test_a_thousand_samples_hold_a_part_out() -> None:
 
 
 @pytest.mark.parametrize("each", [4, 20])
-def test_of_a_source_that_is_held_out_one_sample_calibrates(each: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_source_that_is_held_out_one_sample_calibrates(each: int) -> None:
     """One sample in five would leave almost no source to fit on, and samples of one source repeat what it says."""
     groups = np.random.default_rng(0).permutation(np.arange(1000) // each)
+    own = groups[held_out_of(None, np.zeros(1000, bool), groups, 0.2, np.random.RandomState(0))]
+    assert len(own) == len(set(own)) == 200 // each
     X = clean(np.random.default_rng(0), 1000)
-    detector = UncertaintyDetector(log=False, calibration_fraction=0.2, folds=2)
-    fits, plain = [], estimator.fit_detector
-    monkeypatch.setattr(estimator, "fit_detector", lambda *given, **how: fits.append(plain(*given, **how)) or fits[-1])
-    detector.fit(X, groups=groups)
-    own = groups[fits[0].table.held_out]
-    assert len(own) == len(set(own)) == len(detector.module_.calibration_scores) == 200 // each
+    detector = UncertaintyDetector(log=False, calibration_fraction=0.2, folds=2).fit(X, groups=groups)
+    assert len(detector.module_.calibration_scores) == 200 // each
     # By default it takes 1,000 sources for a split.
     assert not UncertaintyDetector(log=False).fit(X, groups=groups).module_.options["exact"]
 
@@ -275,7 +272,7 @@ def test_a_score_that_fails_makes_its_samples_unreliable_and_no_others() -> None
 
 
 def test_clean_samples_that_a_score_fails_on_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastgrad.blocks.logits import Margin
+    from fastgrad.scores.one_class import Margin
 
     monkeypatch.setattr(Margin, "forward", lambda self, rows: rows[:, 0] * torch.nan)
     with pytest.raises(ValueError, match=r"these were NaN: \{'margin': 40\}"):
@@ -288,28 +285,3 @@ def test_few_samples_are_enough_to_score() -> None:
         found = detector.decision_function(clean(np.random.default_rng(9), 50))
         assert np.isfinite(found).all()
         assert (found >= 0).all()
-
-
-@pytest.mark.parametrize("says_nothing", [0.0, 1.0])
-def test_gains_are_what_the_auroc_falls_by_and_its_interval_is_over_sources(says_nothing: float) -> None:
-    rng = np.random.default_rng(1)
-    # Two challenges of each clean sample, whose image alone is another, by far.
-    image, features = rng.normal(size=(200, 3)), says_nothing * rng.normal(size=(400, 3))
-    X = {"image": [image, image + 50, image + 50], "features": [features[:200], features[200:], features[200:]]}
-    kinds, groups = np.repeat(["", "noise", "blur"], 200), np.tile(np.arange(200), 3)
-    blocks = {name: torch.from_numpy(np.concatenate(rows)) for name, rows in X.items()}
-
-    def table(*names: str) -> Table:
-        some = {name: blocks[name] for name in names}
-        return Table(some, BLOCKS, np.repeat([0, 1, 2], 200), groups, np.zeros(600, bool), False)
-
-    found = gains(table("image", "features"), kinds)
-    # Without the image any order of a challenge and a clean sample is as likely; ties count half.
-    assert found["image"].auroc == pytest.approx(0.5, abs=0.08 * says_nothing)
-    assert found["image"].interval == pytest.approx(says_nothing * 1.96 / math.sqrt(12 * 200), rel=0.15)
-    assert abs(found["features"].auroc) < 1e-3
-    few = r"at least two blocks and two families of challenge; there were \['image'"
-    with pytest.raises(ValueError, match=few + r"\], \['blur', 'grain'\]"):
-        gains(table("image"), kinds)
-    with pytest.raises(ValueError, match=few + r", 'features'\], \['grain'\]"):
-        gains(table("image", "features"), np.where(kinds == "blur", "compression", kinds))

@@ -18,8 +18,9 @@ def test_prediction_and_network_left_alone(fitted):
     before = copy.deepcopy(network.state_dict())
     assert network.training
     prediction = fitted(images(7, 5))
-    assert prediction._fields == ("logits", "probabilities", "uncertainty", "risk")
-    logits, probabilities, uncertainty, risk = prediction
+    assert prediction._fields == ("logits", "probabilities", "uncertainty", "risk", "flagged")
+    logits, probabilities, uncertainty, risk, flagged = prediction
+    assert torch.equal(flagged, uncertainty > fitted.threshold())
     assert risk.shape == (7,)
     assert ((risk > 0) & (risk < 1)).all()
     assert logits.shape == probabilities.shape == (7, CLASSES)
@@ -77,9 +78,8 @@ def test_nan_beside_other_inputs(fitted, place):
 
 
 def test_block_that_fails(monkeypatch):
-    two_stage = TwoStageModel(small_network(), blocks=["logits", "image"]).fit(loader(120), None)
+    two_stage = TwoStageModel(small_network(), blocks=["logits", "image"]).fit(loader(120), challenges=None)
     x = images(5)
-    assert torch.isfinite(two_stage(x).uncertainty).all()
 
     def fail(self, found):
         raise RuntimeError("out of luck")
@@ -91,7 +91,24 @@ def test_block_that_fails(monkeypatch):
     torch.testing.assert_close(prediction.logits, two_stage.model.eval()(x).detach())
     # While it is fitted, a failure is an error.
     with pytest.raises(RuntimeError, match="out of luck"):
-        TwoStageModel(small_network(), blocks=["logits", "image"]).fit(loader(120), None)
+        TwoStageModel(small_network(), blocks=["logits", "image"]).fit(loader(120), challenges=None)
+
+
+def test_the_rate_of_what_is_flagged_can_be_set_and_is_stored(fitted, tmp_path):
+    assert fitted.false_alarm_rate == 0.05
+    loaded = TwoStageModel.load(fitted.save(tmp_path / "model.safetensors"), fitted.model)
+    loaded.false_alarm_rate = 0.3
+    x = images(100, 6)
+    answer = loaded(x)
+    assert torch.equal(answer.flagged, answer.uncertainty > -np.log(0.3))
+    assert answer.flagged.sum() > fitted(x).flagged.sum()
+    assert loaded.threshold() == pytest.approx(-np.log(0.3))
+    again = TwoStageModel.load(loaded.save(tmp_path / "again.safetensors"), fitted.model)
+    assert again.false_alarm_rate == 0.3
+    with pytest.raises(ValueError, match="false_alarm_rate must lie in"):
+        loaded.false_alarm_rate = 1.0
+    with pytest.raises(RuntimeError, match="must be fitted first"):
+        TwoStageModel(small_network()).false_alarm_rate = 0.1
 
 
 def test_threshold_and_calibration_scores(fitted):
@@ -120,8 +137,8 @@ def test_the_gate_mixes_network_and_correction(fitted):
 
 def test_labels_calibrate_the_probabilities():
     network = small_network()
-    two_stage = TwoStageModel(network, blocks=["logits"]).fit(loader(400), None)
-    logits, probabilities, _, risk = two_stage(images(50, 3))
+    two_stage = TwoStageModel(network, blocks=["logits"]).fit(loader(400), challenges=None)
+    logits, probabilities, _, risk, _ = two_stage(images(50, 3))
     labels = torch.arange(50) % CLASSES
 
     def loss(p):

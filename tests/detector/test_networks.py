@@ -1,6 +1,5 @@
 """Networks of other kinds: in their libraries' forms, compiled, under autocast, and with habits of their own."""
 
-import math
 import warnings
 from typing import Any
 
@@ -28,7 +27,7 @@ def test_hugging_face_and_timm():
     blocks = ["logits", "features", "activations", "gradients", "view", "image"]
     for network, head, size in ((vit, "classifier", 8), (mixer, "fc", 32)):
         data = [nn.functional.interpolate(x, size=(size, size)) for x in loader(60, labels=False)]
-        two_stage = TwoStageModel(network, blocks=blocks).fit(data, None)
+        two_stage = TwoStageModel(network, blocks=blocks).fit(data, challenges=None)
         assert two_stage.extraction_.known.head == head
         assert torch.isfinite(two_stage(data[0]).uncertainty).all()
 
@@ -43,7 +42,7 @@ def test_text_classifier():
     network = transformers.BertForSequenceClassification(config)
     tokens = torch.randint(0, 20, (60, 6), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in tokens.split(20)]
-    two_stage = TwoStageModel(network, budget=math.inf).fit(data, None)
+    two_stage = TwoStageModel(network).fit(data, challenges=None)
     assert two_stage.report().kept == ["logits", "activations"]
     assert two_stage(data[0]).uncertainty.shape == (20,)
     assert two_stage(data[0]).risk is None
@@ -54,8 +53,8 @@ def test_text_classifier():
 
 def test_compiled(tmp_path):
     plain, options = small_network(), {"blocks": ["logits", "activations", "features"]}
-    one = TwoStageModel(plain, **options).fit(loader(60), None)
-    other = TwoStageModel(torch.compile(plain, backend="eager"), **options).fit(loader(60), None)
+    one = TwoStageModel(plain, **options).fit(loader(60), challenges=None)
+    other = TwoStageModel(torch.compile(plain, backend="eager"), **options).fit(loader(60), challenges=None)
     assert other.extraction_.known == one.extraction_.known
     torch.testing.assert_close(other(images(5)), one(images(5)), rtol=0, atol=0)
     other.save(tmp_path / "compiled")
@@ -95,7 +94,7 @@ def behind(change):
 def test_random_numbers():
     noisy = Net(lambda net, x: net.network(x) + 100 * torch.rand(len(x), CLASSES), network=small_network())
     with pytest.warns(UserWarning, match="draws random numbers"):
-        TwoStageModel(noisy, blocks=["logits"]).fit(loader(60, labels=False), None)
+        TwoStageModel(noisy, blocks=["logits"]).fit(loader(60, labels=False), challenges=None)
 
 
 @pytest.mark.parametrize("write", [lambda x: x.mul_(0.7).sub_(0.1), lambda x: x.clamp_(0, 1)])
@@ -111,14 +110,6 @@ def test_writes_to_its_inputs(write):
     x = images(5)
     assert torch.equal(*(fit(x).uncertainty for fit in fits))
     assert torch.equal(x, images(5))
-
-
-def test_price_of_what_the_network_takes():
-    """Ids that begin at 1 become others in each pass."""
-    network = nn.Sequential(nn.Embedding(40, 4), nn.Flatten(), nn.Linear(20, CLASSES))
-    network = Net(lambda net, ids: net.network(ids.sub_(1)), network=network).eval()
-    ids = torch.randint(1, 41, (60, 5), generator=torch.Generator().manual_seed(0))
-    assert TwoStageModel(network, budget=math.inf).fit([ids]).report().price.measured > 1
 
 
 def test_no_single_sample():
@@ -142,7 +133,7 @@ class Rounding(Block):
 
 
 def test_norms_that_are_rounding():
-    two_stage = TwoStageModel(small_network(), blocks=["logits", Rounding()]).fit(loader(60), None)
+    two_stage = TwoStageModel(small_network(), blocks=["logits", Rounding()]).fit(loader(60), challenges=None)
     assert two_stage.report().kept == ["logits", "rounding"]
 
 

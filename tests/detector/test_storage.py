@@ -2,6 +2,9 @@
 
 import dataclasses
 import hashlib
+import itertools
+import json
+import os
 import pickle
 import re
 
@@ -18,6 +21,7 @@ from fastgrad import TwoStageModel
 from fastgrad.blocks import BLOCKS, Block, register_block
 from fastgrad.deploy.file.package import ModelPackage
 from fastgrad.detector import storage
+from fastgrad.scores.one_class import distance
 
 
 def test_round_trip_is_bit_equal(fitted, tmp_path):
@@ -28,8 +32,6 @@ def test_round_trip_is_bit_equal(fitted, tmp_path):
     assert loaded.alarms == fitted.alarms
     assert loaded.threshold(0.1) == fitted.threshold(0.1)
     assert str(loaded.report()) == str(fitted.report())
-    with pytest.raises(RuntimeError, match="features of the fit, which are not stored"):
-        loaded.report(gains=True)
     assert torch.equal(loaded.calibration_scores, fitted.calibration_scores)
     again = loaded.save(tmp_path / "again.safetensors")
     assert again.read_bytes() == path.read_bytes()
@@ -64,8 +66,8 @@ FILES = {
     "other places": (lambda data: resigned(data, b'"data_offsets":[0,', b'"data_offsets":[1,'), FOREIGN),
     "a part renamed": (lambda data: resigned(data, b"detector.final.", b"detector.other."), FOREIGN),
     "a later format": (
-        lambda data: resigned(data, rb"\"format\": 1", rb"\"format\": 2"),
-        "has format 2; this version of fastgrad reads format 1",
+        lambda data: resigned(data, rb"\"format\": 2", rb"\"format\": 3"),
+        "has format 3; this version of fastgrad reads format 2",
     ),
 }
 
@@ -77,6 +79,50 @@ def test_file_that_is_refused(fitted, tmp_path, case):
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(ValueError, match=message):
         TwoStageModel.load(path, fitted.model)
+
+
+def altered(value):
+    """Yield copies of a JSON value with one part of it replaced by another type, or left out."""
+    if isinstance(value, dict):
+        for key, own in value.items():
+            yield {name: part for name, part in value.items() if name != key}
+            yield from ({**value, key: other} for other in altered(own))
+    elif isinstance(value, list) and value:
+        yield from ([other, *value[1:]] for other in altered(value[0]))
+    yield from (other for other in (None, "a", 7, [], {}) if type(other) is not type(value))
+
+
+def test_altered_descriptions(tmp_path):
+    """Whoever writes the digest anew gets a message, or a model: nothing else is raised."""
+    model = TwoStageModel(small_network(), blocks=["logits", "activations"]).fit(loader(60), challenges=None)
+    data = model.save(tmp_path / "model.safetensors").read_bytes()
+    size = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:size])
+    content = json.loads(header["__metadata__"]["fastgrad"]) | {"digest": storage._EMPTY}
+    said = []
+    # Every seventh: there are more than a thousand.
+    for other in itertools.islice(altered(content), 0, None, 7):
+        if not isinstance(other, dict) or other.get("digest") != storage._EMPTY:
+            continue
+        text = json.dumps(header | {"__metadata__": {"fastgrad": json.dumps(other)}}).encode()
+        whole = len(text).to_bytes(8, "little") + text + data[size:]
+        path = tmp_path / "altered.safetensors"
+        path.write_bytes(whole.replace(storage._EMPTY.encode(), hashlib.sha256(whole).hexdigest().encode(), 1))
+        try:
+            TwoStageModel.load(path, model.model)
+        except ValueError as error:
+            said.append(str(error))
+    assert len(said) > 30
+    ours = re.compile("path must be a file written by|has format|an unknown part|its parameters differ|unknown: ")
+    assert all(map(ours.search, said))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes of this kind")
+def test_a_pipe_is_no_file(fitted, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(ValueError, match=FOREIGN):
+            TwoStageModel.load(path, fitted.model)
 
 
 def test_any_changed_bit(fitted, tmp_path):
@@ -102,13 +148,10 @@ class Brightness(Block):
 
     name = "brightness"
     shapes = "(B, 3)"
+    scores = (distance,)
 
     def values(self, found):
         return found.image().mean((2, 3))
-
-    @classmethod
-    def scores(cls, blocks, settings):
-        yield cls.distance(blocks, settings)
 
 
 def test_block_of_the_users(tmp_path):
@@ -123,7 +166,7 @@ def test_block_of_the_users(tmp_path):
     try:
         loaded = TwoStageModel.load(two_stage.save(tmp_path / "model.safetensors"), two_stage.model)
         assert torch.equal(loaded(x).risk, two_stage(x).risk)
-        named = TwoStageModel(small_network(), blocks=["brightness"]).fit(loader(60), None)
+        named = TwoStageModel(small_network(), blocks=["brightness"]).fit(loader(60), challenges=None)
         assert named.report().kept == ["brightness"]
     finally:
         del BLOCKS["brightness"]
@@ -144,7 +187,7 @@ def test_normalisation_in_files(tmp_path, clip):
     white = 1 if clip is None else clip[1]
     told = {"mean": [white * m for m in mean], "std": [white * s for s in std], "clip": clip}
     x = (images(60) - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    two_stage = TwoStageModel(small_network(), blocks=["logits"]).fit([x], None, **told)
+    two_stage = TwoStageModel(small_network(), blocks=["logits"]).fit([x], challenges=None, **told)
     two_stage = TwoStageModel.load(two_stage.save(tmp_path / "estimators.safetensors"), two_stage.model)
     for given, expected in (({}, (mean, std)), ({"mean": [0.0] * 3, "std": [1.0] * 3}, ([0.0] * 3, [1.0] * 3))):
         file = fastgrad.export(two_stage, x[:2], tmp_path / "model.onnx", **given)

@@ -46,7 +46,7 @@ def two_stage_model(form: str) -> TwoStageModel:
     # In training mode, as it comes from a training loop: a fitted module is exported as it is.
     live = TwoStageModel(net, blocks=FORMS[form])
     if form != "corrected":
-        return live.fit([(shapes(400, 1)[0],)], None)
+        return live.fit([(shapes(400, 1)[0],)], challenges=None)
     # Labels that the network does not know, but h does.
     x, labels = shapes(400, 1)
     live.fit([(x, (labels + 1) % 4)], correct=True)

@@ -22,8 +22,9 @@ RECORD = Path(__file__).parents[1] / "data" / "public.json"
 MODULES: dict[str, tuple[str, ...] | None] = {
     "fastgrad": None,
     "fastgrad.blocks": None,
-    "fastgrad.detector.report": ("Gain", "Report"),
-    "fastgrad.detector.price": ("PriceReport",),
+    "fastgrad.detector.report": ("Report",),
+    "fastgrad.scores.one_class": ("Settings", "distance", "mixture", "plain"),
+    "fastgrad.detector.price": ("Price",),
     "fastgrad.challenges": None,
     "fastgrad.checks": ("MissingExtraError",),
     "fastgrad.deploy.drift": None,

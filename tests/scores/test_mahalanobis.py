@@ -20,7 +20,7 @@ def decaying(n, d, seed, factors=30):
 @pytest.mark.parametrize(("n", "d"), [(600, 40), (90, 90), (600, 400), (60, 400), (50, 51), (40, 800)])
 def test_with_all_directions_it_is_the_distance_of_ledoit_and_wolf(n, d):
     rows, new = decaying(n, d, 0), decaying(50, d, 1)
-    score = Mahalanobis.fit(rows, directions=d)
+    score = Mahalanobis.fit(torch.as_tensor(rows), directions=d)
     covariance, _ = ledoit_wolf(rows)
     centred = new - rows.mean(0)
     expected = np.einsum("bd,bd->b", centred, np.linalg.solve(covariance, centred.T).T)
@@ -42,7 +42,7 @@ def test_fifty_times_more_columns_than_rows_against_the_formula_over_rows():
     """``(rho m I + c X^T X)^-1`` by Woodbury's identity: matrices of 100 rows."""
     n, d = 100, 5000
     rows, new = decaying(n, d, 3), decaying(30, d, 4)
-    score = Mahalanobis.fit(rows, directions=d)
+    score = Mahalanobis.fit(torch.as_tensor(rows), directions=d)
     X, z = rows - rows.mean(0), new - rows.mean(0)
     gram = X @ X.T
     average = np.trace(gram) / n / d
@@ -58,7 +58,7 @@ def test_fifty_times_more_columns_than_rows_against_the_formula_over_rows():
 
 def test_fewer_directions_keep_the_order():
     rows, new = decaying(400, 3000, 5), np.concatenate([decaying(100, 3000, 6), 1.1 * decaying(50, 3000, 7)])
-    exact, kept = Mahalanobis.fit(rows, directions=3000), Mahalanobis.fit(rows)
+    exact, kept = Mahalanobis.fit(torch.as_tensor(rows), directions=3000), Mahalanobis.fit(torch.as_tensor(rows))
     assert exact.directions.shape == (3000, 399)
     assert kept.directions.shape == (3000, DIRECTIONS)
     assert spearmanr(kept(torch.tensor(new)), exact(torch.tensor(new))).statistic > 0.95
@@ -67,15 +67,18 @@ def test_fewer_directions_keep_the_order():
 def test_what_many_rows_and_few_directions_leave_out_counts_by_its_own_variance():
     """With n far above d, rho is nearly 0: a weight of 1 / (rho m) outside would drown the rest."""
     rows, new = decaying(4000, 60, 8, factors=60), decaying(500, 60, 9, factors=60)
-    exact, kept = Mahalanobis.fit(rows, directions=60), Mahalanobis.fit(rows, directions=40)
+    exact, kept = (
+        Mahalanobis.fit(torch.as_tensor(rows), directions=60),
+        Mahalanobis.fit(torch.as_tensor(rows), directions=40),
+    )
     assert float(exact.rest) == 0
     assert spearmanr(kept(torch.tensor(new)), exact(torch.tensor(new))).statistic > 0.8
 
 
 def test_deterministic_and_stored():
     rows, new = decaying(50, 300, 10), torch.tensor(decaying(20, 300, 11))
-    score = Mahalanobis.fit(rows)
-    again = Mahalanobis.fit(rows)
+    score = Mahalanobis.fit(torch.as_tensor(rows))
+    again = Mahalanobis.fit(torch.as_tensor(rows))
     stored = rebuild(score.spec(), score.state_dict())
     assert torch.equal(score(new), again(new))
     assert torch.equal(score(new), stored(new))
@@ -88,7 +91,7 @@ def test_deterministic_and_stored():
     "rows", [np.ones((30, 4)), np.ones((5, 40)), np.eye(2, 7), np.zeros((1, 3)), np.linspace(0, 0.5, 30)[:, None]]
 )
 def test_rows_that_hardly_vary_are_harmless(rows):
-    score = Mahalanobis.fit(rows)
+    score = Mahalanobis.fit(torch.as_tensor(rows))
     scores = score(torch.tensor(np.concatenate([rows, rows + 1])))
     assert torch.isfinite(scores).all()
     assert (scores[len(rows) :] > scores[: len(rows)]).all()
@@ -98,4 +101,4 @@ def test_nan_stays_nan():
     rows = decaying(30, 100, 12)
     new = torch.tensor(rows[:2])
     new[0, 3] = torch.nan
-    assert torch.isnan(Mahalanobis.fit(rows)(new)).tolist() == [True, False]
+    assert torch.isnan(Mahalanobis.fit(torch.as_tensor(rows))(new)).tolist() == [True, False]

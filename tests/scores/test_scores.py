@@ -10,12 +10,12 @@ from sklearn.mixture import GaussianMixture as SklearnMixture
 from small_nets import Net
 from torch import nn
 
-from fastgrad.blocks.logits import Energy, Margin
 from fastgrad.challenges.attacks import gradients_reach
 from fastgrad.scores.conformal import PValues
 from fastgrad.scores.fitted import Fitted
 from fastgrad.scores.gaussian_mixture import GaussianMixture
 from fastgrad.scores.mahalanobis import Mahalanobis
+from fastgrad.scores.one_class import Energy, Margin
 from fastgrad.scores.rows import SMALLEST, ScoreRows
 
 RNG = np.random.default_rng(0)
@@ -23,7 +23,7 @@ RNG = np.random.default_rng(0)
 
 def test_mixture_scores_as_scikit_learn_does():
     rows, new = RNG.normal(size=(300, 5)), 3 * RNG.normal(size=(40, 5))
-    ours = GaussianMixture.fit(rows, 3)(torch.tensor(new)).numpy()
+    ours = GaussianMixture.fit(torch.tensor(rows), 3)(torch.tensor(new)).numpy()
     theirs = SklearnMixture(3, reg_covar=1e-2, random_state=0, max_iter=200).fit(rows)
     # The same sums in another order: some hundred float64 roundings.
     np.testing.assert_allclose(ours, -theirs.score_samples(new), rtol=1e-12, atol=1e-12)
@@ -32,7 +32,7 @@ def test_mixture_scores_as_scikit_learn_does():
 def test_a_mixture_of_equal_rows_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert GaussianMixture.fit(np.ones((30, 2)), 3)(torch.ones(2, 2)).isfinite().all()
+        assert GaussianMixture.fit(torch.ones(30, 2).double(), 3)(torch.ones(2, 2)).isfinite().all()
 
 
 @pytest.mark.parametrize("what", ["mixture", "attacked"])
@@ -50,7 +50,7 @@ def test_threads_that_fit_leave_the_filters_of_warnings(what, monkeypatch):
 
     def run(_):
         if what == "mixture":
-            GaussianMixture.fit(RNG.normal(size=(30, 2)), 2)
+            GaussianMixture.fit(torch.tensor(RNG.normal(size=(30, 2))), 2)
         else:
             assert gradients_reach(Net(lambda net, x: together(net.layer, x.flatten(1)), layer=nn.Linear(3, 2)), image)
         over.set()
@@ -99,28 +99,33 @@ def test_an_input_at_the_boundary_is_as_unusual_as_its_margin_is_small():
 )
 def test_order_by_rank(shape, last):
     contrasts, logits = RNG.normal(size=shape), RNG.normal(size=(6, 4))
-    for blocks, falling in (({"logits": logits}, logits), ({}, -contrasts[last])):
-        rows = ScoreRows.fit({"contrasts": contrasts, **blocks}, "contrasts", rank=True, standardise=False)
-        ordered = rows.of({"contrasts": contrasts, **blocks})
+    for others, falling in (({"logits": logits}, logits), ({}, -contrasts[last])):
+        blocks = {name: torch.tensor(value) for name, value in {"contrasts": contrasts, **others}.items()}
+        rows = ScoreRows.fit(blocks, "contrasts", rank=True, standardise=False)
+        ordered = rows(blocks)
         for b in range(6):
             order = np.argsort(-falling[b])
             expected = contrasts[b][:, order] if len(shape) == 4 else contrasts[b][order]
             assert ordered[b].tolist() == expected.ravel().tolist()
-        none = {name: values[:0] for name, values in {"contrasts": contrasts, **blocks}.items()}
-        assert rows.of(none).shape == (0, contrasts[0].size)
+        none = {name: values[:0] for name, values in blocks.items()}
+        assert rows(none).shape == (0, contrasts[0].size)
 
 
 def test_rows_are_standardised_logarithms_and_zeros_stay_finite():
     norms = np.exp(RNG.normal(size=(50, 2, 3)))
     norms[0] = 0
-    rows = ScoreRows.fit({"gradients": norms}, "gradients", log=True, dimensions=6)({"gradients": torch.tensor(norms)})
+    rows = ScoreRows.fit({"gradients": torch.tensor(norms)}, "gradients", log=True, dimensions=6)(
+        {"gradients": torch.tensor(norms)}
+    )
     logs = np.log(np.maximum(norms, SMALLEST)).reshape(50, 6)
     np.testing.assert_allclose(rows, (logs - logs.mean(0)) / logs.std(0), rtol=1e-10)
 
 
 def test_projection_is_white_and_of_the_wanted_size():
     values = RNG.normal(size=(400, 4)) @ RNG.normal(size=(4, 20))
-    rows = ScoreRows.fit({"features": values}, "features", dimensions=12)({"features": torch.tensor(values)})
+    rows = ScoreRows.fit({"features": torch.tensor(values)}, "features", dimensions=12)(
+        {"features": torch.tensor(values)}
+    )
     assert rows.shape == (400, 4)  # the data has no more directions than that
     np.testing.assert_allclose(np.cov(rows.numpy().T), np.eye(4), atol=1e-8)
 
@@ -128,7 +133,7 @@ def test_projection_is_white_and_of_the_wanted_size():
 def test_projection_of_a_wide_block_is_white_and_held_in_float32():
     values = RNG.normal(size=(80, 10)) @ RNG.normal(size=(10, 3000)) + 0.1 * RNG.normal(size=(80, 3000))
     values[0, :50] = 1e3
-    rows = ScoreRows.fit({"features": values}, "features", clip=8.0, dimensions=10)
+    rows = ScoreRows.fit({"features": torch.tensor(values)}, "features", clip=8.0, dimensions=10)
     assert rows.projection.dtype == torch.float32
     found = rows({"features": torch.tensor(values)}).numpy()
     # Sums of 3,000 products in float32, of values up to 8.
@@ -139,19 +144,21 @@ def test_projection_of_a_wide_block_is_white_and_held_in_float32():
 def test_columns_beside_a_projection_are_evenly_spaced_and_weigh_as_much_together():
     values = RNG.normal(size=(400, 30))
     blocks = {"features": torch.tensor(values)}
-    columns = ScoreRows.fit({"features": values}, "features")(blocks)
-    components = ScoreRows.fit({"features": values}, "features", dimensions=6)(blocks)
-    found = ScoreRows.fit({"features": values}, "features", dimensions=6, extra_columns=12)(blocks)
+    columns = ScoreRows.fit({"features": torch.tensor(values)}, "features")(blocks)
+    components = ScoreRows.fit({"features": torch.tensor(values)}, "features", dimensions=6)(blocks)
+    found = ScoreRows.fit({"features": torch.tensor(values)}, "features", dimensions=6, extra_columns=12)(blocks)
     assert found[:, :6].equal(components)
     np.testing.assert_allclose(found[:, 6:], columns[:, ::3] * np.sqrt(6 / 10), rtol=1e-12)
     np.testing.assert_allclose(found[:, 6:].square().sum(), 400 * 6, rtol=1e-12)
     # Where there is nothing to project, there is nothing beside it.
-    assert ScoreRows.fit({"features": values}, "features", dimensions=30, extra_columns=12)(blocks).equal(columns)
+    assert ScoreRows.fit({"features": torch.tensor(values)}, "features", dimensions=30, extra_columns=12)(blocks).equal(
+        columns
+    )
 
 
 def test_clipped_rows_stop_at_the_limit_and_infinity_is_no_value():
     values = RNG.normal(size=(50, 3))
-    rows = ScoreRows.fit({"features": values}, "features", clip=3.0)
+    rows = ScoreRows.fit({"features": torch.tensor(values)}, "features", clip=3.0)
     new = torch.tensor([[1e9, -1e9, 0.0], [np.inf, 0, 0], [np.nan, 0, 0]])
     found = rows({"features": new})
     assert found[0, :2].tolist() == [3, -3]
@@ -160,15 +167,15 @@ def test_clipped_rows_stop_at_the_limit_and_infinity_is_no_value():
 
 def test_constant_columns_are_harmless():
     values = np.ones((30, 3))
-    rows = ScoreRows.fit({"features": values}, "features", dimensions=2)
+    rows = ScoreRows.fit({"features": torch.tensor(values)}, "features", dimensions=2)
     assert rows({"features": torch.tensor(values)}).tolist() == [[0.0]] * 30
 
 
 def test_what_was_learned_by_gradients_needs_none():
     """As a score of the user's may be, whose results become arrays."""
-    learned = ScoreRows.fit({"features": np.eye(4)}, "features", dimensions=2)
+    learned = ScoreRows.fit({"features": torch.eye(4).double()}, "features", dimensions=2)
     learned = ScoreRows(**{**learned.options, **dict(learned.named_buffers()), "mean": nn.Parameter(learned.mean)})
-    assert learned.of({"features": np.eye(4)}).shape == (4, 2)
+    assert learned({"features": torch.eye(4).double()}).shape == (4, 2)
 
 
 def test_a_name_in_files_is_that_of_one_class():

@@ -149,8 +149,8 @@ def export(
 
     def answers(x: Tensor) -> tuple[Tensor, ...]:
         prediction, parts = two_stage.explain(x)[:2] if evidence else (two_stage(x), None)  # type: ignore[operator]
-        # Without labels there is no risk.
-        given = tuple(value for value in prediction if value is not None)
+        # Without labels there is no risk; what is flagged follows from the description's threshold.
+        given = tuple(value for value in prediction[:4] if value is not None)
         return given if parts is None else (*given, torch.stack(list(parts.values()), -1))
 
     def write(file: Path) -> None:
@@ -204,7 +204,7 @@ def _check_model(two_stage: nn.Module, example_input: Tensor, evidence: bool) ->
                 f"{block.name!r}, which a live model serves and a file does not. Fit with other blocks to export it"
             )
     outputs = two_stage(example_input[:1])
-    given = [value for value in outputs if value is not None] if isinstance(outputs, tuple) else []
+    given = [value for value in outputs[:4] if value is not None] if isinstance(outputs, tuple) else []
     if [getattr(value, "ndim", 0) for value in given] not in ([2, 2, 1], [2, 2, 1, 1]):
         raise ValueError(
             "two_stage must return (logits (B, N), probabilities (B, N), uncertainty (B,)), and risk (B,) if it has one"

@@ -199,6 +199,9 @@ class ModelPackage:
         """Run a batch like `__call__`; also return the evidence ``(B,)`` by name, empty if the file has none."""
         outputs = self._outputs(x)
         columns = outputs.pop("evidence").unbind(-1) if self.description.evidence else ()
+        threshold = self.description.threshold
+        if threshold is not None:
+            outputs["flagged"] = outputs["uncertainty"] > threshold
         return Prediction(**outputs), dict(zip(self.description.evidence or (), columns, strict=True))
 
     def rows(self, x: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:

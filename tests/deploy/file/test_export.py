@@ -103,7 +103,7 @@ def test_risk_threshold_and_excess(written: list[Description], tmp_path: Path) -
     random = torch.Generator().manual_seed(0)
     x, labels = torch.randn(60, 4, generator=random), torch.randint(3, (60,), generator=random)
     network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
-    two_stage = fastgrad.TwoStageModel(network, blocks=["logits"]).fit([(x, labels)], None)
+    two_stage = fastgrad.TwoStageModel(network, blocks=["logits"]).fit([(x, labels)], challenges=None)
     export(two_stage, x[:2], tmp_path / "m.pt2", risk_threshold=0.25)
     two_stage.risk_.options["excess"] = 0.125
     export(two_stage, x[:2], tmp_path / "m.pt2")
@@ -116,7 +116,9 @@ def test_risk_threshold_and_excess(written: list[Description], tmp_path: Path) -
 def test_detectors_own_rate(written: list[Description], tmp_path: Path) -> None:
     network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     detector = fastgrad.UncertaintyDetector(log=False, false_alarm_rate=0.3)
-    two_stage = fastgrad.TwoStageModel(network, detector=detector, blocks=["logits"]).fit([torch.randn(40, 4)], None)
+    two_stage = fastgrad.TwoStageModel(network, detector=detector, blocks=["logits"]).fit(
+        [torch.randn(40, 4)], challenges=None
+    )
     for given in (None, 0.25):
         export(two_stage, torch.randn(2, 4), tmp_path / "m.pt2", false_alarm_rate=given)
     export(TinyTwoStage(), X, tmp_path / "m.pt2")
@@ -243,7 +245,7 @@ def test_bad_arguments(
 
 def test_block_that_needs_gradients(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval()
-    live = fastgrad.TwoStageModel(net, blocks=["logits", "gradients"]).fit([torch.randn(40, 3, 8, 8)], None)
+    live = fastgrad.TwoStageModel(net, blocks=["logits", "gradients"]).fit([torch.randn(40, 3, 8, 8)], challenges=None)
     for suffix in ("pt2", "onnx"):
         with pytest.raises(ValueError, match="reads 'gradients', which a live model serves and a file does not"):
             export(live, X, tmp_path / f"m.{suffix}")
