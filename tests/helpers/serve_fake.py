@@ -11,7 +11,7 @@ from typing import Any
 from serve_client import acall
 
 from fastgrad.deploy.serve.app import create_app
-from fastgrad.deploy.serve.pool import _ENDED
+from fastgrad.deploy.serve.pool import ENDED
 from fastgrad.deploy.serve.process import Body
 
 PNG = {"content-type": "image/png"}
@@ -42,7 +42,7 @@ class FakeProcess:
         await asyncio.sleep(self.delay)
         for content in contents:
             if content in self.failing:
-                self.alive = not isinstance(self.failing[content], _ENDED)
+                self.alive = not isinstance(self.failing[content], ENDED)
                 raise self.failing[content]
         return [{**ANSWER, "label": content.decode("latin-1"), **self.changes} for content in contents]
 

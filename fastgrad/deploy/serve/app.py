@@ -14,9 +14,10 @@ from fastgrad import __version__
 from fastgrad.checks import at_least, extra, is_path, lies_in
 from fastgrad.deploy.drift import DriftMonitor
 from fastgrad.deploy.file.images import MAX_PIXELS
+from fastgrad.deploy.serve.batcher import Batcher
 from fastgrad.deploy.serve.bodies import Bodies
 from fastgrad.deploy.serve.guard import LOG, Guard
-from fastgrad.deploy.serve.pool import Batcher, Version
+from fastgrad.deploy.serve.pool import Version
 from fastgrad.deploy.serve.process import Body, Refusal
 
 with extra("serve"):

@@ -107,6 +107,7 @@ def test_copy_that_the_system_removed(reloading: Reloading) -> None:
         assert reloading.server.predict(image())[0] == 200
         wait_for(lambda: reloading.server.request("GET", "/ready")[0] == 200)
         wait_for(lambda: len(list(reloading.temporary.glob("fastgrad-serve-*/model.onnx"))) == 1)
+        wait_for(lambda: len(reloading.server.processes) == 1)  # those of the version before have ended
 
 
 def test_dead_pool_is_loaded_again(reloading: Reloading) -> None:
