@@ -126,6 +126,7 @@ class Batcher:
                 batch.append(self._waiting.popleft())
             async with self._busy[number]:
                 await self._answer(number, batch)
+            batch.clear()  # while no other comes, the last must not fill the memory
 
     async def _answer(self, number: int, batch: list[_Waiting], tries: int = _TRIES) -> None:
         """Answer a batch; one that fails runs again, one body at a time, so that none fails because of another."""

@@ -21,7 +21,7 @@ from fastgrad.deploy.file.images import ImageError, ImageTooLargeError, decode_p
 from fastgrad.deploy.file.package import ModelPackage
 
 #: Seconds of computing in which an image must be decoded.
-DECODE_SECONDS = 2.0
+DECODE_SECONDS = 1.0
 
 
 class Body(NamedTuple):

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +198,18 @@ def test_too_many_requests_and_too_little_time(hanging: Server) -> None:
     for connection in waiting:
         assert answer(connection).startswith("HTTP/1.1 504 ")
     assert hanging.request("GET", "/ready")[0] == 200
+
+
+def test_stopped_process_is_replaced(tiny_onnx: Path) -> None:
+    """Also one that does not even read the batch; those that waited for it are answered by the next."""
+    with running(tiny_onnx, "--batch-timeout", "1", "--timeout", "120") as server:
+        (pid,) = server.processes
+        os.kill(pid, signal.SIGSTOP)
+        bodies = [image(seed, (600, 600)) for seed in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(server.predict, bodies))
+        assert [status for status, _ in found] == [200] * 4
+        assert pid not in server.processes
+        assert [server.predict(body)[1]["uncertainty"] for body in bodies] == pytest.approx(
+            [answer["uncertainty"] for _, answer in found], rel=1e-5
+        )
