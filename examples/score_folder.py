@@ -1,4 +1,4 @@
-"""Score a folder of images into one Parquet file: ``fastgrad score`` from Python."""
+"""Score a folder of images into one table: ``fastgrad score`` from Python."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pyarrow.parquet
 from PIL import Image
 from small_model import digits, export
 
-from fastgrad.deploy.score.local import score
+from fastgrad.deploy.score import score
 
 
 def main() -> None:
@@ -20,8 +20,8 @@ def main() -> None:
         (root / "images").mkdir()
         for number, image in enumerate(images):
             Image.fromarray(image).save(root / "images" / f"{number:03}.png")
-        score(export(root / "model.pt2"), root / "images", root / "scores.parquet")
-        table = pyarrow.parquet.read_table(root / "scores.parquet")
+        score(export(root / "model.pt2"), root / "images", root / "scores")
+        table = pyarrow.parquet.read_table(root / "scores")
         print(table.column_names)
         print(table.slice(0, 3).to_pylist())
 

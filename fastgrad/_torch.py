@@ -6,14 +6,11 @@ Each entry says what would happen without it. All were tried on PyTorch 2.8.0, 2
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import logging
 import os
 import platform
-import shutil
-import stat
 import sys
 import tempfile
 import threading
@@ -241,6 +238,33 @@ def flat_graph(function: Callable[[Tensor], Any], batch: Tensor, *, functional: 
     return graph
 
 
+#: A cache is that of the process.
+_cache_lock = threading.RLock()
+
+
+@contextlib.contextmanager
+def private_cache() -> Iterator[None]:
+    """Give the compiler a new cache, unless the environment names one; afterwards remove it, shared objects and all.
+
+    PyTorch's own has a well-known name in the shared temporary folder, where another user may have put what it would
+    read, compile and load.
+    """
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.get(name)
+    with _cache_lock, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        os.environ.setdefault(name, folder)
+        # Even this import makes the folder of the cache.
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+        if before == default_cache_dir():  # PyTorch itself puts it into the environment
+            os.environ[name] = folder
+        try:
+            yield
+        finally:
+            del os.environ[name]
+            os.environ.update({} if before is None else {name: before})
+
+
 def require_cpp_compiler(what: str) -> None:
     """Raise RuntimeError unless a C++ compiler is installed; PyTorch's own error names neither cause nor remedy."""
     if sys.platform == "win32" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
@@ -264,8 +288,9 @@ def compile_package(program: torch.export.ExportedProgram, file: Path) -> None:
     options: dict[str, Any] = {
         # Otherwise the number of this machine's cores would be compiled in.
         "cpp.dynamic_threads": True,
-        # Precompiled headers pay off after many compilations; this one compiles two files.
-        "cpp_cache_precompile_headers": False,
+        # Precompiled headers lie under a well-known name in the shared temporary folder, whatever cache is in use: what
+        # another user puts there would be compiled into the file.
+        "aot_inductor.precompile_headers": False,
         # Round as the CPU's own operators do: a difference in the last digit that moves an activation across the kink
         # of a ReLU opens or closes a path of the backward pass.
         "cpp.enable_floating_point_contract_flag": "fast",
@@ -273,28 +298,7 @@ def compile_package(program: torch.export.ExportedProgram, file: Path) -> None:
     # Otherwise the code would use every instruction of this machine. Older PyTorch has no such option.
     if platform.machine() in ("x86_64", "AMD64") and getattr(torch._inductor.config.cpp, "march", "") is None:
         options["cpp.march"] = X86.get(torch.backends.cpu.get_cpu_capability())
-    _own_cache()
     torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=options)
-
-
-def _own_cache() -> None:
-    """Keep the compiler from loading what another user has put under the well-known name of its cache.
-
-    Unless the environment names a cache: the one under that name if nobody else can write there, or a temporary one.
-    """
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    folder = default_cache_dir()
-    # PyTorch itself may have put its own choice into the environment.
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", folder) != folder or not hasattr(os, "getuid"):  # Windows
-        return
-    with contextlib.suppress(OSError):
-        os.mkdir(folder, 0o700)
-    found = os.lstat(folder)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        folder = tempfile.mkdtemp()
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
 
 
 def load_package(file: Path) -> Callable[[Tensor], list[Tensor]]:

@@ -35,14 +35,14 @@ CASES = {
     "serve": {
         "PIL": "from fastgrad.deploy.file.images import decode_image; decode_image(b'', None)",
         "fastapi": "from fastgrad.deploy.serve.app import create_app",
-        "python_multipart": "from fastgrad.deploy.serve.app import create_app",
+        "pebble": "from fastgrad.deploy.serve.app import create_app",
         "prometheus_client": "from fastgrad.deploy.serve.app import create_app",
         "uvicorn": "main(['serve', 'model.pt2'])",
     },
-    "score": {"pyarrow": "main(['score', 'model.pt2', 'images', '--out', 'scores.parquet'])"},
+    "score": {"pyarrow": "main(['score', 'model.pt2', 'images', '--out', 'scores'])"},
     "onnx": {"onnx": EXPORT, "onnxruntime": EXPORT, "onnxscript": EXPORT},
     "interop": {"pytorch_ood": "import fastgrad.interop; fastgrad.interop.as_pytorch_ood(None)"},
-    "cluster": {"ray": "main(['score', 'model.pt2', 'images', '--out', 'scores', '--ray'])"},
+    "cluster": {"ray": "from fastgrad.deploy.ray import deployment; deployment('model.pt2')"},
 }
 
 # Blocks packages as if they were not installed, runs code, prints what a user sees.

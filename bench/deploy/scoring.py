@@ -60,14 +60,13 @@ def measure(model: Path, data: Path, images: int) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     with tempfile.TemporaryDirectory() as name:
-        folder, out = Path(name) / "images", Path(name) / "scores.parquet"
+        folder, out = Path(name) / "images", Path(name) / "scores"
         lay_out(data, folder, images)
-        parts = out.with_name(f"{out.name}.parts")
         command = [sys.executable, "-m", "fastgrad", "score", model, folder, "--out", out, "--part", str(PART)]
         until = images // PART // 3
-        _, first = run(command, parts, until)
-        kept = len(list(parts.glob("part-*.parquet")))
-        seconds, second = run(command, parts, None)
+        _, first = run(command, out, until)
+        kept = len(list(out.glob("part-*.parquet")))
+        seconds, second = run(command, out, None)
         rows = pq.read_table(out).to_pylist()
         expected = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.jpg"))
     assert kept >= until

@@ -1,100 +1,97 @@
-"""``fastgrad serve MODEL.pt2``: exported models over HTTP."""
+"""``fastgrad serve MODEL.pt2``: an exported model over HTTP."""
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import ipaddress
 import math
 import os
+import signal
+import socket
 import sys
 from pathlib import Path
+from typing import Any
 
+from fastgrad.checks import extra, lies_in
 from fastgrad.deploy.file.images import MAX_PIXELS
 
-#: Options that take a value: name, type, default, help.
+with extra("serve"):
+    import uvicorn
+
+#: Options that are arguments of `create_app`, in its units: name, type, default, help.
 _OPTIONS = (
-    ("--api-key-file", Path, None,
-     "file with the key that requests must carry (default: the variable FASTGRAD_API_KEY, or no key)"),
-    ("--host", str, "127.0.0.1", "address to listen on (default: this machine only)"),
-    ("--port", int, 8000, "port; 0 chooses a free one (8000)"),
-    ("--batch-wait-ms", float, 2.0, "milliseconds an idle worker waits for a batch to fill (2)"),
-    ("--false-alarm-rate", float, None, "share of in-distribution inputs to flag (default: the file's own)"),
-    ("--drift-false-alarm-rate", float, 0.01,
+    ("workers", int, 1, "processes that decode and answer (1)"),
+    ("threads", int, None, "compute threads of each process (default: PyTorch's)"),
+    ("max_batch", int, 32, "largest batch (32)"),
+    ("max_queue", int, 256, "requests in progress; more are answered 503 (256)"),
+    ("max_pixels", int, MAX_PIXELS, "largest image in pixels; larger ones are answered 413 (10 million)"),
+    ("timeout", float, 30.0, "seconds a request may take before it is answered 504 (30)"),
+    ("batch_timeout", float, 10.0, "seconds a batch may take before its process is replaced (10)"),
+    ("false_alarm_rate", float, None, "share of in-distribution inputs to flag (default: the file's own)"),
+    ("drift_false_alarm_rate", float, 0.01,
      "bound on the probability of ever raising the drift alarm without drift (0.01)"),
 )  # fmt: skip
-#: The same for options whose value must be positive.
-_POSITIVE = (
-    ("--workers", int, 1, "processes that run the model (default: 1)"),
-    ("--threads", int, None, "compute threads of each process (default: PyTorch's)"),
-    ("--decoders", int, None, "processes that read bodies (default: one per core, at most 4)"),
-    ("--max-batch", int, 32, "largest batch (default: 32)"),
-    ("--max-queue", int, 256, "requests in progress; more are answered 503 (256)"),
-    ("--timeout", float, 30.0, "seconds a request may take before it is answered 504 (30)"),
-    ("--drain-seconds", float, 25.0, "seconds from SIGTERM to the end, even if answers are missing (25)"),
-    ("--max-body-mb", float, 16.0, "largest body in MiB; larger ones are answered 413 (16)"),
-    ("--max-model-mb", float, 1024.0, "largest model file in MiB (1024)"),
-    ("--max-pixels", int, MAX_PIXELS, "largest image in pixels; larger ones are answered 413 (10 million)"),
-    ("--max-connections", int, 512,
-     "open connections; beyond, the longest-waiting one is closed (512, or what open files allow)"),
-)  # fmt: skip
+#: Seconds after SIGTERM in which new connections are still accepted, while /ready sends load balancers elsewhere, and
+#: in which those that were just made may send their request.
+_LEAVE_SECONDS, _LAST_SECONDS = 1.0, 0.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
-    parser.add_argument("model", nargs="?", help="file written by fastgrad.export (.pt2 or .onnx)")
+    parser.add_argument("model", help="file written by fastgrad.export (.pt2 or .onnx)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="port; 0 chooses a free one (8000)")
     parser.add_argument(
-        "--model", dest="models", action="append", default=[], metavar="NAME=PATH",
-        help="a file that answers at /predict/NAME; may be given several times, and the first also answers at /predict",
+        "--api-key-file", type=Path, metavar="FILE",
+        help="file with the key that requests must carry (default: the variable FASTGRAD_API_KEY, or no key)",
     )  # fmt: skip
     parser.add_argument(
         "--allowed-host", action="append", default=[], metavar="NAME",
-        help="name allowed in the Host of requests, besides localhost and addresses; may be given several times",
+        help="name allowed in the Host of requests, besides --host and localhost; may be given several times",
     )  # fmt: skip
     parser.add_argument(
-        "--sha256", action="append", default=[], metavar="NAME=HEX",
-        help="accept only a file with this SHA-256 for the model NAME (that of MODEL is its file name without suffix); "
-        "may be given several times, also for one model",
+        "--sha256", action="append", default=[], metavar="HEX",
+        help="load only a file with this SHA-256; may be given several times",
     )  # fmt: skip
-    for name, kind, default, text in (*_OPTIONS, *_POSITIVE):
-        parser.add_argument(name, type=kind, default=default, help=text)
+    parser.add_argument("--max-body-mb", type=float, default=16.0, help="largest body in MiB (16)")
+    parser.add_argument(
+        "--drain-seconds", type=float, default=25.0, help="seconds from SIGTERM to the end, even without answers (25)"
+    )
+    for name, kind, default, text in _OPTIONS:
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, default=default, help=text)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until SIGINT or SIGTERM, then answer what was accepted; return the status. SIGHUP reloads the files."""
+    """Serve until SIGINT or SIGTERM, then answer what was accepted; return the status. SIGHUP reloads the file."""
     from fastgrad.deploy.serve.app import create_app
-    from fastgrad.deploy.serve.bodies import Limits
-    from fastgrad.deploy.serve.child import ignore_signals
-    from fastgrad.deploy.serve.guard import address_of
-    from fastgrad.deploy.serve.server import Server
 
-    for name, *_ in _POSITIVE:
-        value = getattr(args, name[2:].replace("-", "_"))
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite; it was {value:g}")
-    for name, value, most in (("--port", args.port, 65_535), ("--batch-wait-ms", args.batch_wait_ms, 60_000)):
-        if not 0 <= value <= most:
-            raise ValueError(f"{name} must be from 0 to {most}; it was {value:g}")
-    body = math.ceil(args.max_body_mb * 2**20)
-    limits = Limits(
-        body=body, pixels=args.max_pixels, queue=args.max_queue, seconds=args.timeout,
-        memory=max(Limits.memory, 3 * body), connections=args.max_connections, drain_seconds=args.drain_seconds,
-        file=math.ceil(args.max_model_mb * 2**20),
-    )  # fmt: skip
+    if not 0 <= args.port <= 65_535:
+        raise ValueError(f"--port must be from 0 to 65535; it was {args.port}")
+    lies_in("(0, inf)", max_body_mb=args.max_body_mb, drain_seconds=args.drain_seconds)
     file = args.api_key_file
-    key = os.environ.get("FASTGRAD_API_KEY") if file is None else file.read_text("utf-8-sig", "replace").strip()
+    key = os.environ.pop("FASTGRAD_API_KEY", None)  # not for the processes of the pool
+    key = key if file is None else file.read_text("utf-8-sig", "replace").strip()
+    body = math.ceil(args.max_body_mb * 2**20)
     app = create_app(
-        _paths(args.model, args.models), workers=args.workers, threads=args.threads, decoders=args.decoders,
-        max_batch=args.max_batch, batch_wait=args.batch_wait_ms / 1000, limits=limits, api_key=key,
-        allowed_hosts=[*args.allowed_host, args.host], false_alarm_rate=args.false_alarm_rate,
-        drift_false_alarm_rate=args.drift_false_alarm_rate,
-        sha256=[(name, digits) for name, _, digits in (pair.rpartition("=") for pair in args.sha256)],
+        args.model, api_key=key, allowed_hosts=[args.host, *args.allowed_host], sha256=args.sha256, max_body=body,
+        max_held=max(64 * 2**20, 3 * body), **{name: getattr(args, name) for name, *_ in _OPTIONS},
     )  # fmt: skip
-    address = address_of(args.host)
-    if key is None and not (args.host == "localhost" if address is None else address.is_loopback):
+    if key is None and not _is_loopback(args.host):
         warning = f"listening on {args.host} without an API key; anyone who reaches it can use it"
         print(f"fastgrad serve: {warning}", file=sys.stderr)
-    server = Server(app, host=args.host, port=args.port, limits=limits)
+    config = uvicorn.Config(
+        app, host=args.host, port=args.port, loop="asyncio", http="h11", ws="none", access_log=False,
+        server_header=False, log_level="info", proxy_headers=False,
+        # Above that of proxies, which would otherwise use connections that are just being closed.
+        timeout_keep_alive=75, h11_max_incomplete_event_size=16 * 2**10, limit_concurrency=512,
+        timeout_graceful_shutdown=max(1, math.ceil(args.drain_seconds - _LEAVE_SECONDS - _LAST_SECONDS)),
+    )  # fmt: skip
+    server = Server(config)
     # When uvicorn ends, it raises the signal again for the previous handler.
-    ignore_signals("SIGTERM", "SIGHUP", "SIGBREAK")
+    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     try:
         server.run()
     except KeyboardInterrupt:
@@ -102,16 +99,37 @@ def run(args: argparse.Namespace) -> int:
     return 0 if server.started else 1
 
 
-def _paths(model: str | None, named: list[str]) -> str | dict[str, str]:
-    """Return the only file, or all files by name."""
-    if (model is None) == (not named):
-        raise ValueError("give one MODEL, or --model NAME=PATH as often as there are models")
-    if model is not None:
-        return model
-    paths: dict[str, str] = {}
-    for pair in named:
-        name, equals, path = pair.partition("=")
-        if not (name and equals and path) or name in paths:
-            raise ValueError(f"--model must be NAME=PATH, each name once; it was {pair!r}")
-        paths[name] = path
-    return paths
+class Server(uvicorn.Server):
+    """Reloads the model's file on SIGHUP, and gives load balancers time to notice its end."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._state: Any = config.app.state  # type: ignore[union-attr]
+        self._reloads: set[asyncio.Task[None]] = set()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, and listen to SIGHUP."""
+        await super().startup(sockets)
+        if self.started and hasattr(signal, "SIGHUP"):
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload)
+
+    def _reload(self) -> None:
+        task = asyncio.create_task(self._state.batcher.reload())
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop; connections that were made are answered before."""
+        self._state.draining = True
+        await asyncio.sleep(_LEAVE_SECONDS)
+        for listening in self.servers:
+            listening.close()
+        await asyncio.sleep(_LAST_SECONDS)
+        await super().shutdown(sockets)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -31,10 +31,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["demo", "--epochs", "many"], "--epochs: invalid int value: 'many'"),
         (["demo", "--seed", "-1"], "fastgrad demo: seed must be an integer of at least 0; it was -1"),
         (["demo", "--seed", str(2**64)], "fastgrad demo: seed must be below 2**32"),
-        (["serve"], "fastgrad serve: give one MODEL, or --model NAME=PATH"),
+        (["serve"], "the following arguments are required: model"),
         (["serve", "none.pt2"], "none.pt2 cannot be loaded: No such file"),
         (["score", "none.pt2", "."], "the following arguments are required: --out"),
-        (["score", "none.pt2", ".", "--out", "o.parquet"], "none.pt2: there is no such file"),
+        (["score", "none.pt2", ".", "--out", "o"], "none.pt2: there is no such file"),
     ],
 )
 def test_bad_calls_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

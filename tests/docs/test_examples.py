@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 EXPECTED = {
     "trainer": ("step 2: largest norm", ("transformers", "accelerate")),
     "private_training": ("epsilon 8.0, accuracy", ("opacus",)),
-    "client": ('"uncertainty"', ("fastapi", "multipart")),
+    "client": ('"uncertainty"', ("fastapi",)),
     "score_folder": ("uncertainty", ("pyarrow",)),
     "benchmark_detector": ("fastgrad, clean only", ()),
 }

@@ -16,42 +16,12 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
-COMMAND = """
-import argparse, asyncio.events, os, signal, sys, time
-from fastgrad.commands import serve
-if os.environ.get("PAUSES"):
-    # The longest that anything has kept the event loop: in seconds of the processor, and of the clock.
-    longest, plain, asked = [0.0, 0.0], asyncio.events.Handle._run, 0
-    def tell(what):
-        # Of a name that no other call has: the signal may come in the middle of one.
-        with open(os.environ["PAUSES"] + f".{time.perf_counter_ns()}", "w") as file:
-            print(asked, *longest, what, file=file)
-        os.replace(file.name, os.environ["PAUSES"])
-    def run(handle):
-        before, clock, own = asked, time.perf_counter(), time.thread_time()
-        plain(handle)
-        took = time.thread_time() - own, time.perf_counter() - clock
-        if before == asked and (took[0] > longest[0] or took[1] > longest[1]):
-            longest[:] = map(max, longest, took)
-            tell(handle)
-    def forget(*_):
-        global asked
-        longest[:], asked = [0.0, 0.0], asked + 1
-        tell("nothing yet")
-    asyncio.events.Handle._run = run
-    signal.signal(signal.SIGUSR1, forget)
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    serve.add_arguments(parser)
-    sys.exit(serve.run(parser.parse_args()))
-"""
 
 
 def proc(pid: int | str = "") -> Path:
@@ -64,24 +34,17 @@ def proc(pid: int | str = "") -> Path:
 class Server:
     """``fastgrad serve`` on a free port; Windows, which cannot ask it to end, skips the test."""
 
-    def __init__(
-        self, package: Path | None, *options: str, env: dict[str, str] | None = None, probe: Path | None = None
-    ) -> None:
+    def __init__(self, file: Path, *options: str, env: dict[str, str] | None = None) -> None:
         if sys.platform == "win32":
             pytest.skip("ends a server by SIGTERM")
-        files = [] if package is None else [str(package)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-        self.probe, self._forgotten = probe, 0
-        if probe is not None:
-            environment["PAUSES"] = str(probe)
         # A file, which can be read while the server runs and never fills up as a pipe does.
         self._printed = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115 - as long as the server
         self.process = subprocess.Popen(
-            [sys.executable, "-u", "-c", COMMAND, *files, "--port", "0", "--threads", "1", *options],
+            [sys.executable, "-u", "-m", "fastgrad", "serve", str(file), "--port", "0", "--threads", "1", *options],
             stdout=self._printed,
             stderr=subprocess.STDOUT,
             text=True,
-            env=environment,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
         )
         while not (match := re.search(r"running on http://127\.0\.0\.1:(\d+)", self.log)):
             if self.process.poll() is not None:
@@ -104,23 +67,26 @@ class Server:
             response = connection.getresponse()
             return response.status, response.read()
 
-    def predict(
-        self, body: Any, content_type: str, path: str = "/predict", **headers: str
-    ) -> tuple[int, dict[str, Any]]:
-        status, content = self.request("POST", path, body, {"Content-Type": content_type, **headers})
+    def predict(self, body: Any, content_type: str = "image/png", **headers: str) -> tuple[int, dict[str, Any]]:
+        status, content = self.request("POST", "/predict", body, {"Content-Type": content_type, **headers})
         return status, json.loads(content)
 
-    def metric(self, name: str, path: str = "/metrics") -> float:
-        _, text = self.request("GET", path)
+    def metric(self, name: str) -> float:
+        _, text = self.request("GET", "/metrics")
         found = re.search(rf"^{re.escape(name)} (\S+)$", text.decode(), re.MULTILINE)
         assert found, name
         return float(found.group(1))
 
-    def pauses(self) -> tuple[float, float]:
-        """The longest that anything has kept the event loop, in seconds of the processor and of the clock."""
-        assert self.probe is not None
-        processor, clock = self.probe.read_text().split()[1:3]
-        return float(processor), float(clock)
+    @property
+    def processes(self) -> list[int]:
+        """Process ids of the pool's processes."""
+        found = []
+        for entry in proc().iterdir():
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                if parent == self.process.pid and b"spawn_main" in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+        return found
 
     def memory(self, name: str = "VmRSS") -> float:
         """MiB of the web process: now, or with ``VmHWM`` at most since `forget`."""
@@ -128,13 +94,8 @@ class Server:
         return int(re.search(rf"{name}:\s+(\d+) kB", text).group(1)) / 1024  # type: ignore[union-attr]
 
     def forget(self) -> None:
-        """Begin anew with the most memory, and the longest pause so far."""
-        assert self.probe is not None
+        """Begin anew with the most memory so far."""
         (proc(self.process.pid) / "clear_refs").write_text("5")
-        self._forgotten += 1
-        self.process.send_signal(signal.SIGUSR1)
-        while not (self.probe.exists() and int(self.probe.read_text().split()[0]) == self._forgotten):
-            time.sleep(0.01)
 
     def stop(self, patience: float = 60) -> int:
         """SIGTERM; the exit status."""
@@ -149,23 +110,12 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(package: Path | None, *options: str, **more: Any) -> Iterator[Server]:
-    server = Server(package, *options, **more)
+def running(file: Path, *options: str, **more: Any) -> Iterator[Server]:
+    server = Server(file, *options, **more)
     try:
         yield server
     finally:
         server.stop()
-
-
-def workers_of(pid: int, module: bytes = b"serve.worker") -> list[int]:
-    """Process ids of the model's processes below a server, or of those that read bodies (``serve.decoder``)."""
-    found = []
-    for entry in proc().iterdir():
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            if parent == pid and module in (entry / "cmdline").read_bytes():
-                found.append(int(entry.name))
-    return found
 
 
 def image(seed: int = 0, size: tuple[int, int] = (8, 8), kind: str = "PNG") -> bytes:
@@ -213,40 +163,23 @@ def many_scans(count: int, side: int = 1024) -> bytes:
     return start + scan(1, "011111111111111") * (count - 1) + b"\xff\xd9"
 
 
-def form(field: str, content: bytes, boundary: str = "frontier") -> tuple[bytes, str]:
-    body = (
-        f'--{boundary}\r\nContent-Disposition: form-data; name="{field}"; filename="a.png"\r\n'
-        "Content-Type: image/png\r\n\r\n"
-    ).encode() + content + f"\r\n--{boundary}--\r\n".encode()  # fmt: skip
-    return body, f"multipart/form-data; boundary={boundary}"
-
-
 async def acall(
-    app: Any,
-    method: str,
-    path: str,
-    headers: dict[str, str],
-    chunks: list[bytes],
-    pause: float = 0.0,
-    watch: Callable[[], object] = lambda: None,
-    sent: list[dict[str, Any]] | None = None,
+    app: Any, method: str, path: str, headers: dict[str, str], chunks: Sequence[bytes] = (), pause: float = 0.0
 ) -> tuple[int, dict[str, str], bytes]:
-    """Call an ASGI application without a server; ``pause`` seconds, and ``watch``, before every chunk of the body."""
-    waiting = list(chunks)
-    messages: list[dict[str, Any]] = [] if sent is None else sent
+    """Call an ASGI application without a server; ``pause`` seconds before every chunk of the body."""
+    waiting, messages = list(chunks), []
 
     async def receive() -> dict[str, Any]:
         await asyncio.sleep(pause)
-        watch()
         if waiting:
             return {"type": "http.request", "body": waiting.pop(0), "more_body": bool(waiting)}
-        await asyncio.sleep(60)
         return {"type": "http.disconnect"}
 
     async def send(message: dict[str, Any]) -> None:
         messages.append(message)
 
     path, _, query = path.partition("?")
+    headers = {"host": "localhost", **headers}
     scope = {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": path,
         "raw_path": path.encode(), "query_string": query.replace(" ", "%20").encode(), "root_path": "",
@@ -255,40 +188,13 @@ async def acall(
     }  # fmt: skip
     await app(scope, receive, send)
     body = b"".join(message.get("body", b"") for message in messages[1:])
-    status = messages[0]["status"]
-    return status, {key.decode(): value.decode() for key, value in messages[0]["headers"]}, body
-
-
-class _Unhurried(asyncio.SelectorEventLoop):
-    """Its clock moves only while nothing is to be done: no machine is too busy for a time limit."""
-
-    now = 0.0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._plain, self._selector.select = self._selector.select, self._select  # type: ignore[attr-defined]
-
-    def time(self) -> float:
-        return self.now
-
-    def _select(self, timeout: float | None = None) -> Any:
-        events = self._plain(None if timeout is None else 0)
-        if not events:
-            self.now += timeout or 0
-        return events
-
-
-def unhurried(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """`asyncio.run`, of what waits for nothing but time."""
-    loop = _Unhurried()
-    with contextlib.closing(loop):
-        return loop.run_until_complete(coroutine)
+    sent = {key.decode(): value.decode() for key, value in messages[0]["headers"]}
+    return messages[0]["status"], sent, body
 
 
 def call(*args: Any, **more: Any) -> tuple[int, dict[str, str], bytes]:
-    """`acall`, in an event loop of its own whose clock a busy machine does not move."""
-    status, headers, body = unhurried(acall(*args, **more))
-    return status, headers, body
+    """`acall`, in an event loop of its own."""
+    return asyncio.run(acall(*args, **more))
 
 
 def wait_for(condition: Any, seconds: float = 30.0) -> None:

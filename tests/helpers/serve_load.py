@@ -17,10 +17,8 @@ from fastgrad.deploy.file.package import ModelPackage
 class Load:
     """Connections that send numbered images, each ``pause`` seconds after an answer, and check what they are told."""
 
-    def __init__(
-        self, server: Server, package: Path, path: str = "/predict", *, keep: bool = True, pause: float = 0.0
-    ) -> None:
-        self.server, self.path, self.keep, self.pause = server, path, keep, pause
+    def __init__(self, server: Server, package: Path, *, keep: bool = True, pause: float = 0.0) -> None:
+        self.server, self.keep, self.pause = server, keep, pause
         model = ModelPackage(package)
         self.contents = [image(i, (8 + i % 5, 9)) for i in range(40)]
         inputs = [decode_image(content, model.description) for content in self.contents]
@@ -41,7 +39,7 @@ class Load:
                 if connection.sock is None:
                     connection.connect()
                 made = True
-                connection.request("POST", self.path, self.contents[index], {"Content-Type": "image/png"})
+                connection.request("POST", "/predict", self.contents[index], {"Content-Type": "image/png"})
                 sent = True
                 response = connection.getresponse()
                 content = response.read()

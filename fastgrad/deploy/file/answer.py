@@ -21,8 +21,7 @@ class ResultError(ValueError):
 def answer(description: Description, threshold: float | None, row: Array) -> dict[str, Any]:
     """Return the answer to one input from its row of `ModelPackage.rows` and the threshold in use.
 
-    `fastgrad.deploy.serve.schema.Answer` documents the fields; those that the file does not give are None. ResultError
-    if the row is not finite.
+    Fields that the file does not give are None. ResultError if the row is not finite.
     """
     if not np.isfinite(row).all():
         raise ResultError("the model's result for this input is not a finite number")

@@ -39,6 +39,7 @@ OWN_KERNELS = (
 RATES = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 
 
+@_torch.private_cache()
 def export(
     two_stage: nn.Module,
     example_input: Tensor,
@@ -278,6 +279,7 @@ def _calibration(
     return fields
 
 
+@_torch.private_cache()
 def compile_function(
     function: Callable[[Tensor], Any], example_input: Tensor, path: Path, *, max_batch: int = 1024
 ) -> None:

@@ -1,4 +1,6 @@
-"""The HTTP server: application, worker processes with batching, metrics and a page.
+"""The HTTP server: a FastAPI application, and a pool of processes that decode bodies and run the model.
 
-FastAPI and uvicorn, because LitServe (0.2.19) loses accepted requests at SIGTERM or when a worker is killed.
+The web process (`app`) checks headers (`guard`), counts bytes (`bodies`) and hands on bodies unread. `batcher` gives
+what waits to a process of the `pool`; one that dies or takes too long is replaced, and its bodies are tried again.
+`process` is what runs in each.
 """

@@ -1,151 +1,61 @@
-"""Limits on the cost of a request, and answering requests within them."""
+"""Requests in progress: how many there are, and how many bytes their bodies have together."""
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Awaitable, Callable
-from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 
-from fastgrad.checks import extra, lies_in
-from fastgrad.deploy.file.answer import ResultError, answer
-from fastgrad.deploy.file.description import Description
-from fastgrad.deploy.file.images import MAX_PIXELS
-from fastgrad.deploy.serve.child import Bytes, Child, ChildDiedError, RequestError
-from fastgrad.deploy.serve.pool import Pool
+from fastgrad.checks import extra
 
 with extra("serve"):
-    from anyio import current_time, fail_after, move_on_after
-    from starlette.requests import ClientDisconnect, Request
-
-#: Seconds that any body may take, and bytes of the largest input.
-_GRACE, _MAX_INPUT = 5.0, 2**28
+    from fastapi import HTTPException, Request
+    from starlette.requests import ClientDisconnect
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Limits on the cost of requests.
+class Bodies:
+    """Reads bodies of at most ``max_body`` bytes, for ``max_queue`` requests and ``max_held`` bytes at a time."""
 
-    Attributes:
-        body: Bytes of a request body; a larger one is answered 413.
-        pixels: Pixels of an image; more are answered 413 before anything is decoded.
-        queue: Requests to /predict in progress whose body has arrived; more are answered 503 with Retry-After.
-        seconds: From a request's headers to its answer; then 504, or 408 if its body is still arriving. A process that
-            works on one batch for longer is killed.
-        memory: Bytes of all bodies and inputs together; more are answered 503.
-        rate: Bytes of a body that must arrive per second after the first five seconds; else 408.
-        decode_seconds: Time to read one body; then 422, and the process that reads it is killed.
-        load_seconds: Time to load a model.
-        connections: Open connections, fewer if open files are limited; beyond, the longest-waiting one is closed.
-        header_seconds: Time for a request's headers, or the rest of a refused body; then the connection is closed.
-        drain_seconds: From SIGTERM to the end of the server, even if answers are missing.
-        file: Bytes of a model file; a larger one is not loaded.
+    def __init__(self, max_queue: int, max_body: int, max_held: int) -> None:
+        self._max_queue, self._max_body, self._max_held = max_queue, max_body, max_held
+        self._active = self._held = 0
 
-    Raises:
-        TypeError, ValueError: A limit is not a positive number.
-    """
+    @property
+    def full(self) -> bool:
+        """Whether the next request would be refused."""
+        return self._active >= self._max_queue or self._held >= self._max_held
 
-    body: int = 16 * 2**20
-    pixels: int = MAX_PIXELS
-    queue: int = 256
-    seconds: float = 30.0
-    memory: int = 48 * 2**20
-    rate: int = 16 * 2**10
-    decode_seconds: float = 5.0
-    load_seconds: float = 300.0
-    connections: int = 512
-    header_seconds: float = 10.0
-    drain_seconds: float = 25.0
-    file: int = 2**30
+    @asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
+        """Yield the body of a request, which is in progress inside.
 
-    def __post_init__(self) -> None:
-        lies_in("(0, inf]", **vars(self))
-
-
-async def read_body(request: Request, limits: Limits, hold: Callable[[int], None]) -> bytearray:
-    """Read a body within the limits; ``hold`` is called with the number of bytes so far.
-
-    RequestError 400 if the body is empty or incomplete, 408 if too slow, 413 if too large; and what ``hold`` raises.
-    """
-    too_large = f"the body is too large; at most {limits.body} bytes are allowed"
-    if (declared := request.headers.get("content-length", "")).isdecimal() and int(declared[:20]) > limits.body:
-        raise RequestError(413, too_large)
-    body, start = bytearray(), current_time()
-    try:
-        async with aclosing(request.stream()) as stream:
-            with move_on_after(min(limits.seconds, _GRACE)) as scope:
-                async for part in stream:
-                    body += part
-                    scope.deadline = start + min(limits.seconds, _GRACE + len(body) / limits.rate)
-                    if len(body) > limits.body:
-                        raise RequestError(413, too_large)
-                    hold(len(body))
-    except ClientDisconnect:
-        raise RequestError(400, "the connection closed before the whole body came") from None
-    if scope.cancelled_caught:
-        least = f"{limits.seconds:g} s, or came slower than {limits.rate} bytes a second"
-        raise RequestError(408, f"the body did not arrive within {least}")
-    if not body:
-        raise RequestError(400, "the body is empty")
-    return body
-
-
-class Readers:
-    """Answers requests within the limits. Processes turn bodies into inputs and are killed if that takes too long.
-
-    ``active`` is the number of requests in progress whose body has arrived.
-    """
-
-    def __init__(self, count: int, limits: Limits) -> None:
-        self.limits, self.active = limits, 0
-        self._held: dict[Request, int] = {}
-        children = [Child("fastgrad.deploy.serve.decoder", (limits.pixels,), most=_MAX_INPUT) for _ in range(count)]
-        self.pool = Pool(children, hang_timeout=limits.decode_seconds, load_timeout=60.0)
-
-    def _hold(self, request: Request, size: int) -> None:
-        """Set how many bytes a request holds; RequestError 503 if all requests together would hold too many."""
-        more = size - self._held.get(request, 0)
-        if more > 0 and sum(self._held.values()) + more > self.limits.memory:
-            raise RequestError(503, "the bodies of other requests fill the memory; try again in a moment")
-        self._held[request] = size
-
-    async def answer(
-        self, request: Request, description: Description, threshold: float | None,
-        run: Callable[[bytes], Awaitable[Any]],
-    ) -> dict[str, Any]:  # fmt: skip
-        """Return the answer to a request; ``run`` turns its input into a row.
-
-        RequestError for a bad body, a result that is not finite, too many requests, or too much time.
+        HTTPException 413 if the body is too large, 503 if there are too many, before more is read.
         """
-        limits, end = self.limits, current_time() + self.limits.seconds
+        if self._active >= self._max_queue:
+            raise HTTPException(503, "too many requests wait", {"Retry-After": "1"})
+        size, body = 0, bytearray()
+        self._active += 1
         try:
-            body = await read_body(request, limits, functools.partial(self._hold, request))
-            if self.active >= limits.queue:
-                raise RequestError(503, "too many requests are waiting; try again in a moment")
-            self.active += 1
-            try:
-                with fail_after(end - current_time()):
-                    value = await self.read(request.headers.get("content-type", ""), body, description)
-                    del body
-                    self._hold(request, len(value))
-                    return answer(description, threshold, await run(value))
-            finally:
-                self.active -= 1
-        except TimeoutError:
-            raise RequestError(504, f"no answer within {limits.seconds:g} s") from None
-        except ChildDiedError as error:
-            raise RequestError(500, f"the model failed on this input: {error}") from None
-        except ResultError as error:
-            raise RequestError(422, str(error)) from None
+            # What a client says that it will send counts from the start; chunks without a length, as they arrive.
+            size = self._grow(0, int(request.headers.get("content-length", 0)))
+            async with aclosing(request.stream()) as stream:
+                async for part in stream:
+                    size = self._grow(size, len(body) + len(part))
+                    body += part
+            content = bytes(body)
+            body.clear()
+            yield content
+        except ClientDisconnect:
+            raise HTTPException(400, "the connection closed before the whole body came") from None
         finally:
-            self._held.pop(request, None)
+            self._active -= 1
+            self._held -= size
 
-    async def read(self, content_type: str, body: Bytes, description: Description) -> bytes:
-        """Read a body as `decoder.read_input` does; RequestError 422 also if it takes too long or kills processes."""
-        arguments = json.dumps((content_type, description.input_shape, description.input_dtype))
-        try:
-            return await self.pool.submit(arguments.encode() + b"\n", body)
-        except ChildDiedError as error:
-            raise RequestError(422, f"the body cannot be read: {error}") from None
+    def _grow(self, size: int, wanted: int) -> int:
+        """Count a body of ``size`` bytes as one of ``wanted``, if that is more; return which it is."""
+        if wanted > self._max_body:
+            raise HTTPException(413, f"the body is too large; at most {self._max_body} bytes are allowed")
+        more = max(0, wanted - size)
+        if more and self._held + more > self._max_held:
+            raise HTTPException(503, "the bodies of other requests fill the memory", {"Retry-After": "1"})
+        self._held += more
+        return size + more

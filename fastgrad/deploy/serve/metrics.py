@@ -30,9 +30,7 @@ class Metrics:
     without them. ``false_alarm_rate`` belongs to the threshold in use; None without one.
     """
 
-    def __init__(
-        self, description: Description, *, false_alarm_rate: float | None, drift_false_alarm_rate: float
-    ) -> None:
+    def __init__(self, description: Description, false_alarm_rate: float | None, drift_false_alarm_rate: float) -> None:
         own: dict[str, Any] = {"namespace": "fastgrad", "registry": CollectorRegistry()}
         self._own = own
         self._recent = recent = deque[bool](maxlen=RECENT)

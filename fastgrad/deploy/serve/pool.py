@@ -1,147 +1,138 @@
-"""Processes behind one queue: batches form while they are busy, and a killed process loses no input.
+"""One version of a file, with the processes that answer with it.
 
-The inputs of a dead process or a failed batch are run again, one at a time, so that none fails because of another.
+A file is copied before anything is read from it, so that processes load what was checked, also when they are replaced.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass
+import shutil
+import tempfile
+import weakref
+from collections.abc import Collection, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
 
-from anyio import move_on_after
+from fastgrad.checks import extra
+from fastgrad.deploy.file.package import PackageError, read_description
+from fastgrad.deploy.file.reading import digest_of
+from fastgrad.deploy.serve.metrics import Metrics
+from fastgrad.deploy.serve.process import Body, Refusal, answers, check, load
 
-from fastgrad.deploy.serve.child import LOG, Bytes, Child, ChildDiedError, ChildTimeoutError, RequestError
+with extra("serve"):
+    from pebble import CONSTS, ProcessExpired, ProcessPool
 
-MAX_ATTEMPTS = 3
+#: Seconds to load a model, and bytes of the largest file.
+LOAD_SECONDS, LARGEST_FILE = 300.0, 2**30
+#: Errors of a process that ended, and of one that took too long; Python 3.10 has two.
+SLOW = (TimeoutError, asyncio.TimeoutError)
+ENDED = (ProcessExpired, BrokenProcessPool, *SLOW)
+#: Processes ignore SIGTERM (`process.load`), so Pebble need not wait for it to have an effect.
+CONSTS.term_timeout = 0
 
 
-@dataclass(eq=False)
-class _Item:
-    parts: Sequence[Bytes]
-    future: asyncio.Future[bytes]
-    attempts: int = 0
+class Process:
+    """A process that holds a model and does one task at a time: a pool of one, made anew after anything unforeseen.
 
-
-@dataclass(eq=False)
-class Pool:
-    """Has processes answer inputs in batches; ``on_batch`` is called with the size of each.
-
-    An idle process waits ``batch_wait`` seconds after the first input for its batch to fill. A process is replaced if
-    it does not answer within ``hang_timeout`` seconds, and must start within ``load_timeout`` seconds.
+    Processes that shared a pool would share its pipe, which one of them may leave locked or half written when it dies.
     """
 
-    workers: Sequence[Child]
-    _: KW_ONLY
-    hang_timeout: float
-    load_timeout: float
-    max_batch: int = 1
-    batch_wait: float = 0.0
-    on_batch: Callable[[int], None] = lambda size: None
+    def __init__(self, path: Path, options: dict[str, Any]) -> None:
+        self._arguments = str(path), options
+        self._pool: Any = None
 
-    def __post_init__(self) -> None:
-        self.restarts = 0  # how often a process was replaced
-        self.queue: deque[_Item] = deque()
-        self._arrived = asyncio.Event()
-        for worker in self.workers:
-            worker.on_end = self._arrived.set
-        self._tasks: list[asyncio.Task[None]] = []
+    @property
+    def alive(self) -> bool:
+        """Whether the model is loaded and the process has not ended."""
+        return self._pool is not None and bool(self._pool.active)
+
+    async def start(self) -> None:
+        """Start, load the model and answer one input; PackageError or another exception if that fails."""
+        await self.stop()
+        pool = ProcessPool(1, initializer=load, initargs=self._arguments, context=get_context("spawn"))
+        try:
+            loaded = await asyncio.to_thread(pool.schedule, check)
+            await asyncio.wait_for(asyncio.wrap_future(loaded), LOAD_SECONDS)
+        except BaseException:
+            await _end(pool)
+            raise
+        self._pool = pool
+
+    async def ask(self, bodies: Sequence[Body], seconds: float) -> list[dict[str, Any] | Refusal]:
+        """Return the answers; one of `ENDED` if the process has ended, ends or takes too long."""
+        if not self.alive:
+            raise BrokenProcessPool("it ended while it waited")
+        task = self._pool.schedule(answers, args=[bodies], timeout=seconds)
+        # Pebble's limit holds from when the process has taken the task, which a stopped one never does.
+        return list(await asyncio.wait_for(asyncio.wrap_future(task), seconds + 5))
+
+    async def stop(self) -> None:
+        """End the process, whatever it is doing."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            await _end(pool)
+
+
+async def _end(pool: ProcessPool) -> None:
+    pool.stop()  # type: ignore[no-untyped-call]
+    await asyncio.to_thread(pool.join)
+
+
+class Version:
+    """One version of a file, with its processes and metrics; the options are those of `create_app`.
+
+    PackageError if it is not an exported model, or if its SHA-256 is not among the ``digests``, if given.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        workers: int,
+        digests: Collection[str],
+        drift_false_alarm_rate: float,
+        options: dict[str, Any],
+    ) -> None:
+        folder = tempfile.mkdtemp(prefix="fastgrad-serve-")
+        #: Removes the copy, and what processes left beside it.
+        self.remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self.path, self.copy = path, Path(folder) / path.name
+        try:
+            # Of the copy, before anything else reads it: the file itself may change at any time.
+            self.digest = digest_of(path, self.copy, LARGEST_FILE)
+            if digests and self.digest not in digests:
+                raise PackageError(f"{path} must have the SHA-256 {' or '.join(digests)}; it was {self.digest}")
+            self.description = read_description(self.copy)
+            self.threshold = self.description.threshold_at(options["false_alarm_rate"])
+        except (PackageError, OSError, ValueError) as error:
+            self.remove()
+            raise self._failure(error) from None
+        rate = options["false_alarm_rate"] or self.description.false_alarm_rate
+        self.false_alarm_rate = None if self.threshold is None else rate
+        self.metrics = Metrics(self.description, self.false_alarm_rate, drift_false_alarm_rate)
+        self.processes = [Process(self.copy, options) for _ in range(workers)]
 
     @property
     def ready(self) -> bool:
-        """Whether at least one process can take a batch."""
-        return any(worker.alive for worker in self.workers)
+        """Whether a process can take a batch."""
+        return any(process.alive for process in self.processes)
 
     async def start(self) -> None:
-        """Start all processes; ChildError if one cannot do its work."""
+        """Start the processes; PackageError if one cannot load the file."""
         try:
-            await asyncio.gather(*(worker.start(self.load_timeout) for worker in self.workers))
-        except BaseException:
-            await self.close()
-            raise
-        self._tasks = [asyncio.create_task(self._serve(worker)) for worker in self.workers]
-
-    async def submit(self, *parts: Bytes) -> bytes:
-        """Return the reply to one input, given in parts. Cancelling this takes the input out of the queue.
-
-        RequestError if it is refused, or failed for a reason that is in the log. ChildDiedError if its process ended
-        repeatedly or did not answer in time.
-        """
-        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self.queue.append(_Item(parts, future))
-        self._arrived.set()
-        try:
-            return await future
-        finally:
-            del future  # else an error and this frame keep each other, and the input with them
-
-    async def close(self) -> None:
-        """End the processes; the caller must have awaited all submitted inputs."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(worker.stop() for worker in self.workers))
-
-    async def _serve(self, worker: Child) -> None:
-        while True:
-            if batch := await self._next_batch(worker):
-                await self._run(worker, batch)
-                # While no input arrives, the last batch must not fill the memory.
-                del batch
-            if not worker.alive:
-                self.restarts += 1
-                await worker.restart(self.load_timeout)
-
-    async def _next_batch(self, worker: Child) -> list[_Item]:
-        """Wait for an input, and briefly for more; an input that was run before comes first and alone.
-
-        A process that ends meanwhile gets an empty batch, so that no input is blamed for its end.
-        """
-        while worker.alive and not self.queue:
-            self._arrived.clear()
-            await self._arrived.wait()
-        if self.max_batch > 1:
-            with move_on_after(self.batch_wait):
-                while self.queue and len(self.queue) < self.max_batch and not self.queue[0].attempts:
-                    self._arrived.clear()
-                    await self._arrived.wait()
-        if not worker.alive:
-            LOG.warning("a process is replaced: it ended while it waited")
-            return []
-        most = 1 if self.queue and self.queue[0].attempts else self.max_batch
-        batch: list[_Item] = []
-        while self.queue and len(batch) < most:
-            item = self.queue.popleft()
-            # The future is done if its request timed out or was cancelled.
-            if not item.future.done():
-                batch.append(item)
-        return batch
-
-    async def _run(self, worker: Child, batch: list[_Item]) -> None:
-        try:
-            self.on_batch(len(batch))
-            reply = await worker.ask([part for item in batch for part in item.parts], self.hang_timeout)
+            await asyncio.gather(*(process.start() for process in self.processes))
         except Exception as error:
-            if isinstance(error, ChildDiedError):
-                LOG.warning("a process is replaced: %s", error)
-            elif not isinstance(error, RequestError):
-                LOG.exception("a batch of %d failed", len(batch), exc_info=error)
-                error = RequestError(500, "the server failed on this input; its log says why")
-            self._give_back(batch, error)
-        else:
-            size = len(reply) // len(batch)
-            for number, item in enumerate(batch):
-                if not item.future.done():
-                    item.future.set_result(reply[number * size : (number + 1) * size])
+            await self.stop()
+            raise self._failure(error) from None
 
-    def _give_back(self, batch: list[_Item], error: RequestError | ChildDiedError) -> None:
-        for item in reversed(batch):
-            item.attempts += 1
-            final = len(batch) == 1 and isinstance(error, RequestError | ChildTimeoutError)
-            if not final and item.attempts < MAX_ATTEMPTS:
-                self.queue.appendleft(item)
-            elif not item.future.done():
-                error = error if final else ChildDiedError(f"its process ended {item.attempts} times")
-                item.future.set_exception(error.with_traceback(None))
-        self._arrived.set()
+    def _failure(self, error: Exception) -> PackageError:
+        """Return the error with the path of the file instead of the copy's."""
+        said = getattr(error, "strerror", None) or str(error).replace(str(self.copy), str(self.path))
+        return PackageError(said if str(self.path) in said else f"{self.path} cannot be loaded: {said}")
+
+    async def stop(self) -> None:
+        """End the processes."""
+        await asyncio.gather(*(process.stop() for process in self.processes))
+        self.remove()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-import stat
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 from python_process import run_python
 
-from fastgrad import _torch
+from fastgrad._torch import private_cache
 from fastgrad.deploy.file.package import PackageError, read_description
 from fastgrad.deploy.file.reading import digest_of, open_regular
 
@@ -60,28 +62,56 @@ def test_no_foreseeable_names(tiny_package: Path, tiny_onnx: Path, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-CACHES: dict[str, tuple[Callable[[Path], Any], bool]] = {
-    "nothing yet": (lambda path: None, True),
-    "its own": (lambda path: path.mkdir(0o700), True),
-    "others may write": (lambda path: (path.mkdir(), path.chmod(0o777)), False),
-    "a link": (lambda path: path.symlink_to(path.parent), False),
-    "a file": (lambda path: path.touch(), False),
-}
+EXPORT = r"""
+import json, os, re, sys
+
+names, inside = set(), re.compile(re.escape(os.environ["TMPDIR"]) + r"/(\w+)")
+
+def hook(event, arguments):
+    # What is opened, made, listed or removed, and the commands that are run.
+    if event == "open" or event.startswith(("os.", "shutil.", "subprocess.")):
+        names.update(inside.findall(repr(arguments)))
+
+sys.addaudithook(hook)
+import getpass
+planted = os.path.join(os.environ["TMPDIR"], "torchinductor_" + getpass.getuser())
+with open(planted, "w") as file:
+    file.write("#error planted")
+names.clear()
+import torch
+from deploy_models import TinyTwoStage
+from fastgrad import export
+export(TinyTwoStage(), torch.randn(2, 3, 8, 8), sys.argv[1])
+print(json.dumps([os.path.basename(planted), sorted(names)]))
+"""
 
 
-@pytest.mark.parametrize("kind", CACHES)
-def test_private_compiler_cache(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._inductor.runtime import cache_dir_utils
+@pytest.mark.parametrize("name", ["tiny.pt2", "tiny.onnx"])
+def test_export_uses_no_name_that_others_foresee(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """A file lies in the place of the compiler's well-known folder, so that any use of it fails."""
+    request.getfixturevalue(name.replace(".", "_").replace("pt2", "package"))  # skips without compiler or ONNX
+    (temporary := tmp_path / "temporary").mkdir()
+    environment = {**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment["AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL"] = "O0"
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "ORT_DISABLE_TELEMETRY"):
+        environment.pop(variable, None)
+    planted, names = json.loads(run_python("-c", EXPORT, tmp_path / name, env=environment).splitlines()[-1])
+    assert [path.name for path in temporary.iterdir()] == [planted]
+    assert (temporary / planted).read_text() == "#error planted"
+    # Those of `tempfile`, and of PyTorch's compiler, which makes them in the same way.
+    assert [found for found in names if not re.fullmatch(r"(tmp)?[a-z0-9_]{8}", found)] == []
+    assert names
 
-    folder, (make, used) = tmp_path / "torchinductor_user", CACHES[kind]
-    make(folder)
-    monkeypatch.setattr(cache_dir_utils, "default_cache_dir", lambda: str(folder))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))  # as PyTorch itself sets it
-    _torch._own_cache()
-    chosen = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
-    assert (chosen == folder) == used
-    assert stat.S_IMODE(chosen.stat().st_mode) == 0o700
-    # What the user names is taken.
+
+def test_compiler_cache_that_the_environment_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    _torch._own_cache()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
+    with private_cache():
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    with private_cache():
+        own = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        with private_cache():
+            assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(own)
+        assert own.stat().st_mode & 0o077 == 0
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert not own.exists()

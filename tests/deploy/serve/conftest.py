@@ -1,66 +1,45 @@
-"""One server for all tests that need a running one: it holds a file of each kind."""
+"""A running server for each kind of file, shared by all tests that leave it as it was."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from serve_client import Server, running
 
 from fastgrad.deploy.file.package import ModelPackage
 
-for needed in ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "PIL"):
+for needed in ("fastapi", "uvicorn", "pebble", "prometheus_client", "PIL"):
     pytest.importorskip(needed)
 
 
-@dataclass
-class Named:
-    """One of the server's models, and the folder of the server's temporary files."""
-
-    server: Server
-    name: str
-    file: Path
-    temporary: Path
-
-    def predict(self, body: Any, content_type: str, **headers: str) -> tuple[int, Any]:
-        return self.server.predict(body, content_type, path=f"/predict/{self.name}", **headers)
-
-    def metric(self, name: str) -> float:
-        return self.server.metric(name, f"/metrics/{self.name}")
-
-
 @pytest.fixture(scope="session")
-def shared(tiny_package: Path, tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Named]]:
-    """The models by name: ``pt2``, ``onnx``."""
-    folder = tmp_path_factory.mktemp("served")
-    (temporary := folder / "temporary").mkdir()
-    files = [shutil.copyfile(file, folder / f"{file.suffix[1:]}{file.suffix}") for file in (tiny_package, tiny_onnx)]
-    options = [part for file in files for part in ("--model", f"{file.stem}={file}")]
+def servers(
+    tiny_package: Path, tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, tuple[Server, Path]]]:
+    temporary = tmp_path_factory.mktemp("served")
     # A busy machine may need longer for a new process than the 30 seconds of the default.
-    options += ["--timeout", "120"]
-    with running(None, *options, probe=folder / "pauses", env={"TMPDIR": str(temporary)}) as server:
-        yield {file.stem: Named(server, file.stem, file, temporary) for file in files}
-    assert server.process.returncode == 0
-    assert not list(temporary.iterdir())
+    options, env = ("--timeout", "120"), {"TMPDIR": str(temporary)}
+    with running(tiny_package, *options, env=env) as compiled, running(tiny_onnx, *options, env=env) as onnx:
+        yield {"pt2": (compiled, tiny_package), "onnx": (onnx, tiny_onnx)}
+        assert all(path.name.startswith("fastgrad-serve-") for path in temporary.iterdir())
+    assert compiled.process.returncode == onnx.process.returncode == 0
+    assert list(temporary.iterdir()) == []
 
 
 @pytest.fixture(scope="session", params=["pt2", "onnx"])
-def served(request: pytest.FixtureRequest, shared: dict[str, Named]) -> Named:
-    """A model of each kind, one after the other: what holds for one must hold for all."""
-    return shared[request.param]
+def served(request: pytest.FixtureRequest, servers: dict[str, tuple[Server, Path]]) -> tuple[Server, Path]:
+    """A server and its file, of each kind: what holds for one must hold for all."""
+    return servers[request.param]
 
 
 @pytest.fixture(scope="session")
-def package(served: Named) -> ModelPackage:
+def server(served: tuple[Server, Path]) -> Server:
+    return served[0]
+
+
+@pytest.fixture(scope="session")
+def package(served: tuple[Server, Path]) -> ModelPackage:
     """The same file, run directly."""
-    return ModelPackage(served.file)
-
-
-@pytest.fixture(scope="session")
-def anyio_backend() -> str:
-    """The event loop of tests that are coroutines."""
-    return "asyncio"
+    return ModelPackage(served[1])

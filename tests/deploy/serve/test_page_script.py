@@ -24,7 +24,7 @@ globalThis.document = {
 globalThis.window = element();
 URL.createObjectURL = () => "";
 globalThis.fetch = async path => ({ ok: true, status: 200, json: async () => path === "model" ? served : answer });
-const file = "an image";
+const file = { type: "image/png" };
 """
 
 

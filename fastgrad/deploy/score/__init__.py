@@ -1,1 +1,0 @@
-"""Scoring many images on this machine or a Ray cluster, in parts."""
