@@ -24,7 +24,7 @@ import fastgrad, torch
 from torch import nn
 model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval()
 x = torch.rand(64, 3, 2, 2)
-fastgrad.export(fastgrad.TwoStageModel(model, blocks=["logits"]).fit([x], None), x[:2], "extras-test.onnx")
+fastgrad.export(fastgrad.TwoStageModel(model, blocks=["logits"]).fit([x], challenges=None), x[:2], "extras-test.onnx")
 """
 #: Extra: the packages it brings that fastgrad imports, each with a call that needs it.
 CASES = {

@@ -35,7 +35,7 @@ class Gradients(Block):
 
     def values(self, found: Pass) -> Tensor:
         if self.name not in found.kept:
-            found.kept[self.name] = GradientFeatures(found.model, signals=self.signals, log=found.log)
+            found.kept[self.name] = GradientFeatures(found.model, signals=self.signals, log=found.log, batch_dims=0)
         args, kwargs = copied((found.args, found.kwargs))
         features: Tensor = found.kept[self.name](*args, **kwargs)[1]
         return features

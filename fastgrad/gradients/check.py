@@ -102,7 +102,7 @@ def _checked(model: nn.Module, args: Any, kwargs: Any, batch_dims: BatchDims) ->
         return found, tuple(quiet.names)
 
     batch, draws = call(None)
-    alone = [call(torch.tensor([i]))[0] for i in range(inputs.samples)]
+    alone = [call(torch.tensor([i], device="cpu"))[0] for i in range(inputs.samples)]
     outputs, mixes = {}, []
     for name, whole in batch.items():
         if not isinstance(whole, Tensor):

@@ -141,7 +141,8 @@ class Batcher:
             slow = isinstance(error, SLOW)
             LOG.warning("a process is replaced: %s", f"no answer within {self._seconds:g} s" if slow else error)
             await self._replace(version, number)
-            tries = tries if len(batch) > 1 else 0 if slow else tries - 1
+            # What runs out of time runs once more: its process may have been stopped from outside.
+            tries = int(tries > 1) if slow else tries - (len(batch) == 1)
             reason = "this input takes too long, or ends the process that answers it"
         except Exception as error:
             LOG.exception("a batch of %d failed", len(batch), exc_info=error)
