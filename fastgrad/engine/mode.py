@@ -107,12 +107,14 @@ class PerSample(TorchFunctionMode):
         Compiled scripts do so under vmap.
         """
         for t in values:
-            if isinstance(t, (list, tuple)):
-                self.require_known(t)
-            elif isinstance(t, Tensor) and t.is_floating_point() and self._call.is_batched(t):
+            if isinstance(t, Tensor):
                 ref = self._known.get(id(t))
-                if (ref is None or ref() is not t) and not self._call.physical(t).requires_grad:
+                if ref is not None and ref() is t:
+                    continue
+                if self._call.is_batched(t) and t.is_floating_point() and not self._call.physical(t).requires_grad:
                     raise Refused("it calls a function that Python does not see, such as a scripted one")
+            elif type(t) in _SEQUENCES:
+                self.require_known(t)
 
     def kept(self) -> list[Tensor]:
         """Return the tensors of one sample that are still alive, once each."""

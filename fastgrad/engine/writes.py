@@ -30,8 +30,8 @@ _OPERATORS = {
 } | {"__irshift__", "__setitem__"}  # fmt: skip
 
 _known: dict[Callable[..., Any], tuple[bool, int]] = {}
-#: Functions that write to running statistics, their second and third arguments.
-_STATISTICS = frozenset({F.batch_norm, F.instance_norm})
+#: Types of attributes that hold nothing.
+_PLAIN = frozenset({bool, int, float, str, type(None), tuple, type})
 #: Functions named as if they wrote values.
 _HARMLESS = frozenset({"requires_grad_", "detach_", "share_memory_", "rename_", "resolve_conj_", "as_strided_"})
 
@@ -79,16 +79,19 @@ class Snapshot:
         for holder in (*(module for _, module in modules), *objects):
             held, inner = vars(holder).copy(), []
             for name, value in held.items():
-                if isinstance(value, Tensor):
-                    self.tensors.append(((len(self._held), name, None), value))
-                elif type(value) in _CONTAINERS:
+                kind = type(value)
+                if kind in _PLAIN:
+                    continue
+                if kind in _CONTAINERS:
                     inner.append((name, value, value.copy() if value else None))
                     if value and name not in _TABLES and name != "_buffers":
                         self.tensors += entries((len(self._held), name), value, Tensor)
+                elif isinstance(value, Tensor):
+                    self.tensors.append(((len(self._held), name, None), value))
             self._held.append((holder, held, inner))
         #: By id, the tensors that were written to in place, and their values before.
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
-        self._persistent: dict[int, list[Tensor]] | None = None
+        self._persistent: dict[bool, dict[int, list[Tensor]]] = {}
 
     def holders(self) -> Iterator[Any]:
         """Yield what holds attributes."""
@@ -108,31 +111,32 @@ class Snapshot:
         if at >= 0:
             writes = bool(kwargs.get("inplace") or (len(args) > at and args[at]))
         targets = [args[0]] if writes and args else []
-        if function in _STATISTICS:
+        if function is F.instance_norm:  # in training mode, to running statistics
             targets = [*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")]
         out = kwargs.get("out")
         targets += list(out) if isinstance(out, (tuple, list)) else [] if out is None else [out]
         for target in targets:
             memory = _memory_of(target)
-            for tensor in self._of_memory(memory) if memory else ():
+            # Of what outlives a call, inputs and states alone are given to the samples by rows.
+            rows = bool(memory) and unwrapped(target) is not target
+            for tensor in self._of_memory(memory, rows=rows) if memory else ():
                 if id(tensor) not in self._before:
                     self._before[id(tensor)] = tensor, tensor.detach().clone()
 
-    def _of_memory(self, memory: int) -> list[Tensor]:
-        if self._persistent is None:
-            self._persistent = {}
-            held = [value for _, own, _ in self._held for value in own.values()]
-            inside = [
-                value
-                for _, _, inner in self._held
-                for name, _, content in inner
-                for _, value in entries((0, name), content, Tensor)
-            ]
-            for value in (*held, *inside, *self._inputs):
+    def _of_memory(self, memory: int, *, rows: bool) -> list[Tensor]:
+        """Return the tensors that have this memory, of those that are given by rows or of all that outlive the call."""
+        found = self._persistent.get(rows)
+        if found is None:
+            found = self._persistent[rows] = {}
+            given = [*self._inputs, *(t for _, t in self.tensors)]
+            for _, _, inner in self._held if not rows else ():
+                for name, _, content in inner:
+                    given += [t for _, t in entries((0, name), content, Tensor)]
+            for value in given:
                 where = _memory_of(value)
                 if where:
-                    self._persistent.setdefault(where, []).append(value)
-        return self._persistent.get(memory, [])
+                    found.setdefault(where, []).append(value)
+        return found.get(memory, [])
 
     def written(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Return tensors that were written to in place, by id, with copies of their present values."""
@@ -194,13 +198,14 @@ class Snapshot:
         """Undo everything."""
         for holder, held, inner in self._held:
             now = vars(holder)
-            for name in [name for name in now if name not in held and name not in _REDIRECTED]:
-                del now[name]
-            for name, value in held.items():
-                if name not in _REDIRECTED and now.get(name, _ABSENT) is not value:
-                    now[name] = value
+            if len(now) != len(held) or not all(map(operator.is_, now.values(), held.values())):
+                for name in [name for name in now if name not in held and name not in _REDIRECTED]:
+                    del now[name]
+                for name, value in held.items():
+                    if name not in _REDIRECTED and now.get(name, _ABSENT) is not value:
+                        now[name] = value
             for _, container, content in inner:
-                if not _alike(container, content):
+                if (container or content) and not _alike(container, content):
                     _fill(container, content or ())
         with torch.no_grad():
             for tensor, value in self._before.values():
