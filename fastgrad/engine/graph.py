@@ -110,10 +110,12 @@ def mean_over_samples(outputs: Iterable[Tensor]) -> str:
             sizes = node._saved_self.shape[:-1] if name == "NllLoss" else node._saved_self.shape
             if tuple(sizes[:1]) not in ((), (1,)):
                 return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
-        elif name == "Mean" and tuple(sizes[:1]) not in ((), (1,)):
+        if name == "Mean" and tuple(sizes[:1]) not in ((), (1,)):
             return "mean"
-        elif name in _SCALARS or (name == "Sum" and math.prod(sizes) == 1):
-            waiting += [other for other, _ in node.next_functions]
+        following = [other for other, _ in node.next_functions]
+        stacked = len(sizes) == 1 and all(type(other).__name__.startswith("Stack") for other in following)
+        if name in _SCALARS or (name == "Sum" and (stacked or math.prod(sizes) == 1)):
+            waiting += following
     return ""
 
 
