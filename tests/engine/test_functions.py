@@ -177,7 +177,8 @@ USED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str, str]] = {
         "layer.weight", "alone"),
     "dividing hook": (
         hooked(lambda h: h.register_hook(lambda g: g / g.abs().max())), "layer.weight", "alone"),
-    "cond": (lambda net, x: net.head(torch.cond(x.sum() > -99, torch.sin, torch.cos, (x,))), "head.weight", "rule or alone"),
+    "cond": (lambda net, x: net.head(torch.cond(x.sum() > -99, torch.sin, torch.cos, (x,))), "head.weight",
+        "rule or alone"),
     "steps": (lambda net, x: net.head(torch.cumprod(x[:, None] * net.matrix, 1)[:, -1]), "matrix", "copies"),
 }  # fmt: skip
 
