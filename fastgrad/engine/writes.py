@@ -297,6 +297,14 @@ def remember_rows(holder: Any, name: str, key: Any, place: Place) -> bool:
     return True
 
 
+def inherit_rows(model: nn.Module, other: nn.Module) -> None:
+    """Have the modules of a copy of ``model`` know which attributes hold rows."""
+    for module, own in zip(model.modules(), other.modules(), strict=True) if _carried else ():
+        ref, places = _carried.get(id(module), (None, {}))
+        for (name, key), place in list(places.items()) if ref is not None and ref() is module else ():
+            remember_rows(own, name, key, place)
+
+
 #: A state: its holder, name and key, the batch's tensor, and where the batch is in it.
 State = tuple[Any, str, Any, Tensor, Place]
 

@@ -21,7 +21,7 @@ from fastgrad.engine.recorded import Recorded
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.routes import Route, routes_of
 from fastgrad.engine.run import run
-from fastgrad.engine.writes import Snapshot, carried_states
+from fastgrad.engine.writes import Snapshot, carried_states, inherit_rows
 from fastgrad.evaluation import evaluation_copy
 from fastgrad.gradients.contrasts import check_target
 from fastgrad.gradients.recorder import checks_batch_dims
@@ -304,7 +304,9 @@ def _evaluation_model(model: nn.Module) -> nn.Module:
     for module in model.modules():
         tensors = (*module._parameters.values(), *module._buffers.values())
         if module.training or any(t is not None and t.is_inference() for t in tensors):
-            return evaluation_copy(model)
+            other = evaluation_copy(model)
+            inherit_rows(model, other)
+            return other
     return model
 
 

@@ -93,6 +93,8 @@ FOUND: dict[str, tuple[Program, list[str]]] = {
         around("checkpoint", "linear"), "session.freeze()", right("clip"), right("clip", B=2)),
     "a buffer that only a batch of four assigns, of which nothing else shows": found(around("branch on batch size",
         "buffer assigned"), around("batch doubled", "convolution 1d"), right("clip", B=4)),
+    "a state that a copy in evaluation mode reads, in parts of the batch": found(Step("state"), right("clip", B=5),
+        right("features", B=5), options="chunk=2"),
     "random numbers for each sample": found(Step("sample by sample", (around("branch at random", "unused"),)),
         right("record", B=2), right("record", B=2), right("clip", B=2)),
 }  # fmt: skip
