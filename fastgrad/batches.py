@@ -15,8 +15,6 @@ from fastgrad._torch import pytree
 from fastgrad.checks import extra, holds_values
 
 Tree = TypeVar("Tree")
-#: Largest number of inputs in doubt for which every choice is tried.
-_DOUBTS = 4
 #: Values in a piece of a batch on a CPU: six images at 224 x 224 pixels, which fit its caches. Of a batch of 50, each
 #: takes two or three times as long.
 _NUMBERS = 1 << 20
@@ -72,19 +70,6 @@ def same_class(made: Tensor, tensor: Tensor) -> Tensor:
 def carrying(leaves: Sequence[object], samples: int) -> tuple[bool, ...]:
     """Return whether each leaf of the inputs is a tensor with ``samples`` rows."""
     return tuple(isinstance(t, Tensor) and t.dim() > 0 and bool(t.shape[0] == samples) for t in leaves)
-
-
-def choices(leaves: Sequence[object], samples: int) -> Iterator[tuple[bool, ...]]:
-    """Yield which leaves may carry the batch, where the number of rows is ambiguous, as in a mask of B by B positions.
-
-    The first tensor with B rows does. The others are in doubt if B is also another dimension's size and they are few.
-    """
-    every = carrying(leaves, samples)
-    _, *doubts = itertools.compress(range(len(leaves)), every)
-    sizes = [size for leaf in leaves if isinstance(leaf, Tensor) for size in leaf.shape[1:]]
-    for count in range(len(doubts) + 1 if len(doubts) <= _DOUBTS and samples in sizes else 1):
-        for left_out in itertools.combinations(doubts, count):
-            yield tuple(carries and i not in left_out for i, carries in enumerate(every))
 
 
 def bytes_of(tensor: Tensor) -> bytes:

@@ -21,7 +21,7 @@ _SCALARS = frozenset(
      "Unsqueeze", "Stack", "Cat", "Select"}
 )  # fmt: skip
 _OURS = frozenset({"_TapBackward", "_GraphedBackward", "_ReturnedBackward"})
-#: Nodes whose backward pass takes several gradients at once; a test tries each. ``cdist``'s is wrong, without an error.
+#: Nodes whose backward pass takes several gradients at once; tests try most. ``cdist``'s is wrong, without an error.
 _BATCHED = _OURS | {
     f"{name}Backward"
     for name in re.findall(

@@ -19,7 +19,7 @@ from fastgrad._torch import unwrapped
 from fastgrad.engine.outputs import Place, split
 
 _CONTAINERS = frozenset({list, dict, set, deque, OrderedDict, defaultdict, Counter})
-#: Tables of a module's parameters, layers and hooks, which are undone but hold no tensor of a sample.
+#: Tables of a module's parameters and layers, which are undone but hold no tensor of a sample.
 _TABLES = frozenset({"_parameters", "_modules"})
 #: What `fastgrad.engine.modules` replaces, for all threads.
 _REDIRECTED = frozenset({"forward", "_compiled_call_impl"})

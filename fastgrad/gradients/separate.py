@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastgrad.engine.outputs import Place, flatten, split
 from fastgrad.engine.recorded import Recorded
 
-#: Outputs of a recorded call, and where the batch is in each; None beside a tensor that all samples share.
+#: Outputs of a recorded call, where the batch is in each, and whether it holds rows or is shared by all samples.
 Outputs = Sequence[tuple[Tensor, Place, bool]]
 #: Rounding that operations without a fixed order may add, in units of the dtype's epsilon.
 UNITS = 16
