@@ -25,7 +25,11 @@ class Alone:
         frozen = {key: p for key, p in parameters.items() if not p.requires_grad}
         self.thawed = {key: p.detach().clone().requires_grad_() for key, p in frozen.items()}
         self.outputs: list[Tensor] = []
-        self._model = model
+        self._model, self._frozen = model, frozen
+
+    def original(self, value: Tensor) -> Tensor:
+        """Return the frozen parameter of which ``value`` is the copy, or ``value``."""
+        return next((self._frozen[key] for key, copy in self.thawed.items() if copy is value), value)
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:

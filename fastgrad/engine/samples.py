@@ -174,8 +174,10 @@ class Samples:
             values, rebuilt, names = require_rows(flatten(result))
 
             def stacked(value: Any, part: Alone = part, mode: Any = mode) -> Any:
-                graphed = isinstance(value, Tensor) and value.requires_grad
-                if graphed:
+                if isinstance(value, Tensor) and value.is_leaf and not mode.holds(value):
+                    return part.original(value)
+                # Functions that `Dependent` does not see, those of scripts among them, leave a graph.
+                if isinstance(value, Tensor) and value.requires_grad:
                     # A view, so that the gradient of one output does not include paths through another.
                     depends, value = True, value.view_as(value)
                     part.outputs.append(value)

@@ -48,7 +48,8 @@ def require_own_parameters(model: nn.Module, losses: Tensor, outputs: Outputs) -
 
 def require_separate(losses: Tensor, outputs: Outputs) -> None:
     """Raise ValueError unless ``losses[i]`` uses row i of the outputs alone, or outputs that have no gradient."""
-    reached = [each for each in outputs if each[0].requires_grad]
+    # A parameter among the outputs is behind the others as well; `require_own_parameters` finds other uses.
+    reached = [each for each in outputs if each[0].requires_grad and not isinstance(each[0], nn.Parameter)]
     samples = losses.shape[0]
     # Powers of two scale without rounding: the gradient of a row that only its own loss uses scales exactly.
     exponents = torch.randint(1, 4, (samples,), generator=torch.Generator().manual_seed(0), device="cpu")

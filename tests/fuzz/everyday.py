@@ -617,13 +617,14 @@ def constant_alone() -> None:
     def function(net: Any, x: Tensor) -> Any:
         h = net.layer(x)
         at = (h > 0).nonzero(as_tuple=True)
-        return net.head(torch.zeros_like(h).index_put(at, h[at])), torch.arange(3), h.sum()
+        return net.head(torch.zeros_like(h).index_put(at, h[at])), torch.arange(3), h.sum(), net.head.weight
 
     model = parts(function)
 
     def losses(model: nn.Module, x: Tensor) -> Tensor:
-        z, constant, total = model(x)
+        z, constant, total, weight = model(x)
         assert constant.shape == (3,)
+        assert weight is model.head.weight
         assert total.shape == ((len(x),) if fastgrad_is_on() else ())
         return z.square().sum(1) + total
 
