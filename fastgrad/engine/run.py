@@ -262,7 +262,8 @@ class _Run:
             raise compare.interact("structure")
         # FSDP may run a model in another dtype than that of its outputs.
         precision = max(
-            (torch.finfo(p.dtype).eps for p in self.parameters.values() if self.sharded and p.is_floating_point()), default=0.0
+            (torch.finfo(p.dtype).eps for p in self.parameters.values() if self.sharded and p.is_floating_point()),
+            default=0.0,
         )
         found = compare.differing(zip(names, outputs, strict=True), self.plain, precision)
         if not found:

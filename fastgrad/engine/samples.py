@@ -90,6 +90,8 @@ class Samples:
                     raise
                 if (alone and not isinstance(error, Refused)) or isinstance(error, RuleError):
                     raise self._failure(error) from error
+                if self._sharded and hints.places:
+                    raise  # the model's own error: such calls have run together before
                 _other_way(hints, error, new_tensors)
                 found, waiting = [], [None]
                 self.begin_again()

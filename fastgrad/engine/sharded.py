@@ -47,6 +47,12 @@ def named_parameters(model: nn.Module) -> dict[str, Tensor]:
     return {name: wholes.get(id(p), p) for name, p in model.named_parameters()}
 
 
+def names_of(model: nn.Module) -> dict[int, str]:
+    """Return the names of parameters and of their parts, by id."""
+    found = {id(p): name for name, p in named_parameters(model).items()}
+    return found | {part: found[id(own)] for part, own in whole_parameters(model).items() if id(own) in found}
+
+
 def refuse(reason: str) -> NotPerSampleError:
     """Return the error for a sharded model whose samples cannot run together, for this ``reason``."""
     return NotPerSampleError(

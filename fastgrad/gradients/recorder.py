@@ -18,7 +18,7 @@ from fastgrad.engine.norms import squared_norms
 from fastgrad.engine.recorded import Recorded
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.run import run
-from fastgrad.engine.sharded import named_parameters, whole
+from fastgrad.engine.sharded import named_parameters, names_of, whole
 from fastgrad.gradients.separate import Outputs, outputs_of, require_separate
 from fastgrad.losses import compute_dtype
 
@@ -257,7 +257,7 @@ def recorded_sqnorms(
     """Compute `grad_sqnorm` for a recording."""
     wanted = whole(recording.model, wanted)
     asked = parameters_of(recording, wanted)
-    names = {id(p): name for name, p in named_parameters(recording.model).items()}
+    names = names_of(recording.model)
     calls = calls_behind(recording, outputs, "losses", given=gradients is not None)
     rows = {recorded.samples for recorded in calls}
     leading = (gradients[0].shape[0],) if batched and gradients is not None else ()
@@ -299,9 +299,8 @@ def calls_behind(recording: record, outputs: Sequence[Tensor], argument: str, *,
         raise RuntimeError(
             f"{argument} must be computed from calls of the recorded model, with gradients enabled; they reach none"
         )
-    parts = recording.model.named_parameters()
-    for name, p in (*parts, *named_parameters(recording.model).items()):
-        if id(p) in outside:
+    for key, name in names_of(recording.model).items():
+        if key in outside:
             raise ValueError(
                 f"{argument} must depend on {name!r} through recorded calls of the model or of its modules alone; it "
                 "is used outside of them, where no gradient per sample is known: in a weight decay (which belongs into "
