@@ -29,8 +29,8 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
     Noise and privacy accounting are left to others; Opacus' optimizers accept this ``.grad``.
 
     Modules keep their mode: with dropout, norms and gradients have the same mask. Frozen parameters are left out of
-    norms and gradients. ``DistributedDataParallel`` averages over ranks, as always. The limit holds up to rounding:
-    compute the losses in float32 where the model runs in half precision.
+    norms and gradients. ``DistributedDataParallel`` and FSDP average over ranks, as always. The limit holds up to
+    rounding: compute the losses in float32 where the model runs in half precision.
 
     Args:
         model: The model to be called inside, with the same conditions as for `record`.

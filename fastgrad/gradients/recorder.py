@@ -53,7 +53,8 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
 
     Args:
         model: The model to be called inside. If it is ``DistributedDataParallel``, or ``DataParallel`` on one device,
-            the module that it wraps is recorded.
+            the module that it wraps is recorded. ``fully_shard`` may shard it: each rank then gets what the whole
+            model gives for its own samples, and gathers when FSDP does.
         batch_dims: Which inputs carry the batch. By default, those tensors that have as many rows as the first one,
             in dimension 0. 0 says the same where another one is square in the batch, such as a padding mask
             ``(B, T)`` with ``T = B``, which is refused otherwise. A mapping from an input's name or position gives
@@ -61,7 +62,7 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
 
     Raises:
         TypeError: If ``model`` is not an ordinary ``torch.nn.Module``, or holds scripted modules, complex parameters or
-            parts of parameters.
+            parts of parameters other than those of ``fully_shard``.
         ValueError: If it has batch norm in training mode, was compiled in place, is replicated on several devices, or
             is on the meta device or on one without float64 (mps). Calls raise it for inputs that are square in the
             batch, for outputs that differ in structure or shape between samples, and the first call on inputs of a

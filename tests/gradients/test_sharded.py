@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed
+from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -91,18 +91,20 @@ def clipped(rank: int, limits: Any = 0.5) -> None:
         close(next(sharded.parameters()).grad.full_tensor(), mean)
 
 
-def noise(rank: int) -> None:
-    """The noise scale of a rank's own batch."""
+def noise(rank: int, *, replicated: bool = False) -> None:
+    """Norms and noise scale of a rank's own batch, sharded or under ``DistributedDataParallel``."""
     sharded, whole = pair()
+    model = nn.parallel.DistributedDataParallel(pair()[1]) if replicated else sharded
     found, expected = fastgrad.NoiseScale(), fastgrad.NoiseScale()
     data = batch(rank)
-    with fastgrad.record(sharded):
-        losses = losses_of(sharded, *data)
-        sqnorms = torch.stack(fastgrad.grad_sqnorm(losses, sharded, retain_graph=True)).sum(0)
-        gram = fastgrad.grad_gram(losses, sharded)
+    with fastgrad.record(model):
+        losses = losses_of(model, *data)
+        sqnorms = torch.stack(fastgrad.grad_sqnorm(losses, model, retain_graph=True)).sum(0)
+        gram = fastgrad.grad_gram(losses, model)
     found.update(sqnorms, gram.sum())
     flat = torch.cat([g.flatten(1) for g in gradients(whole, data)], 1)
-    expected.update(flat.square().sum(1), flat.sum(0).square().sum())
+    close(sqnorms, flat.square().sum(1))
+    expected.update(sqnorms, flat.sum(0).square().sum())
     assert abs(found.scale / expected.scale - 1) < 1e-9
 
 
@@ -184,8 +186,7 @@ def skipped(rank: int) -> None:
 
 def decay(rank: int) -> None:
     """A weight decay on parts has no gradient per sample."""
-    sharded, _ = pair()
-    part = sharded.head.weight
+    part = (sharded := pair()[0]).head.weight
     with fastgrad.record(sharded):
         losses = losses_of(sharded, *batch(rank))
         with pytest.raises(ValueError, match=r"losses must depend on 'head.weight' through recorded calls"):
@@ -206,6 +207,7 @@ CASES: dict[str, Callable[[int], None]] = {
     "clipped": clipped,
     "clipped by groups": lambda rank: clipped(rank, {"": 0.5, "blocks.1": 0.1}),
     "noise": noise,
+    "replicated": lambda rank: noise(rank, replicated=True),
     "gathers": gathers,
     "raises": raises,
     "refused": refused,
