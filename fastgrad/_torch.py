@@ -131,6 +131,33 @@ def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
+def shards_of(module: nn.Module) -> Iterator[tuple[list[nn.Parameter], nn.Parameter | None, bool]]:
+    """Yield the parameters that ``fully_shard`` manages for a module: the parts that this process holds, the whole.
+
+    The whole is one object from the first time that it is gathered; None before. True is for a parameter that tensor
+    parallelism splits as well. Without this, what is computed with a whole could not be told from its part.
+    """
+    state = getattr(type(module), "_get_fsdp_state", None)
+    for group in () if state is None else _groups_of(state(module)):
+        for own in group.fsdp_params:
+            parts = [own.sharded_param, getattr(own, "_sharded_post_forward_param", None)]
+            yield [p for p in parts if p is not None], getattr(own, "_unsharded_param", None), own.is_dtensor
+
+
+def _groups_of(state: Any) -> list[Any]:
+    groups = getattr(state, "_fsdp_param_groups", None)  # PyTorch before 2.12 has one or none
+    return [g for g in ([state._fsdp_param_group] if groups is None else groups) if g is not None]
+
+
+#: Nodes of ``fully_shard`` in a graph, which pass gradients on. If unknown, clipping would check their proportion.
+NODES_OF_SHARDS = frozenset({"RegisterPostBackwardFunctionBackward"})
+
+
+def is_hook_of_shards(hook: Any) -> bool:
+    """Whether a hook of a module is one of ``fully_shard``. Without it, users' hooks would see the batch."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp.")
+
+
 def has_global_hooks(*, backward: bool = False) -> bool:
     """Whether hooks of all modules are registered; with ``backward``, such hooks of gradients."""
     tables = [module._global_backward_hooks, module._global_backward_pre_hooks]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from fastgrad._torch import number_of
+from fastgrad._torch import NODES_OF_SHARDS, number_of
 
 #: Functions of scalars that pass on what a scalar is made of.
 _SCALARS = frozenset(
@@ -167,7 +167,8 @@ def walk(outputs: Iterable[Tensor], numbers: list[tuple[int, int]], inputs: Iter
 
 def custom_function(kinds: Iterable[type]) -> bool:
     """Whether a custom ``autograd.Function`` is among nodes; its backward pass may do anything."""
-    return any(issubclass(kind, BackwardCFunction) and kind.__name__ not in _OURS for kind in kinds)
+    known = _OURS | NODES_OF_SHARDS
+    return any(issubclass(kind, BackwardCFunction) and kind.__name__ not in known for kind in kinds)
 
 
 def reentrant_checkpoint(kinds: Iterable[type]) -> bool:

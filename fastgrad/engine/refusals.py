@@ -4,27 +4,30 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastgrad._torch import BatchNorm
+from fastgrad._torch import BatchNorm, shards_of
 from fastgrad.evaluation import refuse_devices, refuse_scripted
 
 #: Names of the classes that hold a part of a parameter, or of several.
 _PARTS = frozenset({"DTensor", "FullyShardedDataParallel", "ShardedTensor"})
 
 
-def refuse_parts(model: nn.Module) -> None:
+def refuse_parts(model: nn.Module, *, gathered: bool = False) -> None:
     """Raise if this process cannot compute a squared norm of each parameter of the model.
 
     TypeError if a parameter is complex or sharded over processes, or a module is scripted. ValueError if a parameter
-    holds no values, or its device has no float64.
+    holds no values, or its device has no float64. With ``gathered``, ``fully_shard`` may shard parameters, because its
+    hooks gather them.
     """
     refuse_scripted(model)
     refuse_devices(model)
+    shards = [shard for module in model.modules() if gathered for shard in shards_of(module)]
+    whole = {id(part) for parts, _, split in shards if not split for part in parts}
     for name, part in (*model.named_modules(), *model.named_parameters()):
         found = sorted({cls.__name__ for cls in type(part).__mro__} & _PARTS)
-        if found:
+        if found and id(part) not in whole:
             raise TypeError(
                 f"model must hold whole parameters; {name or 'model'!r} was a {found[0]} (FSDP, tensor parallelism), "
-                "of which each process holds a part. Use DistributedDataParallel, or take norms before sharding"
+                "of which each process holds a part. Use DistributedDataParallel, or record with fully_shard alone"
             )
         if isinstance(part, nn.Parameter) and part.is_complex():
             raise TypeError(

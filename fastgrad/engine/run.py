@@ -22,6 +22,7 @@ from fastgrad.engine.outputs import Place, Stacked, find_place, flatten, join, j
 from fastgrad.engine.recorded import Hints, Recorded, hints_of
 from fastgrad.engine.refusals import refuse_mixing
 from fastgrad.engine.samples import Part, Samples
+from fastgrad.engine.sharded import hooks_without_graph, is_sharded
 from fastgrad.engine.turns import reading
 from fastgrad.engine.writes import Attribute, Entry, Snapshot, entries, made_layers, mapped, remember_rows
 from fastgrad.layers import MODULES
@@ -74,6 +75,8 @@ class _Run:
         self.inputs = Inputs(model.forward if undo else self.forward, args, kwargs, batch_dims)
         self.modules = list(model.named_modules()) if modules is None else modules
         self.hooks, self.training = 0, False
+        #: Whether several processes hold the model: all have to take the same steps, whatever their samples are.
+        self.sharded = is_sharded(model)
         for _, module in self.modules:
             self.training |= module.training
             self.hooks += sum(map(len, hooks_of(module)))
@@ -95,7 +98,8 @@ class _Run:
 
     def hints(self, owner: nn.Module) -> Hints:
         """Return what is known of such calls."""
-        key = self.inputs.key(), self.inputs.samples == 1, self.training, self.hooks, len(MODULES)
+        one = self.inputs.samples == 1 and not self.sharded
+        key = self.inputs.key(), one, self.training, self.hooks, len(MODULES)
         return hints_of(owner, key)
 
     def result(
@@ -104,7 +108,7 @@ class _Run:
         """Run the samples, and again in another way or beside an ordinary call where that is needed."""
         samples, hints = self.inputs.samples, self.hints(owner)
         with reading():
-            self.snapshot = Snapshot(self.modules, self.inputs.objects, self.inputs.leaves)
+            self.snapshot = Snapshot(self.modules, self.inputs.objects, self.inputs.leaves, sharded=self.sharded)
         hooked = self._hooks_gradients()
         if hooked:
             hints.alone_reason = "a hook may change its gradients (full backward hook)"
@@ -147,10 +151,10 @@ class _Run:
         except BaseException:
             ways.begin_again()
             raise
-        hints.compared |= samples > 1
+        hints.compared |= samples > 1 or self.sharded
         recorded.inputs = behind.entries
         recorded.custom_backward = hooked or "hook" in hints.alone_reason or graph.custom_function(behind.kinds)
-        recorded.batched_backward = graph.batched_backward(behind.kinds)
+        recorded.batched_backward = not self.sharded and graph.batched_backward(behind.kinds)
         for tensor, rows in loose:
             _replace(tensor, rows)
         if self.undo:
@@ -187,7 +191,7 @@ class _Run:
         self.plain = {}
         try:
             given = self.inputs.call_of(self.inputs.doubled(leaves) if one else leaves)
-            with reading():
+            with reading(), hooks_without_graph(self.modules):
                 (values, _, names), quiet = ordinary.call(self.forward, given, self.snapshot)
             self.draws, hints.checkpoints = bool(quiet.names), hints.checkpoints or quiet.checkpoints
             changes = self.snapshot.changes()
@@ -256,7 +260,12 @@ class _Run:
             return
         if self.plain.keys() != set(names):
             raise compare.interact("structure")
-        found = compare.differing(zip(names, outputs, strict=True), self.plain)
+        # FSDP may run a model in another dtype than that of its outputs.
+        precision = max(
+            (torch.finfo(p.dtype).eps for p in self.parameters.values() if self.sharded and p.is_floating_point()),
+            default=0.0,
+        )
+        found = compare.differing(zip(names, outputs, strict=True), self.plain, precision)
         if not found:
             return
         # A tenth of an output is no rounding, unless it was computed in half precision.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastgrad._torch import StopRecomputation, pytree, vmap
 from fastgrad.batches import same_class
-from fastgrad.engine import ordinary
+from fastgrad.engine import ordinary, sharded
 from fastgrad.engine.inputs import Inputs
 from fastgrad.engine.mode import PerSample, Split
 from fastgrad.engine.modules import replaced
@@ -53,6 +53,7 @@ class Samples:
         self.model, self.forward, self.inputs, self.parameters = model, forward, inputs, parameters
         self.snapshot, self.modules = snapshot, modules
         self._thaws, self._counts = thaws, counts
+        self._sharded = sharded.is_sharded(model)
         # A state of the batch is none of a part of it.
         self.rows = 1 if part else inputs.samples
         self.states = States(snapshot, self.rows)
@@ -70,9 +71,14 @@ class Samples:
         while waiting:
             index = waiting.pop(0)
             alone, new_tensors = hints.alone_reason, hints.new_tensors  # which another thread may change
+            if alone and self._sharded:
+                hints.alone_reason = ""  # another call may do without
+                raise sharded.refuse(alone)
             try:
                 found += self._alone(hints, index) if alone else [self._together(new_tensors, index)]
             except Split as split:
+                if self._sharded:
+                    raise sharded.refuse("it reads a value that differs between samples") from None
                 whole = torch.arange(self.inputs.samples, device="cpu") if index is None else index
                 values = split.values.to(whole.device)
                 waiting[:0] = [whole[(values == v).all(1)] for v in values.unique(dim=0)]
@@ -84,6 +90,8 @@ class Samples:
                     raise
                 if (alone and not isinstance(error, Refused)) or isinstance(error, RuleError):
                     raise self._failure(error) from error
+                if self._sharded and hints.places:
+                    raise  # the model's own error: such calls have run together before
                 _other_way(hints, error, new_tensors)
                 found, waiting = [], [None]
                 self.begin_again()
@@ -122,7 +130,8 @@ class Samples:
             of_sample = {key: same_class(x.unsqueeze(dim), given) for (key, (given, dim)), x in pairs}
             mode.know(of_sample.values())
             args, kwargs = self.inputs.call_of([of_sample.get(id(x), x) for x in leaves])
-            with replaced(self.model, call), self.states.given(state), mode:
+            shards = sharded.hooks_below(self.modules, call, mode.know) if self._sharded else contextlib.nullcontext()
+            with replaced(self.model, call), self.states.given(state), shards, mode:
                 values, rebuilt, names = require_rows(flatten(self.forward(*args, **kwargs)))
             if torch.is_grad_enabled():
                 mode.require_known(values)

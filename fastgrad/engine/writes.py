@@ -69,8 +69,9 @@ class Snapshot:
     """What the modules of a model and objects among its inputs hold, and what the tensors held that were written to."""
 
     def __init__(
-        self, modules: Sequence[tuple[str, nn.Module]], objects: Iterable[object], inputs: Sequence[Any]
-    ) -> None:
+        self, modules: Sequence[tuple[str, nn.Module]], objects: Iterable[object], inputs: Sequence[Any],
+        *, sharded: bool = False,
+    ) -> None:  # fmt: skip
         self._paths, self._inputs = modules, inputs
         #: Each holder, its attributes, and copies of the containers among them; an empty one's copy is itself.
         self._held: list[tuple[Any, dict[str, Any], list[tuple[str, Any, Any]]]] = []
@@ -80,8 +81,8 @@ class Snapshot:
             held, inner = vars(holder).copy(), []
             for name, value in held.items():
                 kind = type(value)
-                if kind in _PLAIN:
-                    continue
+                if kind in _PLAIN or (sharded and name == "_parameters"):
+                    continue  # parameters of a sharded model come and go
                 if kind in _CONTAINERS:
                     inner.append((name, value, value.copy() if value else None))
                     if value and name not in _TABLES and name != "_buffers":

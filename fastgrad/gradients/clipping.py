@@ -16,6 +16,7 @@ from fastgrad import checks
 from fastgrad._torch import outside_of_compilation
 from fastgrad.engine.inputs import BatchDims
 from fastgrad.engine.recorded import Recorded
+from fastgrad.engine.sharded import named_parameters
 from fastgrad.gradients.recorder import record, recorded_sqnorms
 from fastgrad.gradients.separate import UNITS, Outputs, outputs_of, require_own_parameters, require_separate
 
@@ -28,8 +29,8 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
     Noise and privacy accounting are left to others; Opacus' optimizers accept this ``.grad``.
 
     Modules keep their mode: with dropout, norms and gradients have the same mask. Frozen parameters are left out of
-    norms and gradients. ``DistributedDataParallel`` averages over ranks, as always. The limit holds up to rounding:
-    compute the losses in float32 where the model runs in half precision.
+    norms and gradients. ``DistributedDataParallel`` and FSDP average over ranks, as always. The limit holds up to
+    rounding: compute the losses in float32 where the model runs in half precision.
 
     Args:
         model: The model to be called inside, with the same conditions as for `record`.
@@ -138,7 +139,7 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
         # Parameters may have been frozen, released or replaced since the last step.
         groups = _groups(self.model, self._limits)
         parameters = [p for group in groups for p in group]
-        for name, p in self.model.named_parameters():
+        for name, p in named_parameters(self.model).items():
             if p.requires_grad and p._backward_hooks:
                 raise ValueError(
                     f"model must have no hooks on its parameters (Tensor.register_hook): {name!r} had one, which would "
@@ -168,10 +169,10 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
                 )
 
 
-def _groups(model: nn.Module, limits: Mapping[str, float]) -> list[list[nn.Parameter]]:
+def _groups(model: nn.Module, limits: Mapping[str, float]) -> list[list[Tensor]]:
     """Return the trainable parameters under each name, in the order of ``limits``."""
-    groups: dict[str, list[nn.Parameter]] = {name: [] for name in limits}
-    for name, p in model.named_parameters():
+    groups: dict[str, list[Tensor]] = {name: [] for name in limits}
+    for name, p in named_parameters(model).items():
         if not p.requires_grad:
             continue
         prefixes = [key for key in limits if key in ("", name) or name.startswith(key + ".")]

@@ -13,6 +13,7 @@ from fastgrad._torch import outside_of_compilation
 from fastgrad.engine.backward import Backward, Share
 from fastgrad.engine.products import CHUNK_BYTES, ParameterUses, gram, square_sum
 from fastgrad.engine.recorded import Recorded
+from fastgrad.engine.sharded import named_parameters, whole
 from fastgrad.gradients.recorder import Params, active, calls_behind, parameters_given, parameters_of, record, summed
 from fastgrad.layers.formula import Tensors
 from fastgrad.losses import compute_dtype
@@ -71,6 +72,7 @@ def grad_gram(
     first, wanted = checks.tensors("losses", losses), parameters_given(params)
     second = None if other is None else checks.tensors("other", other)
     compute = outside_of_compilation(_grams)
+    wanted = whole(recording.model, wanted)
     found = compute(recording, first, wanted, second, each, bool(retain_graph))
     return tuple(found[id(p)] for p in wanted) if each else found[0]
 
@@ -143,6 +145,7 @@ def grad_square_sum(
     """
     recording = active("grad_square_sum")
     first, wanted = checks.tensors("losses", losses), parameters_given(params)
+    wanted = whole(recording.model, wanted)
     found = outside_of_compilation(_square_sums)(recording, first, wanted, bool(retain_graph))
     return tuple(found[id(p)] for p in wanted)
 
@@ -162,7 +165,7 @@ def _square_sums(
 
 def _calls(recording: record, outputs: Sequence[Tensor], name: str) -> list[Recorded]:
     """Return the recorded model's calls that outputs reach, all of one number of samples."""
-    own = set(map(id, recording.model.parameters()))
+    own = set(map(id, named_parameters(recording.model).values()))
     calls = [c for c in calls_behind(recording, outputs, name) if not c.samples or c.parameters.keys() & own]
     if not calls:
         raise ValueError(f"{name} must be computed from calls of the recorded model; those were calls of another one")

@@ -18,6 +18,7 @@ from fastgrad.engine.norms import squared_norms
 from fastgrad.engine.recorded import Recorded
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.run import run
+from fastgrad.engine.sharded import named_parameters, names_of, whole
 from fastgrad.gradients.separate import Outputs, outputs_of, require_separate
 from fastgrad.losses import compute_dtype
 
@@ -52,7 +53,8 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
 
     Args:
         model: The model to be called inside. If it is ``DistributedDataParallel``, or ``DataParallel`` on one device,
-            the module that it wraps is recorded.
+            the module that it wraps is recorded. ``fully_shard`` may shard it: each rank then gets what the whole
+            model gives for its own samples, and gathers when FSDP does.
         batch_dims: Which inputs carry the batch. By default, those tensors that have as many rows as the first one,
             in dimension 0. 0 says the same where another one is square in the batch, such as a padding mask
             ``(B, T)`` with ``T = B``, which is refused otherwise. A mapping from an input's name or position gives
@@ -60,7 +62,7 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
 
     Raises:
         TypeError: If ``model`` is not an ordinary ``torch.nn.Module``, or holds scripted modules, complex parameters or
-            parts of parameters.
+            parts of parameters other than those of ``fully_shard``.
         ValueError: If it has batch norm in training mode, was compiled in place, is replicated on several devices, or
             is on the meta device or on one without float64 (mps). Calls raise it for inputs that are square in the
             batch, for outputs that differ in structure or shape between samples, and the first call on inputs of a
@@ -75,7 +77,7 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
 
     def __init__(self, model: nn.Module, *, batch_dims: BatchDims = None) -> None:
         checks.is_a(nn.Module, model=model)
-        refuse_parts(model)
+        refuse_parts(model, gathered=True)
         if original(model) is not model:
             raise TypeError("model must be the module that was given to torch.compile, not its compiled form")
         if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
@@ -127,7 +129,7 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
                 )
         # A cast of a parameter in autocast's cache would belong to the graph of another call, or to none.
         torch.clear_autocast_cache()
-        wanted = {id(p): p for p in self.model.parameters()}
+        wanted = {id(p): p for p in named_parameters(self.model).values()}
         _active.inside = True
         try:
             output, recorded = run(
@@ -233,8 +235,11 @@ def parameters_given(params: Params) -> list[Tensor]:
 
 
 def parameters_of(recording: record, wanted: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Return parameters of the recorded model by their ids; ValueError if one is not the model's."""
-    own = set(map(id, recording.model.parameters()))
+    """Return parameters of the recorded model by their ids; ValueError if one is not the model's.
+
+    ``wanted`` are `whole`.
+    """
+    own = set(map(id, named_parameters(recording.model).values()))
     for i, p in enumerate(wanted):
         if id(p) not in own:
             raise ValueError(f"params must be parameters of the recorded model; number {i} is not one")
@@ -251,8 +256,9 @@ def recorded_sqnorms(
     batched: bool, keep: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Compute `grad_sqnorm` for a recording."""
+    wanted = whole(recording.model, wanted)
     asked = parameters_of(recording, wanted)
-    names = {id(p): name for name, p in recording.model.named_parameters()}
+    names = names_of(recording.model)
     calls = calls_behind(recording, outputs, "losses", given=gradients is not None)
     rows = {recorded.samples for recorded in calls}
     leading = (gradients[0].shape[0],) if batched and gradients is not None else ()
@@ -294,8 +300,8 @@ def calls_behind(recording: record, outputs: Sequence[Tensor], argument: str, *,
         raise RuntimeError(
             f"{argument} must be computed from calls of the recorded model, with gradients enabled; they reach none"
         )
-    for name, p in recording.model.named_parameters():
-        if id(p) in outside:
+    for key, name in names_of(recording.model).items():
+        if key in outside:
             raise ValueError(
                 f"{argument} must depend on {name!r} through recorded calls of the model or of its modules alone; it "
                 "is used outside of them, where no gradient per sample is known: in a weight decay (which belongs into "

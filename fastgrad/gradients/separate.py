@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastgrad.engine.outputs import Place, flatten, split
 from fastgrad.engine.recorded import Recorded
+from fastgrad.engine.sharded import names_of
 
 #: Outputs of a recorded call, where the batch is in each, and whether it holds rows or is shared by all samples.
 Outputs = Sequence[tuple[Tensor, Place, bool]]
@@ -30,7 +31,7 @@ def outputs_of(output: Any, recorded: Recorded) -> list[tuple[Tensor, Place, boo
 def require_own_parameters(model: nn.Module, losses: Tensor, outputs: Outputs) -> None:
     """Raise ValueError if ``losses`` reach a parameter of the model other than through its outputs."""
     places = {_edge(out) for out, _, _ in outputs if out.grad_fn is not None}
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = names_of(model)
     waiting, seen = [_edge(losses)], set()
     while waiting:
         edge = waiting.pop()

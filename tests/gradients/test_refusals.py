@@ -11,6 +11,7 @@ from small_nets import Net
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from fastgrad import GradientFeatures, checks, clip_gradients, grad_sqnorm, record
 from fastgrad.layers import register_rule
@@ -113,14 +114,20 @@ def test_a_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_parameters_that_are_parts() -> None:
-    whole = nn.Linear(4, 3).double()
+    whole, split, both = (nn.Linear(4, 3).double() for _ in range(3))
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
-        fully_shard(whole, mesh=init_device_mesh("cpu", (1,)))
-        for sharded in (whole, FullyShardedDataParallel(nn.Linear(4, 3), device_id=torch.device("cpu"))):
-            for entry in (GradientFeatures, record):
+        mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensor"))
+        fully_shard(whole, mesh=mesh["data"])
+        for own in (split, both):
+            parallelize_module(own, mesh["tensor"], ColwiseParallel())
+        fully_shard(both, mesh=mesh["data"])
+        old = FullyShardedDataParallel(nn.Linear(4, 3), device_id=torch.device("cpu"))
+        for entry, refused in ((GradientFeatures, (whole, split, both, old)), (record, (split, both, old))):
+            for sharded in refused:
                 with pytest.raises(TypeError, match=r"must hold whole parameters; .* was a (DTensor|FullySharded)"):
                     entry(sharded)
+        record(whole)
     finally:
         distributed.destroy_process_group()
 
