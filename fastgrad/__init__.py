@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fastgrad.gradients.noise_scale import NoiseScale
     from fastgrad.gradients.project import grad_project
     from fastgrad.gradients.recorder import grad_sqnorm, record
+    from fastgrad.gradients.store import GradientStore
     from fastgrad.introspection import IntrospectiveClassifier
     from fastgrad.metrics import certified_threshold, threshold_for
 
@@ -40,6 +41,7 @@ __version__ = "1.0.0"
 
 _LAZY = {
     "GradientFeatures": "fastgrad.gradients.features",
+    "GradientStore": "fastgrad.gradients.store",
     "IntrospectiveClassifier": "fastgrad.introspection",
     "NoiseScale": "fastgrad.gradients.noise_scale",
     "TwoStageModel": "fastgrad.detector.model",
@@ -59,6 +61,7 @@ _LAZY = {
 __all__ = [
     "ContrastStats",
     "GradientFeatures",
+    "GradientStore",
     "IntrospectiveClassifier",
     "NoiseScale",
     "TwoStageModel",
