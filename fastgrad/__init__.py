@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from fastgrad.gradients.features import GradientFeatures
     from fastgrad.gradients.gram import grad_gram, grad_square_sum
     from fastgrad.gradients.noise_scale import NoiseScale
+    from fastgrad.gradients.project import grad_project
     from fastgrad.gradients.recorder import grad_sqnorm, record
+    from fastgrad.gradients.store import GradientStore
     from fastgrad.introspection import IntrospectiveClassifier
     from fastgrad.metrics import certified_threshold, threshold_for
 
@@ -39,6 +41,7 @@ __version__ = "1.0.0"
 
 _LAZY = {
     "GradientFeatures": "fastgrad.gradients.features",
+    "GradientStore": "fastgrad.gradients.store",
     "IntrospectiveClassifier": "fastgrad.introspection",
     "NoiseScale": "fastgrad.gradients.noise_scale",
     "TwoStageModel": "fastgrad.detector.model",
@@ -48,6 +51,7 @@ _LAZY = {
     "clip_gradients": "fastgrad.gradients.clipping",
     "export": "fastgrad.deploy.file.export",
     "grad_gram": "fastgrad.gradients.gram",
+    "grad_project": "fastgrad.gradients.project",
     "grad_sqnorm": "fastgrad.gradients.recorder",
     "grad_square_sum": "fastgrad.gradients.gram",
     "record": "fastgrad.gradients.recorder",
@@ -57,6 +61,7 @@ _LAZY = {
 __all__ = [
     "ContrastStats",
     "GradientFeatures",
+    "GradientStore",
     "IntrospectiveClassifier",
     "NoiseScale",
     "TwoStageModel",
@@ -71,6 +76,7 @@ __all__ = [
     "contrast_topk",
     "export",
     "grad_gram",
+    "grad_project",
     "grad_sqnorm",
     "grad_square_sum",
     "linear_contrast_sqnorm",

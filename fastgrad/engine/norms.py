@@ -104,7 +104,7 @@ class _Norms(Backward):
         for key, share in alone:
             shares.setdefault(key, []).append(share)
         for key, each in shares.items():
-            self._put(result, key, *self._of_sum(key, each))
+            self._put(result, key, *norms_of_uses(self.wanted[key].shape, self.samples, each))
         return result
 
     def _put(self, result: dict[int, Tensor], key: int, rows: list[int], norms: Tensor) -> None:
@@ -117,16 +117,17 @@ class _Norms(Backward):
             result[key] = norms.new_zeros(self.samples)
         result[key][torch.tensor(rows, device=norms.device)] = norms
 
-    def _of_sum(self, key: int, shares: list[Share]) -> tuple[list[int], Tensor]:
-        """Return samples, and the squared norms of the sums of their gradients."""
-        rows = shares[0].rows
-        if len(shares) == 1:
-            (share,) = shares
-            return rows, share.formula.sqnorms(share.saved, share.gradients, [share.slot])[0]
-        products = [s.factors()[::-1] for s in shares if s.formula is STRAIGHT and not s.slot]
-        tables = [s.factors() for s in shares if isinstance(s.formula, Table)]
-        if len(products) + len(tables) == len(shares) and all(share.rows == rows for share in shares):
-            return rows, sum_sqnorm(products, tables)
-        side = ParameterUses(self.wanted[key].shape, self.samples, shares)
-        norms = [sqnorm(side.part(at)) for at in side.parts(self.samples)]
-        return list(range(self.samples)), torch.stack(norms).sum(0)
+
+def norms_of_uses(shape: Sequence[int], samples: int, shares: list[Share]) -> tuple[list[int], Tensor]:
+    """Return samples, and the squared norms of the sums of their gradients of a parameter."""
+    rows = shares[0].rows
+    if len(shares) == 1:
+        (share,) = shares
+        return rows, share.formula.sqnorms(share.saved, share.gradients, [share.slot])[0]
+    products = [s.factors()[::-1] for s in shares if s.formula is STRAIGHT and not s.slot]
+    tables = [s.factors() for s in shares if isinstance(s.formula, Table)]
+    if len(products) + len(tables) == len(shares) and all(share.rows == rows for share in shares):
+        return rows, sum_sqnorm(products, tables)
+    side = ParameterUses(shape, samples, shares)
+    norms = [sqnorm(side.part(at)) for at in side.parts(samples)]
+    return list(range(samples)), torch.stack(norms).sum(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
@@ -10,17 +10,13 @@ from torch import Tensor
 
 from fastgrad import checks
 from fastgrad._torch import outside_of_compilation
-from fastgrad.engine.backward import Backward, Share
 from fastgrad.engine.products import CHUNK_BYTES, ParameterUses, gram, square_sum
-from fastgrad.engine.recorded import Recorded
-from fastgrad.engine.sharded import named_parameters, whole
-from fastgrad.gradients.recorder import Params, active, calls_behind, parameters_given, parameters_of, record, summed
-from fastgrad.layers.formula import Tensors
+from fastgrad.engine.sharded import whole
+from fastgrad.gradients.recorder import Params, active, parameters_given, parameters_of, record
+from fastgrad.gradients.uses import UsesPass, calls_of_one_size
 from fastgrad.losses import compute_dtype
 from fastgrad.memory import lacks_memory
-from fastgrad.ops.dispatch import full_precision
 
-Take = Callable[[int, ParameterUses], None]
 _Outputs = Tensor | Sequence[Tensor]
 
 
@@ -83,8 +79,8 @@ def _grams(
 ) -> dict[int, Tensor]:  # fmt: skip
     """Return matrices by the ids of parameters, or with key 0 their sum."""
     asked = parameters_of(recording, wanted)
-    row = _Pass(_calls(recording, outputs, "losses"), asked, outputs)
-    column = row if other is None else _Pass(_calls(recording, other, "other"), asked, other)
+    row = UsesPass(calls_of_one_size(recording, outputs, "losses"), asked, outputs)
+    column = row if other is None else UsesPass(calls_of_one_size(recording, other, "other"), asked, other)
     keys, dtype = list(asked) if each else [0], compute_dtype(*(p.dtype for p in wanted))
     devices = {key: asked.get(key, wanted[0]).device for key in keys}
     held: dict[int, ParameterUses] = {}
@@ -159,49 +155,5 @@ def _square_sums(
     def add(key: int, side: ParameterUses) -> None:
         sums[key] += square_sum(side).to(sums[key])
 
-    _Pass(_calls(recording, outputs, "losses"), asked, outputs).run(keep, add)
+    UsesPass(calls_of_one_size(recording, outputs, "losses"), asked, outputs).run(keep, add)
     return sums
-
-
-def _calls(recording: record, outputs: Sequence[Tensor], name: str) -> list[Recorded]:
-    """Return the recorded model's calls that outputs reach, all of one number of samples."""
-    own = set(map(id, named_parameters(recording.model).values()))
-    calls = [c for c in calls_behind(recording, outputs, name) if not c.samples or c.parameters.keys() & own]
-    if not calls:
-        raise ValueError(f"{name} must be computed from calls of the recorded model; those were calls of another one")
-    sizes = sorted({call.samples for call in calls})
-    if len(sizes) > 1:
-        raise ValueError(
-            f"{name} must be computed from calls of one number of samples; there were {' and '.join(map(str, sizes))}"
-        )
-    return calls
-
-
-class _Pass(Backward):
-    """A backward pass that hands over all uses of a parameter as soon as they are complete."""
-
-    def __init__(self, calls: Iterable[Recorded], wanted: Mapping[int, Tensor], outputs: Sequence[Tensor]) -> None:
-        super().__init__(calls, wanted)
-        self.outputs = outputs
-
-    @torch.no_grad()
-    def run(self, keep: bool, take: Take, *, at_once: bool = True) -> None:
-        """Call ``take(id of a parameter, its side)``, with ``at_once`` within the backward pass if possible."""
-        held: dict[int, list[Share]] = {}
-
-        def give(key: int, shares: list[Share]) -> None:
-            take(key, ParameterUses(self.wanted[key].shape, self.samples, shares))
-
-        def see(n: int, saved: Tensors, gradients: Tensors) -> None:
-            for key, share in self.shares(n, saved, gradients):
-                if at_once and key not in self.several and len(share.rows) == self.samples:
-                    give(key, [share])
-                else:
-                    held.setdefault(key, []).append(share)
-
-        alone = self.back(see, self.outputs, summed(self.outputs), keep) if self.samples else []
-        with full_precision(self.outputs[0].device):
-            for key, share in alone:
-                held.setdefault(key, []).append(share)
-            for key, shares in held.items():
-                give(key, shares)
