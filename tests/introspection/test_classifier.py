@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from bad_arguments import refused
-from sklearn.metrics import log_loss
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import fastgrad
@@ -84,38 +83,6 @@ def test_seeds_reproduce():
     )
     np.testing.assert_array_equal(first.predict_proba(R), again.predict_proba(R))
     assert (first.predict_proba(R) != other.predict_proba(R)).any()
-
-
-def test_calibration_on_new_samples():
-    """Many epochs on noisy labels make H too sure of itself; its temperature takes that back."""
-
-    def noisy(count, seed):
-        features, logits, labels = problem(count, seed)
-        rng = np.random.default_rng(seed)
-        swapped = rng.random(count) < 0.3
-        labels = np.where(swapped, rng.integers(0, 4, count), labels)
-        return {"features": features, "logits": logits}, np.array(list("dcba"))[labels]
-
-    classifier = IntrospectiveClassifier(hidden=(64,), max_epochs=1000).fit(*noisy(190, 0))
-    R, labels = noisy(2000, 1)
-    before, sure = classifier.predict(R), classifier.predict_proba(R)
-    assert classifier.temperature_ == 1
-    codes = np.searchsorted(classifier.classes_, labels)
-    assert classifier.calibrate(*noisy(500, 2)) is classifier
-    found = classifier.temperature_
-    assert found > 1.5
-    # An earlier temperature does not count.
-    assert classifier.calibrate(*noisy(500, 2)).temperature_ == pytest.approx(found, rel=1e-6)
-    np.testing.assert_array_equal(classifier.predict(R), before)
-    assert log_loss(codes, classifier.predict_proba(R)) < log_loss(codes, sure)
-    # The temperature is part of the network's last layer: whoever runs the module has it.
-    tensors = (torch.tensor(R["features"]), torch.tensor(R["logits"]))
-    np.testing.assert_allclose(classifier.to_module()(*tensors).softmax(-1), classifier.predict_proba(R), rtol=1e-12)
-    # A second calibration on the same samples changes nothing but what the prior of one sample does.
-    first = classifier.temperature_
-    assert classifier.calibrate(*noisy(500, 2)).temperature_ == pytest.approx(first, rel=0.01)
-    with pytest.raises(ValueError, match="y must hold labels of fit"):
-        classifier.calibrate(R, np.full(2000, "z"))
 
 
 FEATURES, LOGITS, LABELS = problem(40, 0)
