@@ -34,6 +34,7 @@ from fastgrad.batches import take
 from fastgrad.blocks import DEFAULT_BLOCKS
 from fastgrad.introspection.correction import mixed
 from fastgrad.metrics import ece
+from fastgrad.scores.temperature import Temperature
 
 #: Splits of images that the network was not trained on, clean images of each, clean test images, images of each kind.
 SIZES, QUICK = (3, 4000, 1000, 200), (1, 1000, 500, 60)
@@ -74,6 +75,11 @@ def probabilities(model: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([model(x).softmax(1) for x in images.split(BATCH)])
 
 
+def second_logits(H: IntrospectiveClassifier, value: Any) -> Tensor:
+    """Return H's logits ``(n, N)``."""
+    return torch.from_numpy(H.decision_function(value))
+
+
 def answered(subject: Subject, tests: Mapping[str, Seen], seed: int) -> Answers:
     """Return probabilities by method and case, for all methods fitted on one split."""
     fit = Fit(subject)
@@ -87,11 +93,12 @@ def answered(subject: Subject, tests: Mapping[str, Seen], seed: int) -> Answers:
     # A fifth is kept to calibrate probabilities.
     apart = torch.rand(len(subject.parts["fit"][1]), generator=torch.Generator().manual_seed(seed)) < 0.2
     trained, calibrating = ((~apart)[groups]).nonzero()[:, 0], apart[groups].nonzero()[:, 0]
-    second: dict[str, IntrospectiveClassifier] = {}
+    second: dict[str, tuple[IntrospectiveClassifier, Temperature]] = {}
     for name, value in reads(rows, subject.layer).items():
-        second[name] = H = IntrospectiveClassifier(random_state=seed)
+        H = IntrospectiveClassifier(random_state=seed)
         H.fit(take(value, trained, len(groups)), labels[trained], groups=groups[trained])
-        H.calibrate(take(value, calibrating, len(groups)), labels[calibrating])
+        codes = torch.from_numpy(np.searchsorted(H.classes_, labels[calibrating]))
+        second[name] = H, Temperature.fit(second_logits(H, take(value, calibrating, len(groups))), codes)
     again = retrained(subject.layer, rows["features"][trained], labels[trained], seed)
     found: Answers = {}
     for case, seen in tests.items():
@@ -104,7 +111,10 @@ def answered(subject: Subject, tests: Mapping[str, Seen], seed: int) -> Answers:
         found.setdefault("correction, kept always", {})[case] = corrected
         found.setdefault("correction", {})[case] = corrected if kept_by_default else first
         read = reads(values, subject.layer)
-        answers = {f"H on {name}": torch.from_numpy(H.predict_proba(read[name])).float() for name, H in second.items()}
+        answers = {
+            f"H on {name}": temperature(second_logits(H, read[name])).softmax(1).float()
+            for name, (H, temperature) in second.items()
+        }
         answers["last layer, trained again"] = again(values["features"]).softmax(1)
         shares = {", gated": gate, ", mean": torch.full_like(gate, 0.5), "": torch.ones_like(gate)}
         for name, p in answers.items():

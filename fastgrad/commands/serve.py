@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import ipaddress
 import math
 import os
 import signal
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +124,24 @@ class Server(uvicorn.Server):
         """Stop; connections that were made are answered before."""
         self._state.draining = True
         await asyncio.sleep(_LEAVE_SECONDS)
-        for listening in self.servers:
-            listening.close()
+        await self._accept_no_more()
         await asyncio.sleep(_LAST_SECONDS)
         await super().shutdown(sockets)
+
+    async def _accept_no_more(self) -> None:
+        """Close the listening sockets; accept before what waits in their queues, which the system would reset."""
+        accepted: list[socket.socket] = []
+        for listening in self.servers:
+            queues = [queue.dup() for queue in listening.sockets]
+            listening.close()
+            for queue in queues:
+                with queue, contextlib.suppress(OSError):  # none waits
+                    while True:
+                        accepted.append(queue.accept()[0])
+        made_by = self.config.http_protocol_class
+        make = partial(made_by, self.config, self.server_state, self.lifespan.state)  # type: ignore[call-arg]
+        for connection in accepted:
+            await asyncio.get_running_loop().connect_accepted_socket(make, connection)
 
 
 def _is_loopback(host: str) -> bool:

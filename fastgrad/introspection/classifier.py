@@ -21,12 +21,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fastgrad import checks
-from fastgrad.checks import Array, to_array
 from fastgrad.gradients.contrasts import contrast_rows, contrast_rows_linear
 from fastgrad.losses import LOSSES
 from fastgrad.scores.fitted import Fitted, as_buffer
 from fastgrad.scores.rows import as_tensor
-from fastgrad.scores.temperature import Temperature
 
 Pairs = Mapping[str, ArrayLike]
 #: Share of the sources that decides when to stop, fewest samples for that, and epochs without improvement before it.
@@ -69,8 +67,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
 
     Attributes:
         classes_: The labels.
-        network_: The fitted `IntrospectiveNetwork`, its logits divided by ``temperature_``.
-        temperature_: The temperature that `calibrate` found; 1 before.
+        network_: The fitted `IntrospectiveNetwork`.
         n_iter_: The epochs that ran.
     """
 
@@ -101,7 +98,9 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         inputs = self._inputs(R, reset=True)
         if y is None:
             raise ValueError("requires y to be passed, but the target y is None: y holds a label per row of R")
-        labels = self._labels(y, len(inputs[0]))
+        labels = column_or_1d(np.asarray(y.cpu() if isinstance(y, Tensor) else y), warn=True)
+        checks.shape_is("y", labels, (len(inputs[0]),), "one label per row of R")
+        check_classification_targets(labels)
         self.classes_, codes = np.unique(labels, return_inverse=True)
         random = check_random_state(self.random_state)
         watched = watched_of(checks.groups_of(groups, len(codes)), random)
@@ -124,35 +123,17 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
             self.n_iter_, waited = self.n_iter_ + 1, waited + 1
             if loss < lowest * (1 - 1e-4):
                 best, lowest, waited = copy.deepcopy(trained), loss, 0
-        self.network_, self.temperature_ = _network(best, scaler, self.loss), 1.0
+        self.network_ = _network(best, scaler, self.loss)
         return self
 
-    def calibrate(self, R: ArrayLike | Pairs, y: ArrayLike) -> IntrospectiveClassifier:
-        """Calibrate the probabilities by a `Temperature`, part of ``network_``; return the classifier itself.
-
-        Give samples, as for `fit`, that neither network nor classifier was trained on: of those they are too certain.
-        ValueError for labels that `fit` did not have.
-        """
-        logits = torch.from_numpy(self._logits(R))
-        labels = self._labels(y, len(logits))
-        if not np.isin(labels, self.classes_).all():
-            raise ValueError(f"y must hold labels of fit, {self.classes_.tolist()[:20]}; it held others")
-        codes = torch.from_numpy(np.searchsorted(self.classes_, labels))
-        temperature = float(Temperature.fit(logits * self.temperature_, codes).temperature)
-        for name in ("weight", "bias"):
-            last = self.network_.get_buffer(f"{name}{self.network_.options['layers'] - 1}")
-            last.div_(temperature / self.temperature_)
-        self.temperature_ = temperature
-        return self
-
-    def decision_function(self, R: ArrayLike | Pairs) -> Array:
+    def decision_function(self, R: ArrayLike | Pairs) -> checks.Array:
         """Return class logits ``(B, classes)``; for two classes ``(B,)``, the log odds of the second."""
         logits = self._logits(R)
         return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
 
-    def predict_proba(self, R: ArrayLike | Pairs) -> Array:
+    def predict_proba(self, R: ArrayLike | Pairs) -> checks.Array:
         """Return class probabilities ``(B, classes)``."""
-        result: Array = torch.from_numpy(self._logits(R)).softmax(-1).numpy()
+        result: checks.Array = torch.from_numpy(self._logits(R)).softmax(-1).numpy()
         return result
 
     def predict(self, R: ArrayLike | Pairs) -> NDArray[Any]:
@@ -177,7 +158,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         if isinstance(R, Mapping) and not issparse(R):
             if set(R) != {"features", "logits"}:
                 raise ValueError(f"R must have the entries 'features' and 'logits'; it had {list(R)}")
-            arrays = [to_array(f"R[{name!r}]", R[name]) for name in ("features", "logits")]
+            arrays = [checks.to_array(f"R[{name!r}]", R[name]) for name in ("features", "logits")]
             if any(array.ndim != 2 or array.size == 0 for array in arrays) or len(arrays[0]) != len(arrays[1]):
                 shapes = f"{arrays[0].shape} and {arrays[1].shape}"
                 raise ValueError(f"R must have features (B, D) and logits (B, N), not of shapes {shapes}")
@@ -191,18 +172,12 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
             raise ValueError(f"R must have the {self.n_features_in_} numbers a sample of fit; it had {width}")
         return tuple(as_tensor(array) for array in arrays)
 
-    def _labels(self, y: ArrayLike, count: int) -> NDArray[Any]:
-        values: NDArray[Any] = column_or_1d(np.asarray(y.cpu() if isinstance(y, Tensor) else y), warn=True)
-        checks.shape_is("y", values, (count,), "one label per row of R")
-        check_classification_targets(values)
-        return values
-
     @torch.no_grad()
-    def _logits(self, R: ArrayLike | Pairs) -> Array:
+    def _logits(self, R: ArrayLike | Pairs) -> checks.Array:
         """Return class logits ``(B, classes)``."""
         network, inputs = self.to_module(), self._inputs(R, reset=False)
         parts = zip(*(value.split(4096) for value in inputs), strict=True)
-        result: Array = torch.cat([network(*part) for part in parts]).numpy()
+        result: checks.Array = torch.cat([network(*part) for part in parts]).numpy()
         return result
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import pytest
 import torch
+from bad_arguments import Refused, refused
 from small_images import photos, small_net
 from small_nets import Net
 from torch import Generator
@@ -41,7 +40,7 @@ ATTACKS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"pixels": (0, 1)}, TypeError, "pixels must be a PixelRange"),
 ]
 ONE = torch.zeros(1)
-BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
+BAD: list[Refused] = [
     (lambda: made(names=["fog"]), ValueError, "names must be one of"),
     (lambda: made(names=["noise-9"]), ValueError, "noise-9"),
     (lambda: made(names="noise"), TypeError, "sequence"),
@@ -83,7 +82,4 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("call", "error", "words"), BAD)
-def test_the_argument_is_named(call: Callable[[], Any], error: type[Exception], words: str) -> None:
-    with pytest.raises(error, match=words):
-        call()
+test_bad_arguments = refused(BAD)

@@ -81,19 +81,6 @@ def test_a_fit_sees_nothing_but_what_was_chosen() -> None:
     assert all(map(torch.equal, *found))
 
 
-@pytest.mark.parametrize(
-    ("groups", "message"),
-    [
-        (np.zeros(9, int), "groups must be integers of shape"),
-        (np.zeros(60), "groups must be integers of shape"),
-        (np.zeros(60, int), "groups must have at least 2 sources of clean samples; there was 1"),
-    ],
-)
-def test_bad_groups_are_named(groups: np.ndarray, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        UncertaintyDetector(log=False).fit(clean(np.random.default_rng(0), 60), groups=groups)
-
-
 @pytest.mark.parametrize("count", [1, 4])
 def test_challenges_of_one_fold_alone_are_refused(count: int) -> None:
     y = np.arange(64) >= 60

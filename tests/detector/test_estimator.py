@@ -1,9 +1,11 @@
 import copy
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from bad_arguments import refused
 from sklearn.base import clone
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold, cross_val_score
@@ -192,13 +194,9 @@ BAD = {
     "one challenging class": (GOOD, np.ones(60), "two labels"),
     "few": (GOOD, np.repeat([0, 1], [3, 57]), "at least 4 in-distribution"),
 }
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_named(case):
-    X, y, message = BAD[case]
-    with pytest.raises(ValueError, match=message):
-        UncertaintyDetector().fit(X, y)
+test_bad_arguments = refused(
+    {name: (partial(UncertaintyDetector().fit, X, y), ValueError, words) for name, (X, y, words) in BAD.items()}
+)
 
 
 def test_kinds_may_be_names_and_numbers():

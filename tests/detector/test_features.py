@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from bad_arguments import refused
 from small_images import CLASSES, images, small_network
 from torch import Tensor
 
@@ -72,24 +72,19 @@ def of(**columns: Any) -> Features:
     return Features.of(torch.zeros(30, 3), {"logits": torch.randn(30, 3)}, **columns)
 
 
-BAD: list[tuple[str, Callable[[TwoStageModel], Any], type[Exception], str]] = [
-    ("labels", lambda m: of(labels=torch.zeros(5)), ValueError, "a row for each of 30 inputs.*; it had 5"),
-    ("kinds", lambda m: of(kinds=["noise"]), ValueError, "it had 1"),
-    ("blocks", lambda m: Features.of(torch.zeros(3, 2), {"logits": torch.zeros(2, 2)}), ValueError, "it had 2"),
-    ("features", lambda m: m.fit_features({"logits": X}), TypeError, "must be a Features; it was dict"),
-    ("features", lambda m: m.predict_features(X), TypeError, "must be a Features; it was Tensor"),
-    ("features", lambda m: m.fit_features(of()), ValueError, r"the blocks \['image'\]; they had \['logits'\]"),
-    ("risk", lambda m: TwoStageModel(m.model).fit_features(of(), risk=True), ValueError, "at least 30 .* labels"),
-    ("correct", lambda m: TwoStageModel(m.model).fit_features(of(), correct=True), ValueError, "no labels"),
-    ("blocks", lambda m: m.fit_features(
+MODEL = TwoStageModel(small_network(), blocks=["image"])
+test_bad_arguments = refused([
+    (lambda: of(labels=torch.zeros(5)), ValueError, "a row for each of 30 inputs.*; it had 5"),
+    (lambda: of(kinds=["noise"]), ValueError, "it had 1"),
+    (lambda: Features.of(torch.zeros(3, 2), {"logits": torch.zeros(2, 2)}), ValueError, "it had 2"),
+    (lambda: MODEL.fit_features({"logits": X}), TypeError, "must be a Features; it was dict"),
+    (lambda: MODEL.predict_features(X), TypeError, "must be a Features; it was Tensor"),
+    (lambda: MODEL.fit_features(of()), ValueError, r"the blocks \['image'\]; they had \['logits'\]"),
+    (lambda: TwoStageModel(MODEL.model).fit_features(of(), risk=True), ValueError, "at least 30 .* labels"),
+    (lambda: TwoStageModel(MODEL.model).fit_features(of(), correct=True), ValueError, "no labels"),
+    (lambda: MODEL.fit_features(
         Features.of(torch.zeros(30, 3), {"image": torch.full((30, 3), torch.nan)})), ValueError, "must be finite"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("argument", "call", "error", "words"), BAD)
-def test_bad_features(argument: str, call: Callable[[TwoStageModel], Any], error: type[Exception], words: str) -> None:
-    with pytest.raises(error, match=words):
-        call(TwoStageModel(small_network(), blocks=["image"]))
+])  # fmt: skip
 
 
 def test_what_is_answered_from_features_needs_their_blocks() -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from bad_arguments import Refused, refused
 from sklearn.exceptions import NotFittedError
 from small_nets import Net
 from torch import nn
@@ -87,7 +87,7 @@ LABELS = torch.arange(60) % 4
 BYTES = (255 * IMAGES).to(torch.uint8)
 FLAT = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval()
 SOFTMAX = "model must return logits; it returned probabilities"
-BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+BAD: dict[str, Refused] = {
     "folds": (lambda: UncertaintyDetector(folds=1).fit(ROWS), ValueError, "folds .* it was 1"),
     "half a fold": (lambda: UncertaintyDetector(folds=2.5).fit(ROWS), ValueError, "folds must"),  # type: ignore[arg-type]
     "fraction": (lambda: UncertaintyDetector(calibration_fraction=1.0).fit(ROWS), ValueError, "_fraction must"),
@@ -96,6 +96,9 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "alarms": (lambda: UncertaintyDetector(false_alarm_rate=0.0).fit(ROWS), ValueError, "false_alarm_rate must"),
     "kinds": (lambda: fitted().fit(ROWS, np.tile([0, 1], 30), kinds=[1]), ValueError, "kinds must"),
     "two sources": (lambda: fitted().fit(ROWS[:4], groups=[0, 0, 0, 1]), ValueError, "groups must leave 2 clean"),
+    "few groups": (lambda: fitted().fit(ROWS, groups=np.zeros(9, int)), ValueError, "groups must be integers of shape"),
+    "no integers": (lambda: fitted().fit(ROWS, groups=np.zeros(60)), ValueError, "groups must be integers of shape"),
+    "a source": (lambda: fitted().fit(ROWS, groups=np.zeros(60, int)), ValueError, "at least 2 sources .* was 1"),
     "held out": (lambda: fitted().fit(ROWS, held_out=np.zeros(60, dtype=bool)), ValueError, "held_out must"),
     "numbers": (lambda: fitted().fit(ROWS, held_out=np.zeros(60)), ValueError, "held_out must be bool of shape"),
     "other count": (lambda: fitted().fit(ROWS, held_out=np.ones(5, dtype=bool)), ValueError, r"held_out .* \(60,\)"),
@@ -179,9 +182,4 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit")
-@pytest.mark.parametrize("case", BAD)
-def test_the_error_names_the_argument(case: str) -> None:
-    call, error, message = BAD[case]
-    with pytest.raises(error, match=message):
-        call()
+test_bad_arguments = pytest.mark.filterwarnings("ignore:.torch.jit")(refused(BAD))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
+from bad_arguments import Refused, refused
 from small_nets import Net
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,7 +22,7 @@ with checks.without_warnings():  # torch.jit is deprecated
     TRACED = torch.jit.trace(nn.Linear(4, 3), torch.rand(2, 4))
 TWO, BATCH_NORM = nn.Sequential(nn.Linear(3, 3), NET), nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
 WITHOUT_STATISTICS = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False))
-BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+BAD: dict[str, Refused] = {
     **{f"{name} {entry.__name__}": (lambda entry=entry, part=part: entry(part), error, message)
        for entry in (GradientFeatures, record)
        for name, part, error, message in (
@@ -99,11 +97,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_the_error_names_the_argument(case: str) -> None:
-    call, error, message = BAD[case]
-    with pytest.raises(error, match=message):
-        call()
+test_bad_arguments = refused(BAD)
 
 
 def test_a_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:

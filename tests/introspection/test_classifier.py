@@ -1,7 +1,9 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import log_loss
+from bad_arguments import refused
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import fastgrad
@@ -83,78 +85,38 @@ def test_seeds_reproduce():
     assert (first.predict_proba(R) != other.predict_proba(R)).any()
 
 
-def test_calibration_on_new_samples():
-    """Many epochs on noisy labels make H too sure of itself; its temperature takes that back."""
-
-    def noisy(count, seed):
-        features, logits, labels = problem(count, seed)
-        rng = np.random.default_rng(seed)
-        swapped = rng.random(count) < 0.3
-        labels = np.where(swapped, rng.integers(0, 4, count), labels)
-        return {"features": features, "logits": logits}, np.array(list("dcba"))[labels]
-
-    classifier = IntrospectiveClassifier(hidden=(64,), max_epochs=1000).fit(*noisy(190, 0))
-    R, labels = noisy(2000, 1)
-    before, sure = classifier.predict(R), classifier.predict_proba(R)
-    assert classifier.temperature_ == 1
-    codes = np.searchsorted(classifier.classes_, labels)
-    assert classifier.calibrate(*noisy(500, 2)) is classifier
-    found = classifier.temperature_
-    assert found > 1.5
-    # An earlier temperature does not count.
-    assert classifier.calibrate(*noisy(500, 2)).temperature_ == pytest.approx(found, rel=1e-6)
-    np.testing.assert_array_equal(classifier.predict(R), before)
-    assert log_loss(codes, classifier.predict_proba(R)) < log_loss(codes, sure)
-    # The temperature is part of the network's last layer: whoever runs the module has it.
-    tensors = (torch.tensor(R["features"]), torch.tensor(R["logits"]))
-    np.testing.assert_allclose(classifier.to_module()(*tensors).softmax(-1), classifier.predict_proba(R), rtol=1e-12)
-    # A second calibration on the same samples changes nothing but what the prior of one sample does.
-    first = classifier.temperature_
-    assert classifier.calibrate(*noisy(500, 2)).temperature_ == pytest.approx(first, rel=0.01)
-    with pytest.raises(ValueError, match="y must hold labels of fit"):
-        classifier.calibrate(R, np.full(2000, "z"))
-
-
 FEATURES, LOGITS, LABELS = problem(40, 0)
-BAD = {
-    "no labels": (FEATURES, None, "requires y"),
-    "NaN": (np.full((4, 2, 3), np.nan), np.arange(4) % 2, "R must be finite"),
-    "NaN pairs": ({"features": FEATURES * np.nan, "logits": LOGITS}, LABELS, r"R\['features'\] must be finite"),
-    "one of the pair": ({"features": FEATURES}, LABELS, "'features' and 'logits'"),
-    "other names": ({"h": FEATURES}, LABELS, "R must have the entries 'features' and 'logits'; it had .*'h'"),
-    "lengths": ({"features": FEATURES, "logits": LOGITS[:3]}, LABELS, "not of shapes"),
-    "labels": (FEATURES, LABELS[:5], "y must have shape .*one label per row"),
-}
+PAIR = {"features": FEATURES, "logits": LOGITS}
+BAD = [
+    (FEATURES, None, "requires y"),
+    (np.full((4, 2, 3), np.nan), np.arange(4) % 2, "R must be finite"),
+    ({"features": FEATURES * np.nan, "logits": LOGITS}, LABELS, r"R\['features'\] must be finite"),
+    ({"features": FEATURES}, LABELS, "'features' and 'logits'"),
+    ({"h": FEATURES}, LABELS, "R must have the entries 'features' and 'logits'; it had .*'h'"),
+    ({"features": FEATURES, "logits": LOGITS[:3]}, LABELS, "not of shapes"),
+    (FEATURES, LABELS[:5], "y must have shape .*one label per row"),
+]
+PARAMETERS = [("loss", "hinge"), ("hidden", (0,)), ("hidden", 30), ("max_epochs", 1.5), ("max_epochs", 0)]
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_named(case):
-    R, y, message = BAD[case]
-    with pytest.raises(ValueError, match=message):
-        IntrospectiveClassifier().fit(R, y)
+def fitted(R=FEATURES, y=LABELS, groups=None, **given):
+    return IntrospectiveClassifier(**given).fit(R, y, groups=groups)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("loss", "hinge"), ("hidden", (0,)), ("hidden", 30), ("max_epochs", 1.5), ("max_epochs", 0)],
-)
-def test_bad_parameters_are_named(name, value):
-    with pytest.raises((TypeError, ValueError), match=f"{name} must"):
-        IntrospectiveClassifier(**{name: value}).fit(FEATURES, LABELS)
+test_bad_arguments = refused([
+    *((partial(fitted, R, y), ValueError, words) for R, y, words in BAD),
+    *((partial(fitted, **{name: value}), (TypeError, ValueError), f"{name} must") for name, value in PARAMETERS),
+    (lambda: fitted(groups=np.arange(3)), ValueError, "groups must be integers of shape"),
+    (lambda: fitted(1e200 * FEATURES), ValueError, "R must hold numbers whose squares float64 can hold"),
+    (lambda: fitted(PAIR, max_epochs=1).predict({"features": FEATURES[:, :3], "logits": LOGITS}), ValueError,
+     "R must have the 24 numbers a sample of fit; it had 12"),
+])  # fmt: skip
 
 
 def test_numbers_of_any_scale_that_float64_can_square_are_learned():
     R = {"features": 1e30 * FEATURES, "logits": 1e10 * LOGITS}
     classifier = IntrospectiveClassifier(hidden=(4,), max_epochs=2).fit(R, LABELS)
     assert np.isfinite(classifier.predict_proba(R)).all()
-    with pytest.raises(ValueError, match="R must hold numbers whose squares float64 can hold"):
-        classifier.fit(1e200 * FEATURES, LABELS)
-
-
-def test_other_shapes_than_in_fit_are_refused():
-    fitted = IntrospectiveClassifier(max_epochs=1).fit({"features": FEATURES, "logits": LOGITS}, LABELS)
-    with pytest.raises(ValueError, match="R must have the 24 numbers a sample of fit; it had 12"):
-        fitted.predict({"features": FEATURES[:, :3], "logits": LOGITS})
 
 
 @pytest.mark.parametrize(("sources", "each", "watched"), [(100, 4, 40), (200, 1, 20), (190, 1, 0), (1, 40, 0)])
@@ -164,8 +126,3 @@ def test_samples_of_one_source_decide_together_when_to_stop(sources, each, watch
     found = watched_of(groups, np.random.RandomState(0))
     assert found.sum() == watched
     assert not set(groups[found]) & set(groups[~found])
-
-
-def test_bad_groups_are_named():
-    with pytest.raises(ValueError, match="groups must be integers of shape"):
-        IntrospectiveClassifier().fit(FEATURES, LABELS, groups=np.arange(3))

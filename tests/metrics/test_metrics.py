@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from bad_arguments import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -180,73 +182,56 @@ def test_threshold_saves_on_digits_that_it_was_not_chosen_on() -> None:
         assert cost < 0.9 * min(review, error * float(wrong[new].float().mean()))
 
 
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
-        (lambda: metrics.fpr_at_tpr([], [1.0]), "clean must be"),
-        (lambda: metrics.fpr_at_tpr([1.0], [[1.0]]), "challenging must be"),
-        (lambda: metrics.fpr_at_tpr([np.nan], [1.0]), "clean must be finite"),
-        (lambda: metrics.fpr_at_tpr([1.0], [np.nan]), "challenging must be finite"),
-        (lambda: metrics.fpr_at_tpr([1.0], [1.0], 0.0), "tpr"),
-        (lambda: metrics.ece([0.5, 0.5], [0]), "probabilities must have shape"),
-        (lambda: metrics.ece(np.ones((0, 2)), []), "probabilities must have shape"),
-        (lambda: metrics.ece([[1.0]], [0]), "probabilities must have shape"),
-        (lambda: metrics.ece([[0.5, 0.5]], [0, 1]), "labels must have shape"),
-        (lambda: metrics.ece([[0.5, 1.5]], [0]), "lie in"),
-        (lambda: metrics.ece([[-0.5, 0.5]], [0]), "lie in"),
-        (lambda: metrics.ece([[0.5, 0.5]], [2]), "class indices"),
-        (lambda: metrics.ece([[0.5, 0.5]], [-1]), "class indices"),
-        (lambda: metrics.ece([[0.5, 0.5]], [0.5]), "class indices"),
-        (lambda: metrics.reliability([[0.5, 0.5]], [0], bins=0), "bins"),
-        (lambda: metrics.reliability([[0.5, 0.5]], [0], bins=2.5), "bins must be an integer"),
-        (lambda: metrics.aurc([], []), "errors must be a non-empty vector"),
-        (lambda: metrics.aurc([[1.0]], [[1.0]]), "errors must be a non-empty vector"),
-        (lambda: metrics.aurc([1.0], [1.0, 0.0]), "uncertainty must have shape"),
-        (lambda: metrics.aurc([np.nan], [1.0]), "uncertainty must not hold NaN"),
-        (lambda: metrics.aurc([-np.inf], [1.0]), "uncertainty must not hold NaN or minus infinity"),
-        (lambda: metrics.aurc([1.0], [-1.0]), "errors must be at least 0"),
-        (lambda: metrics.aurc([1.0], [np.inf]), "errors must be finite"),
-        (lambda: metrics.threshold_for([np.nan], [1], cost_of_error=1, cost_of_review=1), "risk must not hold NaN"),
-        (lambda: metrics.threshold_for([1.0], [1], cost_of_error=0, cost_of_review=1), "cost_of_error must"),
-        (lambda: metrics.threshold_for([1.0], [1], cost_of_error=1, cost_of_review=np.nan), "cost_of_review must"),
-    ],
-)
-def test_errors_name_the_argument(call, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        call()
-
-
-NO_NUMBERS = {
-    "complex": ([1j, 2], "Complex data not supported"),
-    "complex tensor": (torch.tensor([1j, 2]), "Complex data not supported"),
-    "sparse tensor": (torch.tensor([1.0, 2.0]).to_sparse(), "Sparse layout"),
-    "meta tensor": (torch.zeros(2, device="meta"), "meta tensor"),
-    "ragged": ([[1.0], [1.0, 2.0]], "inhomogeneous"),
-    "words": (["a", "b"], "could not convert"),
+BAD = [
+    (lambda: metrics.fpr_at_tpr([], [1.0]), "clean must be"),
+    (lambda: metrics.fpr_at_tpr([1.0], [[1.0]]), "challenging must be"),
+    (lambda: metrics.fpr_at_tpr([np.nan], [1.0]), "clean must be finite"),
+    (lambda: metrics.fpr_at_tpr([1.0], [np.nan]), "challenging must be finite"),
+    (lambda: metrics.fpr_at_tpr([1.0], [1.0], 0.0), "tpr"),
+    (lambda: metrics.ece([0.5, 0.5], [0]), "probabilities must have shape"),
+    (lambda: metrics.ece(np.ones((0, 2)), []), "probabilities must have shape"),
+    (lambda: metrics.ece([[1.0]], [0]), "probabilities must have shape"),
+    (lambda: metrics.ece([[0.5, 0.5]], [0, 1]), "labels must have shape"),
+    (lambda: metrics.ece([[0.5, 1.5]], [0]), "lie in"),
+    (lambda: metrics.ece([[-0.5, 0.5]], [0]), "lie in"),
+    (lambda: metrics.ece([[0.5, 0.5]], [2]), "class indices"),
+    (lambda: metrics.ece([[0.5, 0.5]], [-1]), "class indices"),
+    (lambda: metrics.ece([[0.5, 0.5]], [0.5]), "class indices"),
+    (lambda: metrics.reliability([[0.5, 0.5]], [0], bins=0), "bins"),
+    (lambda: metrics.reliability([[0.5, 0.5]], [0], bins=2.5), "bins must be an integer"),
+    (lambda: metrics.aurc([], []), "errors must be a non-empty vector"),
+    (lambda: metrics.aurc([[1.0]], [[1.0]]), "errors must be a non-empty vector"),
+    (lambda: metrics.aurc([1.0], [1.0, 0.0]), "uncertainty must have shape"),
+    (lambda: metrics.aurc([np.nan], [1.0]), "uncertainty must not hold NaN"),
+    (lambda: metrics.aurc([-np.inf], [1.0]), "uncertainty must not hold NaN or minus infinity"),
+    (lambda: metrics.aurc([1.0], [-1.0]), "errors must be at least 0"),
+    (lambda: metrics.aurc([1.0], [np.inf]), "errors must be finite"),
+    (lambda: metrics.threshold_for([np.nan], [1], cost_of_error=1, cost_of_review=1), "risk must not hold NaN"),
+    (lambda: metrics.threshold_for([1.0], [1], cost_of_error=0, cost_of_review=1), "cost_of_error must"),
+    (lambda: metrics.threshold_for([1.0], [1], cost_of_error=1, cost_of_review=np.nan), "cost_of_review must"),
+]
+NO_NUMBERS = [
+    ([1j, 2], "Complex data not supported"),
+    (torch.tensor([1j, 2]), "Complex data not supported"),
+    (torch.tensor([1.0, 2.0]).to_sparse(), "Sparse layout"),
+    (torch.zeros(2, device="meta"), "meta tensor"),
+    ([[1.0], [1.0, 2.0]], "inhomogeneous"),
+    (["a", "b"], "could not convert"),
+]
+TAKES_NUMBERS = {
+    "clean": lambda value: metrics.fpr_at_tpr(value, [1.0]),
+    "probabilities": lambda value: metrics.ece(value, [0, 1]),
+    "errors": lambda value: metrics.aurc([0.1, 0.2], value),
+    "uncertainty": lambda value: metrics.aurc(value, [0, 1]),
+    "risk": lambda value: metrics.threshold_for(value, [0, 1], cost_of_error=1, cost_of_review=1),
 }
-
-
-@pytest.mark.parametrize("what", NO_NUMBERS)
-@pytest.mark.parametrize(
-    ("name", "call"),
-    [
-        ("clean", lambda value: metrics.fpr_at_tpr(value, [1.0])),
-        ("probabilities", lambda value: metrics.ece(value, [0, 1])),
-        ("errors", lambda value: metrics.aurc([0.1, 0.2], value)),
-        ("uncertainty", lambda value: metrics.aurc(value, [0, 1])),
-        ("risk", lambda value: metrics.threshold_for(value, [0, 1], cost_of_error=1, cost_of_review=1)),
-    ],
-)
-def test_what_holds_no_real_numbers_is_refused_by_name(name: str, call, what: str) -> None:
-    value, why = NO_NUMBERS[what]
-    with pytest.raises((TypeError, ValueError), match=f"{name} must be numeric; .*{why}"):
-        call(value)
-
-
-@pytest.mark.parametrize("tpr", [None, "0.95", True, [0.95]])
-def test_a_rate_that_is_no_number_is_refused_by_name(tpr: object) -> None:
-    with pytest.raises(TypeError, match="tpr must be a number; it was"):
-        metrics.fpr_at_tpr([1.0], [2.0], tpr)  # type: ignore[arg-type]
+test_bad_arguments = refused([
+    *((call, ValueError, words) for call, words in BAD),
+    *((partial(call, value), (TypeError, ValueError), f"{name} must be numeric; .*{why}")
+      for name, call in TAKES_NUMBERS.items() for value, why in NO_NUMBERS),
+    *((partial(metrics.fpr_at_tpr, [1.0], [2.0], tpr), TypeError, "tpr must be a number; it was")
+      for tpr in (None, "0.95", True, [0.95])),
+])  # fmt: skip
 
 
 def test_values_of_one_source_count_once() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from bad_arguments import refused
 from PIL import Image, ImageOps
 from serve_client import image, many_scans, png
 
@@ -19,22 +21,19 @@ IMAGES = Description((3, 8, 8), "float32", 4, 8, "cpu", mean=[0.5] * 3, std=[0.2
 NO_IMAGES = Description((9,), "float32", 4, 8, "cpu")
 
 
-@pytest.mark.parametrize(
-    ("given", "error", "message"),
-    [
-        ({}, ImageError, "the image is empty"),
-        ({"content": b"GIF99"}, ImageError, "none of .*PNG"),
-        ({"description": NO_IMAGES}, ImageError, "takes no images"),
-        ({"content": png(11_000, 1000, 8, 0, b"")}, ImageTooLargeError, "at most 10000000"),
-        ({"content": png(20_000, 20_000, 8, 0, b"")}, ImageTooLargeError, "decompression bomb"),
-        ({"content": None}, TypeError, "content must be bytes; it was NoneType"),
-        ({"description": None}, TypeError, "description must be a Description; it was NoneType"),
-        ({"max_pixels": 0}, ValueError, "max_pixels must be an integer of at least 1; it was 0"),
-    ],
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({}, ImageError, "the image is empty"),
+    ({"content": b"GIF99"}, ImageError, "none of .*PNG"),
+    ({"description": NO_IMAGES}, ImageError, "takes no images"),
+    ({"content": png(11_000, 1000, 8, 0, b"")}, ImageTooLargeError, "at most 10000000"),
+    ({"content": png(20_000, 20_000, 8, 0, b"")}, ImageTooLargeError, "decompression bomb"),
+    ({"content": None}, TypeError, "content must be bytes; it was NoneType"),
+    ({"description": None}, TypeError, "description must be a Description; it was NoneType"),
+    ({"max_pixels": 0}, ValueError, "max_pixels must be an integer of at least 1; it was 0"),
+]
+test_bad_arguments = refused(
+    [(partial(decode_image, **{"content": b"", "description": IMAGES, **given}), *said) for given, *said in BAD]
 )
-def test_refusals(given: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        decode_image(**{"content": b"", "description": IMAGES, **given})
 
 
 def test_scaling_of_the_centered_part() -> None:
