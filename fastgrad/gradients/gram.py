@@ -11,7 +11,7 @@ from torch import Tensor
 from fastgrad import checks
 from fastgrad._torch import outside_of_compilation
 from fastgrad.engine.backward import Backward, Share
-from fastgrad.engine.products import CHUNK_BYTES, ParameterUses, gram, square_sum
+from fastgrad.engine.products import CHUNK_BYTES, ParameterUses, abs_sum, gram, square_sum
 from fastgrad.engine.recorded import Recorded
 from fastgrad.gradients.recorder import Params, active, calls_behind, parameters_given, parameters_of, record, summed
 from fastgrad.layers.formula import Tensors
@@ -157,6 +157,17 @@ def _square_sums(
         sums[key] += square_sum(side).to(sums[key])
 
     _Pass(_calls(recording, outputs, "losses"), asked, outputs).run(keep, add)
+    return sums
+
+
+def abs_sums(call: Recorded, losses: Tensor, wanted: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Return the L1 norms ``(B,)`` of each sample's gradients, by the ids of parameters that ``losses`` depend on."""
+    sums: dict[int, Tensor] = {}
+
+    def put(key: int, side: ParameterUses) -> None:
+        sums[key] = abs_sum(side)
+
+    _Pass([call], wanted, [losses]).run(False, put)
     return sums
 
 
