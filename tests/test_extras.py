@@ -41,7 +41,7 @@ CASES = {
     },
     "score": {"pyarrow": "main(['score', 'model.pt2', 'images', '--out', 'scores'])"},
     "onnx": {"onnx": EXPORT, "onnxruntime": EXPORT, "onnxscript": EXPORT},
-    "interop": {"pytorch_ood": "import fastgrad.interop; fastgrad.interop.as_pytorch_ood(None)"},
+    "interop": {"pytorch_ood": "import fastgrad.interop; fastgrad.interop.GradNorm"},
     "cluster": {"ray": "from fastgrad.deploy.ray import deployment; deployment('model.pt2')"},
 }
 

@@ -1,4 +1,4 @@
-"""Inner products of samples' gradients of one parameter, and sums of their squares.
+"""Inner products of samples' gradients of one parameter, and sums of their squares and absolute values.
 
 A gradient is a sum over uses of the parameter. The term of one use is ``sum_t l_t r_t^T`` over its positions, or only
 known as a whole. There are two ways: products of positions, ``<G_i, G_j> = sum_{t,t'} (l_it . l_jt') (r_it . r_jt')``,
@@ -177,3 +177,13 @@ def square_sum(side: ParameterUses) -> Tensor:
         parts = [_squared(side.part(at)) for at in side.parts(side.samples)]
         found = parts[0] if len(parts) == 1 else torch.cat(parts, 0 if len(shape) < 3 else 1)
     return found if side.kept is None else found.new_zeros(shape).index_copy_(0, side.kept, found)
+
+
+def abs_sum(side: ParameterUses) -> Tensor:
+    """Return the L1 norm ``(B,)`` of each sample's gradient."""
+    _compacted(side)
+    if [share.positions() for share in side.shares] == [1] and len(side.shares[0].rows) == side.samples:
+        left, right = (factor.squeeze(1) for factor in side.shares[0].factors())
+        norms = right.abs().sum(1)
+        return norms if left.dim() == 1 else norms * left.abs().sum(1)
+    return torch.stack([_rows(side.part(at)).abs().sum(1) for at in side.parts(side.samples)]).sum(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, overload
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastgrad import checks
 from fastgrad._torch import outside_of_compilation
-from fastgrad.engine.products import CHUNK_BYTES, ParameterUses, gram, square_sum
+from fastgrad.engine.products import CHUNK_BYTES, ParameterUses, abs_sum, gram, square_sum
+from fastgrad.engine.recorded import Recorded
 from fastgrad.engine.sharded import whole
 from fastgrad.gradients.recorder import Params, active, parameters_given, parameters_of, record
 from fastgrad.gradients.uses import UsesPass, calls_of_one_size
@@ -156,4 +157,15 @@ def _square_sums(
         sums[key] += square_sum(side).to(sums[key])
 
     UsesPass(calls_of_one_size(recording, outputs, "losses"), asked, outputs).run(keep, add)
+    return sums
+
+
+def abs_sums(call: Recorded, losses: Tensor, wanted: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Return the L1 norms ``(B,)`` of each sample's gradients, by the ids of parameters that ``losses`` depend on."""
+    sums: dict[int, Tensor] = {}
+
+    def put(key: int, side: ParameterUses) -> None:
+        sums[key] = abs_sum(side)
+
+    UsesPass([call], wanted, [losses]).run(False, put)
     return sums

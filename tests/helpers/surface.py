@@ -36,7 +36,7 @@ MODULES: dict[str, tuple[str, ...] | None] = {
     "fastgrad.deploy.serve.app": ("create_app",),
     "fastgrad.gradients.check": ("Check",),
     "fastgrad.gradients.features": ("Route", "logits_of"),
-    "fastgrad.interop": ("as_pytorch_ood",),
+    "fastgrad.interop": None,
     "fastgrad.layers": ("register_rule",),
     "fastgrad.losses": (
         "LOSSES", "REDUCTIONS", "TARGETS", "contrast_delta", "contrast_diagonal", "contrast_norms", "delta",
