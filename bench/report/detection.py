@@ -110,8 +110,10 @@ def attack_kinds(rows: Iterable[Row]) -> list[Row]:
     for (*_, group), own in halves.items():
         values = [row["auroc"] for row in own if "auroc" in row]
         head = {name: own[0][name] for name in ("network", "draw", "method", "protocol")} | {"group": group}
-        mean = {"auroc": float(np.mean(values)), "cases": len(values)}
-        found.append(head | (mean if values else {"not run": own[0]["not run"]}))
+        if values:
+            found.append(head | {"auroc": float(np.mean(values)), "cases": len(values)})
+        else:
+            found.append(head | {"not run": own[0]["not run"]})
     return found
 
 
