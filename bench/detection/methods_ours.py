@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -185,10 +188,41 @@ def logistic(columns: Callable[[Seen], Tensor], clean: Seen, other: Seen) -> Sco
     return lambda seen: torch.from_numpy(model.decision_function(columns(seen).double().nan_to_num().numpy()))
 
 
+def tails(columns: Callable[[Seen], Tensor], clean: Seen, other: Seen) -> Score:
+    """Return the score of a logistic regression on how far every column is from clean, with weights of at least zero.
+
+    It reads the distance from the clean mean in deviations, and once more that above it, as published scores have it.
+
+    A strong attack makes a network more confident than clean inputs do, a weak one less. A single weight for a column
+    takes one direction from the generated challenges and then ranks the other one as more usual than clean.
+    """
+    inside, outside = (columns(seen).double().nan_to_num() for seen in (clean, other))
+    centre, scale = inside.mean(0), inside.std(0).clamp_min(1e-12)
+
+    def both(values: Tensor) -> Tensor:
+        standard = (values - centre) / scale
+        return torch.cat([standard.abs(), standard.clamp(0)], 1).log1p()
+
+    rows = torch.cat([both(inside), both(outside)]).numpy()
+    sign = np.where(np.arange(len(rows)) < len(inside), -1.0, 1.0)
+    share = np.where(sign < 0, 0.5 / len(inside), 0.5 / len(outside))
+
+    def loss(weight: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        margin = sign * (rows @ weight[1:] + weight[0])
+        slope = -share * sign * expit(-margin)
+        ridge = 0.5 / len(rows) * weight[1:]
+        value = share @ np.logaddexp(0, -margin) + ridge @ weight[1:]
+        return value, np.append(slope.sum(), slope @ rows + 2 * ridge)
+
+    bounds = [(None, None)] + [(0, None)] * rows.shape[1]
+    weight = torch.from_numpy(minimize(loss, np.zeros(len(bounds)), jac=True, bounds=bounds, method="L-BFGS-B").x)
+    return lambda seen: both(columns(seen).double().nan_to_num()) @ weight[1:] + weight[0]
+
+
 @method("published scores, labelled", 2026, "control: logistic regression on them", Protocol.LABELLED)
 @method(
-    "published scores, generated challenges", 2026, "control: logistic regression on the scores of one pass",
-    Protocol.GENERATED,
+    "published scores, generated challenges", 2026,
+    "control: logistic regression on both tails of the scores of one pass", Protocol.GENERATED,
 )  # fmt: skip
 def control(fit: Fit) -> Score:
     if len(fit.clean.h) > 10_000:
@@ -200,4 +234,4 @@ def control(fit: Fit) -> Score:
         return torch.stack([score(seen).double() for score in scores], 1).detach()
 
     challenges = fit.challenges if fit.case else _Generated(fit.subject, "generated", "fit")
-    return logistic(columns, fit.clean, challenges)
+    return (logistic if fit.case else tails)(columns, fit.clean, challenges)

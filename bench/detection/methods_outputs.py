@@ -126,6 +126,57 @@ def knn(fit: Fit) -> Score:
     return lambda seen: torch.cdist(F.normalize(seen.h, dim=1), bank).kthvalue(k, 1).values
 
 
+@method("CTM", 2024, "Ngoc-Hieu et al.: cosine of h to the nearest mean of a class")
+def class_typical(fit: Fit) -> Score:
+    h, labels = fit.clean.h, fit.labels
+    means = torch.stack([h[labels == k].mean(0) for k in labels.unique()])
+    return lambda seen: -(F.normalize(seen.h, dim=1) @ F.normalize(means, dim=1).T).amax(1)
+
+
+@method("KPCA reconstruction", 2024, "Fang et al., NeurIPS: random Fourier features of h of unit length")
+def kernel_reconstruction(fit: Fit) -> Score:
+    """Return the part of ``phi(h)`` outside its clean principal components of 90 % of the variance."""
+    unit = F.normalize(fit.clean.h.double(), dim=1)
+    distances = torch.cdist(unit[:500], unit[:500]).square()
+    # The bandwidth is the median heuristic's; the authors tune it for each network.
+    gamma = 1 / distances[distances > 0].median()
+    made = torch.Generator().manual_seed(0)
+    size = 2 * unit.shape[1]
+    weight = torch.randn(unit.shape[1], size, generator=made, dtype=torch.float64) * (2 * gamma).sqrt()
+    phase = 2 * torch.pi * torch.rand(size, generator=made, dtype=torch.float64)
+
+    def phi(h: Tensor) -> Tensor:
+        return (2 / size) ** 0.5 * (F.normalize(h.double(), dim=1) @ weight + phase).cos()
+
+    known = phi(fit.clean.h)
+    centre = known.mean(0)
+    _, values, axes = torch.linalg.svd(known - centre, full_matrices=False)
+    share = values.square().cumsum(0) / values.square().sum()
+    axes = axes[: int((share < 0.9).sum()) + 1]
+
+    def score(seen: Seen) -> Tensor:
+        rest = phi(seen.h) - centre
+        return (rest - rest @ axes.T @ axes).norm(dim=1)
+
+    return score
+
+
+@method("SIRC", 2022, "Xia and Bouganis, ACCV: the softmax with the L1 norm of h")
+def sirc(fit: Fit) -> Score:
+    """Return ``(1 - S1) (1 + exp(-b (S2 - a)))`` with a and b of the clean norms: mean - 3 std and 1 / std."""
+    norms = fit.clean.h.abs().sum(1).double()
+    middle, slope = norms.mean() - 3 * norms.std(), 1 / norms.std()
+
+    def score(seen: Seen) -> Tensor:
+        # The logarithm keeps the order and neither overflows nor loses a softmax near one.
+        logits = seen.logits.double()
+        best = logits.argmax(1, keepdim=True)
+        others = logits.scatter(1, best, -torch.inf).logsumexp(1) - logits.logsumexp(1)
+        return others + F.softplus(-slope * (seen.h.abs().sum(1).double() - middle))
+
+    return score
+
+
 #: Input of a detector of pytorch-ood, by the suffix of its methods' names.
 READS: Mapping[str, Callable[[Seen], Tensor]] = {
     "features": lambda seen: seen.h, "feature_maps": lambda seen: seen.h[:, :, None, None],

@@ -79,7 +79,7 @@ def rows(table: Table, subject: Subject, method: Method, known: dict[str, Groups
             made.append(head | {"case": case, "not run": why})
             continue
         values[case] = resampled.auroc(scores.get(f"clean/{case}", scores.get("clean")), scores[case])
-        made.append(head | {"case": case} | resampled.columns("auroc", values[case]))
+        made.append(head | {"case": case, "inputs": len(scores[case])} | resampled.columns("auroc", values[case]))
     groups = known.setdefault(method.name, {})
     beside = known.get(method.name.split(" + ")[0], {}) if " + " in method.name else {}
     for group in dict.fromkeys(CASES[case].group for case in cases if CASES[case].group != "control"):

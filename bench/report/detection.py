@@ -11,8 +11,9 @@ from bench.report.figures import Lines, Value, dots
 from bench.report.speed import ours
 from bench.report.text import Row, table, wilson
 
-#: Attacks of the kinds by which challenges are made, some with more steps, and attacks of other kinds.
-GENERATED, OTHERS, AFTER = ("FGSM", "PGD", "BIM"), ("C&W", "DeepFool", "IterLL", "Semantic"), " after JPEG"
+#: Attacks of the families by which challenges are made, and of others. IterLL is BIM towards another class, and
+#: Semantic is the challenge `inversion`.
+GENERATED, OTHERS, AFTER = ("FGSM", "PGD", "BIM", "IterLL", "Semantic"), ("C&W", "DeepFool"), " after JPEG"
 PROTOCOLS = ("clean data only", "with generated challenges", "with labelled challenges")
 
 
@@ -42,6 +43,9 @@ def _joined(rows: Sequence[Row], merit: str) -> Row:
         return {"not run": "; ".join(dict.fromkeys(absent))}
     value = float(np.mean([row[merit] for row in rows]))
     joined: dict[str, Any] = {merit: round(value, 4)}
+    # An attack that misleads no input in a draw is left out of that draw's mean.
+    if held := sorted({row["cases"] for row in rows if "cases" in row}):
+        joined["kinds"] = "-".join(map(str, dict.fromkeys((held[0], held[-1]))))
     if len(rows) > 1:
         return joined | {"spread": round(float(np.std([row[merit] for row in rows], ddof=1)), 4)}
     return joined | ({"interval": rows[0]["interval"]} if "interval" in rows[0] and merit in ("auroc", "gain") else {})
@@ -106,7 +110,10 @@ def attack_kinds(rows: Iterable[Row]) -> list[Row]:
     for (*_, group), own in halves.items():
         values = [row["auroc"] for row in own if "auroc" in row]
         head = {name: own[0][name] for name in ("network", "draw", "method", "protocol")} | {"group": group}
-        found.append(head | ({"auroc": float(np.mean(values))} if values else {"not run": own[0]["not run"]}))
+        if values:
+            found.append(head | {"auroc": float(np.mean(values)), "cases": len(values)})
+        else:
+            found.append(head | {"not run": own[0]["not run"]})
     return found
 
 
@@ -126,7 +133,8 @@ def _strongest(rows: Sequence[Row], merit: str, network: str) -> Iterator[dict[s
             best = max(rivals, key=rivals.__getitem__)
             beside = [m for m in values if (ours(m) and " + " not in m) or m.startswith("published")]
             yield (
-                {"group": group, "strongest published": f"{best} {_cell(values[best], merit)}"}
+                {"group": group, "kinds": values[best].get("kinds", "")}
+                | {"strongest published": f"{best} {_cell(values[best], merit)}"}
                 | {m: _cell(values[m], merit) for m in sorted(beside, key=lambda m: not ours(m))}
             )
 

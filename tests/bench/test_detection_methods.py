@@ -140,3 +140,39 @@ def test_every_method_has_a_year_a_source_and_a_protocol() -> None:
         assert 2000 < method.year < 2100
         assert method.paper
         assert method.protocol in Protocol
+
+
+def test_sirc_orders_as_its_formula(fit: SimpleNamespace) -> None:
+    seen = _seen(2 * torch.rand(B, D), fit.layer)
+    norms = fit.clean.h.abs().sum(1).double()
+    a, b = norms.mean() - 3 * norms.std(), 1 / norms.std()
+    softmax = seen.logits.double().softmax(1).amax(1)
+    plain = (1 - softmax) * (1 + torch.exp(-b * (seen.h.abs().sum(1).double() - a)))
+    torch.testing.assert_close(METHODS["SIRC"].fit(fit)(seen).exp(), plain, rtol=1e-12, atol=0)
+
+
+def test_ctm_is_the_cosine_to_the_nearest_class(fit: SimpleNamespace) -> None:
+    seen = _seen(torch.rand(B, D), fit.layer)
+    means = [fit.clean.h[fit.labels == k].mean(0) for k in range(N)]
+    plain = [-max(float(F.cosine_similarity(h, mean, dim=0)) for mean in means) for h in seen.h]
+    torch.testing.assert_close(METHODS["CTM"].fit(fit)(seen), torch.tensor(plain))
+
+
+def test_kpca_reconstruction_keeps_what_the_clean_components_span(fit: SimpleNamespace) -> None:
+    score = METHODS["KPCA reconstruction"].fit(fit)
+    clean, far = score(fit.clean), score(_seen(-torch.rand(B, D), fit.layer))
+    # phi has a mean square of one, so what is outside a tenth of the clean variance is at most that.
+    assert float(clean.square().mean()) < 0.1
+    assert float(far.mean()) > float(clean.mean())
+    scaled = score(_seen(3 * fit.clean.h, fit.layer))
+    torch.testing.assert_close(scaled, clean, rtol=1e-4, atol=1e-5)
+
+
+def test_the_control_ranks_neither_tail_of_a_score_below_clean() -> None:
+    torch.manual_seed(0)
+    clean, strong = torch.randn(300, 2).double(), torch.randn(300, 2).double() - torch.tensor([3.0, 0])
+    weak = torch.randn(300, 2).double() + torch.tensor([3.0, 0])
+    fitted = methods_ours.tails(lambda seen: seen, clean, strong)
+    # Never generated is the other tail, which a single negative weight ranks as the most usual.
+    for moved in (weak, strong):
+        assert float((fitted(moved)[:, None] > fitted(clean)).double().mean()) > 0.9

@@ -186,7 +186,7 @@ def test_a_page_names_the_strongest_rival_and_what_was_not_run(options: Options,
     }  # fmt: skip
     path = pages.save("trial", runner.run(TABLE, options), packages=("torch",), folder=tmp_path, facts=facts)
     text = path.read_text()
-    assert "| attacks | brightness 1.000 [1.000, 1.000] | 0.000 [0.000, 0.000] |" in text
+    assert "| attacks | 2 | brightness 1.000 [1.000, 1.000] | 0.000 [0.000, 0.000] |" in text
     assert "Validation: nothing was tuned on this network, but changes that lost on it were not made." in text
     assert "| absent | 2026 | needs maps |" in text
     assert "### Clean data only" in text

@@ -210,7 +210,7 @@ def test_a_value_of_a_network_is_the_mean_over_draws(detection_folder: pathlib.P
 
 
 def test_the_strongest_published_detector_ran_on_all_draws_and_is_no_control(detection_folder: pathlib.Path) -> None:
-    assert "| attacks | energy 0.700 ± 0.141 | 0.950 ± 0.071 |" in blocks.table("attacks a", detection_folder)
+    assert "| attacks |  | energy 0.700 ± 0.141 | 0.950 ± 0.071 |" in blocks.table("attacks a", detection_folder)
     rows = json.loads((detection_folder / "attacks.json").read_text())["rows"]
     found = detection.means(rows, "auroc", "a", "clean data only")
     assert found["KNN"]["attacks"] == {"not run": "no weights"}
@@ -223,9 +223,9 @@ def test_several_networks_stand_in_one_table_by_group(detection_folder: pathlib.
     networks = {"a": ["A", True], "b": ["B", False]}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"networks": networks}))
     lines = blocks.table("attacks a, b | attacks", detection_folder).splitlines()
-    assert lines[0].startswith("| group | network | strongest published |")
-    assert lines[2].startswith("| attacks | A, tuned on | energy 0.700 ± 0.141 | 0.950 ± 0.071 |")
-    assert lines[3].startswith("| attacks | B, validation | energy 0.500 [0.400, 1.000] |")
+    assert lines[0].startswith("| group | network | kinds | strongest published |")
+    assert lines[2].startswith("| attacks | A, tuned on |  | energy 0.700 ± 0.141 | 0.950 ± 0.071 |")
+    assert lines[3].startswith("| attacks | B, validation |  | energy 0.500 [0.400, 1.000] |")
     with pytest.raises(ValueError, match=r"must name groups of a, b; they were \['corruptions'\]"):
         blocks.table("attacks a, b | attacks | corruptions", detection_folder)
 
