@@ -8,6 +8,11 @@ too low by as much. With a share b of unusual inputs, the error rate is therefor
 
 Storey's estimate gives b (*A direct approach to false discovery rates*, 2002): the p-values of clean inputs are
 uniform, so half of the clean inputs have a p-value above 1/2, but few of the unusual ones.
+
+No labels say how many answers to unusual inputs are wrong: nearly all of an attack's, few of a brighter image's. So the
+interval assumes nothing about them. It takes the largest b that chance allows, and sets that share of the inputs apart,
+the most unusual ones. At its lower end none of their answers is wrong, at its upper end all are. The excess is taken
+off the others' risk at the lower end alone: how much of it the others have is not known.
 """
 
 from __future__ import annotations
@@ -24,8 +29,6 @@ from fastgrad import checks
 
 #: Fewer inputs allow no estimate.
 FEWEST = 30
-#: Root mean square, over kinds of unusual inputs, of the error rate of a kind minus the mean of its risk.
-SPREAD = 0.1
 
 
 class ErrorRate(NamedTuple):
@@ -41,16 +44,19 @@ def error_rate(
 ) -> ErrorRate:
     """Estimate the share of wrong answers to inputs without labels.
 
-    The estimate sees changes that raise the uncertainty or lower the confidence. It does not see errors on inputs that
-    look usual and are answered with confidence, such as new classes that resemble known ones, or attacks after
-    compression: the true rate is then above the interval.
+    The interval holds whatever share of the answers to unusual inputs is wrong, if their uncertainty shows that they are
+    unusual. It is as wide as their share: about 0.1 on 1,000 clean inputs, and from near 0 to near 1 if all inputs are
+    unusual. ``high`` is the number to act on: at most this share is wrong.
+
+    Some errors cannot be seen, because their inputs look usual and are answered with confidence: attacks after
+    compression such as JPEG, and near sets, whose new classes resemble known ones. The true rate is then above the
+    interval, and nothing in the stream tells.
 
     Args:
         risk: ``(n,)``, of a stream of at least 30 inputs, in any order.
         uncertainty: ``(n,)``, of the same inputs; infinite where it could not be computed.
         excess: Mean of ``risk - (1 - probabilities.amax(1))`` over clean inputs, above 0, as an exported file holds it.
-        confidence: Of the interval, in (0, 1). It allows for chance, and for kinds of unusual inputs whose risk is
-            wrong by as much as that of the generated challenges.
+        confidence: Of the interval, in (0, 1).
 
     Raises:
         TypeError: ``excess`` or ``confidence`` is not a number.
@@ -66,12 +72,17 @@ def error_rate(
         raise ValueError(f"risk must hold at least {FEWEST} values for an error rate; it held {len(p_wrong)}")
     if np.isnan(unusual).any() or p_wrong.min() < 0 or p_wrong.max() > 1:
         raise ValueError("risk must lie in [0, 1] and uncertainty must not hold NaN")
+    count, quantile = len(p_wrong), NormalDist().inv_cdf((1 + confidence) / 2)
     # Not clipped at 0: chance would then raise the estimate for clean streams.
     share = 1 - 2 * float((unusual < math.log(2)).mean())
     rate = float(np.clip(p_wrong.mean() + excess * (2 * share - 1), 0, 1))
-    variance = float((p_wrong * (1 - p_wrong)).mean()) / len(p_wrong) + (SPREAD * max(share, 0.0)) ** 2
-    half = NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(variance)
-    return ErrorRate(rate, max(rate - half, 0.0), min(rate + half, 1.0))
+    # Twice the mean of n events has a standard deviation of at most n^(-1/2).
+    apart = math.ceil(count * min(max(share, 0.0) + quantile / math.sqrt(count), 1.0))
+    # Equal uncertainties are ordered by the risk, so the order of the stream has no effect.
+    others = float(p_wrong[np.lexsort((p_wrong, -unusual))[apart:]].sum()) / count
+    chance = quantile * math.sqrt(float((p_wrong * (1 - p_wrong)).mean()) / count)
+    low, high = others - excess * (1 - apart / count) - chance, others + apart / count + chance
+    return ErrorRate(rate, max(min(low, rate), 0.0), min(max(high, rate), 1.0))
 
 
 def check_excess(excess: float) -> None:
