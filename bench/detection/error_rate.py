@@ -219,7 +219,7 @@ def measure(subject: Subject) -> list[dict[str, Any]]:
     for group, share, size, stream in streams(shown, cases, rng):
         truth = float(stream.wrong.mean())
         for name, estimate in every.items():
-            value, low, high = (estimate(stream) + (np.nan, np.nan))[:3]
+            value, low, high = (*estimate(stream), np.nan, np.nan)[:3]
             found[name].append((group, share, size, 100 * (value - truth), low <= truth <= high, 100 * (high - low)))
     head = {"network": subject.network, "draw": subject.draw}
     return [
