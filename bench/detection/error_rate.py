@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from bench.detection import runner
-from bench.detection.cases import ALIKE, CHANGED_FILES, CHANGED_TEXTS, STRANGE, UNALIKE
+from bench.detection.cases import ALIKE, CHANGED_FILES, CHANGED_TEXTS, UNALIKE
 from bench.detection.failure import judged
 from bench.detection.methods_ours import answer, blocks_of, fitted
 from bench.detection.registry import NETWORKS
@@ -30,7 +30,8 @@ CHOSEN_ON, OURS = "resnet56", "fastgrad"
 #: Groups of cases by the name in the table; a mixed stream has up to four cases of any group.
 GROUPS: Mapping[str, tuple[str, ...]] = {
     ALIKE: (ALIKE, CHANGED_TEXTS[0], CHANGED_FILES[0]), UNALIKE: (UNALIKE, CHANGED_TEXTS[1], CHANGED_FILES[1]),
-    "attacks": ("attacks",), "attacks after JPEG": ("attacks after JPEG",), "other sets": STRANGE,
+    "attacks": ("attacks",), "attacks after JPEG": ("attacks after JPEG",), "near sets": ("near sets",),
+    "far sets": ("far sets",), "other sets": ("other sets", "other texts", "foreign files"),
 }  # fmt: skip
 #: Attacks that take an hour.
 LEFT_OUT = ("C&W", "DeepFool")
@@ -214,22 +215,26 @@ def measure(subject: Subject) -> list[dict[str, Any]]:
     fit, generated = of_fit(subject, rng)
     temperature = float(two_stage.temperature_.temperature)
     every = estimates(Known(joined([fit, unseen]), unseen, generated, temperature))
-    found: dict[str, list[tuple[str, float, int, float, bool]]] = {name: [] for name in every}
+    found: dict[str, list[tuple[str, float, int, float, float, float]]] = {name: [] for name in every}
     for group, share, size, stream in streams(shown, cases, rng):
         truth = float(stream.wrong.mean())
         for name, estimate in every.items():
-            value, *bounds = estimate(stream)
-            inside = bool(bounds) and bounds[0] <= truth <= bounds[1]
-            found[name].append((group, share, size, 100 * (value - truth), inside))
+            value, low, high = (*estimate(stream), np.nan, np.nan)[:3]
+            found[name].append((group, share, size, 100 * (value - truth), low <= truth <= high, 100 * (high - low)))
     head = {"network": subject.network, "draw": subject.draw}
     return [
         head | {"method": name} | row for name, values in found.items() for row in summed(values, name == OURS)
     ]  # fmt: skip
 
 
-def summed(values: Sequence[tuple[str, float, int, float, bool]], with_bounds: bool) -> Iterator[dict[str, Any]]:
-    """Yield the mean absolute error and the mean error in points by group, by size, by share, and of all groups."""
-    group, share, size, error, inside = (np.array(column) for column in zip(*values, strict=True))
+def summed(
+    values: Sequence[tuple[str, float, int, float, float, float]], with_bounds: bool
+) -> Iterator[dict[str, Any]]:
+    """Yield the mean absolute error and the mean error in points by group, by size, by share, and of all groups.
+
+    ``with_bounds`` adds the share of streams whose error rate lies in the interval, and the interval's mean width.
+    """
+    group, share, size, error, inside, width = (np.array(column) for column in zip(*values, strict=True))
     if np.isnan(error).any():
         yield {"not run": f"more than {MANY} classes"}
         return
@@ -241,7 +246,8 @@ def summed(values: Sequence[tuple[str, float, int, float, bool]], with_bounds: b
     for case, own in {**parts, "all streams": size > 0}.items():
         w = weight * own / (weight * own).sum()
         row = {"case": case, "error": round(float(w @ np.abs(error)), 2), "bias": round(float(w @ error), 2)}
-        yield row | ({"inside": round(float(w @ inside), 3)} if with_bounds else {})
+        bounds = {"inside": round(float(w @ inside), 3), "width": round(float(w @ width), 1)}
+        yield row | (bounds if with_bounds else {})
 
 
 def run(options: Options, networks: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:

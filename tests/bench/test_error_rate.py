@@ -49,11 +49,11 @@ def test_what_no_estimate_of_confidence_can_see(known: Known) -> None:
 
 
 def test_every_group_weighs_the_same() -> None:
-    values = [("clean", 1.0, 100, 1.0, True)] + [("attacks", 0.0, 100, -3.0, False)] * 9
+    values = [("clean", 1.0, 100, 1.0, True, 10.0)] + [("attacks", 0.0, 100, -3.0, False, 20.0)] * 9
     rows = {row["case"]: row for row in error_rate.summed(values, with_bounds=True)}
-    assert rows["all streams"] == {"case": "all streams", "error": 2, "bias": -1, "inside": 0.5}
-    assert rows["attacks"] == {"case": "attacks", "error": 3, "bias": -3, "inside": 0}
-    (left,) = error_rate.summed([("clean", 1.0, 100, np.nan, False)], with_bounds=False)
+    assert rows["all streams"] == {"case": "all streams", "error": 2, "bias": -1, "inside": 0.5, "width": 15}
+    assert rows["attacks"] == {"case": "attacks", "error": 3, "bias": -3, "inside": 0, "width": 20}
+    (left,) = error_rate.summed([("clean", 1.0, 100, np.nan, False, np.nan)], with_bounds=False)
     assert "case" not in left
     assert "more than 20 classes" in left["not run"]
 

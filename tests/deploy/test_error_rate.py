@@ -10,7 +10,7 @@ import torch
 from bad_arguments import refused
 
 from fastgrad.deploy.drift import DriftMonitor
-from fastgrad.deploy.error_rate import SPREAD, error_rate
+from fastgrad.deploy.error_rate import LEAST, error_rate
 
 EXCESS = 0.06
 
@@ -42,18 +42,29 @@ def test_known_world(unusual: float, misled: float) -> None:
     if 0 < unusual < 1:
         assert abs(risk.mean() - wrong.mean()) > abs(found.rate - wrong.mean()) or unusual == 0.5
     assert found.low <= found.rate <= found.high
-    half = 1.96 * SPREAD * unusual
-    assert found.high - found.rate == pytest.approx(min(half, 1 - found.rate), abs=0.01)
+    # The least of what their risk says, or all, of the unusual inputs' answers are wrong.
+    least = 0.1 * (1 - unusual) + LEAST * (misled - EXCESS) * unusual
+    every = (0.1 + EXCESS) * (1 - unusual) + unusual
+    assert (found.low, found.high) == pytest.approx((least, every), abs=10 / math.sqrt(count))
 
 
-def test_intervals_on_clean_streams() -> None:
+@pytest.mark.parametrize("unusual", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize(("misled", "believed"), [(0.3, 0.6), (0.5, 0.1), (1.0, 0.1), (1.0, 0.9)])
+def test_interval_holds_where_the_risk_is_wrong(unusual: float, misled: float, believed: float) -> None:
+    """Also at the least share of the unusual inputs' risk, ``believed``, and where all of their answers are wrong."""
     inside = []
-    for seed in range(300):
-        risk, uncertainty, wrong = world(400, 0.0, seed)
-        found = error_rate(risk, uncertainty, EXCESS, confidence=0.9)
+    for seed in range(200):
+        risk, uncertainty, wrong = world(400, unusual, seed, misled=misled)
+        found = error_rate(np.where(uncertainty > 5, believed, risk), uncertainty, EXCESS, confidence=0.9)
         inside.append(found.low <= wrong.mean() <= found.high)
     # Four standard deviations of a binomial.
-    assert np.mean(inside) > 0.9 - 4 * math.sqrt(0.9 * 0.1 / 300)
+    assert np.mean(inside) > 0.9 - 4 * math.sqrt(0.9 * 0.1 / 200)
+
+
+def test_order_has_no_effect() -> None:
+    risk, uncertainty, _ = world(400, 0.3)
+    tied, order = uncertainty.round(), np.random.default_rng(1).permutation(400)
+    assert error_rate(risk[order], tied[order], EXCESS) == pytest.approx(error_rate(risk, tied, EXCESS), abs=1e-12)
 
 
 def test_bounds_and_types() -> None:
