@@ -1,16 +1,15 @@
-"""``fastgrad demo``: from real digits to a detector, a table and a figure in half a minute on one CPU core."""
+"""``fastgrad demo``: from real digits to a detector, what it finds and misses, in half a minute on one CPU core."""
 
 from __future__ import annotations
 
 import argparse
 import platform
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
@@ -18,8 +17,7 @@ import fastgrad
 from fastgrad import checks
 from fastgrad.batches import bar
 from fastgrad.challenges import PixelRange, fgsm
-from fastgrad.detector.report import Report
-from fastgrad.plots import COLOURS, score_histograms
+from fastgrad.plots import COLOURS
 
 #: Height and width of the images.
 SIDE = 24
@@ -78,35 +76,33 @@ def train(network: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, ge
     network.eval()
 
 
-Method = Callable[[Tensor], NDArray[np.float64]]
+class Answered(NamedTuple):
+    """Images ``(n, 1, 24, 24)``, their classes ``(n,)``, -1 for none, and what a model answers, ``(n,)`` each."""
 
-DEFAULT = "fastgrad"
+    images: Tensor
+    labels: Tensor
+    answers: Tensor
+    uncertainty: Tensor
+    risk: Tensor
+    flagged: Tensor
 
+    @classmethod
+    def of(cls, two_stage: fastgrad.TwoStageModel, images: Tensor, labels: Tensor) -> Answered:
+        """Return what a model answers to ``images``."""
+        found = two_stage(images)
+        # It was fitted with labels and has a false-alarm rate.
+        assert found.risk is not None
+        assert found.flagged is not None
+        return cls(images, labels, found.logits.argmax(-1), found.uncertainty, found.risk, found.flagged)
 
-def methods(network: nn.Module, clean: Tensor, labels: Tensor, seed: int) -> tuple[dict[str, Method], Report]:
-    """Fit fastgrad on clean images that the network was not trained on.
-
-    Return by name a function from images to scores ``(n,)``, and the report of the fit.
-    """
-    two_stage = fastgrad.TwoStageModel(network, seed=seed)
-    pairs = list(zip(clean.split(250), labels.split(250), strict=True))
-    two_stage.fit(pairs, clip=(0.0, 1.0), verbose=None)
-
-    @torch.no_grad()
-    def logits(images: Tensor) -> Tensor:
-        found: Tensor = network(images)
-        return found.double()
-
-    found: dict[str, Method] = {
-        "softmax confidence": lambda images: -logits(images).log_softmax(-1).amax(-1).numpy(),
-        "energy": lambda images: -logits(images).logsumexp(-1).numpy(),
-        DEFAULT: lambda images: two_stage(images).uncertainty.double().numpy(),
-    }
-    return found, two_stage.report()
+    @property
+    def right(self) -> Tensor:
+        """Which answers are right, ``(n,)`` of bool."""
+        return self.answers == self.labels
 
 
 def challenging(network: nn.Module, digits: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return four sets on which the network should not be trusted, ``(n, 1, 24, 24)`` in [0, 1]."""
+    """Return sets on which the network should not be trusted, ``(n, 1, 24, 24)`` in [0, 1]."""
     pixels = PixelRange.of(digits, clip=(0.0, 1.0))
     noise = 0.25 * torch.randn(digits.shape, generator=generator, device="cpu")
     return {
@@ -117,29 +113,68 @@ def challenging(network: nn.Module, digits: Tensor, generator: torch.Generator) 
     }
 
 
-def draw(path: Path, scores: dict[str, NDArray[np.float64]], images: dict[str, Tensor], threshold: float) -> None:
-    """Write a PNG of scores and some images of the clean digits, which come first, and of four challenging sets."""
+def harmless(digits: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return the digits with changes that hardly anyone sees; the last two are flagged nevertheless."""
+    level = 1 / 255
+    noise = level * (2 * torch.rand(digits.shape, generator=generator, device="cpu") - 1)
+    return {
+        "a grey level brighter": (digits + level).clamp(0, 1),
+        "a grey level darker": (digits - level).clamp(0, 1),
+        "contrast 1 % lower": 0.99 * digits,
+        "stored as bytes": (digits / level).round() * level,
+        "moved by a pixel": digits.roll(1, 3),
+        "noise of a grey level": (digits + noise).clamp(0, 1),
+    }
+
+
+def draw(path: Path, sets: dict[str, Answered]) -> None:
+    """Write a PNG of four answers to digits, four to challenges and four to changes that nobody sees."""
     from matplotlib.figure import Figure
 
-    # Two columns, so that a phone shows readable text.
-    figure = Figure(figsize=(6.4, 8.4), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.5, 1.0), squeeze=False)[:, 0]
-    top.suptitle("Uncertainty, -log p (right of the line: flagged)", fontsize=13)
-    clean, *others = scores
-    for axis, name in zip(top.subplots(2, 2, sharex=True).flat, others, strict=True):
-        score_histograms({clean: scores[clean], name: scores[name]}, axes=axis)
-        axis.axvline(threshold, color="black", linestyle="--", linewidth=1)
+    digits, mirrored = sets["digits"], sets["mirrored digits"]
+    # Of each kind the first: right and not flagged, wrong and not flagged, wrong.
+    fine = (digits.right & ~digits.flagged).nonzero()[:, 0].tolist()
+    shown = [("a digit", digits, k) for k in fine[:2]]
+    shown += [
+        (f"missed: a {name}", part, _first(~part.right & ~part.flagged))
+        for name, part in (("digit", digits), ("mirrored digit", mirrored))
+    ]
+    challenges = {
+        "noise added": "noisy digits",
+        "attacked": "FGSM attack (0.1)",
+        "photograph": "photographs",
+        "noise": "uniform noise",
+    }
+    shown += [(title, sets[name], _first(~sets[name].right)) for title, name in challenges.items()]
+    shown += [(name, sets[name], fine[0]) for name in list(harmless(digits.images[:1], torch.Generator()))[:4]]
 
-    bottom.suptitle("Images and their scores (orange: flagged)", fontsize=13)
-    grid = bottom.subplots(2, len(scores))
-    for column, (name, values) in enumerate(scores.items()):
-        grid[0, column].set_title(name.replace(" ", "\n", 1), fontsize=11)
-        for axis, image, score in zip(grid[:, column], images[name], values, strict=False):
-            axis.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=1)
+    # Four in a row, so that a phone shows readable text.
+    figure = Figure(figsize=(7.2, 8.6), layout="constrained")
+    parts = figure.subfigures(3, 1, squeeze=False)[:, 0]
+    titles = ("Digits, and two errors that pass", "Challenges: flagged", "Changes that nobody sees: not flagged")
+    for row, (part, title) in enumerate(zip(parts, titles, strict=True)):
+        part.suptitle(title, fontsize=13)
+        for axis, (name, answered, k) in zip(part.subplots(1, 4), shown[4 * row : 4 * row + 4], strict=True):
+            axis.imshow(answered.images[k, 0].numpy(), cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
-            colour = COLOURS[1] if score > threshold else "black"
-            axis.set_xlabel(f"{score:.1f}", fontsize=12, color=colour)
-    figure.savefig(path, dpi=110)
+            axis.set_title(name, fontsize=10)
+            truth, flagged = int(answered.labels[k]), bool(answered.flagged[k])
+            wrong = "no digit" if truth < 0 else f"it is {truth}"
+            words = [
+                f"answer {int(answered.answers[k])}, {'right' if answered.right[k] else wrong}",
+                f"uncertainty {answered.uncertainty[k]:.1f}",
+                f"risk {answered.risk[k]:.2f}{', flagged' if flagged else ''}",
+            ]
+            axis.set_xlabel("\n".join(words), fontsize=10, color=COLOURS[1] if flagged else "black")
+            for spine in axis.spines.values():
+                spine.set(color=COLOURS[1] if flagged else "black", linewidth=3 if flagged else 1)
+    # The margin, because labels of subfigures are not part of the layout.
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def _first(chosen: Tensor) -> int:
+    """The first that is chosen, or 0."""
+    return int(chosen.int().argmax())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -169,38 +204,34 @@ def run(arguments: argparse.Namespace) -> int:
     training, clean, (test, answers) = zip(images.split(sizes), labels.split(sizes), strict=True)
     train(network, *training, epochs=arguments.epochs, generator=generator)
     trained = time.perf_counter()
-    with torch.no_grad():
-        accuracy = (network(test).argmax(-1) == answers).double().mean().item()
+    two_stage = fastgrad.TwoStageModel(network, seed=arguments.seed)
+    pairs = list(zip(clean[0].split(250), clean[1].split(250), strict=True))
+    two_stage.fit(pairs, clip=(0.0, 1.0), verbose=None)
+    strange = challenging(network, test, generator)
+    shown = {"digits": test, **strange, "mirrored digits": test.flip(3), **harmless(test, generator)}
+    none = torch.full_like(answers, -1)
+    foreign = {"photographs", "uniform noise"}
+    sets = {name: Answered.of(two_stage, x, none if name in foreign else answers) for name, x in shown.items()}
+    draw(out / "demo.png", sets)
 
-    from sklearn.metrics import roc_auc_score
-
-    scorers, report = methods(network, *clean, arguments.seed)
-    challenges = challenging(network, test, generator)
-    shown = {"clean digits": test, **challenges}
-    scores = {name: {which: score(images) for which, images in shown.items()} for name, score in scorers.items()}
-    threshold = -np.log(0.05)
-    draw(out / "demo.png", scores[DEFAULT], shown, threshold)
-
-    lines = [f"| method | {' | '.join(challenges)} | mean |", "|---|" + "---|" * (len(challenges) + 1)]
-    for name, found in scores.items():
-        usual, *others = found.values()
-        row = [roc_auc_score(np.repeat([0, 1], [len(usual), len(o)]), np.append(usual, o)) for o in others]
-        lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in (*row, np.mean(row))) + " |")
+    lines = ["| images | right | flagged | mean risk | wrong and not flagged |", "|---|---|---|---|---|"]
+    for name, part in sets.items():
+        shares = (part.right, part.flagged, part.risk, ~part.right & ~part.flagged)
+        lines.append(f"| {name} | " + " | ".join(f"{share.double().mean():.2f}" for share in shares) + " |")
     rows = "\n".join(lines)
-    flagged = float((scores[DEFAULT]["clean digits"] > threshold).mean())
     text = f"""\
-Network: {accuracy:.1%} of the test digits right, trained in {trained - start:.1f} s.
-Detection AUROC (1 is perfect, 0.5 is chance), one seed. fastgrad was fitted on clean digits and on challenges \
-generated from them, including noise and FGSM:
+Network: {float(sets["digits"].right.double().mean()):.1%} of the {len(test)} test digits right, trained in \
+{trained - start:.1f} s.
+Shares of {len(test)} images, one seed. The detector was fitted on {len(clean[0])} clean digits and on challenges \
+generated from them, noise and FGSM among them; photographs and mirrored digits are not. It flags what lies above the \
+threshold of a false-alarm rate of 5 %.
 
 {rows}
 
-At a false-alarm rate of 5 % fastgrad flags {flagged:.1%} of the clean test digits.
-
-Features and their cost in forward passes:
+What was fitted:
 
 ```
-{report}
+{two_stage.report()}
 ```
 {time.perf_counter() - start:.0f} s in all on {platform.processor() or platform.machine()}, \
 {torch.get_num_threads()} threads.

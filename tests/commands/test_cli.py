@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -89,11 +88,14 @@ def test_demo_writes_table_and_figure(
     text = (out / "demo.md").read_text("utf-8")
     assert text in printed
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    assert rows[-1][0] == "fastgrad"
-    values = np.array([[float(value) for value in row[1:]] for row in rows[1:]])
-    assert values.shape == (3, 5)
-    assert ((values >= 0) & (values <= 1)).all()
-    np.testing.assert_allclose(values[:, -1], values[:, :-1].mean(1), atol=1.1e-3)
+    found = {name: [float(value) for value in values] for name, *values in rows[1:]}
+    assert all(0 <= share <= 1 for shares in found.values() for share in shares)
+    right, flagged, _, missed = found["digits"]
+    assert missed <= 1 - right + 0.011
+    # The detector finds what is unlike digits, and lets pass what nobody sees.
+    assert found["photographs"][1] > 0.9
+    for name in ("a grey level brighter", "a grey level darker", "contrast 1 % lower", "stored as bytes"):
+        assert abs(found[name][1] - flagged) < 0.1, name
     assert float(text.removeprefix("Network: ").partition("%")[0]) > 50
     assert "logits, activations, image, roughness" in text
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
