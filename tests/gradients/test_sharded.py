@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from sharded_nets import ROUNDING, Net, batch, close, gradients, losses_of, pair, step
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import fastgrad
 from fastgrad import engine
-from tests.helpers.sharded_nets import ROUNDING, Net, batch, close, gradients, losses_of, pair, step
 
 
 def check(sharded: Net, whole: Net, rank: int, rounding: float = ROUNDING) -> None:

@@ -34,7 +34,8 @@ class Net(nn.Module):
             x = x + block(x)
         if self.fails:
             raise RuntimeError("of the model")
-        return self.head(x if not self.reads or tokens[0, 0] > 0 else 2 * x)
+        logits: Tensor = self.head(x if not self.reads or tokens[0, 0] > 0 else 2 * x)
+        return logits
 
 
 def pair(dtype: torch.dtype = torch.float64, *, root: bool = True, nested: bool = True, tied: bool = False,
