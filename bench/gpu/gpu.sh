@@ -90,7 +90,6 @@ fi
 times=10000
 [ -z "$dry" ] || times=2
 step "repeats" 300 "$out/sanitizer.txt" "$python" -m bench.gpu.kernels --repeat "$times" --tiny
-[ -n "$dry" ] || step "time in Python" 60 "$out/environment.txt" "$python" -m bench.gpu.host
 step "times and predictions" 300 /dev/null "$python" -m bench.gpu.kernels --out "$out" $tiny
 step "measured choices" 600 /dev/null "$python" -m bench.gpu.tune --out "$out/tuned.txt" $tiny
 
