@@ -89,6 +89,11 @@ test_bad_arguments = refused([
 
 def test_what_is_answered_from_features_needs_their_blocks() -> None:
     model = TwoStageModel(small_network(), blocks=["image"]).fit(X, challenges=None)
+    features = TwoStageModel(model.model, blocks=["image", "logits"]).read_features(X, challenges=None)
+    for one, other in zip(
+        model.predict_features(features), model.predict_features(features.only(["image"])), strict=True
+    ):
+        assert one is other is None or torch.equal(one, other)
     with pytest.raises(ValueError, match=r"the blocks \['image'\]; they had \['logits'\]"):
         model.predict_features(of())
     with pytest.raises(RuntimeError, match="must be fitted first"):
