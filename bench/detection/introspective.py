@@ -97,7 +97,7 @@ def answered(subject: Subject, tests: Mapping[str, Seen], seed: int) -> Answers:
     for name, value in reads(rows, subject.layer).items():
         H = IntrospectiveClassifier(random_state=seed)
         H.fit(take(value, trained, len(groups)), labels[trained], groups=groups[trained])
-        codes = torch.from_numpy(np.searchsorted(H.classes_, labels[calibrating]))
+        codes = torch.from_numpy(np.searchsorted(H.classes_, labels[calibrating].numpy()))
         second[name] = H, Temperature.fit(second_logits(H, take(value, calibrating, len(groups))), codes)
     again = retrained(subject.layer, rows["features"][trained], labels[trained], seed)
     found: Answers = {}

@@ -59,13 +59,15 @@ def test_a_fit_on_features_is_the_fit_and_an_answer_from_them_the_answer() -> No
 
 def test_kinds_have_numbers_in_alphabetical_order_and_sources_from_0() -> None:
     features = Features.of(
-        torch.zeros(5, 2), {}, kinds=["noise", "", "blur", "", "noise"], sources=torch.tensor([7, 7, -1, 3, -1])
-    )
+        torch.zeros(5, 2), {}, kinds=["noise", "", "blur", "", "noise"], sources=torch.tensor([7, 7, -1, 3, -1]),
+        held_out=torch.tensor([False, True, False, False, False]),
+    )  # fmt: skip
     assert features.codes.tolist() == [2, 0, 1, 0, 2]
     first, second, *others = features.groups.tolist()
     assert first == second
     assert len({first, *others}) == 4
     assert features.at(features.challenging).kinds == ["noise", "blur", "noise"]
+    assert features.at(~features.challenging).held_out.tolist() == [True, False]
 
 
 def of(**columns: Any) -> Features:
@@ -89,6 +91,11 @@ test_bad_arguments = refused([
 
 def test_what_is_answered_from_features_needs_their_blocks() -> None:
     model = TwoStageModel(small_network(), blocks=["image"]).fit(X, challenges=None)
+    features = TwoStageModel(model.model, blocks=["image", "logits"]).read_features(X, challenges=None)
+    for one, other in zip(
+        model.predict_features(features), model.predict_features(features.only(["image"])), strict=True
+    ):
+        assert one is other is None or torch.equal(one, other)
     with pytest.raises(ValueError, match=r"the blocks \['image'\]; they had \['logits'\]"):
         model.predict_features(of())
     with pytest.raises(RuntimeError, match="must be fitted first"):

@@ -180,15 +180,15 @@ def test_block_of_the_users(tmp_path):
     torch.testing.assert_close(package(x).risk, two_stage(x).risk, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("clip", [None, (0, 255)])
-def test_normalisation_in_files(tmp_path, clip):
-    skip_without_onnx()
+def test_normalisation_in_files(tmp_path):
     mean, std = [0.2, 0.4, 0.5], [0.5, 1.0, 0.25]
-    white = 1 if clip is None else clip[1]
-    told = {"mean": [white * m for m in mean], "std": [white * s for s in std], "clip": clip}
     x = (images(60) - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    two_stage = TwoStageModel(small_network(), blocks=["logits"]).fit([x], challenges=None, **told)
-    two_stage = TwoStageModel.load(two_stage.save(tmp_path / "estimators.safetensors"), two_stage.model)
+    for clip, white in ((None, 1), ((0, 255), 255)):
+        told = {"mean": [white * m for m in mean], "std": [white * s for s in std], "clip": clip}
+        two_stage = TwoStageModel(small_network(), blocks=["logits"]).fit([x], challenges=None, **told)
+        two_stage = TwoStageModel.load(two_stage.save(tmp_path / "estimators.safetensors"), two_stage.model)
+        np.testing.assert_allclose(two_stage.report().normalisation, [mean, std], rtol=1e-6)
+    skip_without_onnx()
     for given, expected in (({}, (mean, std)), ({"mean": [0.0] * 3, "std": [1.0] * 3}, ([0.0] * 3, [1.0] * 3))):
         file = fastgrad.export(two_stage, x[:2], tmp_path / "model.onnx", **given)
         description = ModelPackage(file).description
