@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from fastgrad.introspection import IntrospectiveClassifier
     from fastgrad.metrics import certified_threshold, threshold_for
 
-__version__ = "1.0.0"
+__version__ = "0.9.0"
 
 _LAZY = {
     "GradientFeatures": "fastgrad.gradients.features",

@@ -23,6 +23,19 @@ def test_import_is_light() -> None:
     assert "fastgrad.gradients.contrasts" in loaded
 
 
+def test_norms_need_no_part_of_scikit_learn() -> None:
+    code = """
+import sys, torch, fastgrad
+model, x = torch.nn.Linear(3, 2), torch.randn(4, 3)
+with fastgrad.record(model):
+    losses = torch.nn.functional.cross_entropy(model(x), torch.tensor([0, 1, 0, 1]), reduction="none")
+    fastgrad.grad_sqnorm(losses, model)
+fastgrad.contrast_sqnorm(x, model(x).detach())
+print(*{name.partition(".")[0] for name in sys.modules})
+"""
+    assert not {"sklearn", "scipy", "matplotlib"} & set(run_python("-c", code).split())
+
+
 def test_public_names_exist() -> None:
     for name in fastgrad.__all__:
         assert callable(getattr(fastgrad, name)), name

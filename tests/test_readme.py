@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from doc_pages import DOCS, run
+from doc_pages import DOCS
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import fastgrad
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -15,23 +19,35 @@ TEXT = README.read_text(encoding="utf-8")
 
 
 def test_a_newcomer_reads_all_of_it() -> None:
-    assert len(TEXT.splitlines()) <= 100
+    assert len(TEXT.splitlines()) <= 80
+    assert len(re.sub("<!--.*?-->", "", TEXT).split()) <= 600
 
 
-def test_its_python_runs_as_printed() -> None:
-    names = run(README)
-    assert names["R"].shape == (397, 10, 64)
-    assert all(value.shape == (500,) for value in names["sqnorms"])
-    assert names["gram"].shape == (500, 500)
-    # The features are then of half precision and the layer is not.
-    with torch.autocast("cpu", torch.bfloat16):
-        norms, _ = names["introspect"](names["test"][:8])
-    assert norms.shape == (8, 10)
-    assert norms.isfinite().all()
+def test_its_python_runs_on_a_model_of_the_readers_own() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
+    names = {"model": model, "images": torch.rand(60, 1, 8, 8), "labels": torch.arange(60) % 3}
+    names["new_images"] = torch.rand(5, 1, 8, 8)
+    exec(code, names)
+    assert names["answer"].risk.shape == (5,)
+
+
+def test_both_sides_of_its_diff_give_the_same_norms() -> None:
+    (diff,) = re.findall(r"```diff\n(.*?)```", TEXT, re.DOTALL)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    found = {}
+    for side in "-+":
+        names = {"model": model, "x": torch.randn(6, 5, generator=torch.Generator().manual_seed(1)).double()}
+        names |= {"y": torch.arange(6) % 3, "torch": torch, "fastgrad": fastgrad, "cross_entropy": cross_entropy}
+        exec("\n".join(line[1:] for line in diff.splitlines() if line.startswith(side)), names)
+        found[side] = names["norms"]
+    torch.testing.assert_close(found["+"], found["-"], rtol=1e-12, atol=0)
 
 
 def test_both_commands_stand_in_one_block() -> None:
-    (block,) = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
+    block, *_ = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
     assert 'pip install -e ".[demo]" && fastgrad demo' in block
     assert 'pip install -e ".[test]" && pytest' in block
 

@@ -19,6 +19,7 @@ COMMANDS = {
         None,
         "print versions, devices, and which implementations would run and why",
     ),
+    "fit": ("fastgrad.commands.fit", "serve", "fit a detector on a folder of clean images; write a file for serve"),
     "serve": ("fastgrad.commands.serve", "serve", "serve an exported file over HTTP"),
     "score": ("fastgrad.commands.score", "score", "score a folder or a Parquet file of images"),
 }
@@ -29,7 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # File names that it cannot encode are escaped, as on standard error; otherwise the work would end in an error.
         sys.stdout.reconfigure(errors="backslashreplace")
-    parser = argparse.ArgumentParser(prog="fastgrad", description="Try fastgrad; serve or score an exported model.")
+    parser = argparse.ArgumentParser(
+        prog="fastgrad", description="Try fastgrad; fit a detector; serve or score an exported model."
+    )
     parser.add_argument("--version", action="version", version=f"fastgrad {fastgrad.__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {}

@@ -1,0 +1,63 @@
+"""``fastgrad fit``: a folder of images becomes a file that answers; bad networks and folders are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from onnx_needed import NEEDS_ONNX
+from PIL import Image
+
+from fastgrad.commands import cli
+from fastgrad.deploy.file.package import ModelPackage
+
+MODULE = """
+import torch
+from torch import nn
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64, 2))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine_to_fit.py").write_text(MODULE)
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "clean" / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "clean" / name / f"{i}.png")
+    return tmp_path / "clean"
+
+
+@NEEDS_ONNX
+def test_a_folder_becomes_a_file_that_answers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "cat" / "notes.txt").write_text("no image")
+    assert cli.main(["fit", "mine_to_fit:network", str(folder), "-o", "model.onnx", "--size", "16"]) == 0
+    printed = capsys.readouterr()
+    assert "notes.txt is left out" in printed.err
+    assert "threshold 3.00" in printed.out
+    package = ModelPackage("model.onnx")
+    assert list(package.description.labels) == ["cat", "dog"]
+    assert package(torch.zeros(2, 3, 16, 16)).risk.shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [("mine_to_fit", "must be MODULE:FUNCTION"), ("mine_to_fit:other", "must name a function that can be imported")],
+)
+def test_bad_networks_are_named(folder: Path, network: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["fit", network, str(folder), "-o", "model.onnx"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_of_other_classes_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "cow").mkdir()
+    assert cli.main(["fit", "mine_to_fit:network", str(folder), "-o", "model.onnx", "--size", "16"]) == 2
+    assert "one folder for each of the 2 classes; it holds 3" in capsys.readouterr().err
