@@ -18,6 +18,7 @@ from bench.detection import (  # noqa: F401  (they register themselves)
     failure,
     introspective,
     methods_images,
+    methods_labelled,
     methods_outputs,
     networks,
     runner,

@@ -35,6 +35,8 @@ PHOTOGRAPHED: Mapping[str, Mapping[str, Any]] = {
 BRIEF: Mapping[str, Mapping[str, Any]] = {"C&W": {"carlini": (1, 20, 0.03, 1.0)}, "DeepFool": {"deepfool": (4, 4)}}
 #: Attacks on CIFAR-10, at a radius of 8/255.
 TESTED = {name: {"name": name} for name in ("FGSM", "BIM", "PGD", "IterLL", "Semantic")}
+#: The sixth attack of *Probing the Purview*, for its own table.
+PAPER = "attacks of the paper"
 #: Kinds that `fastgrad.challenges` generates in a form of its own, and kinds unlike those that it generates.
 FAMILIAR = ("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "brightness", "contrast",
             "jpeg_compression")  # fmt: skip
@@ -104,6 +106,7 @@ for _kind, _attacks in ((PHOTOGRAPHS, PHOTOGRAPHED), (SMALL, TESTED)):
     for _name, _how in _attacks.items():
         case(_name, "attacks", (_kind,))(partial(attacked, _name, _how, False))
         case(_name + AFTER, "attacks" + AFTER, (_kind,))(partial(attacked, _name, _how, True))
+case("C&W on CIFAR-10", PAPER, (SMALL,))(partial(attacked, "C&W", {"name": "C&W"}, False))
 for _names, _group in ((FAMILIAR, ALIKE), (FOREIGN, UNALIKE)):
     for _name in _names:
         case(_name, _group, IMAGES)(partial(corrupted, _name, 2))

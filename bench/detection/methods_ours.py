@@ -180,11 +180,15 @@ class _Generated(Seen):
         return packed(made.to(self.subject.parts["fit"][0].dtype))
 
 
-def logistic(columns: Callable[[Seen], Tensor], clean: Seen, other: Seen) -> Score:
-    """Return the score of a logistic regression on standardised columns, with balanced class weights."""
-    rows = torch.cat([columns(clean), columns(other)]).double().nan_to_num().numpy()
+def logistic(columns: Callable[[Seen], Tensor], clean: Seen, other: Seen, first: int = 0) -> Score:
+    """Return the score of a logistic regression on standardised columns, with balanced class weights.
+
+    It is trained on the images that are made from the part's ``first`` image or a later one.
+    """
+    inside, outside = (columns(seen)[seen.shown.source >= first] if first else columns(seen) for seen in (clean, other))
+    rows = torch.cat([inside, outside]).double().nan_to_num().numpy()
     model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000))
-    model.fit(rows, np.arange(len(rows)) >= len(clean.images))
+    model.fit(rows, np.arange(len(rows)) >= len(inside))
     return lambda seen: torch.from_numpy(model.decision_function(columns(seen).double().nan_to_num().numpy()))
 
 

@@ -171,3 +171,10 @@ def on_training_images(options: Options, draw: int) -> Subject:
     own = small("resnet56", options, draw)
     parts = {**own.parts, "fit": sets.load(options.data, "cifar10", "train").labelled()}
     return replace(own, network="resnet56-training", parts=parts)
+
+
+@network("resnet-attacked", "a small residual network on CIFAR-10, 300 images of each attack")
+def attacked(options: Options, draw: int) -> Subject:
+    """Return the small network with more images of each attack, for detectors that are trained on them."""
+    own = small("resnet", options, draw)
+    return replace(own, network="resnet-attacked", count=own.count if options.quick else 300)

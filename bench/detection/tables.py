@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from bench.detection.cases import ALIKE, CHANGED_FILES, CHANGED_TEXTS, UNALIKE
+from bench.detection.cases import ALIKE, CHANGED_FILES, CHANGED_TEXTS, PAPER, UNALIKE
 from bench.detection.registry import Protocol
 
 
@@ -32,4 +32,7 @@ TABLES = {
     "attacks": Table("Attacks", CIFAR, ("attacks", "attacks after JPEG", "control")),
     "corruptions": Table("Corruptions", CIFAR, (ALIKE, UNALIKE)),
     "labelled": Table("Labelled attacks", CIFAR, ("attacks",), (Protocol.LABELLED,)),
+    "purview": Table(
+        "Probing the Purview, its own table", ("resnet-attacked",), ("attacks", PAPER), (Protocol.LABELLED,)
+    ),
 }
