@@ -43,7 +43,7 @@ def grad_project(
 
     A row is a fixed linear map of the sample's gradient, so rows of different batches, calls and processes go together.
     The map depends on ``seed``, ``size``, and each parameter's name in the recorded model and shape alone; the row of
-    several parameters is the sum of theirs. Over seeds, the standard deviation of ``<row_i, row_j>`` is about
+    several parameters is the sum of theirs. Over seeds, the standard deviation of ``<row_i, row_j>`` is at most about
     ``||g_i|| ||g_j|| sqrt(2 / K)``, whatever the number of parameters. A parameter of at most K numbers adds nothing to
     it by itself.
 
