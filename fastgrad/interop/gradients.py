@@ -100,9 +100,8 @@ def _scores(detector: Any, x: Tensor, losses: Callable[[Tensor], Tensor], norms:
     compute = outside_of_compilation(_norms)
     with torch.inference_mode(False), torch.enable_grad():
         own = own.clone().detach() if own.is_inference() else own.detach()
-        return -torch.cat(
-            [compute(model, part, wanted, losses, norms) for part in own.split(detector.micro_batch_size)]
-        )
+        parts = own.split(detector.micro_batch_size)
+        return -torch.cat([compute(model, part, wanted, losses, norms) for part in parts])
 
 
 def _norms(

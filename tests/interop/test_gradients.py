@@ -108,9 +108,9 @@ def test_refusals(kind: str) -> None:
         make(convolutional().eval(), param_filter=lambda name: False).predict(x)
     with pytest.raises(ValueError, match="training mode"):
         make(convolutional()).predict(x)
-    with pytest.raises(TypeError, match="x must be a tensor"):
+    with pytest.raises(TypeError, match=r"x must be a torch\.Tensor; it was list"):
         make(convolutional().eval()).predict([1])
-    with pytest.raises(ValueError, match="micro_batch_size must be at least 1"):
+    with pytest.raises(ValueError, match="micro_batch_size must be an integer of at least 1; it was 0"):
         make(convolutional().eval(), micro_batch_size=0).predict(x)
     with pytest.raises(AttributeError, match="no attribute 'GradNorms'"):
         ours.GradNorms  # noqa: B018
