@@ -71,11 +71,11 @@ def distances(values: Tensor, labels: Tensor, others: Tensor) -> Tensor:
 )
 def mahalanobis(fit: Fit) -> Score:
     half = len(fit.labels) // 2
-    known = [value[:half].double() for value in fit.clean.stages]
+    known = [value[half:].double() for value in fit.clean.stages]
 
     def columns(seen: Seen) -> Tensor:
         pairs = zip(known, seen.stages, strict=True)
-        return torch.stack([distances(own, fit.labels[:half], value.double()) for own, value in pairs], 1)
+        return torch.stack([distances(own, fit.labels[half:], value.double()) for own, value in pairs], 1)
 
-    # The regression learns from images that no Gaussian was fitted on, as those that it meets later.
-    return logistic(columns, fit.clean, fit.challenges, first=half)
+    # The regression learns from the other half, attacks being made from a part's first images.
+    return logistic(columns, fit.clean, fit.challenges, before=half)

@@ -180,12 +180,14 @@ class _Generated(Seen):
         return packed(made.to(self.subject.parts["fit"][0].dtype))
 
 
-def logistic(columns: Callable[[Seen], Tensor], clean: Seen, other: Seen, first: int = 0) -> Score:
+def logistic(columns: Callable[[Seen], Tensor], clean: Seen, other: Seen, before: int | None = None) -> Score:
     """Return the score of a logistic regression on standardised columns, with balanced class weights.
 
-    It is trained on the images that are made from the part's ``first`` image or a later one.
+    It is trained on the images that are made from a part's images ``before`` a place, by default from all.
     """
-    inside, outside = (columns(seen)[seen.shown.source >= first] if first else columns(seen) for seen in (clean, other))
+    inside, outside = (
+        columns(seen) if before is None else columns(seen)[seen.shown.source < before] for seen in (clean, other)
+    )
     rows = torch.cat([inside, outside]).double().nan_to_num().numpy()
     model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000))
     model.fit(rows, np.arange(len(rows)) >= len(inside))

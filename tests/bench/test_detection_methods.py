@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("pytorch_ood")
 
-from bench.detection import methods_ours, methods_outputs
+from bench.detection import methods_labelled, methods_ours, methods_outputs
 from bench.detection.registry import METHODS, Protocol
 from bench.detection.subject import NotRun
 
@@ -177,3 +177,22 @@ def test_the_control_ranks_neither_tail_of_a_score_below_clean() -> None:
     # Never generated is the other tail, which a single negative weight ranks as the most usual.
     for moved in (weak, strong):
         assert float((fitted(moved)[:, None] > fitted(clean)).double().mean()) > 0.9
+
+
+def test_the_local_dimension_is_that_of_the_radii() -> None:
+    """Radii that grow as a power of the rank, ``r_i = i**(1/d)``, have the estimate of Amsaleg et al. in closed form."""
+    ranks = torch.arange(1, 21, dtype=torch.float64)
+    radii = torch.stack([ranks ** (1 / d) for d in (2, 5)])
+    expected = -1 / (ranks.log() - ranks[-1].log()).mean()
+    found = methods_labelled.local_dimension(radii)
+    torch.testing.assert_close(found, torch.stack([2 * expected, 5 * expected]), rtol=1e-12, atol=0)
+
+
+def test_distances_are_to_the_nearest_class_under_a_shared_covariance() -> None:
+    torch.manual_seed(0)
+    values, labels, others = torch.randn(40, 3).double(), torch.arange(40) % 4, torch.randn(6, 3).double()
+    means = [values[labels == k].mean(0) for k in range(4)]
+    shared = sum((values[labels == k] - m).T @ (values[labels == k] - m) for k, m in enumerate(means)) / 40
+    expected = [min(float((x - m) @ torch.linalg.solve(shared, x - m)) for m in means) for x in others]
+    found = methods_labelled.distances(values, labels, others)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=0)
