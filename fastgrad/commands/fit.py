@@ -1,4 +1,4 @@
-"""``fastgrad fit MODULE:FUNCTION FOLDER -o model.onnx``: from a folder of clean images to a file to serve."""
+"""``fastgrad fit MODULE:FUNCTION FOLDER -o model.onnx``: from clean images to a file for ``fastgrad serve``."""
 
 from __future__ import annotations
 

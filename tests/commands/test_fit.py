@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from onnx_needed import NEEDS_ONNX
+from onnx_needed import WARNINGS, skip_without_onnx
 from PIL import Image
 
 from fastgrad.commands import cli
 from fastgrad.deploy.file.package import ModelPackage
+
+pytestmark = WARNINGS
 
 MODULE = """
 import torch
@@ -36,8 +38,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "clean"
 
 
-@NEEDS_ONNX
 def test_a_folder_becomes_a_file_that_answers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    skip_without_onnx()
     (folder / "cat" / "notes.txt").write_text("no image")
     assert cli.main(["fit", "mine_to_fit:network", str(folder), "-o", "model.onnx", "--size", "16"]) == 0
     printed = capsys.readouterr()
