@@ -65,7 +65,8 @@ def test_no_long_serial_loop(B: int, N: int, D: int, loss: str, arch: tune.Archi
 @settings(deadline=None, max_examples=500)
 @given(**shapes | {"B": st.integers(1, 5_000), "arch": st.sampled_from(ARCHITECTURES[:-1])})
 def test_no_cliff_between_a_batch_and_one_more(B: int, N: int, D: int, loss: str, arch: tune.Architecture) -> None:
-    assert estimate(B + 1, N, D, loss, arch) <= 1.4 * estimate(B, N, D, loss, arch)
+    # Twice the tiles of one row may take exactly that much more, which rounds.
+    assert estimate(B + 1, N, D, loss, arch) <= 1.4 * estimate(B, N, D, loss, arch) + 1e-9
 
 
 def test_every_path_is_chosen_somewhere() -> None:
