@@ -3,8 +3,8 @@
 Li et al., "From Misclassifications to Outliers: Joint Reliability Assessment in Classification" (arXiv:2603.03903). An
 input is accepted if both scores are at most their thresholds; it is a success if it is of a known class and classified
 rightly. The definitions follow the evaluation code that the authors publish, except that thresholds are all values of
-the scores, in place of grids, and that full coverage counts in the last bin, which
-their code leaves out. Higher scores mean less reliable, as everywhere here.
+the scores, in place of grids, and that full coverage counts in the last bin, which their code leaves out.
+Higher scores mean less reliable, as everywhere here.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ def test_the_control_ranks_neither_tail_of_a_score_below_clean() -> None:
 
 
 def test_the_local_dimension_is_that_of_the_radii() -> None:
-    """Radii that grow as a power of the rank, ``i**(1/d)``, have the estimate of Amsaleg et al. in closed form."""
+    """Radii that grow as a power of the rank, ``r_i = i**(1/d)``, have a closed form."""
     ranks = torch.arange(1, 21, dtype=torch.float64)
     radii = torch.stack([ranks ** (1 / d) for d in (2, 5)])
     expected = -1 / (ranks.log() - ranks[-1].log()).mean()
