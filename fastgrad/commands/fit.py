@@ -67,7 +67,7 @@ def read_folder(folder: Path, shape: tuple[int, int, int], most: int, seed: int)
         classes.append(k)
     if not images:
         raise ValueError(f"folder must hold a folder of images for each class; {folder} has none")
-    return torch.stack(images).float() / 255, torch.tensor(classes), labels
+    return torch.stack(images).float() / 255, torch.tensor(classes, device="cpu"), labels
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     network = load_network(arguments.network)
     shape = (len(arguments.mean), arguments.size, arguments.size)
     pixels, classes, labels = read_folder(arguments.folder, shape, arguments.max_samples, arguments.seed)
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (arguments.mean, arguments.std))
+    mean, std = (torch.tensor(values, device="cpu").view(-1, 1, 1) for values in (arguments.mean, arguments.std))
     images = (pixels - mean) / std
     with torch.no_grad():
         outputs = network(images[:1]).shape[-1]

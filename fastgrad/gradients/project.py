@@ -118,18 +118,20 @@ class Places(NamedTuple):
     def of(cls, key: str, shape: Sequence[int], size: int, device: torch.device) -> Places:
         """Draw them from a hash of ``key``."""
         digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-        random = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        random = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
         count = shape[0] if shape else 1
         numbers = math.prod(shape)
         if numbers <= size:
             # As many places as numbers, wherever they begin.
             rest = numbers // max(1, count)
-            first = int(torch.randint(size, (), generator=random))
-            places = [(torch.arange(count) * rest + first) % size, torch.arange(rest)]
+            first = int(torch.randint(size, (), generator=random, device="cpu"))
+            places = [(torch.arange(count, device="cpu") * rest + first) % size, torch.arange(rest, device="cpu")]
         else:
             both = (count, numbers // count)
-            places = [torch.randperm(max(n, size), generator=random)[:n] % size for n in both]
-        signs = [1 - 2 * torch.randint(2, place.shape, generator=random, dtype=torch.int8) for place in places]
+            places = [torch.randperm(max(n, size), generator=random, device="cpu")[:n] % size for n in both]
+        signs = [
+            1 - 2 * torch.randint(2, place.shape, generator=random, dtype=torch.int8, device="cpu") for place in places
+        ]
         row, column = (place.to(device) for place in places)
         row_sign, column_sign = (sign.to(device) for sign in signs)
         return cls(size, row, row_sign, column, column_sign)

@@ -157,9 +157,9 @@ class GradientStore:
         if k > self._rows:
             raise ValueError(f"k must be at most the number of rows, {self._rows}; it was {k}")
         own = queries.detach().to("cpu", torch.float32)
-        values, indices = own.new_zeros(len(own), 0), torch.zeros(len(own), 0, dtype=torch.int64)
+        values, indices = own.new_zeros(len(own), 0), own.new_zeros(len(own), 0, dtype=torch.int64)
         for first, rows in self.blocks():
-            numbers = torch.arange(first, first + len(rows)).expand(len(own), -1)
+            numbers = torch.arange(first, first + len(rows), device="cpu").expand(len(own), -1)
             values, indices = torch.cat([values, own @ rows.mT], 1), torch.cat([indices, numbers], 1)
             values, at = values.topk(min(k, values.shape[1]), largest=largest)
             indices = indices.gather(1, at)
