@@ -56,7 +56,7 @@ class BatchNorm(Normalisation):
         # the two tensors then gives both sums.
         a, g = upcast(a, g)
         samples, channels = a.shape[:2]
-        g, a = (x.reshape(1, samples * channels, -1) for x in (g, a))
+        g, a = (x.contiguous().view(1, samples * channels, -1) for x in (g, a))
         mean, var = (x.to(a.dtype).expand(samples, -1).reshape(-1) for x in (self._mean, self._var))
         _, weight, bias = torch.ops.aten.native_batch_norm_backward(
             g, a, None, mean, var, None, None, False, self._eps, [False, True, True]
@@ -77,9 +77,17 @@ def batch_norm(
             "statistics; call model.eval())"
         )
     mean, var = running_mean, running_var
+
+    def run(x: Tensor) -> Tensor:
+        alone = len(x) == 1
+        # On a CPU, the backward pass of a single image is wrong where input and gradient lie in different orders.
+        out = F.batch_norm(x.contiguous() if alone else x, mean, var, weight, bias, False, momentum, eps)
+        if alone and out.requires_grad:
+            out.register_hook(Tensor.contiguous)
+        return out
+
     return call.apply_to_images(
-        lambda x: F.batch_norm(x, mean, var, weight, bias, False, momentum, eps),
-        input, [weight, bias], lambda images: BatchNorm(mean, var, eps, images),
+        run, input, [weight, bias], lambda images: BatchNorm(mean, var, eps, images),
     )  # fmt: skip
 
 

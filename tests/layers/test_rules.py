@@ -399,3 +399,14 @@ def packed(net: Any, x: Tensor, lengths: Tensor) -> Tensor:
 def test_packed_sequences(samples: int) -> None:
     model = Net(packed, body=nn.GRU(3, 3, batch_first=True), head=nn.Linear(3, 2)).double()
     check(model, (torch.randn(samples, 6, 3).double(), torch.arange(6, 6 - samples, -1)))
+
+
+def test_batch_norm_of_a_single_image_whose_gradient_has_channels_last() -> None:
+    """PyTorch's own backward pass is wrong there (2.13, CPU), so a loop is no reference; the row of a batch is."""
+    torch.manual_seed(0)
+    parts = {"conv": nn.Conv2d(3, 5, 2, 2), "norm": nn.BatchNorm2d(5), "head": nn.Linear(5, 3)}
+    model = Net(lambda net, x: net.head(net.norm(net.conv(x)).flatten(2).mT.tanh().square().mean(1)), **parts)
+    model, x = model.double().eval(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    for signals in ([("bce", "ones")], [("bce", "ones"), ("mse", "uniform")]):
+        extractor = fastgrad.GradientFeatures(model, signals=signals)
+        torch.testing.assert_close(extractor(x[:1])[1], extractor(x)[1][:1], rtol=1e-12, atol=0)
