@@ -144,6 +144,13 @@ def shards_of(module: nn.Module) -> Iterator[tuple[list[nn.Parameter], nn.Parame
             yield [p for p in parts if p is not None], getattr(own, "_unsharded_param", None), own.is_dtensor
 
 
+def shards_in(model: nn.Module) -> list[tuple[list[nn.Parameter], nn.Parameter | None, bool]]:
+    """Return the same for all modules of a model; without ``fully_shard``'s module there are none to look for."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return []
+    return [shard for module in model.modules() for shard in shards_of(module)]
+
+
 def _groups_of(state: Any) -> list[Any]:
     groups = getattr(state, "_fsdp_param_groups", None)  # PyTorch before 2.12 has one or none
     return [g for g in ([state._fsdp_param_group] if groups is None else groups) if g is not None]

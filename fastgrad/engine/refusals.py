@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastgrad._torch import BatchNorm, shards_of
+from fastgrad._torch import BatchNorm, shards_in
 from fastgrad.evaluation import refuse_devices, refuse_scripted
 
 #: Names of the classes that hold a part of a parameter, or of several.
@@ -20,7 +20,7 @@ def refuse_parts(model: nn.Module, *, gathered: bool = False) -> None:
     """
     refuse_scripted(model)
     refuse_devices(model)
-    shards = [shard for module in model.modules() if gathered for shard in shards_of(module)]
+    shards = shards_in(model) if gathered else []
     whole = {id(part) for parts, _, split in shards if not split for part in parts}
     for name, part in (*model.named_modules(), *model.named_parameters()):
         found = sorted({cls.__name__ for cls in type(part).__mro__} & _PARTS)

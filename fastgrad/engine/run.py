@@ -116,7 +116,7 @@ class _Run:
             self.call_ordinarily(hints)
         ways = Samples(
             self.model, self.forward, self.inputs, self.parameters, self.snapshot, self.modules, thaws=self.undo,
-            counts=counts, part=part,
+            counts=counts, part=part, is_sharded=self.sharded,
         )  # fmt: skip
         try:
             carried = False

@@ -43,17 +43,18 @@ class Samples:
 
     ``parameters`` are those whose gradients are wanted, by id. ``thaws`` has frozen ones followed also where a
     checkpoint inside computes again with what the model holds at that time. ``counts`` has bytes counted; ``part``
-    says that there are other samples in the batch.
+    says that there are other samples in the batch. ``is_sharded`` is of the model.
     """
 
     def __init__(
         self, model: nn.Module, forward: Callable[..., Any], inputs: Inputs, parameters: Mapping[int, Tensor],
         snapshot: Snapshot, modules: Sequence[tuple[str, nn.Module]], *, thaws: bool, counts: bool, part: bool,
+        is_sharded: bool,
     ) -> None:  # fmt: skip
         self.model, self.forward, self.inputs, self.parameters = model, forward, inputs, parameters
         self.snapshot, self.modules = snapshot, modules
         self._thaws, self._counts = thaws, counts
-        self._sharded = sharded.is_sharded(model)
+        self._sharded = is_sharded
         # A state of the batch is none of a part of it.
         self.rows = 1 if part else inputs.samples
         self.states = States(snapshot, self.rows)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgrad._torch import is_hook_of_shards, lowered, pytree, shards_of, without_modes
+from fastgrad._torch import is_hook_of_shards, lowered, pytree, shards_in, shards_of, without_modes
 from fastgrad.engine.outputs import flatten
 from fastgrad.layers.call import Call, NotPerSampleError
 
@@ -26,13 +26,12 @@ Modules = Iterable[tuple[str, nn.Module]]
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP shards parameters of a model."""
-    return any(True for module in model.modules() for _ in shards_of(module))
+    return bool(shards_in(model))
 
 
 def whole_parameters(model: nn.Module) -> dict[int, Tensor]:
     """Return whole parameters by the ids of their parts; those that were never gathered are left out."""
-    shards = (shard for module in model.modules() for shard in shards_of(module))
-    return {id(part): whole for parts, whole, _ in shards if whole is not None for part in parts}
+    return {id(part): whole for parts, whole, _ in shards_in(model) if whole is not None for part in parts}
 
 
 def whole(model: nn.Module, parameters: Iterable[Tensor]) -> list[Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastgrad import checks
 from fastgrad.atomic import written_beside
+from fastgrad.batches import bytes_of
 
 #: Bytes of rows that are read at once.
 BLOCK_BYTES = 64 * 2**20
@@ -177,5 +178,5 @@ def digest(model: nn.Module) -> str:
     found = hashlib.sha256()
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         found.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        found.update(bytes_of(value))
     return found.hexdigest()
