@@ -25,7 +25,8 @@ COLOURS = {
     "NCI": "#3f8efc", "fDBD": "#7b6fd0", "all but gradients, labelled": "#2a9d5c", "AutoAttack": "#3f8efc",
     "batch norm adapted": "#2a9d5c", "last layer again": "#3f8efc",
     "training step": "#12355b", "vmap(grad)": "#2a9d5c", "per-sample loop": "#3f8efc", "torch.softmax": "#12355b",
-    "closed form, textbook": "#3f8efc", "closed form, torch.compile": "#1b998b", "autograd loop": "#7b6fd0",
+    "closed form, textbook": "#3f8efc", "exact form, torch.compile": "#7ac74f", "torch.compile of fastgrad": "#f4a100",
+    "closed form, torch.compile": "#1b998b", "autograd loop": "#7b6fd0",
     "BackPACK BatchL2Grad": "#7b6fd0", "Opacus ghost norms": "#1b998b", "Opacus hooks": "#7b6fd0",
     "TorchJD autogram": "#7b6fd0", "rows written, then linear": "#3f8efc",
 }  # fmt: skip

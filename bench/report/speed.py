@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import zip_longest
 
@@ -51,11 +52,11 @@ def standing(cases: Sequence[Row]) -> str:
     peers = {row["implementation"] for row in cases if not ours(row["implementation"])} - YARDSTICKS
     if not peers:
         return "No peer is measured here."
-    textbook, behind = [], []
+    textbook, untimed, behind = [], [], defaultdict(list)
     for case, group in grouped(cases).items():
         mine = best(group)
         if mine is None:
-            behind.append(f"{case}: fastgrad is not timed")
+            untimed.append(f"{case}: fastgrad is not timed")
             continue
         for row in group:
             name, median = row["implementation"], row["median_s"]
@@ -64,9 +65,9 @@ def standing(cases: Sequence[Row]) -> str:
                 if name in TEXTBOOK:
                     textbook.append(factor)
                 else:
-                    behind.append(f"{case}: {name} is {factor:.2f} times faster")
-    if behind:
-        text = f"fastgrad is behind in: {'; '.join(behind)}."
+                    behind[name].append((case, factor))
+    if untimed or behind:
+        text = f"fastgrad is behind in: {'; '.join(untimed + [_ahead(*item) for item in behind.items()])}."
     else:
         every = "every peer that keeps its accuracy" if textbook else "every peer in every case below"
         text = f"fastgrad is ahead of {every}."
@@ -77,6 +78,14 @@ def standing(cases: Sequence[Row]) -> str:
             "samples that the network is sure of, and is *wrong* where its error on such a sample is too large."
         )
     return text
+
+
+def _ahead(name: str, cases: Sequence[tuple[str, float]]) -> str:
+    """Say of a faster peer in which case, or in how many, and by how much."""
+    if len(cases) == 1:
+        return f"{cases[0][0]}: {name} is {cases[0][1]:.2f} times faster"
+    low, high = min(factor for _, factor in cases), max(factor for _, factor in cases)
+    return f"{len(cases)} cases: {name} is {low:.2f} to {high:.2f} times faster"
 
 
 def tables(cases: Sequence[Row], words: str = "") -> str:
