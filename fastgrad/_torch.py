@@ -92,6 +92,13 @@ def saving_plainly() -> Iterator[None]:
             autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
+def is_elsewhere(tensor: Tensor) -> bool:
+    """Whether a tensor is of a transform of ``torch.func`` that does not run in this thread."""
+    if not _functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    return int(_functorch.maybe_get_level(tensor)) > (_functorch.maybe_current_level() or 0)
+
+
 def is_transformed() -> bool:
     """Whether a ``torch.func`` transform is active. If unknown, tensors inside would get ``requires_grad_``.
 

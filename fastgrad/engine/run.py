@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -106,7 +107,9 @@ class _Run:
         self, owner: nn.Module, *, compared: bool = False, counts: bool = False, part: bool = False
     ) -> tuple[Any, Recorded]:
         """Run the samples, and again in another way or beside an ordinary call where that is needed."""
-        samples, hints = self.inputs.samples, self.hints(owner)
+        samples, shared = self.inputs.samples, self.hints(owner)
+        # A copy, because other threads must not change what this call knows of how its samples ran.
+        hints = replace(shared, places=dict(shared.places))
         with reading():
             self.snapshot = Snapshot(self.modules, self.inputs.objects, self.inputs.leaves, sharded=self.sharded)
         hooked = self._hooks_gradients()
@@ -152,6 +155,7 @@ class _Run:
             ways.begin_again()
             raise
         hints.compared |= samples > 1 or self.sharded
+        vars(shared).update(vars(hints))
         recorded.inputs = behind.entries
         recorded.custom_backward = hooked or "hook" in hints.alone_reason or graph.custom_function(behind.kinds)
         recorded.batched_backward = not self.sharded and graph.batched_backward(behind.kinds)

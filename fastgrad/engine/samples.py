@@ -71,9 +71,8 @@ class Samples:
         waiting: list[Tensor | None] = [None]
         while waiting:
             index = waiting.pop(0)
-            alone, new_tensors = hints.alone_reason, hints.new_tensors  # which another thread may change
+            alone, new_tensors = hints.alone_reason, hints.new_tensors
             if alone and self._sharded:
-                hints.alone_reason = ""  # another call may do without
                 raise sharded.refuse(alone)
             try:
                 found += self._alone(hints, index) if alone else [self._together(new_tensors, index)]

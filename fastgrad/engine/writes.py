@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgrad._torch import unwrapped
+from fastgrad._torch import is_elsewhere, unwrapped
 from fastgrad.engine.outputs import Place, split
 
 _CONTAINERS = frozenset({list, dict, set, deque, OrderedDict, defaultdict, Counter})
@@ -88,7 +88,10 @@ class Snapshot:
                     if value and name not in _TABLES and name != "_buffers":
                         self.tensors += entries((len(self._held), name), value, Tensor)
                 elif isinstance(value, Tensor):
-                    self.tensors.append(((len(self._held), name, None), value))
+                    if is_elsewhere(value):  # a call in another thread writes here: its samples' tensors die with it
+                        held[name] = None
+                    else:
+                        self.tensors.append(((len(self._held), name, None), value))
             self._held.append((holder, held, inner))
         #: By id, the tensors that were written to in place, and their values before.
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
@@ -153,7 +156,7 @@ class Snapshot:
         """Return the attributes that differ, with their values; of a container that was changed, a copy."""
         found: dict[Attribute, Any] = {}
         for at, (holder, held, inner) in enumerate(self._held):
-            now = vars(holder)
+            now = vars(holder).copy()  # at once: other threads' calls come and go here
             for name, value in now.items():
                 if held.get(name, _ABSENT) is not value and name not in _REDIRECTED:
                     found[at, name] = value
@@ -191,7 +194,7 @@ class Snapshot:
     def attributes(self) -> Iterator[tuple[Attribute, Any]]:
         """Yield every attribute that may hold tensors, with its present value."""
         for at, (holder, _, _) in enumerate(self._held):
-            for name, value in vars(holder).items():
+            for name, value in vars(holder).copy().items():
                 if name not in _TABLES and (isinstance(value, Tensor) or (type(value) in _CONTAINERS and value)):
                     yield (at, name), value
 
@@ -200,8 +203,8 @@ class Snapshot:
         for holder, held, inner in self._held:
             now = vars(holder)
             if len(now) != len(held) or not all(map(operator.is_, now.values(), held.values())):
-                for name in [name for name in now if name not in held and name not in _REDIRECTED]:
-                    del now[name]
+                for name in now.keys() - held.keys() - _REDIRECTED:
+                    now.pop(name, None)
                 for name, value in held.items():
                     if name not in _REDIRECTED and now.get(name, _ABSENT) is not value:
                         now[name] = value

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
+import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -179,3 +182,33 @@ def test_a_loss_may_be_computed_in_another_thread(model: nn.Sequential) -> None:
     truth = loss_norms((out.square().sum() for out in model(X)), model)
     with ThreadPoolExecutor(1) as pool:
         assert_exact(pool.submit(found).result(), truth)
+
+
+def test_threads_find_out_apart_how_samples_run() -> None:
+    """One thread's first run goes on while the other learns that samples of this model have to run one by one."""
+    learning, runs = threading.Event(), Counter[int]()
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        h = x.unsqueeze(1)
+        out = F.scaled_dot_product_attention(h, h, h, attn_mask=net.mask).flatten(1)
+        here = threading.get_ident()
+        runs[here] += 1
+        # The first call of a thread is of the whole batch, the second of the samples together.
+        if runs[here] == 2 and not learning.is_set():
+            learning.set()
+            time.sleep(0.2)
+        return out
+
+    torch.manual_seed(0)
+    net, x = Net(forward, mask=nn.Parameter(torch.randn(2, 2))).double(), torch.randn(3, 2, 4).double()
+
+    def norms(wait: bool) -> Tensor:
+        if wait:
+            learning.wait(10)
+        with fastgrad.record(net):
+            return fastgrad.grad_sqnorm(net(x).square().sum(1), [net.mask])[0].unsqueeze(1)
+
+    truth = loss_norms(net(x).square().sum(1), net)
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(norms, [False, True]):
+            assert_exact(found, truth)
