@@ -121,6 +121,9 @@ def unwrapped(tensor: Tensor) -> Tensor:
     return tensor
 
 
+#: Whether a tensor is a view for autograd. If unknown, FSDP would lose its hooks of what modules return under vmap.
+is_view: Callable[[Tensor], bool] = Tensor._is_view
+
 #: The levels of ``torch.func.vmap``: what a level is, which tensor has one, and the batch behind it. Without them, a
 #: function's rule would have to be an autograd function with a batching rule, 100 microseconds a call.
 functorch: Any = _functorch

@@ -16,6 +16,7 @@ from fastgrad._torch import pytree, saved_tensor_hooks, saving_plainly
 from fastgrad.engine.outputs import Tree, flatten
 from fastgrad.engine.writes import Snapshot
 from fastgrad.layers.call import CHECKPOINT, Refused
+from fastgrad.layers.norm import in_order
 
 #: Functions that draw random numbers if one of their arguments says so, and the values with which they draw none.
 _QUIET: dict[Callable[..., Any], dict[str, Any]] = {
@@ -137,7 +138,7 @@ class Dependent(TorchFunctionMode):
         self._snapshot.watch(func, args, kwargs)
         if self._thawed and saved_tensor_hooks() != self._hooks:
             raise Refused(CHECKPOINT)  # it computes again when the copies of frozen parameters are gone
-        out = func(*args, **kwargs)
+        out = (in_order if func is F.batch_norm else func)(*args, **kwargs)
         leaves = pytree.tree_leaves((args, kwargs))
         if any(id(t) in self._found for t in leaves):
             written = args[:1] if getattr(func, "__name__", "").endswith("_") else ()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgrad._torch import is_hook_of_shards, lowered, pytree, shards_in, shards_of, without_modes
+from fastgrad._torch import is_hook_of_shards, is_view, lowered, pytree, shards_in, shards_of, without_modes
 from fastgrad.engine.outputs import flatten
 from fastgrad.layers.call import Call, NotPerSampleError
 
@@ -124,4 +124,4 @@ def _on_batch(function: Callable[[list[Any]], Any], leaves: list[Any], call: Cal
 
 
 def _no_view(batch: Tensor) -> Tensor:
-    return batch.clone() if batch.requires_grad and batch._is_view() else batch
+    return batch.clone() if batch.requires_grad and is_view(batch) else batch

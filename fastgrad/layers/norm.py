@@ -77,18 +77,22 @@ def batch_norm(
             "statistics; call model.eval())"
         )
     mean, var = running_mean, running_var
-
-    def run(x: Tensor) -> Tensor:
-        alone = len(x) == 1
-        # On a CPU, the backward pass of a single image is wrong where input and gradient lie in different orders.
-        out = F.batch_norm(x.contiguous() if alone else x, mean, var, weight, bias, False, momentum, eps)
-        if alone and out.requires_grad:
-            out.register_hook(Tensor.contiguous)
-        return out
-
     return call.apply_to_images(
-        run, input, [weight, bias], lambda images: BatchNorm(mean, var, eps, images),
+        lambda x: in_order(x, mean, var, weight, bias, False, momentum, eps), input, [weight, bias],
+        lambda images: BatchNorm(mean, var, eps, images),
     )  # fmt: skip
+
+
+def in_order(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Return ``torch.nn.functional.batch_norm``, with a backward pass that is right for a single image.
+
+    On a CPU, PyTorch's own is wrong where that image and its gradient lie in memory in different orders.
+    """
+    alone = len(input) == 1
+    out = F.batch_norm(input.contiguous() if alone else input, *args, **kwargs)
+    if alone and out.requires_grad:
+        out.register_hook(Tensor.contiguous)
+    return out
 
 
 def group_norm(

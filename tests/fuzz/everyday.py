@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from gradient_oracle import loss_norms, relative_error
-from small_nets import Net, inputs, parts
+from small_nets import Clamped, Net, inputs, parts
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -159,18 +159,6 @@ def later_script() -> None:
 
 def later_view() -> None:
     by_length(lambda net, h: h @ net.matrix.view(9).view(3, 3).t() if h.shape[1] == 4 else h)
-
-
-class Clamped(torch.autograd.Function):
-    """A function that clamps gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.clamp(-1e-2, 1e-2)
 
 
 def later_custom() -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from gradient_oracle import clipped_gradients, loss_norms
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_nets import SMALL, Net, build, sequence, waves
+from small_nets import SMALL, Clamped, Net, build, sequence, waves
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -279,18 +279,6 @@ def test_a_hook_that_clamps_is_refused(kind: str, later: bool) -> None:
         register(clamp)
         with pytest.raises(ValueError, match="model must have gradients in proportion to its losses"):
             clipped.backward(waves(model(x)))
-
-
-class Clamped(torch.autograd.Function):
-    """A function that clamps gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.clamp(-1e-2, 1e-2)
 
 
 def test_a_function_that_clamps_is_refused() -> None:

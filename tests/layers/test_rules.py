@@ -410,3 +410,26 @@ def test_batch_norm_of_a_single_image_whose_gradient_has_channels_last() -> None
     for signals in ([("bce", "ones")], [("bce", "ones"), ("mse", "uniform")]):
         extractor = fastgrad.GradientFeatures(model, signals=signals)
         torch.testing.assert_close(extractor(x[:1])[1], extractor(x)[1][:1], rtol=1e-12, atol=0)
+
+
+class Doubled(torch.autograd.Function):
+    """A function that vmap refuses."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g
+
+
+def test_batch_norm_of_samples_that_run_alone() -> None:
+    torch.manual_seed(0)
+    parts = {"conv": nn.Conv2d(3, 5, 2, 2), "norm": nn.BatchNorm2d(5), "head": nn.Linear(5, 3)}
+    model = Net(
+        lambda net, x: net.head(Doubled.apply(net.norm(net.conv(x)).flatten(2).mT).tanh().square().mean(1)), **parts
+    )
+    model, x = model.double().eval(), torch.randn(3, 3, 4, 4, dtype=torch.float64)
+    truth = loss_norms(model(x).square().sum(1), model)
+    assert_exact(recorded(model, lambda: model(x).square().sum()), truth)
