@@ -3,7 +3,8 @@
     python -m bench.detection photographs --quick --data DIR --cache CACHE
     python -m bench.detection attacks --networks resnet18 --data DIR --cache CACHE --out bench/results
 
-Scores, images and features are kept in the cache: delete it after changing how they are computed.
+Scores, images and features are kept in the cache: delete it after changing how they are computed. A run of some
+networks or methods replaces their rows in the file of results and leaves the others.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("--quick", action="store_true", help="small sets; the page says so")
     options.add_argument("--draws", type=int, default=1, help="samples of the data")
     options.add_argument("--networks", nargs="+", choices=NETWORKS, default=[], help="default: those of the table")
+    options.add_argument("--methods", nargs="+", choices=METHODS, default=[], help="default: all of the table")
     given = options.parse_args(arguments)
     start = time.perf_counter()
     how = Options(given.data, given.cache, given.quick, given.draws)
@@ -54,10 +56,12 @@ def main(arguments: list[str] | None = None) -> int:
         rows, facts = own.run(how, given.networks or own.DEFAULT_NETWORKS)
     else:
         table = TABLES[given.table]
-        rows = runner.run(table, how, given.networks)
+        rows = runner.run(table, how, given.networks, given.methods)
         facts = runner.facts(table.title, how, METHODS)
     facts |= {"seconds": round(time.perf_counter() - start)}
-    pages.save(given.table, rows, packages=PACKAGES, folder=given.out, facts=facts)
+    pages.save(
+        given.table, rows, packages=PACKAGES, folder=given.out, facts=facts, part=given.methods or given.networks
+    )
     return 0
 
 

@@ -86,14 +86,37 @@ def of_confidences(known: Known, stream: Answers) -> float:
     return float(known.clean.wrong.mean() + clean - seen)
 
 
-def transport(known: Known, stream: Answers) -> float:
-    """COT (Lu et al., NeurIPS 2023): the cost of moving the probabilities to labels drawn as clean ones are."""
-    p = tempered(known, stream.logits)
+def costs(p: Values, labels: NDArray[np.int64]) -> Values:
+    """Return what it costs to move each row of the probabilities to its own label, at the least total cost."""
     if p.shape[1] > MANY:
-        return float("nan")
-    labels = np.sort(known.clean.labels)[np.linspace(0, len(known.clean.labels) - 1, len(p)).round().astype(int)]
+        return np.full(len(p), np.nan)
     cost = 1 - p[:, labels]
-    return float(cost[linear_sum_assignment(cost)].mean())
+    rows, columns = linear_sum_assignment(cost)
+    found: Values = cost[rows, columns]
+    return found
+
+
+def transport(known: Known, stream: Answers) -> Values:
+    """Return the costs of moving a stream's probabilities to labels drawn as clean ones are."""
+    places = np.linspace(0, len(known.clean.labels) - 1, len(stream.logits)).round().astype(int)
+    return costs(tempered(known, stream.logits), np.sort(known.clean.labels)[places])
+
+
+def of_transport(known: Known, stream: Answers) -> float:
+    """COT (Lu et al., NeurIPS 2023): the mean of those costs."""
+    return float(transport(known, stream).mean())
+
+
+def of_costs(known: Known) -> Callable[[Answers], float]:
+    """COTT (Lu et al., NeurIPS 2023): the share above the cost that as many clean inputs are above as are wrong."""
+    clean = costs(tempered(known, known.clean.logits), known.clean.labels)
+    threshold = np.quantile(clean, 1 - known.clean.wrong.mean())
+
+    def share(stream: Answers) -> float:
+        moved = transport(known, stream)
+        return float(np.where(np.isnan(moved), np.nan, moved > threshold).mean())
+
+    return share
 
 
 def nuclear(stream: Answers) -> float:
@@ -134,7 +157,8 @@ def estimates(known: Known) -> dict[str, Callable[[Answers], tuple[float, ...]]]
         "ATC, confidence": lambda s: at_threshold(known, s, lambda p: p.max(1)),
         "ATC, entropy": lambda s: at_threshold(known, s, negative_entropy),
         "DoC": lambda s: of_confidences(known, s),
-        "COT": lambda s: transport(known, s),
+        "COT": lambda s: of_transport(known, s),
+        "COTT": of_costs(known),
         "nuclear norm": by_nuclear,
         "MaNo": by_mano,
         "mean of the risk": lambda s: float(s.risk.mean()),

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.detection.methods_ours import log_norms, logistic
 from bench.detection.registry import Protocol, Score, method
-from bench.detection.subject import BATCH, IMAGES, Fit, NotRun, Seen
+from bench.detection.subject import BATCH, IMAGES, Fit, NotRun, Seen, read
 from fastgrad.scores.mahalanobis import Mahalanobis
 
 
@@ -46,6 +47,33 @@ def several_stages(fit: Fit) -> Score:
     made = MultiMahalanobis([nn.Identity() for _ in fit.clean.stages])
     made.fit_structured(fit.clean.stages, fit.labels)
     return lambda seen: made.predict_structured(seen.stages)
+
+
+def pull(h: Tensor, prototypes: Tensor) -> Tensor:
+    """Return the gradient by the last of the prototypes ``(N + 1, D)`` of a loss at ``h`` ``(n, D)``: ``(n, D)``.
+
+    The loss is the cross-entropy of the negative distances with any class, the last prototype being none.
+    """
+    share = (-torch.cdist(h, prototypes)).softmax(1)[:, -1:]
+    return share * F.normalize(h - prototypes[-1], dim=1)
+
+
+@method("GROOD", 2025, "ElAraby et al., TMLR: the foreign prototype from uniform noise alone, not from mixed maps")
+def grood(fit: Fit) -> Score:
+    """Return the squared distance of `pull` to the nearest one of the clean images that are classified rightly."""
+    if fit.subject.kind not in IMAGES:
+        raise NotRun("its foreign prototype is the mean of h over images of noise")
+    h, labels = fit.clean.h.double(), fit.labels
+    shape = (10 * BATCH, *fit.clean.images.shape[1:])
+    noise = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    foreign = torch.from_numpy(read(fit.subject, noise)["h"]).double().mean(0)
+    prototypes = torch.stack([*(h[labels == k].mean(0) for k in labels.unique()), foreign])
+
+    def gradients(seen: Seen) -> Tensor:
+        return pull(seen.h.double(), prototypes)
+
+    known = gradients(fit.clean)[fit.clean.logits.argmax(1) == labels]
+    return lambda seen: torch.cdist(gradients(seen), known).amin(1).square()
 
 
 #: Columns ``(n, k)`` that a labelled method may read.

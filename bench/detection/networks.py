@@ -173,8 +173,11 @@ def on_training_images(options: Options, draw: int) -> Subject:
     return replace(own, network="resnet56-training", parts=parts)
 
 
-@network("resnet-attacked", "a small residual network on CIFAR-10, 300 images of each attack")
-def attacked(options: Options, draw: int) -> Subject:
-    """Return the small network with more images of each attack, for detectors that are trained on them."""
-    own = small("resnet", options, draw)
-    return replace(own, network="resnet-attacked", count=own.count if options.quick else 300)
+def attacked(name: str, options: Options, draw: int) -> Subject:
+    """Return a network with more images of each attack, for detectors that are trained on them."""
+    own = small(name, options, draw)
+    return replace(own, network=f"{name}-attacked", count=own.count if options.quick else 300)
+
+
+for _name, _title in (("resnet", "a small residual network"), ("densenet", "DenseNet-BC")):
+    network(f"{_name}-attacked", f"{_title} on CIFAR-10, 300 images of each attack")(partial(attacked, _name))

@@ -142,8 +142,8 @@ def facts(title: str, options: Options, methods: Mapping[str, Method]) -> dict[s
     }  # fmt: skip
 
 
-def run(table: Table, options: Options, networks: Sequence[str] = ()) -> list[Row]:
-    methods = [method for method in METHODS.values() if method.protocol in table.protocols]
+def run(table: Table, options: Options, networks: Sequence[str] = (), names: Sequence[str] = ()) -> list[Row]:
+    methods = [METHODS[name] for name in names or METHODS if METHODS[name].protocol in table.protocols]
     # Methods of one pass first, and ours last.
     methods.sort(key=lambda method: (method.slow, method.name.startswith("fastgrad")))
 

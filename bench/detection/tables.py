@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from bench.detection.cases import ALIKE, CHANGED_FILES, CHANGED_TEXTS, PAPER, UNALIKE
+from bench.detection.cases import ALIKE, CHANGED_FILES, CHANGED_TEXTS, UNALIKE
 from bench.detection.registry import Protocol
 
 
@@ -33,6 +33,9 @@ TABLES = {
     "corruptions": Table("Corruptions", CIFAR, (ALIKE, UNALIKE)),
     "labelled": Table("Labelled attacks", CIFAR, ("attacks",), (Protocol.LABELLED,)),
     "purview": Table(
-        "Probing the Purview, its own table", ("resnet-attacked",), ("attacks", PAPER), (Protocol.LABELLED,)
+        "Probing the Purview, its own table",
+        ("resnet-attacked", "densenet-attacked"),
+        ("attacks",),
+        (Protocol.LABELLED,),
     ),
 }

@@ -11,6 +11,9 @@
   fastgrad's. For several networks the groups follow: ``attacks resnet18, vit | attacks | attacks after JPEG``.
 - ``NAME by network | CASE | FIELD | FORMAT | METHOD | METHOD ...`` is one field of one case: a row for each network, a
   column for each method. ``NAME by case | NETWORK | ...`` has a row for each case; of speed, without a network.
+- ``NAME across | METHOD | FORMAT | NETWORK | NETWORK ...`` has a row for each case and a column for each network; the
+  format names fields: ``{inside:.2f} ({width:.0f})``. ``NAME means | FIELD | FORMAT`` has a row for each method and a
+  column for each group, with the mean over its cases.
 - A value is ``FILE | CASE or NETWORK: CASE | IMPLEMENTATION, METHOD or ARCHITECTURE | FIELD | FORMAT``, over draws the
   mean. In a row of a table ``;`` stands in place of ``|``, which would end the cell.
 """
@@ -53,8 +56,11 @@ def table(words: str, folder: Path = RESULTS) -> str:
     if name == "environment":
         return environment(load(rest, folder))
     document = load(name, folder)
-    if rest.startswith("by "):
-        return grid(document, *(part.strip() for part in rest.removeprefix("by ").split("|")))
+    kind, *parts = (part.strip() for part in rest.split("|"))
+    if kind.startswith("by "):
+        return grid(document, kind.removeprefix("by "), *parts)
+    if kind in APART:
+        return APART[kind](document["rows"], *parts)
     if "merit" in document:
         networks, *groups = (part.strip() for part in rest.split("|"))
         if groups:
@@ -75,6 +81,33 @@ def grid(document: dict[str, Any], index: str, fixed: str, key: str, form: str, 
     if absent := [m for m in methods if not any(line[m] for line in lines)]:
         raise ValueError(f"a table by {index} must name methods with {key!r} of {fixed!r}; they were {absent}")
     return markdown(lines)
+
+
+def across(rows: list[dict[str, Any]], method: str, form: str, *networks: str) -> str:
+    """Return the Markdown of a method's fields: a row for each case, a column for each network."""
+    own = [row for row in rows if row.get("method") == method and row["network"] in networks and "case" in row]
+    lines = {case: {"": case} for case in dict.fromkeys(row["case"] for row in own)}
+    for network in networks:
+        for row in own:
+            if row["network"] == network:
+                lines[row["case"]][network] = form.format(**row)
+    return markdown(lines.values(), {name: name for name in ("", *networks)})
+
+
+def means(rows: list[dict[str, Any]], key: str, form: str) -> str:
+    """Return the Markdown of the means of a field over the cases of a group: a row for each method."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        if "group" in row and key in row:
+            found.setdefault(row["method"], {}).setdefault(row["group"], []).append(row[key])
+    return markdown(
+        {"": method} | {group: format(statistics.fmean(own), form) for group, own in groups.items()}
+        for method, groups in found.items()
+    )
+
+
+#: Tables of a kind of their own, by the word after the file's name.
+APART = {"across": across, "means": means}
 
 
 def value(words: str, folder: Path = RESULTS) -> str:
@@ -98,7 +131,7 @@ def value(words: str, folder: Path = RESULTS) -> str:
 def _figure(rows: list[dict[str, Any]], network: str, case: str, method: str, key: str, form: str) -> str | None:
     found = [
         row for row in rows
-        if str(row.get("case", row.get("batch"))) == case and network in ("", row.get("network"))
+        if str(row.get("case", row.get("batch", ""))) == case and network in ("", row.get("network"))
         and method in map(row.get, ("implementation", "method", "form", "arch"))
     ]  # fmt: skip
     if not found:

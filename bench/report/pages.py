@@ -105,11 +105,29 @@ def page(name: str, document: Mapping[str, Any], pictures: list[str]) -> str | N
 
 def save(
     name: str, rows: Sequence[Row], *, packages: Sequence[str], folder: Path = RESULTS,
-    facts: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None, part: Sequence[str] = (),
 ) -> Path:  # fmt: skip
-    """Write rows with machine, versions, revision and facts as a JSON file, and its page; return the page's path."""
-    store(folder / f"{name}.json", {**origin(packages), **(facts or {}), "rows": list(rows)})
+    """Write rows with machine, versions, revision and facts as a JSON file, and its page; return the page's path.
+
+    If ``part`` names the networks or methods that were run, the file's rows of others stay.
+    """
+    path = folder / f"{name}.json"
+    document = {**origin(packages), **(facts or {}), "rows": list(rows)}
+    store(path, joined(json.loads(path.read_text()), document, part) if part and path.exists() else document)
     return write(name, folder)
+
+
+def joined(old: Mapping[str, Any], new: Mapping[str, Any], part: Sequence[str]) -> dict[str, Any]:
+    """Return a document with the new rows in place of those of the same networks and methods."""
+    if old.get("quick") != new.get("quick"):
+        raise ValueError(f"rows of one file must have one size; quick was {old.get('quick')} and {new.get('quick')}")
+    made = {(row.get("network"), row.get("method")) for row in new["rows"]}
+    kept = [row for row in old["rows"] if (row.get("network"), row.get("method")) not in made]
+    machines = dict.fromkeys([*old["machine"].split("; "), new["machine"]])
+    return {
+        **old, **new, "machine": "; ".join(machines), "seconds": old.get("seconds", new.get("seconds")),
+        "revision": f"{old['revision']}, {', '.join(part)} {new['revision']}", "rows": kept + list(new["rows"]),
+    }  # fmt: skip
 
 
 def command(

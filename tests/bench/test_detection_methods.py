@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("pytorch_ood")
 
-from bench.detection import methods_labelled, methods_ours, methods_outputs
+from bench.detection import methods_images, methods_labelled, methods_ours, methods_outputs
 from bench.detection.registry import METHODS, Protocol
 from bench.detection.subject import NotRun
 
@@ -161,22 +161,20 @@ def test_ctm_is_the_cosine_to_the_nearest_class(fit: SimpleNamespace) -> None:
 def test_kpca_reconstruction_keeps_what_the_clean_components_span(fit: SimpleNamespace) -> None:
     score = METHODS["KPCA reconstruction"].fit(fit)
     clean, far = score(fit.clean), score(_seen(-torch.rand(B, D), fit.layer))
-    # phi has a mean square of one, so what is outside a tenth of the clean variance is at most that.
-    assert float(clean.square().mean()) < 0.1
+    # phi has a mean square of one, so what is outside a fifth of the clean variance is at most that.
+    assert float(clean.square().mean()) < 0.2
     assert float(far.mean()) > float(clean.mean())
     scaled = score(_seen(3 * fit.clean.h, fit.layer))
     torch.testing.assert_close(scaled, clean, rtol=1e-4, atol=1e-5)
 
 
-def test_the_control_ranks_neither_tail_of_a_score_below_clean() -> None:
+def test_the_pull_of_grood_is_the_gradient_by_the_last_prototype() -> None:
     torch.manual_seed(0)
-    clean, strong = torch.randn(300, 2).double(), torch.randn(300, 2).double() - torch.tensor([3.0, 0])
-    weak = torch.randn(300, 2).double() + torch.tensor([3.0, 0])
-    seen: Any = lambda values: values  # noqa: E731 - the columns themselves
-    fitted: Any = methods_ours.tails(seen, clean, strong)  # type: ignore[arg-type]
-    # Never generated is the other tail, which a single negative weight ranks as the most usual.
-    for moved in (weak, strong):
-        assert float((fitted(moved)[:, None] > fitted(clean)).double().mean()) > 0.9
+    h, prototypes = torch.rand(B, D).double(), torch.rand(N + 1, D).double().requires_grad_()
+    losses = F.cross_entropy(-(h[:, None] - prototypes).norm(dim=2), torch.arange(B) % N, reduction="none")
+    expected = [torch.autograd.grad(loss, prototypes, retain_graph=True)[0][-1] for loss in losses]
+    found = methods_images.pull(h, prototypes.detach())
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-10, atol=1e-12)
 
 
 def test_the_local_dimension_is_that_of_the_radii() -> None:

@@ -95,12 +95,25 @@ def of_texts(tmp_path: Path, ids: Tensor) -> Subject:
 
 def test_the_control_of_texts_has_their_challenges(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
-    subject = of_texts(tmp_path, nn.functional.pad(torch.randint(1, 50, (60, 12), generator=generator), (0, 4)))
+    subject = of_texts(tmp_path, nn.functional.pad(torch.randint(1, 50, (120, 12), generator=generator), (0, 4)))
     challenges = methods_ours._Generated(subject, "generated", "fit")
     assert challenges.images.dtype == torch.int64
-    assert 170 < len(challenges.images) <= 180
+    assert 340 < len(challenges.images) <= 360
     score = methods_ours.control(Fit(subject))
     assert score(challenges).mean() > score(subject.seen("clean", "fit")).mean()
+
+
+def test_the_control_learns_from_images_that_its_scores_were_not_fitted_on(tmp_path: Path) -> None:
+    ids = 1 + torch.arange(60)[:, None].expand(60, 4) % 49
+    subject = of_texts(tmp_path, ids)
+    second = methods_ours._Second(subject)
+    whole = subject.seen("clean", "fit")
+    assert torch.equal(second.clean.h, whole.h[30:])
+    assert torch.equal(second.clean.images, whole.images[30:])
+    assert torch.equal(second.clean.shown.source, torch.arange(30, 60))
+    assert torch.equal(second.labels, torch.arange(30, 60) % 3)
+    made = methods_ours._Generated(subject, "generated", "fit").shown.source
+    assert 50 < len(set(made.tolist()) & set(range(60))) == len(set(made.tolist()))
 
 
 def test_padding_is_no_part_of_a_text(tmp_path: Path) -> None:

@@ -243,6 +243,41 @@ def test_one_field_by_network_or_by_case(detection_folder: pathlib.Path, folder:
     assert found == ["|  | fastgrad | vmap(grad) |", "| --- | --- | --- |", "| net B=8 | 0.5 | 4.0 |"]
 
 
+def test_one_method_stands_across_networks(tmp_path: pathlib.Path) -> None:
+    rows = [
+        {"network": network, "method": "ours", "case": case, "inside": inside, "width": 9.6}
+        for network, case, inside in (("a", "clean", 1.0), ("a", "far sets", 0.5), ("b", "clean", 0.25))
+    ]
+    (tmp_path / "error-rate.json").write_text(json.dumps({"rows": [*rows, {"network": "a", "accuracy": 0.9}]}))
+    words = "error-rate across | ours | {inside:.2f} ({width:.0f}) | b | a"
+    assert blocks.table(words, tmp_path).splitlines() == [
+        "|  | b | a |", "| --- | --- | --- |", "| clean | 0.25 (10) | 1.00 (10) |", "| far sets |  | 0.50 (10) |"
+    ]  # fmt: skip
+
+
+def test_means_are_over_the_cases_of_a_group(tmp_path: pathlib.Path) -> None:
+    rows = [{"method": "KNN", "group": "attacks", "auroc": auroc} for auroc in (0.5, 0.75)]
+    rows += [{"method": "KNN", "group": "sets", "auroc": 1.0}, {"method": "KNN", "group": "sets", "not run": "none"}]
+    (tmp_path / "untouched.json").write_text(json.dumps({"rows": rows}))
+    assert blocks.table("untouched means | auroc | .3f", tmp_path).splitlines()[::2] == [
+        "|  | attacks | sets |", "| KNN | 0.625 | 1.000 |"
+    ]  # fmt: skip
+
+
+def test_a_part_of_a_table_leaves_the_other_rows(tmp_path: pathlib.Path) -> None:
+    def row(network: str, method: str, auroc: float) -> dict[str, Any]:
+        return {"network": network, "draw": 0, "method": method, "case": "FGSM", "auroc": auroc}
+
+    old = {"machine": "A", "revision": "1", "quick": True, "seconds": 9}
+    old["rows"] = [row("a", "KNN", 0.5), row("a", "ViM", 0.5), row("b", "KNN", 0.5)]
+    new = {"machine": "B", "revision": "2", "quick": True, "seconds": 1, "rows": [row("a", "KNN", 0.75)]}
+    found = pages.joined(old, new, ["KNN"])
+    assert found["rows"] == [*old["rows"][1:], *new["rows"]]
+    assert (found["machine"], found["revision"], found["seconds"]) == ("A; B", "1, KNN 2", 9)
+    with pytest.raises(ValueError, match="must have one size"):
+        pages.joined(old, new | {"quick": False}, ["KNN"])
+
+
 def test_second_answers_show_gains_of_every_case() -> None:
     gains = {"H on h, gated": 0.1, "H on h": 0.4, "batch norm adapted": -0.2}
     rows = [
