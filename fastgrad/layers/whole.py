@@ -47,6 +47,8 @@ def attention(
     """
     if not all(call.is_batched(t) and t.dim() == 4 and t.shape[0] == 1 for t in (query, key, value)):
         return NotImplemented
+    if call.owns(attn_mask):
+        attn_mask = call.copy_of(attn_mask)  # type: ignore[arg-type]
     if attn_mask is not None and call.is_batched(attn_mask):
         # Also one that was computed from parameters, and so is a copy per sample, (heads, T, T).
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]

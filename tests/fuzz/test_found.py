@@ -54,6 +54,8 @@ FOUND: dict[str, tuple[Program, list[str]]] = {
     "a mask as long as the batch": found(Step("attention with a mask"), refused("features", B=4, T=4, mask=True)),
     "an output without gradients": found(right("record"), right("clip"), head="functional", output="tuple"),
     "positions of one, beside a bare weight": found(Step("standardized weight"), Step("positions"), right("features")),
+    "a frozen bias of attention": found(Step("bias of attention at one length"), "session.freeze()",
+        right("record", T=2)),
     "several gradients through a function of one's own": found(Step("function of one's own"), around("batch doubled",
         "PReLU"), right("record", batched=True)),
     "a branch on the size of the batch": found(around("branch on batch size", "linear"), refused("features", B=4),
