@@ -49,9 +49,9 @@ def error_rate(
 ) -> ErrorRate:
     """Estimate the share of wrong answers to inputs without labels.
 
-    ``low`` holds if at least two fifths as many answers are wrong as the risk says. ``high`` holds if the uncertainty of
-    unusual inputs shows that they are unusual: it counts all answers to these as wrong. The interval is wide where many
-    are unusual.
+    ``low`` holds if at least two fifths as many answers are wrong as the risk says. ``high`` holds if the uncertainty
+    of unusual inputs shows that they are unusual: it counts all answers to these as wrong. The interval is wide where
+    many are unusual.
 
     Some errors cannot be seen, because their inputs look usual and are answered with confidence: attacks after
     compression such as JPEG, and near sets, whose new classes resemble known ones. The true rate is then above the
