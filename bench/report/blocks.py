@@ -60,7 +60,7 @@ def table(words: str, folder: Path = RESULTS) -> str:
     if kind.startswith("by "):
         return grid(document, kind.removeprefix("by "), *parts)
     if kind in APART:
-        return APART[kind](document["rows"], *parts)
+        return APART[kind](document, *parts)
     if "merit" in document:
         networks, *groups = (part.strip() for part in rest.split("|"))
         if groups:
@@ -83,21 +83,24 @@ def grid(document: dict[str, Any], index: str, fixed: str, key: str, form: str, 
     return markdown(lines)
 
 
-def across(rows: list[dict[str, Any]], method: str, form: str, *networks: str) -> str:
+def across(document: dict[str, Any], method: str, form: str, *networks: str) -> str:
     """Return the Markdown of a method's fields: a row for each case, a column for each network."""
-    own = [row for row in rows if row.get("method") == method and row["network"] in networks and "case" in row]
+    titles = {network: document["networks"][network][0] for network in networks}
+    own = [
+        row for row in document["rows"] if row.get("method") == method and row["network"] in networks and "case" in row
+    ]
     lines = {case: {"": case} for case in dict.fromkeys(row["case"] for row in own)}
     for network in networks:
         for row in own:
             if row["network"] == network:
                 lines[row["case"]][network] = form.format(**row)
-    return markdown(lines.values(), {name: name for name in ("", *networks)})
+    return markdown(lines.values(), {"": "", **titles})
 
 
-def means(rows: list[dict[str, Any]], key: str, form: str) -> str:
+def means(document: dict[str, Any], key: str, form: str) -> str:
     """Return the Markdown of the means of a field over the cases of a group: a row for each method."""
     found: dict[str, dict[str, list[float]]] = {}
-    for row in rows:
+    for row in document["rows"]:
         if "group" in row and key in row:
             found.setdefault(row["method"], {}).setdefault(row["group"], []).append(row[key])
     return markdown(

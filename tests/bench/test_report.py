@@ -248,10 +248,11 @@ def test_one_method_stands_across_networks(tmp_path: pathlib.Path) -> None:
         {"network": network, "method": "ours", "case": case, "inside": inside, "width": 9.6}
         for network, case, inside in (("a", "clean", 1.0), ("a", "far sets", 0.5), ("b", "clean", 0.25))
     ]
-    (tmp_path / "error-rate.json").write_text(json.dumps({"rows": [*rows, {"network": "a", "accuracy": 0.9}]}))
+    document = {"networks": {"a": ["A"], "b": ["B"]}, "rows": [*rows, {"network": "a", "accuracy": 0.9}]}
+    (tmp_path / "error-rate.json").write_text(json.dumps(document))
     words = "error-rate across | ours | {inside:.2f} ({width:.0f}) | b | a"
     assert blocks.table(words, tmp_path).splitlines() == [
-        "|  | b | a |", "| --- | --- | --- |", "| clean | 0.25 (10) | 1.00 (10) |", "| far sets |  | 0.50 (10) |"
+        "|  | B | A |", "| --- | --- | --- |", "| clean | 0.25 (10) | 1.00 (10) |", "| far sets |  | 0.50 (10) |"
     ]  # fmt: skip
 
 
