@@ -19,6 +19,7 @@ from bench.detection import (  # noqa: F401  (they register themselves)
     error_rate,
     failure,
     introspective,
+    joint,
     methods_images,
     methods_labelled,
     methods_outputs,
@@ -37,7 +38,7 @@ PACKAGES = (
 #: Tables with rows of their own: ``run`` returns them, and the facts that the page gives beside them.
 APART = {
     "failure": failure, "error-rate": error_rate, "introspective": introspective, "adaptive": adaptive,
-    "by-block": by_block,
+    "by-block": by_block, "joint": joint,
 }  # fmt: skip
 
 
