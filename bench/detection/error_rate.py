@@ -57,12 +57,16 @@ class Answers(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What the estimates know: labelled clean inputs, the part of them that the detector has not seen, challenges."""
+    """What the estimates know: labelled clean inputs, the part of them that the detector has not seen, challenges.
+
+    ``fitted`` is the number of clean inputs that the detector was fitted on.
+    """
 
     clean: Answers
     unseen: Answers
     generated: list[Answers]
     temperature: float
+    fitted: int
 
 
 def softmax(logits: Values) -> Values:
@@ -163,7 +167,7 @@ def estimates(known: Known) -> dict[str, Callable[[Answers], tuple[float, ...]]]
         "MaNo": by_mano,
         "mean of the risk": lambda s: float(s.risk.mean()),
     }
-    ours = {OURS: lambda s: error_rate(s.risk, s.uncertainty, excess)}
+    ours = {OURS: lambda s: error_rate(s.risk, s.uncertainty, excess, known.fitted)}
     return {name: lambda s, one=one: (float(np.clip(one(s), 0, 1)),) for name, one in alone.items()} | ours
 
 
@@ -238,7 +242,7 @@ def measure(subject: Subject) -> list[dict[str, Any]]:
     shown, unseen = whole.at(slice(first)), whole.at(slice(first, None))
     fit, generated = of_fit(subject, rng)
     temperature = float(two_stage.temperature_.temperature)
-    every = estimates(Known(joined([fit, unseen]), unseen, generated, temperature))
+    every = estimates(Known(joined([fit, unseen]), unseen, generated, temperature, len(fit.wrong)))
     found: dict[str, list[tuple[str, float, int, float, float, float]]] = {name: [] for name in every}
     for group, share, size, stream in streams(shown, cases, rng):
         truth = float(stream.wrong.mean())

@@ -173,11 +173,12 @@ def on_training_images(options: Options, draw: int) -> Subject:
     return replace(own, network="resnet56-training", parts=parts)
 
 
-def attacked(name: str, options: Options, draw: int) -> Subject:
-    """Return a network with more images of each attack, for detectors that are trained on them."""
+def attacked(name: str, count: int, options: Options, draw: int) -> Subject:
+    """Return a network with images of each attack for detectors that are trained on them."""
     own = small(name, options, draw)
-    return replace(own, network=f"{name}-attacked", count=own.count if options.quick else 300)
+    return replace(own, network=f"{name}-attacked", count=own.count if options.quick else count)
 
 
-for _name, _title in (("resnet", "a small residual network"), ("densenet", "DenseNet-BC")):
-    network(f"{_name}-attacked", f"{_title} on CIFAR-10, 300 images of each attack")(partial(attacked, _name))
+for _name, _title, _count in (("resnet", "a small residual network", 300), ("densenet", "DenseNet-BC", 60)):
+    _title = f"{_title} on CIFAR-10, {_count} images of each attack"
+    network(f"{_name}-attacked", _title)(partial(attacked, _name, _count))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from bench.detection.cases import ALIKE, CHANGED_FILES, CHANGED_TEXTS, UNALIKE
+from bench.detection.cases import ALIKE, CHANGED_FILES, CHANGED_TEXTS, OTHER_STRENGTHS, UNALIKE
 from bench.detection.registry import Protocol
 
 
@@ -37,5 +37,8 @@ TABLES = {
         ("resnet-attacked", "densenet-attacked"),
         ("attacks",),
         (Protocol.LABELLED,),
+    ),
+    "purview-strengths": Table(
+        "Probing the Purview, other strengths", ("resnet-attacked",), (OTHER_STRENGTHS,), (Protocol.LABELLED,)
     ),
 }

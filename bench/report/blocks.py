@@ -16,6 +16,8 @@
   column for each group, with the mean over its cases.
 - A value is ``FILE | CASE or NETWORK: CASE | IMPLEMENTATION, METHOD or ARCHITECTURE | FIELD | FORMAT``, over draws the
   mean. In a row of a table ``;`` stands in place of ``|``, which would end the cell.
+- A range is ``FILES | CASE | METHOD | FIELD | FORMAT``: the least and the largest value over the networks of the files,
+  whose names have spaces between them.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from bench.report.pages import RESULTS
 from bench.report.text import environment
 from bench.report.text import table as markdown
 
-BLOCK = re.compile(r"<!-- (table|value): ([^>]+?) -->(.*?)<!-- end -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- (table|value|range): ([^>]+?) -->(.*?)<!-- end -->", re.DOTALL)
 
 
 def load(name: str, folder: Path) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def table(words: str, folder: Path = RESULTS) -> str:
     if kind.startswith("by "):
         return grid(document, kind.removeprefix("by "), *parts)
     if kind in APART:
-        return APART[kind](document["rows"], *parts)
+        return APART[kind](document, *parts)
     if "merit" in document:
         networks, *groups = (part.strip() for part in rest.split("|"))
         if groups:
@@ -83,21 +85,24 @@ def grid(document: dict[str, Any], index: str, fixed: str, key: str, form: str, 
     return markdown(lines)
 
 
-def across(rows: list[dict[str, Any]], method: str, form: str, *networks: str) -> str:
+def across(document: dict[str, Any], method: str, form: str, *networks: str) -> str:
     """Return the Markdown of a method's fields: a row for each case, a column for each network."""
-    own = [row for row in rows if row.get("method") == method and row["network"] in networks and "case" in row]
+    titles = {network: document["networks"][network][0] for network in networks}
+    own = [
+        row for row in document["rows"] if row.get("method") == method and row["network"] in networks and "case" in row
+    ]
     lines = {case: {"": case} for case in dict.fromkeys(row["case"] for row in own)}
     for network in networks:
         for row in own:
             if row["network"] == network:
                 lines[row["case"]][network] = form.format(**row)
-    return markdown(lines.values(), {name: name for name in ("", *networks)})
+    return markdown(lines.values(), {"": "", **titles})
 
 
-def means(rows: list[dict[str, Any]], key: str, form: str) -> str:
+def means(document: dict[str, Any], key: str, form: str) -> str:
     """Return the Markdown of the means of a field over the cases of a group: a row for each method."""
     found: dict[str, dict[str, list[float]]] = {}
-    for row in rows:
+    for row in document["rows"]:
         if "group" in row and key in row:
             found.setdefault(row["method"], {}).setdefault(row["group"], []).append(row[key])
     return markdown(
@@ -128,6 +133,21 @@ def value(words: str, folder: Path = RESULTS) -> str:
     return found
 
 
+def span(words: str, folder: Path = RESULTS) -> str:
+    """Return the text of a range block; ``words`` is the text after ``range:``."""
+    names, case, method, key, form = (part.strip() for part in re.split("[|;]", words))
+    found = []
+    for name in names.split():
+        drawn: dict[str, list[float]] = {}
+        for row in load(name, folder)["rows"]:
+            if (row.get("case"), row.get("method")) == (case, method) and key in row:
+                drawn.setdefault(row["network"], []).append(row[key])
+        found += [statistics.fmean(values) for values in drawn.values()]
+    if not found:
+        raise ValueError(f"a range must name a case and a method of {names}; it was {words!r}")
+    return f"{min(found):{form}} to {max(found):{form}}"
+
+
 def _figure(rows: list[dict[str, Any]], network: str, case: str, method: str, key: str, form: str) -> str | None:
     found = [
         row for row in rows
@@ -140,12 +160,16 @@ def _figure(rows: list[dict[str, Any]], network: str, case: str, method: str, ke
     return format(statistics.fmean(row[key] for row in found) if drawn else found[0][key], form)
 
 
+#: Blocks inside a sentence or a cell, by their kind.
+INLINE = {"value": value, "range": span}
+
+
 def fill(text: str, folder: Path = RESULTS) -> str:
     """Return a document with its blocks made anew."""
 
     def one(match: re.Match[str]) -> str:
         kind, words = match[1], match[2].strip()
-        made = f"\n\n{table(words, folder)}\n\n" if kind == "table" else value(words, folder)
+        made = f"\n\n{table(words, folder)}\n\n" if kind == "table" else INLINE[kind](words, folder)
         return f"<!-- {kind}: {words} -->{made}<!-- end -->"
 
     return BLOCK.sub(one, text)

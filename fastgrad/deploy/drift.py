@@ -164,7 +164,8 @@ class DriftMonitor:
         if self.excess is None or len(self._recent) < FEWEST:
             return None
         risk, uncertainty = np.array(self._recent).T
-        return error_rate(risk, uncertainty, self.excess)
+        clean = max(int(self.reference.counts.sum()), 1)
+        return error_rate(risk, uncertainty, self.excess, clean)
 
     @property
     def alarm(self) -> bool:

@@ -10,9 +10,9 @@ Storey's estimate gives b (*A direct approach to false discovery rates*, 2002): 
 uniform, so a share of 1 - `USUAL` of them have a p-value above `USUAL`, but few of the unusual ones.
 
 No labels say how many answers to unusual inputs are wrong: nearly all of an attack's, few of a brighter image's. So the
-upper end of the interval trusts the risk only of inputs that look usual. It takes the largest b that chance allows, and
-counts all answers to that share of the inputs, the most unusual ones, as wrong. At the lower end `LEAST` of what the
-risk says comes true, of every input.
+upper end of the interval trusts the risk only of inputs that look usual. It takes the largest b that chance allows, in
+the stream and in the clean inputs that p-values compare with. All answers to that share of the inputs, the most unusual
+ones, count as wrong. At the lower end `LEAST` of what the risk says comes true, of every input.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ErrorRate(NamedTuple):
 
 
 def error_rate(
-    risk: ArrayLike | Tensor, uncertainty: ArrayLike | Tensor, excess: float, *, confidence: float = 0.95
+    risk: ArrayLike | Tensor, uncertainty: ArrayLike | Tensor, excess: float, clean: int, *, confidence: float = 0.95
 ) -> ErrorRate:
     """Estimate the share of wrong answers to inputs without labels.
 
@@ -61,16 +61,18 @@ def error_rate(
         risk: ``(n,)``, of a stream of at least 30 inputs, in any order.
         uncertainty: ``(n,)``, of the same inputs; infinite where it could not be computed.
         excess: Mean of ``risk - (1 - probabilities.amax(1))`` over clean inputs, above 0, as an exported file holds it.
+        clean: Number of clean inputs that the uncertainty was fitted on, such as ``len(two_stage.calibration_scores)``.
         confidence: Of the interval, in (0, 1).
 
     Raises:
-        TypeError: ``excess`` or ``confidence`` is not a number.
+        TypeError: ``excess`` or ``confidence`` is not a number, or ``clean`` not an integer.
         ValueError: Shapes differ, there are fewer than 30 inputs, a value is NaN, a risk is outside [0, 1], or a number
             is out of range. Without generated challenges, or without labels, the risk says nothing about unusual
             inputs, and the excess is 0.
     """
     checks.lies_in("(0, 1)", confidence=confidence)
     check_excess(excess)
+    checks.at_least(1, clean=clean)
     p_wrong, unusual = checks.vector("risk", risk), checks.vector("uncertainty", uncertainty, finite=False)
     checks.shape_is("uncertainty", unusual, p_wrong.shape, "one per risk")
     if len(p_wrong) < FEWEST:
@@ -81,8 +83,9 @@ def error_rate(
     # Not clipped at 0: chance would then raise the estimate for clean streams.
     share = 1 - float((unusual < -math.log(USUAL)).mean()) / (1 - USUAL)
     rate = float(np.clip(p_wrong.mean() + excess * (2 * share - 1), 0, 1))
-    # The standard deviation of the share of clean inputs that look usual, over 1 - USUAL.
-    spread = math.sqrt(USUAL / (1 - USUAL) / count)
+    # The standard deviation of the share of clean inputs that look usual, over 1 - USUAL: of the stream's, and of those
+    # that set which p-value an input has.
+    spread = math.sqrt(USUAL / (1 - USUAL) * (1 / count + 1 / clean))
     apart = math.ceil(count * min(max(share, 0.0) + quantile * spread, 1.0))
     # Equal uncertainties are ordered by the risk, so the order of the stream has no effect.
     usual = p_wrong[np.lexsort((p_wrong, -unusual))][apart:]

@@ -17,7 +17,7 @@ pytest.importorskip("imagecorruptions")
 pytest.importorskip("pytorch_ood")
 
 from bench.detection import __main__ as command
-from bench.detection import adaptive, failure, introspective, networks
+from bench.detection import adaptive, by_block, failure, introspective, joint, networks
 from bench.detection.cases import FAMILIAR, FOREIGN
 from bench.detection.data.corruptions import corrupt
 from bench.detection.subject import SMALL
@@ -74,6 +74,18 @@ def test_the_table_of_errors_runs(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert 0 <= found["fastgrad, risk", "clean and corruptions"]["auroc"] <= 1
     assert found["fastgrad, risk", "clean"]["log loss"] > 0
     assert "tinyimagenet" in found["softmax", "everything"]["not run"]
+
+
+def test_the_tables_of_blocks_and_of_two_scores_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (by_block, joint):
+        monkeypatch.setattr(module, "DEFAULT_NETWORKS", ("resnet",))
+    monkeypatch.setattr(joint, "GROUPS", ("far sets",))
+    found = rows_of(folder, "by-block")
+    assert {row["method"] for row in found} == set(by_block.forms())
+    assert all(0 <= row["auroc"] <= 1 for row in found if "auroc" in row)
+    found = rows_of(folder, "joint")
+    assert {row["method"] for row in found} == set(joint.PAIRS)
+    assert all(0 <= row["ds_f1"] <= 1 and 0 <= row["ds_aurc"] <= 1 for row in found)
 
 
 def test_the_table_of_introspection_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ def stream(count: int, seed: int, *, sure: float = 2.0, shifted: float = 0.0) ->
 def known() -> Known:
     clean = stream(4000, 0)
     generated = [stream(300, seed, sure=sure) for seed, sure in enumerate([1.0, 1.5, 2.0, 3.0] * 3)]
-    return Known(clean, clean, generated, 1.0)
+    return Known(clean, clean, generated, 1.0, 4000)
 
 
 @pytest.mark.parametrize("sure", [1.0, 2.0, 3.0])

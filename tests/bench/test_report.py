@@ -209,6 +209,14 @@ def test_a_value_of_a_network_is_the_mean_over_draws(detection_folder: pathlib.P
         blocks.value(words.replace("energy", "KNN"), detection_folder)
 
 
+def test_a_range_is_over_networks(detection_folder: pathlib.Path) -> None:
+    words = "attacks | mean of attacks | energy | auroc | .2f"
+    assert blocks.span(words, detection_folder) == "0.50 to 0.70"
+    assert blocks.fill(f"<!-- range: {words} --><!-- end -->", detection_folder).endswith("-->0.50 to 0.70<!-- end -->")
+    with pytest.raises(ValueError, match="must name a case and a method"):
+        blocks.span(words.replace("energy", "ViM"), detection_folder)
+
+
 def test_the_strongest_published_detector_ran_on_all_draws_and_is_no_control(detection_folder: pathlib.Path) -> None:
     assert "| attacks |  | energy 0.700 ± 0.141 | 0.950 ± 0.071 |" in blocks.table("attacks a", detection_folder)
     rows = json.loads((detection_folder / "attacks.json").read_text())["rows"]
@@ -248,10 +256,11 @@ def test_one_method_stands_across_networks(tmp_path: pathlib.Path) -> None:
         {"network": network, "method": "ours", "case": case, "inside": inside, "width": 9.6}
         for network, case, inside in (("a", "clean", 1.0), ("a", "far sets", 0.5), ("b", "clean", 0.25))
     ]
-    (tmp_path / "error-rate.json").write_text(json.dumps({"rows": [*rows, {"network": "a", "accuracy": 0.9}]}))
+    document = {"networks": {"a": ["A"], "b": ["B"]}, "rows": [*rows, {"network": "a", "accuracy": 0.9}]}
+    (tmp_path / "error-rate.json").write_text(json.dumps(document))
     words = "error-rate across | ours | {inside:.2f} ({width:.0f}) | b | a"
     assert blocks.table(words, tmp_path).splitlines() == [
-        "|  | b | a |", "| --- | --- | --- |", "| clean | 0.25 (10) | 1.00 (10) |", "| far sets |  | 0.50 (10) |"
+        "|  | B | A |", "| --- | --- | --- |", "| clean | 0.25 (10) | 1.00 (10) |", "| far sets |  | 0.50 (10) |"
     ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from bad_arguments import refused
 from fastgrad.deploy.drift import DriftMonitor
 from fastgrad.deploy.error_rate import LEAST, error_rate
 
-EXCESS = 0.06
+EXCESS, CLEAN = 0.06, 200_000
 
 
 def world(
@@ -36,7 +36,7 @@ def world(
 def test_known_world(unusual: float, misled: float) -> None:
     count = 200_000
     risk, uncertainty, wrong = world(count, unusual, misled=misled)
-    found = error_rate(risk, uncertainty, EXCESS)
+    found = error_rate(risk, uncertainty, EXCESS, CLEAN)
     # The mean of n numbers below 1 is off by some n^(-1/2), and so is twice the share of unusual inputs.
     assert found.rate == pytest.approx(wrong.mean(), abs=5 / math.sqrt(count))
     if 0 < unusual < 1:
@@ -55,47 +55,64 @@ def test_interval_holds_where_the_risk_is_wrong(unusual: float, misled: float, b
     inside = []
     for seed in range(200):
         risk, uncertainty, wrong = world(400, unusual, seed, misled=misled)
-        found = error_rate(np.where(uncertainty > 5, believed, risk), uncertainty, EXCESS, confidence=0.9)
+        found = error_rate(np.where(uncertainty > 5, believed, risk), uncertainty, EXCESS, CLEAN, confidence=0.9)
         inside.append(found.low <= wrong.mean() <= found.high)
     # Four standard deviations of a binomial.
+    assert np.mean(inside) > 0.9 - 4 * math.sqrt(0.9 * 0.1 / 200)
+
+
+def test_few_clean_inputs_widen_the_interval_upwards() -> None:
+    """In the mean over sets of clean inputs that p-values compare with, it holds as often as it says."""
+    inside, rng = [], np.random.default_rng(0)
+    for seed in range(200):
+        risk, uncertainty, wrong = world(2000, 0.3, seed, misled=1.0)
+        known = np.sort(rng.exponential(size=100))
+        p = (1 + len(known) - np.searchsorted(known, uncertainty)) / (1 + len(known))
+        found = error_rate(risk, -np.log(p), EXCESS, len(known), confidence=0.9)
+        inside.append(found.low <= wrong.mean() <= found.high)
+        assert found.high >= error_rate(risk, -np.log(p), EXCESS, CLEAN, confidence=0.9).high
     assert np.mean(inside) > 0.9 - 4 * math.sqrt(0.9 * 0.1 / 200)
 
 
 def test_order_has_no_effect() -> None:
     risk, uncertainty, _ = world(400, 0.3)
     tied, order = uncertainty.round(), np.random.default_rng(1).permutation(400)
-    assert error_rate(risk[order], tied[order], EXCESS) == pytest.approx(error_rate(risk, tied, EXCESS), abs=1e-12)
+    assert error_rate(risk[order], tied[order], EXCESS, CLEAN) == pytest.approx(
+        error_rate(risk, tied, EXCESS, CLEAN), abs=1e-12
+    )
 
 
 def test_bounds_and_types() -> None:
-    same = error_rate(torch.ones(30), torch.full((30,), math.inf), EXCESS)
+    same = error_rate(torch.ones(30), torch.full((30,), math.inf), EXCESS, CLEAN)
     assert same.rate == 1 == same.high
-    assert error_rate([0.0] * 30, [0.1] * 30, EXCESS)[:2] == (0, 0)
+    assert error_rate([0.0] * 30, [0.1] * 30, EXCESS, CLEAN)[:2] == (0, 0)
 
 
 def test_monitor_keeps_the_last_thousand() -> None:
-    monitor = DriftMonitor(np.random.default_rng(0).exponential(size=200), excess=EXCESS)
+    clean = 100  # the half that the reference counts
+    monitor = DriftMonitor(np.random.default_rng(0).exponential(size=2 * clean), excess=EXCESS)
     risk, uncertainty, _ = world(1500, 0.2)
     monitor.update(uncertainty[:29], risk[:29])
     assert monitor.error_rate is None
     monitor.update(uncertainty[29], risk[29])
-    assert monitor.error_rate == error_rate(risk[:30], uncertainty[:30], EXCESS)
+    assert monitor.error_rate == error_rate(risk[:30], uncertainty[:30], EXCESS, clean)
     monitor.update(uncertainty[30:], risk[30:])
-    assert monitor.error_rate == error_rate(risk[500:], uncertainty[500:], EXCESS)
+    assert monitor.error_rate == error_rate(risk[500:], uncertainty[500:], EXCESS, clean)
     silent = DriftMonitor(np.arange(100))
     silent.update(uncertainty, risk)
     assert silent.error_rate is None
 
 
 BAD = [
-    (lambda: error_rate([0.1] * 29, [1.0] * 29, 0.1), "at least 30 values for an error rate; it held 29"),
-    (lambda: error_rate([0.1] * 30, [1.0] * 31, 0.1), "uncertainty must have shape"),
-    (lambda: error_rate([1.1] * 30, [1.0] * 30, 0.1), "risk must lie in"),
-    (lambda: error_rate([np.nan] * 30, [1.0] * 30, 0.1), "risk must be finite"),
-    (lambda: error_rate([0.1] * 30, [np.nan] * 30, 0.1), "uncertainty must not hold NaN"),
-    (lambda: error_rate([0.1] * 30, [1.0] * 30, 0.0), "excess must lie in .* without generated challenges"),
-    (lambda: error_rate([0.1] * 30, [1.0] * 30, "0.1"), "excess must be a number"),
-    (lambda: error_rate([0.1] * 30, [1.0] * 30, 0.1, confidence=1), "confidence must lie in"),
+    (lambda: error_rate([0.1] * 29, [1.0] * 29, 0.1, 100), "at least 30 values for an error rate; it held 29"),
+    (lambda: error_rate([0.1] * 30, [1.0] * 31, 0.1, 100), "uncertainty must have shape"),
+    (lambda: error_rate([1.1] * 30, [1.0] * 30, 0.1, 100), "risk must lie in"),
+    (lambda: error_rate([np.nan] * 30, [1.0] * 30, 0.1, 100), "risk must be finite"),
+    (lambda: error_rate([0.1] * 30, [np.nan] * 30, 0.1, 100), "uncertainty must not hold NaN"),
+    (lambda: error_rate([0.1] * 30, [1.0] * 30, 0.0, 100), "excess must lie in .* without generated challenges"),
+    (lambda: error_rate([0.1] * 30, [1.0] * 30, "0.1", 100), "excess must be a number"),
+    (lambda: error_rate([0.1] * 30, [1.0] * 30, 0.1, 100, confidence=1), "confidence must lie in"),
+    (lambda: error_rate([0.1] * 30, [1.0] * 30, 0.1, 0), "clean must be"),
     (lambda: DriftMonitor(np.arange(100), excess=1.5), "excess must lie in"),
     (lambda: DriftMonitor(np.arange(100), excess=0.1).update([1.0], [0.1, 0.2]), "risk must have shape"),
     (lambda: DriftMonitor(np.arange(100), excess=0.1).update([1.0], [np.nan]), "risk must be finite"),

@@ -250,7 +250,7 @@ def test_error_rate(path: Path, tmp_path: Path) -> None:
     assert json.loads(call(app, "GET", "/drift", {})[2])["error_rate"] is None
     assert b"fastgrad_error_rate NaN" in call(app, "GET", "/metrics", {})[2]
     posts(app, *[b"x"] * 30)
-    expected = error_rate([0.25] * 30, [1.0] * 30, 0.1)
+    expected = error_rate([0.25] * 30, [1.0] * 30, 0.1, 30)
     assert json.loads(call(app, "GET", "/drift", {})[2])["error_rate"] == expected._asdict()
     assert f"fastgrad_error_rate_high {expected.high}" in call(app, "GET", "/metrics", {})[2].decode()
     bare = write_archive(tmp_path / "bare.pt2", Description((3, 8, 8), "float32", 2, 8, "cpu"))
