@@ -22,7 +22,7 @@ from fastgrad import engine
 
 
 def check(sharded: Net, whole: Net, rank: int, rounding: float = ROUNDING) -> None:
-    """Compare norms, inner products and sums of squares in three calls, of which the last has a single sample."""
+    """Compare norms, products, squares and projections in three calls, of which the last has a single sample."""
     for seed, samples in enumerate([(4, 3), (2, 5), (1, 4)]):
         data = batch(rank, seed, samples)
         expected = gradients(whole, data)
@@ -31,7 +31,10 @@ def check(sharded: Net, whole: Net, rank: int, rounding: float = ROUNDING) -> No
             losses = losses_of(sharded, *data)
             norms = fastgrad.grad_sqnorm(losses, sharded, retain_graph=True)
             gram = fastgrad.grad_gram(losses, sharded, retain_graph=True)
+            rows = fastgrad.grad_project(losses, sharded, 32, retain_graph=True)
             squares = fastgrad.grad_square_sum(losses, sharded)
+        with fastgrad.record(whole):
+            close(rows, fastgrad.grad_project(losses_of(whole, *data), whole, 32), rounding)
         flat = torch.cat([g.flatten(1) for g in expected], 1).double()
         close(gram, flat @ flat.T, rounding)
         for found, square, own in zip(norms, squares, expected, strict=True):
