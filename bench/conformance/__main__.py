@@ -128,7 +128,9 @@ def measure(only: str = "", limit: float = float("inf")) -> Iterator[dict[str, A
 if __name__ == "__main__":
     pages.command(
         "conformance", __doc__, measure,
-        packages=("torch", "timm", "torchvision", "transformers", "opacus", "backpack-for-pytorch", "dattri-llm", "bergson"),
+        packages=(
+            "torch", "timm", "torchvision", "transformers", "opacus", "backpack-for-pytorch", "dattri-llm", "bergson"
+        ),
         facts={"batch": BATCH, "limit_s": SECONDS, "allowed": allowed(torch.float64)},
         only={"default": "", "metavar": "TEXT", "help": "models whose names contain it"},
         limit={"type": float, "default": float("inf"), "help": "seconds after which no further model begins"},

@@ -1,4 +1,4 @@
-"""The models: those of timm, torchvision and transformers as they are, with random weights, and a few of PyTorch's parts.
+"""The models: those of timm, torchvision and transformers, with random weights, and a few of PyTorch's parts.
 
 A model is built by a name of its package or by a configuration that makes it small. Dropout is off by configuration,
 so that tools that need training mode compute the same.
@@ -58,7 +58,8 @@ SMALL = {
     "embedding_size": 32, "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2, "encoder_layers": 2,
     "decoder_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "n_head": 4, "n_heads": 4, "num_heads": 4,
     "encoder_attention_heads": 4, "decoder_attention_heads": 4, "intermediate_size": 64, "hidden_dim": 64, "d_ff": 64,
-    "d_kv": 8, "ffn_dim": 64, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 40, "n_positions": 40,
+    "d_kv": 8, "ffn_dim": 64, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+    "max_position_embeddings": 40, "n_positions": 40,
     "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
 }  # fmt: skip
 DROPOUTS = (
@@ -142,7 +143,8 @@ def _torchvisions() -> dict[str, Model]:
 TIMM = {
     "vit_tiny_patch16_224": 64, "deit_tiny_distilled_patch16_224": 64, "mixer_s32_224": 64, "resmlp_12_224": 64,
     "xcit_nano_12_p16_224": 64, "poolformer_s12": 64, "convnextv2_atto": 64, "mobilevit_xxs": 64, "levit_128s": 64,
-    "ghostnet_100": 64, "repvgg_a0": 64, "eca_nfnet_l0": 64, "skresnet18": 64, "botnet26t_256": 128, "hrnet_w18_small": 64,
+    "ghostnet_100": 64, "repvgg_a0": 64, "eca_nfnet_l0": 64, "skresnet18": 64, "botnet26t_256": 128,
+    "hrnet_w18_small": 64,
     "pvt_v2_b0": 64, "mambaout_femto": 64, "eva02_tiny_patch14_224": 56,
 }  # fmt: skip
 #: These take the size when they are built.
@@ -159,12 +161,12 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any], Inputs]] = {
     "opt": ("ForCausalLM", {}, named),
     "bloom": ("ForCausalLM", {}, named),
     "mamba": ("ForCausalLM", {"state_size": 4, "time_step_rank": 4, "intermediate_size": 64}, tokens),
-    "mixtral": ("ForCausalLM", {"num_local_experts": 4}, named),
     "bert": ("ForMaskedLM", {}, named),
     "albert": ("ForMaskedLM", {}, named),
     "distilbert": ("ForSequenceClassification", {}, named),
     "electra": ("ForSequenceClassification", {}, named),
-    "deberta-v2": ("ForSequenceClassification", {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}, named),
+    "deberta-v2": ("ForSequenceClassification", {
+        "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "pooler_hidden_size": 32}, named),
     "modernbert": ("ForSequenceClassification", {}, named),
     "mpnet": ("", {}, named),
     "fnet": ("", {}, tokens),
@@ -174,7 +176,7 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any], Inputs]] = {
         "hidden_sizes": [16, 32], "depths": [1, 1], "num_encoder_blocks": 2, "num_attention_heads": [1, 2],
         "sr_ratios": [2, 1], "mlp_ratios": [2, 2], "patch_sizes": [7, 3], "strides": [4, 2],
         "decoder_hidden_size": 32, "drop_path_rate": 0.0}, images(32)),
-    "wav2vec2": ("ForSequenceClassification", {
+    "wav2vec2": ("ForAudioClassification", {
         "conv_dim": [16, 16], "conv_kernel": [8, 4], "conv_stride": [5, 2], "num_feat_extract_layers": 2,
         "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 16,
         "apply_spec_augment": False}, lambda batch: torch.randn(batch, 400)),

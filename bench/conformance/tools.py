@@ -1,6 +1,6 @@
 """Every tool as its documentation says: norms of each parameter's gradients, and inner products of whole gradients.
 
-A tool is a function of a task that prepares the model and returns two calls. ``norms()`` gives squared norms ``(B,)`` by
+A tool is a function of a task that prepares the model and returns calls. ``norms()`` gives squared norms ``(B,)`` by
 parameter; a tool that gives none by parameter gives those of all that it covers, named ``""``. ``gram()`` gives
 ``(B, B)``. `Calls.covered` are the names of the parameters that the tool gives gradients of.
 """
@@ -25,6 +25,8 @@ Norms = Mapping[str, Tensor]
 
 
 class Calls(NamedTuple):
+    """What a tool computes."""
+
     norms: Callable[[], Norms]
     gram: Callable[[], Tensor]
     covered: Callable[[], set[str]]
