@@ -133,9 +133,15 @@ def _torchvisions() -> dict[str, Model]:
         found[f"resnet18, {name} norm"] = (partial(_torchvision, "resnet18", norm_layer=layer), images(64))
     small = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": 64, "mlp_dim": 128}
     found["VisionTransformer"] = (partial(_torchvision, "VisionTransformer", **small), images(32))
-    small = {"patch_size": [4, 4], "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": [4, 4]}
+    window: dict[str, Any] = {
+        "patch_size": [4, 4],
+        "embed_dim": 32,
+        "depths": [2, 2],
+        "num_heads": [2, 4],
+        "window_size": [4, 4],
+    }
     found["SwinTransformer"] = (
-        partial(_torchvision, "SwinTransformer", stochastic_depth_prob=0.0, **small), images(32))  # fmt: skip
+        partial(_torchvision, "SwinTransformer", stochastic_depth_prob=0.0, **window), images(32))  # fmt: skip
     return found
 
 
