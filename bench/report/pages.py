@@ -21,7 +21,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from bench.report import detection, figures, speed, text
+from bench.report import conformance, detection, figures, speed, text
 from bench.report.text import Row
 
 TEMPLATES = Path(__file__).parent / "pages"
@@ -93,7 +93,7 @@ def page(name: str, document: Mapping[str, Any], pictures: list[str]) -> str | N
         loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
-    environment.globals |= vars(text) | vars(speed) | vars(detection)
+    environment.globals |= vars(text) | vars(speed) | vars(detection) | vars(conformance)
     try:
         template = environment.select_template([f"{name}.md.j2", f"{kind}.md.j2"])
     except jinja2.TemplatesNotFound:

@@ -22,7 +22,7 @@ from fastgrad import engine
 
 
 def check(sharded: Net, whole: Net, rank: int, rounding: float = ROUNDING) -> None:
-    """Compare norms, inner products and sums of squares in three calls, of which the last has a single sample."""
+    """Compare norms, products, squares and projections in three calls, of which the last has a single sample."""
     for seed, samples in enumerate([(4, 3), (2, 5), (1, 4)]):
         data = batch(rank, seed, samples)
         expected = gradients(whole, data)
@@ -31,7 +31,10 @@ def check(sharded: Net, whole: Net, rank: int, rounding: float = ROUNDING) -> No
             losses = losses_of(sharded, *data)
             norms = fastgrad.grad_sqnorm(losses, sharded, retain_graph=True)
             gram = fastgrad.grad_gram(losses, sharded, retain_graph=True)
+            rows = fastgrad.grad_project(losses, sharded, 32, retain_graph=True)
             squares = fastgrad.grad_square_sum(losses, sharded)
+        with fastgrad.record(whole):
+            close(rows, fastgrad.grad_project(losses_of(whole, *data), whole, 32), rounding)
         flat = torch.cat([g.flatten(1) for g in expected], 1).double()
         close(gram, flat @ flat.T, rounding)
         for found, square, own in zip(norms, squares, expected, strict=True):
@@ -64,9 +67,11 @@ def cast(rank: int) -> None:
     check(sharded, whole, rank, 1e3 * torch.finfo(torch.float32).eps)
 
 
-def clipped(rank: int, limits: Any = 0.5) -> None:
-    """FSDP averages over ranks what each has clipped; a plain step afterwards is as always."""
+def clipped(rank: int, limits: Any = 0.5, *, replicated: bool = False) -> None:
+    """FSDP, or ``DistributedDataParallel``, averages over ranks what each has clipped; a plain step is as always."""
     sharded, whole = pair(reshard_after_forward=True)
+    if replicated:
+        sharded = nn.parallel.DistributedDataParallel(pair()[1])
     bounds = limits if isinstance(limits, dict) else {"": limits}
     groups = [max((key for key in bounds if name.startswith(key)), key=len) for name, _ in whole.named_parameters()]
     for seed in range(2):
@@ -84,11 +89,12 @@ def clipped(rank: int, limits: Any = 0.5) -> None:
             if other == rank:
                 close(norms, torch.stack(list(each.values()), 1) if isinstance(limits, dict) else each[""])
         for p, e in zip(sharded.parameters(), expected, strict=True):
-            close(p.grad.full_tensor(), e)
+            close(p.grad if replicated else p.grad.full_tensor(), e)
         sharded.zero_grad()
         step(sharded, data)
         mean = torch.stack([gradients(whole, batch(other, seed))[0].sum(0) for other in range(2)]).mean(0)
-        close(next(sharded.parameters()).grad.full_tensor(), mean)
+        first = next(sharded.parameters()).grad
+        close(first if replicated else first.full_tensor(), mean)
 
 
 def noise(rank: int, *, replicated: bool = False) -> None:
@@ -206,6 +212,8 @@ CASES: dict[str, Callable[[int], None]] = {
     "cast": cast,
     "clipped": clipped,
     "clipped by groups": lambda rank: clipped(rank, {"": 0.5, "blocks.1": 0.1}),
+    "clipped and replicated": lambda rank: clipped(rank, replicated=True),
+    "clipped by groups and replicated": lambda rank: clipped(rank, {"": 0.5, "blocks.1": 0.1}, replicated=True),
     "noise": noise,
     "replicated": lambda rank: noise(rank, replicated=True),
     "gathers": gathers,

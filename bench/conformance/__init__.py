@@ -1,0 +1,1 @@
+"""Models of public packages, unmodified, under every tool for per-sample gradients: exact, wrong or refused."""
