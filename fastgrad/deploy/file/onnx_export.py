@@ -32,7 +32,7 @@ _MAX_PRODUCTS = 32
 
 
 def require() -> None:
-    """Raise RuntimeError if PyTorch is older than 2.9, MissingExtraError if a package that writes or runs is missing."""
+    """Raise what an ONNX file lacks: RuntimeError for PyTorch before 2.9, MissingExtraError for a missing package."""
     if not TRANSLATES:
         raise RuntimeError(f"ONNX files need PyTorch 2.9 or newer; it was {torch.__version__}; export to .pt2")
     with extra("onnx"):
