@@ -36,7 +36,7 @@ axes[1, 0].set_xlabel("class Q");""",
     "purview": """import matplotlib.pyplot as plt
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-shown = torch.cat([images[test][:4, 0], unseen[:4, 0]])
+shown = nn.functional.pad(torch.cat([images[test][:4, 0], unseen[:4, 0]]), (1, 1, 1, 1), value=0.5)
 left.imshow(torch.cat([torch.cat(list(half), 1) for half in shown.split(4)]), cmap="gray_r")
 left.set_title("above: digits, below: attacked digits")
 left.axis("off")
