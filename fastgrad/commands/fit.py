@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fastgrad
 from fastgrad import checks
+from fastgrad.deploy.file.export import check_target
 from fastgrad.deploy.file.images import ImageError, decode_pixels
 
 #: Mean and standard deviation of ImageNet's pixels, with which most published networks were trained.
@@ -74,6 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Fit, report and export; return the exit status."""
     checks.at_least(1, size=arguments.size, max_samples=arguments.max_samples)
     checks.is_seed(arguments.seed)
+    target = check_target(arguments.out)
     network = load_network(arguments.network)
     shape = (len(arguments.mean), arguments.size, arguments.size)
     pixels, classes, labels = read_folder(arguments.folder, shape, arguments.max_samples, arguments.seed)
@@ -87,5 +89,5 @@ def run(arguments: argparse.Namespace) -> int:
     two_stage.fit(images, classes, mean=arguments.mean, std=arguments.std)
     print(two_stage.report())
     print(f"threshold {two_stage.threshold(0.05):.2f}: about 5 % of clean inputs are flagged")
-    print(fastgrad.export(two_stage, images[:8], arguments.out, labels=labels))
+    print(fastgrad.export(two_stage, images[:8], target, labels=labels))
     return 0

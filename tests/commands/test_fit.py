@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from onnx_needed import WARNINGS, skip_without_onnx
 from PIL import Image
 
+import fastgrad
 from fastgrad.commands import cli
 from fastgrad.deploy.file.package import ModelPackage
 
@@ -63,3 +65,17 @@ def test_a_folder_of_other_classes_is_named(folder: Path, capsys: pytest.Capture
     (folder / "cow").mkdir()
     assert cli.main(["fit", "mine_to_fit:network", str(folder), "-o", "model.onnx", "--size", "16"]) == 2
     assert "one folder for each of the 2 classes; it holds 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["model.bin", "no/such/folder/model.onnx", "missing extra"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_fit(
+    out: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = {"model.bin": "path must end in", "missing extra": "pip install 'fastgrad[onnx]'"}.get(out, "existing")
+    if out == "missing extra":
+        skip_without_onnx()
+        monkeypatch.setitem(sys.modules, "onnxscript", None)
+        out = "model.onnx"
+    monkeypatch.setattr(fastgrad.TwoStageModel, "fit", lambda *a, **k: pytest.fail("fitted before the path was read"))
+    assert cli.main(["fit", "mine_to_fit:network", str(folder), "-o", out, "--size", "16"]) == 2
+    assert message in capsys.readouterr().err

@@ -40,8 +40,9 @@ def compare(
     for x in (example_input, three[:1], three[: package.description.max_batch], unknown):
         try:
             expected = answers(x)
-        except IndexError:
-            if x is unknown:
+        except (IndexError, ValueError) as error:
+            # A detector that was fitted on integers names the floats first, and the table's error as the cause.
+            if x is unknown and IndexError in (type(error), type(error.__cause__)):
                 continue
             raise
         given = package._outputs(x).items()

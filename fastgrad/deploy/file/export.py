@@ -108,8 +108,7 @@ def export(
             the module's graph depends on the batch size; the answers differ by more than ``tolerance``; or an operation
             has no ONNX form.
     """
-    checks.is_path(path=path)
-    target = Path(path)
+    target = check_target(path)
     onnx = target.suffix == ".onnx"
     checks.lies_in("(0, inf]", tolerance=tolerance)
     if false_alarm_rate is None:
@@ -169,8 +168,26 @@ def export(
     return target
 
 
+def check_target(path: str | os.PathLike[str]) -> Path:
+    """Return ``path``; raise what `export` raises of a path, and of what is not installed that its kind of file needs.
+
+    What takes minutes before it exports, such as a fit, asks first.
+    """
+    checks.is_path(path=path)
+    target = Path(path)
+    if target.suffix not in SUFFIXES:
+        raise ValueError(f"path must end in {' or '.join(SUFFIXES)}; it was {str(target)!r}")
+    if not target.parent.is_dir() or target.is_dir():
+        raise ValueError(f"path must be a file's in an existing folder, and no folder; it was {str(target)!r}")
+    if target.suffix == ".onnx":
+        onnx_export.require()
+    else:
+        _torch.require_cpp_compiler("export")
+    return target
+
+
 def _check_example(example_input: Tensor, path: Path) -> None:
-    """Refuse an example that is not a batch or does not fit this kind of file, and an unusable path."""
+    """Refuse an example that is not a batch or does not fit this kind of file."""
     if not isinstance(example_input, Tensor) or example_input.dtype not in checks.FLOAT_DTYPES:
         raise TypeError(
             "example_input must be one torch.Tensor of a floating dtype; it was "
@@ -184,10 +201,6 @@ def _check_example(example_input: Tensor, path: Path) -> None:
         raise ValueError(f"example_input must be on the CPU or a GPU for a .pt2; it was on {example_input.device}")
     if path.suffix == ".onnx" and example_input.dtype == torch.bfloat16:
         raise ValueError("example_input must have another dtype for an .onnx: ONNX Runtime computes none in bfloat16")
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"path must end in {' or '.join(SUFFIXES)}; it was {str(path)!r}")
-    if not path.parent.is_dir() or path.is_dir():
-        raise ValueError(f"path must be a file's in an existing folder, and no folder; it was {str(path)!r}")
 
 
 def _check_model(two_stage: nn.Module, example_input: Tensor, evidence: bool) -> list[Tensor]:

@@ -31,19 +31,26 @@ TRANSLATES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2
 _MAX_PRODUCTS = 32
 
 
+def require() -> None:
+    """Raise what an ONNX file lacks: RuntimeError for PyTorch before 2.9, MissingExtraError for a missing package."""
+    if not TRANSLATES:
+        raise RuntimeError(f"ONNX files need PyTorch 2.9 or newer; it was {torch.__version__}; export to .pt2")
+    with extra("onnx"):
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401 - torch.onnx writes with it
+    runtime()  # the file is run before it appears
+
+
 def convert(
     function: Callable[[Tensor], Any], example_input: Tensor, *, outputs: Iterable[str], max_batch: int = 1024
 ) -> Any:
     """Translate ``function``, as for `trace`, to an ``onnx.ModelProto``, checked by ``onnx.checker``.
 
-    RuntimeError if the graph depends on the batch size or is larger than 2 GB, an operation has no ONNX form, or
-    PyTorch is older than 2.9.
+    RuntimeError if the graph depends on the batch size or is larger than 2 GB, or an operation has no ONNX form; and
+    what `require` raises.
     """
-    if not TRANSLATES:
-        raise RuntimeError(f"ONNX files need PyTorch 2.9 or newer; it was {torch.__version__}; export to .pt2")
-    with extra("onnx"):
-        import onnx
-        import onnxscript  # noqa: F401 - torch.onnx writes with it
+    require()
+    import onnx
 
     known = ("aten.", "prims.", "<built-in")
     with without_warnings():
@@ -124,7 +131,6 @@ def write(
     answers: Callable[[Tensor], tuple[Tensor, ...]], example_input: Tensor, path: Path, description: Description
 ) -> None:
     """Write an ONNX file that computes ``answers``, with ``description`` inside."""
-    runtime()  # the file is run before it appears
     model = convert(answers, example_input, outputs=outputs_of(description), max_batch=description.max_batch)
     model.metadata_props.add(key=KEY, value=description_text(description))
     content = model.SerializeToString()

@@ -275,3 +275,22 @@ def test_other_networks(network: type[nn.Module], x: torch.Tensor, tmp_path: Pat
     package = ModelPackage(export(live, x[-3:], tmp_path / "m.onnx"))
     assert package.explain(x)[1] == {}
     check(package, live, x[:1], x[:2], x)
+
+
+class Ids(nn.Module):
+    """A classifier of token ids, which a file gives as floats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.last = nn.Embedding(20, 8), nn.Linear(8, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.last(self.table(ids.long()).mean(1))
+
+
+def test_a_detector_fitted_on_ids_takes_them_as_floats(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(0, 20, (60, 12))
+    live = TwoStageModel(Ids().eval(), blocks=["logits"]).fit(ids, challenges=None)
+    package = ModelPackage(export(live, ids[:4].float(), tmp_path / "m.onnx"))
+    torch.testing.assert_close(package(ids.float()).uncertainty, live(ids).uncertainty, rtol=1e-3, atol=1e-4)
