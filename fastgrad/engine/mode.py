@@ -102,16 +102,19 @@ class PerSample(TorchFunctionMode):
         self._known.update({id(t): weakref.ref(t) for t in values if isinstance(t, Tensor)})
 
     def require_known(self, values: Iterable[Any]) -> None:
-        """Raise Refused for the result of a function that Python does not see and that lost its gradient.
+        """Raise Refused for the result of a function that Python does not see, if a gradient is lost in it.
 
-        Compiled scripts do so under vmap.
+        Compiled scripts lose it under vmap, and no graph leads to a frozen parameter that such a function uses.
         """
         for t in values:
             if isinstance(t, Tensor):
                 ref = self._known.get(id(t))
                 if ref is not None and ref() is t:
                     continue
-                if self._call.is_batched(t) and t.is_floating_point() and not self._call.physical(t).requires_grad:
+                if not self._call.is_batched(t) or not t.is_floating_point():
+                    continue
+                parameters = self._call.parameters.values()
+                if not self._call.physical(t).requires_grad or not all(p.requires_grad for p in parameters):
                     raise Refused("it calls a function that Python does not see, such as a scripted one")
             elif type(t) in _SEQUENCES:
                 self.require_known(t)

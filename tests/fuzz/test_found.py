@@ -56,6 +56,7 @@ FOUND: dict[str, tuple[Program, list[str]]] = {
     "positions of one, beside a bare weight": found(Step("standardized weight"), Step("positions"), right("features")),
     "a frozen bias of attention": found(Step("bias of attention at one length"), "session.freeze()",
         right("record", T=2)),
+    "a frozen parameter of a script": found(Step("script at one length"), "session.freeze()", right("features", T=2)),
     "several gradients through a function of one's own": found(Step("function of one's own"), around("batch doubled",
         "PReLU"), right("record", batched=True)),
     "a branch on the size of the batch": found(around("branch on batch size", "linear"), refused("features", B=4),
