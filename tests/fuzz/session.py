@@ -180,7 +180,9 @@ class Session:
             return
         output, after, draws, rows = loop.truth(self.model, inputs, loop.losses_of, self.calls, trainable=True)
         norms = loop.squared(rows, len(rows[0]) if rows else 0).sum(1).sqrt()
-        limit = float(norms.median()) or 1.0 if B else 1.0
+        # What vanishes in exact arithmetic is rounding, and no bound holds below it.
+        least = 0.1 * min(1e9 * torch.finfo(loop.floats(output)[0].dtype).eps, 1e-2)
+        limit = max(float(norms.median()), least) if B else 1.0
 
         def call() -> Any:
             with fastgrad.clip_gradients(self.model, limit) as clipped:
