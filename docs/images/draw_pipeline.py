@@ -27,32 +27,31 @@ class Box(NamedTuple):
 BOXES = (
     Box(24, 8, 150, 84, "input x", ("image, text, …",), ours=False),
     Box(236, 8, 340, 84, "your network", ("one forward pass, unchanged",), ours=False),
-    Box(24, 136, 262, 108, "all contrasts", ("last layer's gradients,", "one for each label Q"), on_request=True),
-    Box(314, 136, 262, 108, "introspective classifier", ("predicts again,", "from the contrasts"), on_request=True),
-    Box(24, 276, 262, 108, "blocks", ("logits, activations,", "x itself; more on request")),
-    Box(314, 276, 262, 108, "correction", ("of the logits, from h,", "the last layer's input"), on_request=True),
-    Box(24, 416, 262, 108, "detector", ("p-values of the blocks,", "likeness to challenges")),
-    Box(314, 416, 262, 108, "probabilities", ("the network's, mixed", "with the corrected ones")),
-    Box(24, 556, 262, 76, "uncertainty", ("how unusual is x?",)),
-    Box(314, 556, 262, 76, "risk", ("probability of an error",)),
+    Box(24, 136, 262, 108, "blocks", ("logits, activations,", "x itself; more on request")),
+    Box(314, 136, 262, 108, "correction", ("of the logits, from h,", "the last layer's input"), on_request=True),
+    Box(24, 276, 262, 108, "detector", ("p-values of the blocks,", "likeness to challenges")),
+    Box(314, 276, 262, 108, "probabilities", ("the network's, mixed", "with the corrected ones")),
+    Box(24, 416, 262, 76, "uncertainty", ("how unusual is x?",)),
+    Box(314, 416, 262, 76, "risk", ("probability of an error",)),
+    Box(24, 548, 262, 84, "all contrasts", ("last layer, one for each label",), on_request=True),
+    Box(314, 548, 262, 84, "second answer", ("introspective, from contrasts",), on_request=True),
 )
 #: Middle, baseline and text of words beside the arrows.
-NOTES = ((354, 544, "evidence"), (445, 266, "dashed: on request"))
-#: Ways from box to box; the middle ones share their trunk below the network.
+NOTES = ((354, 404, "evidence"), (300, 528, "dashed: on request"))
+#: Ways from box to box; the outer ones share their trunk below the network.
 ARROWS = (
     "M174 50 H230",
-    "M406 92 V114 H155 V130",
-    "M406 92 V114 H10 V330 H18",
-    "M406 92 V114 H590 V330 H582",
-    "M406 92 V114 H590 V470 H582",
-    "M286 190 H308",
+    "M445 92 V114 H155 V130",
+    "M445 92 V130",
+    "M445 92 V114 H590 V330 H582",
+    "M445 92 V114 H10 V590 H18",
     "M155 244 V270",
+    "M445 244 V270",
     "M155 384 V410",
     "M445 384 V410",
-    "M286 470 H308",
-    "M155 524 V550",
-    "M445 524 V550",
-    "M286 494 H300 V594 H308",
+    "M286 330 H308",
+    "M286 354 H300 V454 H308",
+    "M286 590 H308",
 )
 
 
@@ -85,9 +84,9 @@ def draw() -> str:
         f'<path d="M0 0 L10 5 L0 10 z" fill="{INK}"/></marker>'
     )
     label = (
-        "From an input through the network to uncertainty and risk. Blocks, and contrasts on request, reach the "
-        "detector. Its evidence sets the share of the corrected probabilities, and raises the risk. The introspective "
-        "classifier H predicts again from the contrasts."
+        "From an input through the network to uncertainty and risk. The detector reads blocks; its evidence sets the "
+        "share of the corrected probabilities, and raises the risk. On request, the introspective classifier answers "
+        "a second time, from the contrasts of all labels."
     )
     return "\n".join(
         [
