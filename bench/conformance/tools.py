@@ -104,8 +104,11 @@ def backpack(task: Task) -> Calls:
             vars(p).pop(name, None)
         with backpack(extension):
             task.losses(model).sum().backward()
-        # A parameter without the quantity raises BackPACK's usual AttributeError, unless it has no gradient.
-        return {key: getattr(p, name) for key, p in parameters.items() if p.grad is not None}
+        # Layers without the extension give their parameters nothing; no parameter at all is a refusal.
+        found = {key: getattr(p, name) for key, p in parameters.items() if hasattr(p, name)}
+        if not found:
+            raise AttributeError(f"no parameter has the attribute {name!r}")
+        return found
 
     def norms() -> Norms:
         return quantity(extensions.BatchL2Grad(), "batch_l2")
