@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fastgrad._torch import original, without_modes
 from fastgrad.layers.call import Call, Refused
@@ -21,32 +23,45 @@ Way = Callable[[nn.Module, Callable[..., Any], Any, Any], Any]
 class Redirect:
     """A callable in the place of an attribute of a module that is called, such as ``forward``.
 
-    It goes through ``ways``, the latest first, each of which is counted.
+    It goes through ``ways``, the latest first, each of which is counted. A module has one for as long as it lives,
+    because torch.compile compiles anew what calls another one. Out of its place, it does not keep the module alive.
     """
 
     def __init__(self, module: nn.Module, name: str) -> None:
-        self._own = module.__dict__.get(name)
-        self._forward = getattr(module, name)
-        self._module, self._name = module, name
+        self._living, self._name = weakref.ref(module), name
+        self._module: nn.Module | None = None
+        self._own: Any = None
+        self._forward: Callable[..., Any] | None = None
         self.ways: dict[Way, int] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call what the ways make of the module's own."""
-        forward = self._forward
+        module, forward = self._module, self._forward
+        if module is None or forward is None:  # another thread has put it back since it was looked up
+            return getattr(self._living(), self._name)(*args, **kwargs)
         for way in tuple(self.ways):
-            forward = functools.partial(_through, way, self._module, forward)
+            forward = functools.partial(_through, way, module, forward)
         return forward(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Give copies and pickles of the module its own attribute, because nothing would restore it there."""
-        return (getattr, (self._module, self._name)) if self._own is None else (functools.partial, (self._own,))
+        return (getattr, (self._living(), self._name)) if self._own is None else (functools.partial, (self._own,))
+
+    def put(self, module: nn.Module) -> None:
+        """Take the place of the attribute."""
+        self._own, self._forward = module.__dict__.get(self._name), getattr(module, self._name)
+        self._module = module
+        module.__dict__[self._name] = self
 
     def put_back(self) -> None:
         """Restore the module's own attribute."""
+        module = self._module
+        assert module is not None
         if self._own is None:
-            self._module.__dict__.pop(self._name, None)
+            module.__dict__.pop(self._name, None)
         else:
-            self._module.__dict__[self._name] = self._own
+            module.__dict__[self._name] = self._own
+        self._module = self._own = self._forward = None
 
 
 def _through(way: Way, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -55,6 +70,8 @@ def _through(way: Way, module: nn.Module, forward: Callable[..., Any], *args: An
 
 # By the id of a module and the attribute, for all threads.
 _redirects: dict[tuple[int, str], Redirect] = {}
+# By the module and the attribute, whether in place or not.
+_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -64,8 +81,8 @@ def redirect(modules: Iterable[nn.Module], way: Way, name: str = "forward") -> N
         for module in modules:
             key = id(module), name
             if key not in _redirects:
-                _redirects[key] = Redirect(module, name)
-                module.__dict__[name] = _redirects[key]
+                _redirects[key] = _kept.setdefault(module, {}).setdefault(name, Redirect(module, name))
+                _redirects[key].put(module)
             ways = _redirects[key].ways
             ways[way] = ways.get(way, 0) + 1
 
