@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fastgrad._torch import original, without_modes
 from fastgrad.layers.call import Call, Refused
@@ -28,7 +27,9 @@ class Redirect:
     """
 
     def __init__(self, module: nn.Module, name: str) -> None:
-        self._living, self._name = weakref.ref(module), name
+        # At the interpreter's end, the names of this file may be gone before the module is.
+        key, forget = (id(module), name), _redirects.pop
+        self.living, self._name = weakref.ref(module, lambda _: forget(key, None)), name
         self._module: nn.Module | None = None
         self._own: Any = None
         self._forward: Callable[..., Any] | None = None
@@ -38,14 +39,14 @@ class Redirect:
         """Call what the ways make of the module's own."""
         module, forward = self._module, self._forward
         if module is None or forward is None:  # another thread has put it back since it was looked up
-            return getattr(self._living(), self._name)(*args, **kwargs)
+            return getattr(self.living(), self._name)(*args, **kwargs)
         for way in tuple(self.ways):
             forward = functools.partial(_through, way, module, forward)
         return forward(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Give copies and pickles of the module its own attribute, because nothing would restore it there."""
-        return (getattr, (self._living(), self._name)) if self._own is None else (functools.partial, (self._own,))
+        return (getattr, (self.living(), self._name)) if self._own is None else (functools.partial, (self._own,))
 
     def put(self, module: nn.Module) -> None:
         """Take the place of the attribute."""
@@ -68,10 +69,8 @@ def _through(way: Way, module: nn.Module, forward: Callable[..., Any], *args: An
     return way(module, forward, args, kwargs)
 
 
-# By the id of a module and the attribute, for all threads.
+# By the id of a module and the attribute, for all threads, whether in place or not.
 _redirects: dict[tuple[int, str], Redirect] = {}
-# By the module and the attribute, whether in place or not.
-_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -80,11 +79,12 @@ def redirect(modules: Iterable[nn.Module], way: Way, name: str = "forward") -> N
     with _lock:
         for module in modules:
             key = id(module), name
-            if key not in _redirects:
-                _redirects[key] = _kept.setdefault(module, {}).setdefault(name, Redirect(module, name))
-                _redirects[key].put(module)
-            ways = _redirects[key].ways
-            ways[way] = ways.get(way, 0) + 1
+            found = _redirects.get(key)
+            if found is None or found.living() is not module:
+                found = _redirects[key] = Redirect(module, name)
+            if not found.ways:
+                found.put(module)
+            found.ways[way] = found.ways.get(way, 0) + 1
 
 
 def put_back(modules: Iterable[nn.Module], way: Way, name: str = "forward") -> None:
@@ -96,7 +96,7 @@ def put_back(modules: Iterable[nn.Module], way: Way, name: str = "forward") -> N
             if not found.ways[way]:
                 del found.ways[way]
             if not found.ways:
-                _redirects.pop((id(module), name)).put_back()
+                found.put_back()
 
 
 class _Now(threading.local):
