@@ -118,15 +118,20 @@ def save(
 
 
 def joined(old: Mapping[str, Any], new: Mapping[str, Any], part: Sequence[str]) -> dict[str, Any]:
-    """Return a document with the new rows in place of those of the same networks and methods."""
+    """Return a document with the new rows in place of those of the same networks and methods.
+
+    The old rows of a network stay if it could not be made this time.
+    """
     if old.get("quick") != new.get("quick"):
         raise ValueError(f"rows of one file must have one size; quick was {old.get('quick')} and {new.get('quick')}")
-    made = {(row.get("network"), row.get("method")) for row in new["rows"]}
+    known = {row.get("network") for row in old["rows"]}
+    rows = [row for row in new["rows"] if "not run" not in row or "method" in row or row.get("network") not in known]
+    made = {(row.get("network"), row.get("method")) for row in rows}
     kept = [row for row in old["rows"] if (row.get("network"), row.get("method")) not in made]
     machines = dict.fromkeys([*old["machine"].split("; "), new["machine"]])
     return {
         **old, **new, "machine": "; ".join(machines), "seconds": old.get("seconds", new.get("seconds")),
-        "revision": f"{old['revision']}, {', '.join(part)} {new['revision']}", "rows": kept + list(new["rows"]),
+        "revision": f"{old['revision']}, {', '.join(part)} {new['revision']}", "rows": kept + rows,
     }  # fmt: skip
 
 

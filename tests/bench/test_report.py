@@ -283,6 +283,8 @@ def test_a_part_of_a_table_leaves_the_other_rows(tmp_path: pathlib.Path) -> None
     found = pages.joined(old, new, ["KNN"])
     assert found["rows"] == [*old["rows"][1:], *new["rows"]]
     assert (found["machine"], found["revision"], found["seconds"]) == ("A; B", "1, KNN 2", 9)
+    absent = [{"network": name, "draw": 0, "not run": "no weights"} for name in ("a", "c")]
+    assert pages.joined(old, new | {"rows": absent}, ["a", "c"])["rows"] == [*old["rows"], absent[1]]
     with pytest.raises(ValueError, match="must have one size"):
         pages.joined(old, new | {"quick": False}, ["KNN"])
 
