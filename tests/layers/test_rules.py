@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same'"),
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
 ]
-few = settings(max_examples=12, deadline=None, derandomize=True)
+few = settings(max_examples=12, deadline=None)
 DTYPES = st.sampled_from([torch.float32, torch.float64])
 
 
@@ -39,7 +39,7 @@ def test_linear(dtype: torch.dtype, samples: int, positions: tuple[int, ...], bi
     check_module(layer, torch.randn(samples, *positions, 7, dtype=dtype), seed=seed)
 
 
-@settings(max_examples=24, deadline=None, derandomize=True)
+@settings(max_examples=24, deadline=None)
 @given(st.data())
 def test_convolution(data: st.DataObject) -> None:
     rank, transposed = data.draw(st.integers(1, 3)), data.draw(st.booleans())
