@@ -40,6 +40,7 @@ class Redirect:
         module, forward = self._module, self._forward
         if module is None or forward is None:  # another thread has put it back since it was looked up
             return getattr(self.living(), self._name)(*args, **kwargs)
+        forward = functools.partial(forward, module)
         for way in tuple(self.ways):
             forward = functools.partial(_through, way, module, forward)
         return forward(*args, **kwargs)
@@ -50,8 +51,10 @@ class Redirect:
 
     def put(self, module: nn.Module) -> None:
         """Take the place of the attribute."""
-        self._own, self._forward = module.__dict__.get(self._name), getattr(module, self._name)
-        self._module = module
+        self._own, forward = module.__dict__.get(self._name), getattr(module, self._name)
+        # PyTorch 2.8 compiles anew for another bound method, so its function is kept.
+        bound = getattr(forward, "__self__", None) is module
+        self._module, self._forward = module, forward.__func__ if bound else functools.partial(_without, forward)
         module.__dict__[self._name] = self
 
     def put_back(self) -> None:
@@ -63,6 +66,10 @@ class Redirect:
         else:
             module.__dict__[self._name] = self._own
         self._module = self._own = self._forward = None
+
+
+def _without(forward: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return forward(*args, **kwargs)
 
 
 def _through(way: Way, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
