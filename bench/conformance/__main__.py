@@ -131,7 +131,7 @@ if __name__ == "__main__":
         packages=(
             "torch", "timm", "torchvision", "transformers", "opacus", "backpack-for-pytorch", "dattri-llm", "bergson"
         ),
-        facts={"batch": BATCH, "limit_s": SECONDS, "allowed": allowed(torch.float64)},
+        keys=("model", "tool"), facts={"batch": BATCH, "limit_s": SECONDS, "allowed": allowed(torch.float64)},
         only={"default": "", "metavar": "TEXT", "help": "models whose names contain it"},
         limit={"type": float, "default": float("inf"), "help": "seconds after which no further model begins"},
     )  # fmt: skip
