@@ -3,7 +3,7 @@
     python -m bench.conformance                 # the peers must be installed
     python -m bench.conformance --only gpt2     # models whose name contains it
 
-Each cell, a model under a tool, is a process of its own with limits of time and memory, so that a crash costs one cell.
+Each cell, a model under a tool, is a process of its own with limits of processor time and memory, so that a crash costs one cell.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import resource
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -89,6 +90,7 @@ def _timed(call: Callable[[], Any]) -> float:
 
 def _child(pipe: Connection, name: str, tool: str) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     warnings.simplefilter("ignore")
     try:
         pipe.send(cell(name, tool))
@@ -104,13 +106,12 @@ def alone(name: str, tool: str) -> dict[str, Any]:
     process = context.Process(target=_child, args=(theirs, name, tool))
     process.start()
     theirs.close()
-    found: dict[str, Any] = {"verdict": "refused", "note": f"no result within {SECONDS} s"}
-    if ours.poll(SECONDS):
-        try:
-            found = ours.recv()
-        except EOFError:
-            found = {"verdict": "refused", "note": "the process died"}
-    process.kill()
+    try:
+        found: dict[str, Any] = ours.recv()
+    except EOFError:
+        process.join()
+        late = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
+        found = {"verdict": "refused", "note": f"no result within {SECONDS} s" if late else "the process died"}
     process.join()
     return {"model": name, "tool": tool, **found}
 
