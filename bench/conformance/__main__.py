@@ -3,7 +3,8 @@
     python -m bench.conformance                 # the peers must be installed
     python -m bench.conformance --only gpt2     # models whose name contains it
 
-Each cell, a model under a tool, is a process of its own with limits of processor time and memory, so that a crash costs one cell.
+Each cell, a model under a tool, is a process of its own with limits of processor time and memory, so that a crash costs
+one cell.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from bench.conformance.tools import TOOLS
 from bench.report import pages
 
 BATCH, SECONDS, BYTES, REPEATS = 4, 30, 14 << 30, 3
+#: Seconds after which a process that waits for something is ended.
+WAITED = 20 * SECONDS
 PACKAGES = (
     "timm", "torchvision", "transformers", "opacus.grad_sample", "backpack", "dattri_llm",
     "bergson.collector.gradient_collectors",
@@ -90,7 +93,7 @@ def _timed(call: Callable[[], Any]) -> float:
 
 def _child(pipe: Connection, name: str, tool: str) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
     warnings.simplefilter("ignore")
     try:
         pipe.send(cell(name, tool))
@@ -106,11 +109,14 @@ def alone(name: str, tool: str) -> dict[str, Any]:
     process = context.Process(target=_child, args=(theirs, name, tool))
     process.start()
     theirs.close()
+    waited = ours.poll(WAITED)
+    if not waited:
+        process.kill()
     try:
         found: dict[str, Any] = ours.recv()
     except EOFError:
         process.join()
-        late = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
+        late = not waited or process.exitcode == -signal.SIGXCPU
         found = {"verdict": "refused", "note": f"no result within {SECONDS} s" if late else "the process died"}
     process.join()
     return {"model": name, "tool": tool, **found}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import pytest
@@ -75,8 +76,13 @@ def hangs(one: task.Task) -> tools.Calls:
         pass
 
 
+def waits(one: task.Task) -> tools.Calls:
+    time.sleep(60)
+    raise AssertionError
+
+
 TOOLS: dict[str, Any] = {
-    "ours": tools.ours, "part": partial_tool, "single": single, "refuses": refuses, "hangs": hangs,
+    "ours": tools.ours, "part": partial_tool, "single": single, "refuses": refuses, "hangs": hangs, "waits": waits,
     "dies": lambda one: os._exit(1),
     **{which: scaled(which, 1 + 1e-6) for which in ("norms", "products", "projections")},
 }  # fmt: skip
@@ -112,10 +118,11 @@ def test_verdicts(tool: str, verdict: str, dtype: str) -> None:
 @pytest.mark.parametrize(
     ("tool", "note"),
     [("refuses", "NotImplementedError: no rule for this layer"), ("dies", "the process died"),
-     ("hangs", "no result within 1 s")],
+     ("hangs", "no result within 1 s"), ("waits", "no result within 1 s")],
 )  # fmt: skip
 def test_what_raises_dies_or_hangs_costs_its_cell_alone(tool: str, note: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "SECONDS", 1)
+    monkeypatch.setattr(command, "WAITED", 1 if tool == "waits" else 60)
     assert command.alone(NAME, tool) == {"model": NAME, "tool": tool, "verdict": "refused", "note": note}
 
 
