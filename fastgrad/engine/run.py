@@ -158,7 +158,9 @@ class _Run:
         vars(shared).update(vars(hints))
         recorded.inputs = behind.entries
         recorded.custom_backward = hooked or "hook" in hints.alone_reason or graph.custom_function(behind.kinds)
-        recorded.batched_backward = not self.sharded and graph.batched_backward(behind.kinds)
+        recorded.batched_backward = not (
+            self.sharded or any(isinstance(p.part, Call) and p.part.checkpoints for p in parts)
+        ) and graph.batched_backward(behind.kinds)
         for tensor, rows in loose:
             _replace(tensor, rows)
         if self.undo:
@@ -180,10 +182,10 @@ class _Run:
         ]
 
         def restore() -> None:
-            self.snapshot.restore()
             with torch.no_grad():
                 for buffer, value in kept:
                     buffer.copy_(value)
+            self.snapshot.restore()
 
         return restore
 

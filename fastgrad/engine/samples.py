@@ -15,8 +15,9 @@ from fastgrad.batches import same_class
 from fastgrad.engine import ordinary, sharded
 from fastgrad.engine.inputs import Inputs
 from fastgrad.engine.mode import PerSample, Split
-from fastgrad.engine.modules import replaced
+from fastgrad.engine.modules import replaced, uncompiled
 from fastgrad.engine.outputs import Stacked, Tree, flatten, require_rows
+from fastgrad.engine.recompute import Inside
 from fastgrad.engine.recorded import Alone, Hints
 from fastgrad.engine.turns import reading, replacing
 from fastgrad.engine.writes import Attribute, Entry, Snapshot, States, mapped
@@ -111,12 +112,25 @@ class Samples:
             f"{type(error).__name__}: {error}"
         )
 
+    def _inside(self) -> Inside:
+        """Return what makes the context in which a checkpoint of the model computes again."""
+        model, modules = self.model, [module for _, module in self.modules]
+
+        @contextlib.contextmanager
+        def inside(call: Call) -> Iterator[None]:
+            with uncompiled(modules), replaced(model, call), PerSample(call, None, {}, inside):
+                yield
+
+        return inside
+
     def _together(self, new_tensors: bool, index: Tensor | None) -> Part:
         leaves = self.inputs.rows(index)
         unique = self.inputs.carriers(leaves)
         samples = self.inputs.samples if index is None else len(index)
         call = Call(self.parameters, samples, new_tensors)
-        mode = PerSample(call, self.snapshot, self.states.doubtful, counts=self._counts)
+        # A checkpoint would compute again without the hooks of shards, and with the batch's states.
+        inside = None if self._sharded or self.states.found else self._inside()
+        mode = PerSample(call, self.snapshot, self.states.doubtful, inside, counts=self._counts)
         made: list[Tree] = []
 
         def state(rows: Tensor) -> Any:
@@ -146,8 +160,9 @@ class Samples:
             if error is not call.rule_failure:
                 raise
             raise RuleError(f"a layer rule raised {type(error).__name__}: {error}") from error
+        kept = mode.kept()
         if index is None:
-            return Part(None, call, made[0], mode.kept())
+            return Part(None, call, made[0], kept)
 
         def stacked(entry: Entry, value: Any) -> Any:
             if any(map(call.is_batched, pytree.tree_leaves(value))) and not isinstance(value, Tensor):
