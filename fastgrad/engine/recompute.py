@@ -94,10 +94,15 @@ def kept_elsewhere(tensors: list[Tensor], checkpoints: Iterable[weakref.ref[Any]
     """Whether something else than the graph and checkpoints keeps one of these tensors."""
     frames = [frame for ref in checkpoints if (frame := ref()) is not None]
     own = _references([frame.recompute_fn.function for frame in frames])
-    control = Tensor()
-    counts = [sys.getrefcount(t) for t in (*tensors, control)]
-    # A tensor is in the list, the control has a name; each is in the tuple as well.
-    return any(count - own[id(t)] - is_saved(t) > counts[-1] for t, count in zip(tensors, counts, strict=False))
+    free, saved = Tensor(), torch.zeros((), requires_grad=True)
+    with torch.enable_grad():
+        graph = saved * saved
+    # A tensor is in the list, these have a name; each is in the tuple as well.
+    *counts, none, by_graph = (sys.getrefcount(t) for t in (*tensors, free, saved))
+    del graph
+    return any(
+        count - own[id(t)] > (by_graph if is_saved(t) else none) for t, count in zip(tensors, counts, strict=True)
+    )
 
 
 def _references(functions: list[Any]) -> Counter[int]:

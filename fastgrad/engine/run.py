@@ -19,7 +19,17 @@ from fastgrad._torch import has_global_hooks, hooks_of, saved_tensor_hooks, savi
 from fastgrad.engine import compare, graph, ordinary
 from fastgrad.engine.inputs import BatchDims, Inputs
 from fastgrad.engine.modules import uncompiled
-from fastgrad.engine.outputs import Place, Stacked, find_place, flatten, join, joined, likely_place, output_name
+from fastgrad.engine.outputs import (
+    Place,
+    Stacked,
+    find_place,
+    flatten,
+    join,
+    joined,
+    likely_join,
+    likely_place,
+    output_name,
+)
 from fastgrad.engine.recorded import Hints, Recorded, hints_of
 from fastgrad.engine.refusals import refuse_mixing
 from fastgrad.engine.samples import Part, Samples
@@ -375,7 +385,7 @@ class _Run:
                 continue
             part = recorded.parts[0][1]
             assert isinstance(part, Call)
-            whole = join(physical := part.physical(tensor), likely_place(physical.shape[1:]))
+            whole = likely_join(part.physical(tensor))
             found.append((tensor, graph.mark_returned(recorded, whole) if whole.requires_grad else whole))
         return found
 

@@ -16,11 +16,11 @@ from fastgrad.engine import ordinary, sharded
 from fastgrad.engine.inputs import Inputs
 from fastgrad.engine.mode import PerSample, Split
 from fastgrad.engine.modules import replaced, uncompiled
-from fastgrad.engine.outputs import Stacked, Tree, flatten, require_rows
+from fastgrad.engine.outputs import Stacked, Tree, flatten, likely_join, require_rows
 from fastgrad.engine.recompute import Inside
 from fastgrad.engine.recorded import Alone, Hints
 from fastgrad.engine.turns import reading, replacing
-from fastgrad.engine.writes import Attribute, Entry, Snapshot, States, mapped
+from fastgrad.engine.writes import Attribute, Entry, Snapshot, States, entries, mapped
 from fastgrad.layers.call import CHECKPOINT, Call, NotPerSampleError, Refused, RuleError
 from fastgrad.memory import lacks_memory
 
@@ -114,12 +114,22 @@ class Samples:
 
     def _inside(self) -> Inside:
         """Return what makes the context in which a checkpoint of the model computes again."""
-        model, modules = self.model, [module for _, module in self.modules]
+        model, modules, objects = self.model, self.modules, self.inputs.objects
+
+        def rows(call: Call, value: Any) -> Any:
+            return likely_join(call.physical(value)) if call.is_batched(value) else value
 
         @contextlib.contextmanager
         def inside(call: Call) -> Iterator[None]:
-            with uncompiled(modules), replaced(model, call), PerSample(call, None, {}, inside):
-                yield
+            before = Snapshot(modules, objects, ())
+            again = PerSample(call, None, {}, inside)
+            try:
+                with uncompiled(module for _, module in modules), replaced(model, call), again:
+                    yield
+            finally:
+                for place, value in before.changes().items():
+                    if any(call.is_batched(t) for _, t in entries(place, value, Tensor)):
+                        before.write(place, mapped(place, value, lambda _, v: rows(call, v)))
 
         return inside
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -211,6 +212,35 @@ def test_samples_run_alone_where_something_keeps_them(way: str) -> None:
     assert_exact(recorded(model, lambda: model(X).square().sum()), truth)
     assert model.first.counts[0] >= B
     assert all(t.isfinite().all() for t in seen[-B:])  # the first try, which is given up, left one before
+
+
+@pytest.mark.parametrize("container", [False, True])
+def test_an_attribute_that_only_the_backward_pass_leaves_holds_rows(container: bool) -> None:
+    """As with an ordinary step, whose checkpoint leaves there what it computed again."""
+
+    def passing(net: Any, x: Tensor) -> Tensor:
+        def part(h: Tensor) -> Tensor:
+            if container:
+                net.seen.append(net.second(h))
+                return net.seen[-1].sin()
+            net.seen = net.second(h)
+            return net.seen.sin()
+
+        out = net.head(checkpoint(part, net.first(x)))
+        if container:
+            net.seen.clear()
+        else:
+            net.seen = None
+        return out
+
+    found = []
+    for context in (fastgrad.record, contextlib.nullcontext):
+        model = net(passing)
+        model.seen = []
+        with context(model):
+            model(X).square().sum().backward()
+        found.append(model.seen[-1] if container else model.seen)
+    torch.testing.assert_close(*found)
 
 
 def test_an_argument_that_is_written_to_later() -> None:
