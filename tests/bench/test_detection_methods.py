@@ -13,8 +13,8 @@ from torch import Tensor, nn
 pytest.importorskip("pytorch_ood")
 
 from bench.detection import methods_images, methods_labelled, methods_ours, methods_outputs
+from bench.detection.experiment import NotRun
 from bench.detection.registry import METHODS, Protocol
-from bench.detection.subject import NotRun
 
 B, N, D = 12, 5, 7
 
@@ -29,8 +29,8 @@ def fit() -> SimpleNamespace:
     layer = nn.Linear(D, N).requires_grad_(False)
     h = torch.rand(60, D)
     clean = _seen(h, layer, spread=torch.rand(60, D), stages=[torch.rand(60, 4), torch.rand(60, 3), h])
-    subject = SimpleNamespace(few=False, draw=0)
-    return SimpleNamespace(clean=clean, layer=layer, labels=torch.arange(60) % N, subject=subject)
+    experiment = SimpleNamespace(few=False, draw=0)
+    return SimpleNamespace(clean=clean, layer=layer, labels=torch.arange(60) % N, experiment=experiment)
 
 
 def test_grad_trust_is_what_its_authors_compute_and_the_feature_factor_cancels() -> None:

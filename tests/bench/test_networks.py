@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.detection.experiment import NotRun
 from bench.detection.networks import KINDS, PUBLISHED, RANGES
 from bench.detection.recipes import CHANGES
-from bench.detection.subject import NotRun
 from bench.detection.train import accuracy, fit, fit_layer, whiten
 
 

@@ -165,7 +165,7 @@ def test_one_forward_pass_serves_every_block() -> None:
     Extraction(net, [block() for block in BLOCKS.values()])(x)  # watched and planned
     net.stem.register_forward_hook(lambda *_: calls.append(1))
     extraction = Extraction(net, [Activations(), BLOCKS["image"](), Contrasts()])
-    extraction.subject((x,), {})
+    extraction(x)
     calls.clear()
     extraction(x)
     assert len(calls) == 1

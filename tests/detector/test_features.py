@@ -63,7 +63,7 @@ def test_kinds_have_numbers_in_alphabetical_order_and_sources_from_0() -> None:
         held_out=torch.tensor([False, True, False, False, False]),
     )  # fmt: skip
     assert features.codes.tolist() == [2, 0, 1, 0, 2]
-    first, second, *others = features.groups.tolist()
+    first, second, *others = features.source_numbers.tolist()
     assert first == second
     assert len({first, *others}) == 4
     assert features.at(features.challenging).kinds == ["noise", "blur", "noise"]

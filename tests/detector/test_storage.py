@@ -66,8 +66,8 @@ FILES = {
     "other places": (lambda data: resigned(data, b'"data_offsets":[0,', b'"data_offsets":[1,'), FOREIGN),
     "a part renamed": (lambda data: resigned(data, b"detector.final.", b"detector.other."), FOREIGN),
     "a later format": (
-        lambda data: resigned(data, rb"\"format\": 2", rb"\"format\": 3"),
-        "has format 3; this version of fastgrad reads format 2",
+        lambda data: resigned(data, rb"\"format\": 3", rb"\"format\": 4"),
+        "has format 4; this version of fastgrad reads format 3",
     ),
 }
 
@@ -156,7 +156,7 @@ class Brightness(Block):
 
 def test_block_of_the_users(tmp_path):
     two_stage = TwoStageModel(small_network(), blocks=["logits", Brightness()]).fit(loader(120))
-    assert two_stage.detector_.sources == ["logits", "brightness", "challenges"]
+    assert two_stage.detector_.evidence_names == ["logits", "brightness", "challenges"]
     x = images(20, 9)
     usual, bright = (two_stage.explain(inputs).evidence["brightness"].mean() for inputs in (x, x + 1))
     assert bright > 4 * usual
