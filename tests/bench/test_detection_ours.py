@@ -51,7 +51,7 @@ def test_a_fit_on_kept_blocks_is_the_users(experiment: Experiment) -> None:
     assert torch.equal(answer(again, seen).uncertainty, found.uncertainty)
 
 
-def test_challenges_and_their_blocks_are_those_of_a_users_fit(experiment: Experiment) -> None:
+def test_challenges_are_those_of_a_fit(experiment: Experiment) -> None:
     fit = Fit(experiment)
     blocks = [MADE[name]() for name in DEFAULT_BLOCKS]
     kept = read_for(fit, blocks, "generate").only(DEFAULT_BLOCKS)
@@ -103,7 +103,7 @@ def test_the_control_of_texts_has_their_challenges(tmp_path: Path) -> None:
     assert score(challenges).mean() > score(experiment.seen("clean", "fit")).mean()
 
 
-def test_the_control_learns_from_images_that_its_scores_were_not_fitted_on(tmp_path: Path) -> None:
+def test_control_learns_from_other_images(tmp_path: Path) -> None:
     ids = 1 + torch.arange(60)[:, None].expand(60, 4) % 49
     experiment = of_texts(tmp_path, ids)
     second = methods_ours._Second(experiment)

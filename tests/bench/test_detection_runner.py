@@ -94,7 +94,7 @@ def test_figures_are_those_of_the_scores(options: Options) -> None:
     assert rows["brightness", "mean of sets"]["interval"] == [0, 0]
 
 
-def test_an_attack_has_gradients_also_where_a_score_wants_none(options: Options) -> None:
+def test_attack_has_gradients(options: Options) -> None:
     @registry.case("steeper", "attacks", (SMALL,))
     def steeper(experiment: Experiment, part: str, count: int) -> Shown:
         images = experiment.parts[part][0][:count].clone().requires_grad_(True)
@@ -126,14 +126,14 @@ def test_the_worst_attack_of_every_image_counts(options: Options) -> None:
         (ZeroDivisionError("by zero"), "ZeroDivisionError: by zero"),
     ],
 )
-def test_what_cannot_run_says_why_and_is_in_no_mean(options: Options, problem: Exception, words: str) -> None:
+def test_what_cannot_run_is_in_no_mean(options: Options, problem: Exception, words: str) -> None:
     _absent(problem)
     rows = _rows(options)
     assert {rows["absent", case]["not run"] for case in ("brighter 1", "darker", "mean of attacks")} == {words}
     assert not any("auroc" in row for (method, _), row in rows.items() if method == "absent")
 
 
-def test_a_case_that_lacks_its_data_leaves_no_smaller_mean(options: Options) -> None:
+def test_case_without_data_has_no_mean(options: Options) -> None:
     @registry.case("lost", "sets", (SMALL,))
     def lost(experiment: Experiment, part: str, count: int) -> Shown:
         raise FileNotFoundError("DIR must hold lost.npz")
@@ -165,7 +165,7 @@ def test_labelled_methods_have_one_fit_for_each_case(options: Options) -> None:
     assert rows["mean of attacks"]["auroc"] == 1
 
 
-def test_what_a_block_adds_is_a_difference_on_the_same_resamples(options: Options) -> None:
+def test_gain_of_a_block_is_resampled(options: Options) -> None:
     _method("brightness + nothing", _brightness)
     _method("brightness + all", lambda seen: (_brightness(seen) - 0.5).abs())
     rows = _rows(options)
@@ -176,7 +176,7 @@ def test_what_a_block_adds_is_a_difference_on_the_same_resamples(options: Option
     assert ("brightness", "gain in sets") not in rows
 
 
-def test_a_page_names_the_strongest_rival_and_what_was_not_run(options: Options, tmp_path: Path) -> None:
+def test_page_names_strongest_rival(options: Options, tmp_path: Path) -> None:
     _absent(NotRun("needs maps"))
     _method("fastgrad, clean only", lambda seen: -_brightness(seen))
     facts = {

@@ -65,7 +65,7 @@ def test_whitening_filters_see_uncorrelated_patches_and_their_negatives() -> Non
     assert torch.equal(convolution.weight[54:], rest)
 
 
-def test_images_grow_in_equal_shares_of_the_passes_and_are_changed() -> None:
+def test_images_grow_in_equal_shares() -> None:
     seen: list[tuple[int, float]] = []
 
     class Network(nn.Module):

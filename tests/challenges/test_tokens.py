@@ -51,7 +51,7 @@ def words(row: Tensor) -> list[int]:
 
 
 @pytest.mark.parametrize("form", ["after", "before", "after alone", "before alone"])
-def test_a_share_of_the_tokens_is_left_out_moved_or_replaced(form: str) -> None:
+def test_share_of_altered_tokens(form: str) -> None:
     clean = batches(form)
     rows = [row for x in clean for row in ids(x)]
     known = set(torch.cat(list(rows)).tolist())
@@ -107,7 +107,7 @@ def test_a_seed_gives_the_same_challenges() -> None:
     assert not torch.equal(first, other)
 
 
-def test_inputs_of_one_length_stay_as_long_as_they_are() -> None:
+def test_inputs_of_one_length_keep_it() -> None:
     """Where nothing is padding, the network may take no other length."""
     generator = torch.Generator().manual_seed(0)
     x = torch.stack([torch.randperm(40, generator=generator)[:7] for _ in range(40)])

@@ -138,11 +138,11 @@ def check_default(found: np.ndarray, count: int) -> None:
 
 
 @pytest.mark.parametrize(("count", "fits"), [(50, 20), (160, 12)])
-def test_the_flagged_share_of_folds_is_at_most_what_it_says(count: int, fits: int) -> None:
+def test_flagged_share_of_folds(count: int, fits: int) -> None:
     check_folds(shares(count, fits, folds=5), count)
 
 
-def test_the_flagged_share_of_a_split_is_what_it_says() -> None:
+def test_flagged_share_of_a_split() -> None:
     check_exact(shares(160, 25, calibration_fraction=0.4, folds=2), 64)
 
 
@@ -181,7 +181,7 @@ def test_a_thousand_samples_hold_a_part_out() -> None:
 
 
 @pytest.mark.parametrize("each", [4, 20])
-def test_of_a_source_that_is_held_out_one_sample_calibrates(each: int) -> None:
+def test_one_sample_of_a_source_calibrates(each: int) -> None:
     """One sample in five would leave almost no source to fit on, and samples of one source repeat what it says."""
     sources = np.random.default_rng(0).permutation(np.arange(1000) // each)
     own = sources[held_out_of(None, np.zeros(1000, bool), sources, 0.2, np.random.RandomState(0))]
@@ -193,7 +193,7 @@ def test_of_a_source_that_is_held_out_one_sample_calibrates(each: int) -> None:
     assert not UncertaintyDetector(log=False).fit(X, sources=sources).module_.options["exact"]
 
 
-def test_the_flagged_share_of_a_split_by_sources_is_what_it_says() -> None:
+def test_flagged_share_of_a_split_by_sources() -> None:
     found = np.empty((60, len(RATES)))
     for number in range(len(found)):
         rng = np.random.default_rng(number)
@@ -214,7 +214,7 @@ def test_a_rate_that_cannot_be_promised_warns() -> None:
     assert detector.threshold(0.02) == pytest.approx(-math.log(0.02))
 
 
-def test_no_rate_is_promised_for_samples_that_repeat_their_source() -> None:
+def test_repeated_sources_promise_no_rate() -> None:
     rng = np.random.default_rng(0)
     X = {name: np.repeat(value, 20, 0) for name, value in clean(rng, 50).items()}
     sources = np.arange(1000) // 20
@@ -232,7 +232,7 @@ def module() -> tuple[DetectorModule, dict[str, torch.Tensor]]:
     return fitted(rng, 100, folds=2).to_module(), new
 
 
-def test_evidence_is_the_weighted_capped_sum_of_log_p_values() -> None:
+def test_evidence_is_a_weighted_sum() -> None:
     detector, new = module()
     raw, _ = values_of(detector.scores, new)
     uncertainty, evidence, _ = detector.explain(new)
@@ -248,7 +248,7 @@ def test_evidence_is_the_weighted_capped_sum_of_log_p_values() -> None:
     assert detector.p_values.two_sided.tolist() == [0]
 
 
-def test_a_score_that_fails_makes_its_samples_unreliable_and_no_others() -> None:
+def test_failed_score_makes_its_sample_unreliable() -> None:
     detector, new = module()
     expected = detector(new)
     new["activations"][2, 7] = torch.nan

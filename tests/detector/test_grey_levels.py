@@ -13,7 +13,7 @@ from fastgrad.detector import constants
 from fastgrad.detector.grey_levels import shifted, shifts
 
 
-def test_half_of_the_sources_are_shifted_by_up_to_one_level() -> None:
+def test_half_of_the_sources_are_shifted() -> None:
     levels = shifts(1000, 0)
     assert (levels != 0).sum() == 500
     assert levels.abs().max() <= 1
@@ -24,7 +24,7 @@ def test_half_of_the_sources_are_shifted_by_up_to_one_level() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_level_is_a_step_of_the_images_own_range(dtype: torch.dtype) -> None:
+def test_level_is_a_step_of_the_range(dtype: torch.dtype) -> None:
     mean, std = [0.2, 0.4, 0.5], [0.5, 1.0, 0.25]
     bytes_ = torch.randint(0, 255, (4, 3, 5, 5), generator=torch.Generator().manual_seed(0)).to(dtype)
 
@@ -39,7 +39,7 @@ def test_a_level_is_a_step_of_the_images_own_range(dtype: torch.dtype) -> None:
         torch.testing.assert_close(brighter, form(bytes_ + 1), rtol=1e-5, atol=1e-6)
 
 
-def test_one_grey_level_raises_no_alarm_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_grey_level_raises_no_alarm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Digits have a background of exactly 0."""
     torch.manual_seed(0)
     model, x = demo.digit_network().eval(), demo.digits(torch.Generator().manual_seed(0))[0]

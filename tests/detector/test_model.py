@@ -94,7 +94,7 @@ def test_block_that_fails(monkeypatch):
         TwoStageModel(small_network(), blocks=["logits", "image"]).fit(loader(120), challenges=None)
 
 
-def test_the_rate_of_what_is_flagged_can_be_set_and_is_stored(fitted, tmp_path):
+def test_false_alarm_rate_is_set_and_stored(fitted, tmp_path):
     assert fitted.false_alarm_rate == 0.05
     loaded = TwoStageModel.load(fitted.save(tmp_path / "model.safetensors"), fitted.model)
     loaded.false_alarm_rate = 0.3

@@ -113,7 +113,7 @@ test_bad_arguments = refused([
 ])  # fmt: skip
 
 
-def test_numbers_of_any_scale_that_float64_can_square_are_learned():
+def test_rows_of_any_scale_are_learned():
     R = {"features": 1e30 * FEATURES, "logits": 1e10 * LOGITS}
     classifier = IntrospectiveClassifier(hidden=(4,), max_epochs=2).fit(R, LABELS)
     assert np.isfinite(classifier.predict_proba(R)).all()
