@@ -10,9 +10,11 @@ import torch
 from scipy.stats import betabinom
 
 from fastgrad import TwoStageModel, UncertaintyDetector
-from fastgrad.blocks import BLOCKS, Features
-from fastgrad.detector.calibrate import DetectorModule, assign_folds, fit_scores, values_of
+from fastgrad.blocks import BLOCKS, Block, Features
+from fastgrad.detector.calibrate import DetectorModule, assign_folds, calibrate, fit_scores, values_of
 from fastgrad.detector.inputs import held_out_of
+from fastgrad.scores.fitted import Fitted
+from fastgrad.scores.one_class import distance
 
 LOGITS = np.random.default_rng(1).normal(size=(8, 5))
 WIDE = np.random.default_rng(2).normal(size=(8, 40))
@@ -258,12 +260,20 @@ def test_failed_score_makes_its_sample_unreliable() -> None:
     torch.testing.assert_close(found[kept], expected[kept])
 
 
-def test_clean_samples_that_a_score_fails_on_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastgrad.scores.one_class import Margin
+class NoNumber(Fitted):
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows[:, 0] * torch.nan
 
-    monkeypatch.setattr(Margin, "forward", lambda self, rows: rows[:, 0] * torch.nan)
-    with pytest.raises(ValueError, match=r"these were NaN: \{'margin': 40\}"):
-        UncertaintyDetector(log=False).fit(clean(np.random.default_rng(0), 40))
+
+class Nameless(Block):
+    name = "nameless"
+    scores = (lambda *given: (*distance(*given)[:2], NoNumber()),)
+
+
+def test_clean_samples_that_a_score_fails_on_are_refused() -> None:
+    features = Features.of(torch.empty(40, 0), {"nameless": torch.randn(40, 3)})
+    with pytest.raises(ValueError, match=r"these were NaN: \{'nameless_distance': 40\}"):
+        calibrate(features, {"nameless": Nameless}, 5, np.random.RandomState(0), log=False)
 
 
 def test_few_samples_are_enough_to_score() -> None:
