@@ -17,10 +17,10 @@ from scipy.optimize import linear_sum_assignment
 
 from bench.detection import runner
 from bench.detection.cases import ALIKE, CHANGED_FILES, CHANGED_TEXTS, UNALIKE
+from bench.detection.experiment import CASES, Experiment, Fit, Options
 from bench.detection.failure import judged
 from bench.detection.methods_ours import answer, blocks_of, fitted
 from bench.detection.registry import NETWORKS
-from bench.detection.subject import CASES, Fit, Options, Subject
 from fastgrad.blocks import DEFAULT_BLOCKS
 from fastgrad.deploy.error_rate import error_rate
 
@@ -171,24 +171,24 @@ def estimates(known: Known) -> dict[str, Callable[[Answers], tuple[float, ...]]]
     return {name: lambda s, one=one: (float(np.clip(one(s), 0, 1)),) for name, one in alone.items()} | ours
 
 
-def answers(subject: Subject, case: str, two_stage: Any) -> Answers:
-    seen = subject.seen(case)
+def answers(experiment: Experiment, case: str, two_stage: Any) -> Answers:
+    seen = experiment.seen(case)
     found = answer(two_stage, seen)
     parts = (part.double().numpy() for part in (found.logits, found.probabilities, found.risk, found.uncertainty))
     logits, probabilities, risk, uncertainty = parts
-    labels = subject.parts["test"][1].numpy()[seen.shown.source.clamp_min(0).numpy()]
-    return Answers(logits, probabilities, risk, uncertainty, judged(subject, case).wrong, labels)
+    labels = experiment.parts["test"][1].numpy()[seen.shown.source.clamp_min(0).numpy()]
+    return Answers(logits, probabilities, risk, uncertainty, judged(experiment, case).wrong, labels)
 
 
 def joined(parts: Sequence[Answers]) -> Answers:
     return Answers(*(np.concatenate(values) for values in zip(*parts, strict=True)))
 
 
-def of_fit(subject: Subject, rng: np.random.Generator) -> tuple[Answers, list[Answers]]:
+def of_fit(experiment: Experiment, rng: np.random.Generator) -> tuple[Answers, list[Answers]]:
     """Return the clean inputs of the fit, and streams of them and of each kind of challenge generated from them."""
-    kept = subject.kept("inputs/generated/fit", dict)
-    logits = blocks_of(subject, "generated/fit", subject.parts["fit"][0], ["logits"])["logits"].double().numpy()
-    labels = subject.parts["fit"][1].numpy()[kept["groups"]]
+    kept = experiment.kept("inputs/generated/fit", dict)
+    logits = blocks_of(experiment, "generated/fit", experiment.parts["fit"][0], ["logits"])["logits"].double().numpy()
+    labels = experiment.parts["fit"][1].numpy()[kept["groups"]]
     none = np.full(len(labels), np.nan)
     every = Answers(logits, softmax(logits), none, none, (logits.argmax(1) != labels).astype(float), labels)
     places = {kind: np.flatnonzero(kept["kinds"] == kind) for kind in np.unique(kept["kinds"])}
@@ -225,22 +225,22 @@ def streams(
                 yield group, share, size, joined(parts)
 
 
-def measure(subject: Subject) -> list[dict[str, Any]]:
-    rng = np.random.default_rng(subject.draw)
-    two_stage = fitted(Fit(subject), DEFAULT_BLOCKS)
+def measure(experiment: Experiment) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(experiment.draw)
+    two_stage = fitted(Fit(experiment), DEFAULT_BLOCKS)
     cases = {}
     for name, case in CASES.items():
-        if subject.kind in case.kinds and case.group in sum(GROUPS.values(), ()) and not name.startswith(LEFT_OUT):
+        if experiment.kind in case.kinds and case.group in sum(GROUPS.values(), ()) and not name.startswith(LEFT_OUT):
             try:
-                cases[name] = answers(subject, name, two_stage)
+                cases[name] = answers(experiment, name, two_stage)
             except runner.ABSENT as why:
                 if "misleads" not in str(why):
                     raise
-    whole = answers(subject, "clean", two_stage)
+    whole = answers(experiment, "clean", two_stage)
     # The cases are made from the first images.
     first = round((1 - KNOWN) * len(whole.wrong))
     shown, unseen = whole.at(slice(first)), whole.at(slice(first, None))
-    fit, generated = of_fit(subject, rng)
+    fit, generated = of_fit(experiment, rng)
     temperature = float(two_stage.temperature_.temperature)
     every = estimates(Known(joined([fit, unseen]), unseen, generated, temperature, len(fit.wrong)))
     found: dict[str, list[tuple[str, float, int, float, float, float]]] = {name: [] for name in every}
@@ -249,7 +249,7 @@ def measure(subject: Subject) -> list[dict[str, Any]]:
         for name, estimate in every.items():
             value, low, high = (*estimate(stream), np.nan, np.nan)[:3]
             found[name].append((group, share, size, 100 * (value - truth), low <= truth <= high, 100 * (high - low)))
-    head = {"network": subject.network, "draw": subject.draw}
+    head = {"network": experiment.network, "draw": experiment.draw}
     return [
         head | {"method": name} | row for name, values in found.items() for row in summed(values, name == OURS)
     ]  # fmt: skip

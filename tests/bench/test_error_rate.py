@@ -44,7 +44,7 @@ def test_every_estimate_is_right_where_confidence_is(known: Known, sure: float) 
             assert estimate(seen)[0] == pytest.approx(truth, abs=allowed), name
 
 
-def test_the_costs_of_transport_are_the_least_for_any_order_of_the_labels() -> None:
+def test_transport_costs_ignore_label_order() -> None:
     p = error_rate.softmax(np.random.default_rng(0).normal(size=(5, 3)))
     labels = np.array([0, 0, 1, 2, 2])
     orders = [sum(1 - p[i, labels[place]] for i, place in enumerate(order)) for order in permutations(range(5))]
@@ -53,7 +53,7 @@ def test_the_costs_of_transport_are_the_least_for_any_order_of_the_labels() -> N
     assert np.isnan(many).all()
 
 
-def test_cott_finds_as_many_clean_inputs_above_its_threshold_as_are_wrong(known: Known) -> None:
+def test_cott_counts_errors_on_clean_inputs(known: Known) -> None:
     found = error_rate.of_costs(known)(known.clean)
     assert found == pytest.approx(known.clean.wrong.mean(), abs=1e-3)
 

@@ -17,7 +17,7 @@ from bench.deploy import export
 skip_without_onnx()
 
 
-def test_a_file_that_an_earlier_revision_left_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_earlier_file_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
     net = nn.Sequential(*layers, nn.Linear(32, 4)).eval()

@@ -68,7 +68,7 @@ def test_a_folder_of_other_classes_is_named(folder: Path, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("out", ["model.bin", "no/such/folder/model.onnx", "missing extra"])
-def test_a_file_that_cannot_be_written_is_refused_before_the_fit(
+def test_unwritable_file_is_refused_before_the_fit(
     out: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = {"model.bin": "path must end in", "missing extra": "pip install 'fastgrad[onnx]'"}.get(out, "existing")

@@ -92,7 +92,7 @@ def test_named_blocks_on_clean_data_alone(blocks):
     two_stage = TwoStageModel(small_network(), blocks=blocks).fit(loader(120, labels=False), challenges=None)
     names = [getattr(block, "name", block) for block in blocks]
     assert two_stage.report().kept == names
-    assert two_stage.detector_.sources == sorted(names, key=list(BLOCKS).index)
+    assert two_stage.detector_.evidence_names == sorted(names, key=list(BLOCKS).index)
     prediction = two_stage(images(5))
     assert prediction.risk is None
     torch.testing.assert_close(prediction.probabilities, prediction.logits.softmax(-1))

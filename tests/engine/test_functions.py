@@ -194,13 +194,13 @@ def test_a_parameter_is_used(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["function of autograd", "gradients looked at", "cdist", "checkpoint", "run again"])
-def test_several_gradients_through_functions_that_take_one_at_a_time(way: str) -> None:
+def test_several_gradients_one_at_a_time(way: str) -> None:
     """``torch.vmap`` is silently wrong for the gradients of ``cdist``, and refuses what looks at values."""
     model = parts(USED[way][0], closed=CLOSED)
     check_several(model, model, X, torch.rand(2, 5, 2, dtype=torch.float64))
 
 
-def test_a_call_of_samples_alone_adds_to_one_with_a_rule() -> None:
+def test_call_without_a_rule_adds_to_one_with() -> None:
     model = parts(experts)
 
     def losses(x: Tensor) -> Tensor:
@@ -306,7 +306,7 @@ def test_inputs_of_a_class_of_their_own() -> None:
         assert_exact(recorded(model, lambda x=x: model(x).square().sum()), truth)
 
 
-def test_a_mode_of_the_users_sees_the_functions_of_layers() -> None:
+def test_mode_of_the_user_sees_functions() -> None:
     seen = []
 
     class Watch(TorchFunctionMode):

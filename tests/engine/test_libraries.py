@@ -51,7 +51,7 @@ def test_adapters_of_peft_merged_switched_and_disabled() -> None:
     check(model, TOKENS)
 
 
-def test_a_language_model_with_tied_embeddings_rotary_positions_and_grouped_queries() -> None:
+def test_language_model() -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(

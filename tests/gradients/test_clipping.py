@@ -293,7 +293,7 @@ def test_a_function_that_clamps_is_refused() -> None:
 
 @pytest.mark.parametrize("failure", [torch.OutOfMemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("place", [(torch, "tanh"), (torch.autograd, "backward")])
-def test_a_step_that_fails_leaves_the_next_one_as_it_was(
+def test_failed_step_changes_no_other(
     monkeypatch: pytest.MonkeyPatch, failure: type[BaseException], place: Any
 ) -> None:
     def fail(*_: Any, **__: Any) -> Any:
@@ -350,7 +350,7 @@ def test_training_mode(kind: str) -> None:
         torch.testing.assert_close(buffer, expected)
 
 
-def test_an_empty_batch_of_which_only_frozen_parameters_are_used() -> None:
+def test_empty_batch_of_frozen_parameters() -> None:
     model = nn.Linear(3, 2).requires_grad_(False)
     model.register_parameter("unused", nn.Parameter(torch.ones(2)))
     with fastgrad.clip_gradients(model, 1.0) as clipped:

@@ -17,8 +17,8 @@ from onnx_needed import WARNINGS, skip_without_onnx
 from serve_client import Server, image, running, wait_for
 
 from fastgrad.deploy.file.export import export
+from fastgrad.deploy.file.opening import digest_of
 from fastgrad.deploy.file.package import Description, PackageError
-from fastgrad.deploy.file.reading import digest_of
 from fastgrad.deploy.serve.app import create_app
 
 skip_without_onnx()

@@ -15,8 +15,8 @@ import pytest
 from python_process import run_python
 
 from fastgrad._torch import private_cache
+from fastgrad.deploy.file.opening import digest_of, open_regular
 from fastgrad.deploy.file.package import PackageError, read_description
-from fastgrad.deploy.file.reading import digest_of, open_regular
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="makes pipes and links")
 
