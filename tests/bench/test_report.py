@@ -149,6 +149,8 @@ def test_a_changed_figure_is_found(folder: pathlib.Path) -> None:
     assert blocks.fill(filled, folder) == filled
     assert blocks.differing(filled.replace("500 ms", "400 ms"), folder) == ["table: network"]
     assert blocks.differing(filled.replace("-->0.50<", "-->0.49<"), folder)
+    assert blocks.value("network | net B=8 | fastgrad | peak_bytes | size", folder) == "2 KiB"
+    assert blocks.value("network | net B=8 | fastgrad | median_s | duration", folder) == "500 ms"
 
 
 @pytest.mark.parametrize("words", ["network", "network | net B=9 | fastgrad | ratio | .2f", "none | a | b | c | d"])
