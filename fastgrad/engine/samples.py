@@ -114,17 +114,18 @@ class Samples:
 
     def _inside(self) -> Inside:
         """Return what makes the context in which a checkpoint of the model computes again."""
-        model, modules, objects = self.model, self.modules, self.inputs.objects
+        model, modules, objects, is_sharded = self.model, self.modules, self.inputs.objects, self._sharded
 
         def rows(call: Call, value: Any) -> Any:
             return likely_join(call.physical(value)) if call.is_batched(value) else value
 
         @contextlib.contextmanager
         def inside(call: Call) -> Iterator[None]:
-            before = Snapshot(modules, objects, ())
-            again = PerSample(call, None, {}, inside)
+            before = Snapshot(modules, objects, (), sharded=is_sharded)
+            mode = PerSample(call, None, {}, inside)
+            shards = sharded.hooks_below(modules, call, mode.know) if is_sharded else contextlib.nullcontext()
             try:
-                with uncompiled(module for _, module in modules), replaced(model, call), again:
+                with uncompiled(module for _, module in modules), replaced(model, call), shards, mode:
                     yield
             finally:
                 for place, value in before.changes().items():
@@ -138,8 +139,8 @@ class Samples:
         unique = self.inputs.carriers(leaves)
         samples = self.inputs.samples if index is None else len(index)
         call = Call(self.parameters, samples, new_tensors)
-        # A checkpoint would compute again without the hooks of shards, and with the batch's states.
-        inside = None if self._sharded or self.states.found else self._inside()
+        # A checkpoint would compute again with the batch's states.
+        inside = None if self.states.found else self._inside()
         mode = PerSample(call, self.snapshot, self.states.doubtful, inside, counts=self._counts)
         made: list[Tree] = []
 
