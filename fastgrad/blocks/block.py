@@ -70,6 +70,6 @@ class Block:
         """Return what to read in the forward pass; ``mask`` ``(B, T)``, if any, marks the positions that count."""
         return ()
 
-    def values(self, found: Pass) -> Tensor:
-        """Return the block ``(B, ...)`` from what a pass has found."""
+    def values(self, forward: Pass) -> Tensor:
+        """Return the block ``(B, ...)`` from what a forward pass has read."""
         raise NotImplementedError(f"the block {self.name!r} must define values")

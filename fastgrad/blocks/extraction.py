@@ -67,12 +67,12 @@ class Extraction:
             readings = {block.name: block.readings(subject, mask) for block in self.blocks}
             samples = max(samples, 1)
             try:
-                found = Pass(self.model, readings, subject, args, kwargs, samples, log=self.log, kept=self.kept)
+                forward = Pass(self.model, readings, subject, args, kwargs, samples, log=self.log, kept=self.kept)
             except Exception as error:
                 if (mismatch := subject.mismatch(x)) is None:
                     raise
                 raise ValueError(mismatch) from error
-            logits, values = found.logits, {block.name: self._values(block, found) for block in self.blocks}
+            logits, values = forward.logits, {block.name: self._values(block, forward) for block in self.blocks}
         return (logits[:0], {n: v[:0] for n, v in values.items()}) if empty else (logits, values)
 
     def _watched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Subject:
@@ -94,10 +94,10 @@ class Extraction:
         other._shapes = self._shapes
         return other
 
-    def _values(self, block: Block, found: Pass) -> Tensor:
+    def _values(self, block: Block, forward: Pass) -> Tensor:
         """Return a block's values, or NaN, which no score takes for usual, if the block worked before and now fails."""
         try:
-            checks.is_tensor(f"values of the block {block.name!r}", values := block.values(found))
+            checks.is_tensor(f"values of the block {block.name!r}", values := block.values(forward))
             if not values.dim():
                 raise ValueError(f"blocks must hold a row for each sample; {block.name!r} has one number for a batch")
             values = values.detach()
@@ -110,7 +110,7 @@ class Extraction:
                 RuntimeWarning,
                 stacklevel=2,
             )
-            return found.logits.new_full((found.samples, *shape), torch.nan)
+            return forward.logits.new_full((forward.samples, *shape), torch.nan)
         self._shapes[block.name] = values.shape[1:]
         return values
 

@@ -175,8 +175,8 @@ def test_block_of_the_users_has_its_name() -> None:
     class Brightness(Block):
         name, shapes = "brightness", "(B, 1)"
 
-        def values(self, found: Pass) -> Tensor:
-            return found.image().mean((1, 2, 3), keepdim=True)[:, :, 0, 0]
+        def values(self, forward: Pass) -> Tensor:
+            return forward.image().mean((1, 2, 3), keepdim=True)[:, :, 0, 0]
 
     assert register_block(Brightness) is Brightness
     try:

@@ -35,9 +35,9 @@ class Seen(Block):
     def readings(self, subject: Any, mask: Any) -> tuple[Reading, ...]:
         return self.wanted
 
-    def values(self, found: Pass) -> Tensor:
-        self.found = dict(zip(self.wanted, found.readings(self.name), strict=True))
-        return found.logits
+    def values(self, forward: Pass) -> Tensor:
+        self.found = dict(zip(self.wanted, forward.readings(self.name), strict=True))
+        return forward.logits
 
 
 def read(model: nn.Module, x: Any, *readings: Reading) -> tuple[Tensor, dict[Reading, Tensor]]:

@@ -81,10 +81,10 @@ class Failing(Image):
     name = "failing"
     fails = False
 
-    def values(self, found):
+    def values(self, forward):
         if self.fails:
             raise RuntimeError("out of luck")
-        return super().values(found)
+        return super().values(forward)
 
 
 def test_block_that_fails():

@@ -128,8 +128,8 @@ class Rounding(Block):
     name = "rounding"
     squared_norms = True
 
-    def values(self, found):
-        return torch.tensor([0.0, -40.0 - found.samples]).expand(found.samples, 2)
+    def values(self, forward):
+        return torch.tensor([0.0, -40.0 - forward.samples]).expand(forward.samples, 2)
 
 
 def test_norms_that_are_rounding():

@@ -40,8 +40,8 @@ class Ranked(Logits):
 
     name = "ranked"
 
-    def values(self, found: Any) -> torch.Tensor:
-        return super().values(found).argsort(0).float()
+    def values(self, forward: Any) -> torch.Tensor:
+        return super().values(forward).argsort(0).float()
 
 
 class Summed(Logits):
@@ -49,8 +49,8 @@ class Summed(Logits):
 
     name = "summed"
 
-    def values(self, found: Any) -> torch.Tensor:
-        return super().values(found).sum()
+    def values(self, forward: Any) -> torch.Tensor:
+        return super().values(forward).sum()
 
 
 class Silent(Logits):

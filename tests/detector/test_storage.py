@@ -151,8 +151,8 @@ class Brightness(Block):
     shapes = "(B, 3)"
     scores = (distance,)
 
-    def values(self, found):
-        return found.image().mean((2, 3))
+    def values(self, forward):
+        return forward.image().mean((2, 3))
 
 
 def test_block_of_the_users(tmp_path):
