@@ -208,13 +208,13 @@ def validated(estimator: Any, name: str, values: Any, *, reset: bool) -> Array:
     return array
 
 
-def groups_of(groups: ArrayLike | None, count: int) -> NDArray[np.intp]:
+def sources_of(sources: ArrayLike | None, count: int) -> NDArray[np.intp]:
     """Number the source of each of ``count`` samples; negative ones, and all for None, are sources of their own."""
-    if groups is None:
+    if sources is None:
         return np.arange(count)
-    numbers = np.asarray(groups)
+    numbers = np.asarray(sources)
     if numbers.shape != (count,) or numbers.dtype.kind not in "iu":
-        raise ValueError(f"groups must be integers of shape ({count},); they were {numbers.dtype}, {numbers.shape}")
+        raise ValueError(f"sources must be integers of shape ({count},); they were {numbers.dtype}, {numbers.shape}")
     alone = numbers < 0
     numbers = np.unique(numbers, return_inverse=True)[1]
     numbers[alone] = numbers.max(initial=0) + 1 + np.arange(alone.sum())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._device import _device_constructors
 
 import fastgrad
-from fastgrad.challenges import CHALLENGES, generate_challenges
+from fastgrad.challenges import generate_challenges
 from fastgrad.checks import without_warnings
 
 NETWORK = nn.Sequential(
@@ -60,7 +60,7 @@ WORK: dict[str, Callable[[], list[Tensor]]] = {
     "detector": lambda: fitted(False),
     "correction": lambda: fitted(True),
     "classifier": classified,
-    "challenges": lambda: list(generate_challenges(NETWORK, IMAGES[:4], names=list(CHALLENGES)).values()),
+    "challenges": lambda: [batch.inputs for batch in generate_challenges(NETWORK, IMAGES[:40])],
     "features": lambda: list(fastgrad.GradientFeatures(NETWORK, target=lambda z: z.argmax(1))(IMAGES[:5])),
     "record": recorded,
     "clipping": clipped,

@@ -65,7 +65,7 @@ def test_model_is_left_as_it_was(changes: str, called: bool, training: bool) -> 
     modes, buffers = [m.training for m in net.modules()], dict(net.named_buffers())
     values, gradients = ([t.clone() for t in tensors] for tensors in (net.state_dict().values(), grads(net)))
     with torch.no_grad():
-        generate_challenges(net, 0.5 + photos() / 2)
+        list(generate_challenges(net, 0.5 + photos() / 2))
     assert [m.training for m in net.modules()] == modes
     assert all(found is buffers[name] for name, found in net.named_buffers())
     assert all(map(torch.equal, net.state_dict().values(), values))
@@ -80,7 +80,7 @@ def grads(net: nn.Module) -> list[Tensor]:
 
 def test_table_that_grows() -> None:
     model = Net(growing, net=small_net(), length=0, table=nn.Buffer(torch.zeros(0), persistent=False))
-    generate_challenges(model, photos(), names=["fgsm"])
+    list(generate_challenges(model, photos(), names=["fgsm"]))
     assert len(model.table) == model.length > 0
 
 
@@ -141,6 +141,6 @@ def test_error() -> None:
 
     net = nn.Sequential(Net(broken)).train()
     with pytest.raises(RuntimeError, match="no"):
-        generate_challenges(net, photos(), names=["pgd-1"])
+        list(generate_challenges(net, photos(), names=["pgd-1"]))
     assert net.training
     assert net[0].training

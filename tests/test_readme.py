@@ -23,7 +23,7 @@ def test_a_newcomer_reads_all_of_it() -> None:
     assert len(re.sub("<!--.*?-->", "", TEXT).split()) <= 600
 
 
-def test_its_python_runs_on_a_model_of_the_readers_own() -> None:
+def test_its_python_runs_on_another_model() -> None:
     (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()

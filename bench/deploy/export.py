@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,11 +121,11 @@ def equality(live: TwoStageModel, run: ModelPackage, images: Images) -> dict[str
     return worst | {"live": float((theirs.uncertainty - single).abs().max())}
 
 
-def timed(runs: Mapping[str, ModelPackage], x: Tensor) -> Iterator[dict[str, Any]]:
+def timed(runs: Mapping[str, ModelPackage], x: Tensor, least: float = SECONDS) -> Iterator[dict[str, Any]]:
     """Yield a row of times for each case, interleaved, with its ratio to the plain network in the same runtime."""
     measures = [partial(seconds, partial(run, x), clock=time.perf_counter) for run in runs.values()]
     once = sum(times[0] for times in in_turns(measures, 1))
-    taken = dict(zip(runs, in_turns(measures, max(4, round(SECONDS / once))), strict=True))
+    taken = dict(zip(runs, in_turns(measures, max(4, round(least / once))), strict=True))
     for case, times in taken.items():
         median, low, high = deciles(times).values()
         yield {
@@ -138,13 +138,21 @@ def measure(name: str, data: Path, cache: Path) -> Iterator[dict[str, Any]]:
     cache.mkdir(parents=True, exist_ok=True)
     net, images, clean = network(name, data, cache)
     fitted = TwoStageModel(net, blocks=DEFAULT_BLOCKS).fit(clean.split(16), challenges=None)
+    yield from compared(name, net, fitted, images, cache)
+
+
+def compared(
+    name: str, net: nn.Module, fitted: TwoStageModel, images: Images, folder: Path, *,
+    runtimes: Mapping[str, str] = RUNTIMES, batches: Sequence[int] = BATCHES, least: float = SECONDS,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Yield the rows of a network and a fitted model, whose files are written to ``folder``."""
     live: dict[str, nn.Module] = {"plain": Plain(net).eval(), "default": fitted}
-    for suffix, runtime in RUNTIMES.items():
+    for suffix, runtime in runtimes.items():
         runs = {}
         # A runtime sums in an order of its own, and the detector magnifies that if only the last layer was fitted.
         allowed = 1e-4 if name in ("resnet18", "efficientnet_lite0") else 1e-2
         for case, model in live.items():
-            file = cache / f"{name}-{case.replace(' ', '-')}.{suffix}"
+            file = folder / f"{name}-{case.replace(' ', '-')}.{suffix}"
             example = images(2 if suffix == "pt2" else 8, 200)
             runs[case] = ModelPackage(export(model, example, file, tolerance=allowed))
             if isinstance(model, TwoStageModel):
@@ -152,8 +160,8 @@ def measure(name: str, data: Path, cache: Path) -> Iterator[dict[str, Any]]:
                     "kind": "equality", "network": name, "form": case, "runtime": runtime, "batches": CHECKED,
                     **equality(model, runs[case], images),
                 }  # fmt: skip
-        for batch in BATCHES:
-            for row in timed(runs, images(batch, 250)):
+        for batch in batches:
+            for row in timed(runs, images(batch, 250), least):
                 yield {"kind": "time", "network": name, "runtime": runtime, "batch": batch, **row}
 
 

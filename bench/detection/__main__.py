@@ -26,8 +26,8 @@ from bench.detection import (  # noqa: F401  (they register themselves)
     networks,
     runner,
 )
+from bench.detection.experiment import Options
 from bench.detection.registry import METHODS, NETWORKS
-from bench.detection.subject import Options
 from bench.detection.tables import TABLES
 from bench.report import pages
 

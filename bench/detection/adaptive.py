@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from bench.detection.data import sets
+from bench.detection.experiment import PHOTOGRAPHS, SMALL, Experiment, Fit, Options
 from bench.detection.methods_ours import fitted
 from bench.detection.registry import NETWORKS
-from bench.detection.subject import PHOTOGRAPHS, SMALL, Fit, Options, Subject
 from bench.report.pages import printed
 from fastgrad import TwoStageModel
 from fastgrad._torch import flat_graph
@@ -129,13 +129,13 @@ def auto_attack(model: nn.Module, images: Tensor, labels: Tensor, radius: float,
     return strongest.run_standard_evaluation(images.contiguous(), labels, batch_size=len(images))[0]
 
 
-def measure(subject: Subject) -> Iterator[dict[str, Any]]:
+def measure(experiment: Experiment) -> Iterator[dict[str, Any]]:
     """Yield a row for each radius and detector: how many images mislead, how many of those are found."""
-    count, starts, batch = (QUICK if subject.options.quick else EFFORTS)[subject.kind]
-    fit, model = Fit(subject), subject.model
+    count, starts, batch = (QUICK if experiment.options.quick else EFFORTS)[experiment.kind]
+    fit, model = Fit(experiment), experiment.model
     # A second pass over photographs would take hours.
-    forms = [form for form in FORMS if not (subject.few and form == "second pass")]
-    x, labels = (value[subject.right["test"][:count]] for value in subject.parts["test"])
+    forms = [form for form in FORMS if not (experiment.few and form == "second pass")]
+    x, labels = (value[experiment.right["test"][:count]] for value in experiment.parts["test"])
     boxes = {form: white_box(fitted(fit, FORMS[form]), x[:3]) for form in forms}
 
     def every(make: Callable[..., Tensor], seen: Any, *settings: Any) -> Tensor:
@@ -155,7 +155,7 @@ def measure(subject: Subject) -> Iterator[dict[str, Any]]:
             print(f"AutoAttack is not run: {absent}", file=sys.stderr)
         for form, box in boxes.items():
             made = shared | {name: every(attack, box, radius, weight, starts) for name, weight in LAMBDAS.items()}
-            row: dict[str, Any] = {"network": subject.network, "case": f"{round(255 * radius)}/255", "method": form}
+            row: dict[str, Any] = {"network": experiment.network, "case": f"{round(255 * radius)}/255", "method": form}
             row |= {"images": len(x), "starts": starts}
             for way, change in WAYS.items():
                 safe = np.ones(len(x), dtype=bool)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.detection import resampled, runner
+from bench.detection.experiment import CASES, Experiment, Fit, Options
 from bench.detection.methods_ours import answer, fitted
 from bench.detection.registry import NETWORKS
-from bench.detection.subject import CASES, Fit, Options, Subject
 from fastgrad.blocks import DEFAULT_BLOCKS
 
 DEFAULT_NETWORKS = ("resnet56", "lite0")
@@ -21,16 +21,16 @@ def forms() -> dict[str, tuple[str, ...]]:
     return {"all": tuple(DEFAULT_BLOCKS), **alone, **without}
 
 
-def measure(subject: Subject) -> list[dict[str, Any]]:
+def measure(experiment: Experiment) -> list[dict[str, Any]]:
     found = []
-    cases = [name for name, case in CASES.items() if case.group == "attacks" and subject.kind in case.kinds]
+    cases = [name for name, case in CASES.items() if case.group == "attacks" and experiment.kind in case.kinds]
     for form, blocks in forms().items():
-        two_stage = fitted(Fit(subject), blocks)
-        clean = answer(two_stage, subject.seen("clean")).uncertainty.numpy()
+        two_stage = fitted(Fit(experiment), blocks)
+        clean = answer(two_stage, experiment.seen("clean")).uncertainty.numpy()
         for case in cases:
-            head = {"network": subject.network, "draw": subject.draw, "method": form, "case": case}
+            head = {"network": experiment.network, "draw": experiment.draw, "method": form, "case": case}
             try:
-                other = answer(two_stage, subject.seen(case)).uncertainty.numpy()
+                other = answer(two_stage, experiment.seen(case)).uncertainty.numpy()
             except runner.ABSENT as why:
                 found.append(head | {"not run": str(why)})
                 continue

@@ -18,8 +18,8 @@ from bench.detection.data import files, news, sets
 from bench.detection.data.attacks import attack
 from bench.detection.data.corruptions import corrupt
 from bench.detection.data.photographs import stranger
+from bench.detection.experiment import BATCH, FILES, IMAGES, PHOTOGRAPHS, SMALL, TEXTS, Experiment, Shown, packed
 from bench.detection.registry import case
-from bench.detection.subject import BATCH, FILES, IMAGES, PHOTOGRAPHS, SMALL, TEXTS, Shown, Subject, packed
 
 AFTER = " after JPEG"
 #: Attacks on photographs: smaller radii than on CIFAR-10, because the images are larger.
@@ -60,47 +60,47 @@ STRANGERS = {"textures": "large textures", "CIFAR-100": "cifar100", "grey scenes
 NEAR, FAR = ("cifar100", "tinyimagenet"), ("svhn", "textures")
 
 
-def _seed(subject: Subject, *words: str) -> int:
-    return zlib.crc32("/".join((str(subject.draw), *words)).encode()) % 2**31
+def _seed(experiment: Experiment, *words: str) -> int:
+    return zlib.crc32("/".join((str(experiment.draw), *words)).encode()) % 2**31
 
 
-def attacked(name: str, how: Mapping[str, Any], jpeg: bool, subject: Subject, part: str, count: int) -> Shown:
+def attacked(name: str, how: Mapping[str, Any], jpeg: bool, experiment: Experiment, part: str, count: int) -> Shown:
     """Return attacked images that mislead the network, as they are or after JPEG."""
-    places = subject.right[part][:count]
-    clean, labels = (value[places] for value in subject.parts[part])
-    how = {**how, **BRIEF.get(how["name"], {})} if subject.options.quick else how
+    places = experiment.right[part][:count]
+    clean, labels = (value[places] for value in experiment.parts[part])
+    how = {**how, **BRIEF.get(how["name"], {})} if experiment.options.quick else how
 
     def make() -> dict[str, NDArray[Any]]:
         parts = [
-            attack(subject.model, packed(x), y, seed=_seed(subject, name, part), **how)
+            attack(experiment.model, packed(x), y, seed=_seed(experiment, name, part), **how)
             for x, y in zip(clean.split(BATCH), labels.split(BATCH), strict=True)
         ]
         return {"images": sets.to_bytes(torch.cat(parts))}
 
-    images = sets.to_tensor(subject.kept(f"images/{name}/{part}", make)["images"])
+    images = sets.to_tensor(experiment.kept(f"images/{name}/{part}", make)["images"])
     images = sets.compress(images) if jpeg else images
-    misled = torch.cat([subject.model(x).argmax(1) for x in packed(images).split(BATCH)]) != labels
+    misled = torch.cat([experiment.model(x).argmax(1) for x in packed(images).split(BATCH)]) != labels
     return Shown(images[misled], places[misled])
 
 
-def corrupted(name: str, severity: int, subject: Subject, part: str, count: int) -> Shown:
-    clean = subject.parts[part][0][:count]
+def corrupted(name: str, severity: int, experiment: Experiment, part: str, count: int) -> Shown:
+    clean = experiment.parts[part][0][:count]
 
     def make() -> dict[str, NDArray[Any]]:
-        return {"images": sets.to_bytes(corrupt(clean, name, severity, seed=_seed(subject, name, part)))}
+        return {"images": sets.to_bytes(corrupt(clean, name, severity, seed=_seed(experiment, name, part)))}
 
-    images = sets.to_tensor(subject.kept(f"images/{name}-{severity}/{part}", make)["images"])
+    images = sets.to_tensor(experiment.kept(f"images/{name}-{severity}/{part}", make)["images"])
     return Shown(images, torch.arange(len(images)))
 
 
-def other(name: str, subject: Subject, part: str, count: int) -> Shown:
+def other(name: str, experiment: Experiment, part: str, count: int) -> Shown:
     """Return images of another set, different ones for each draw."""
-    start = subject.draw * count
-    if subject.few:
-        images = stranger(subject.options.data, name, count, start)
+    start = experiment.draw * count
+    if experiment.few:
+        images = stranger(experiment.options.data, name, count, start)
     else:
-        like = sets.load(subject.options.data, "cifar10", "test", 1)
-        images = sets.stranger(subject.options.data, name, like, count, start)
+        like = sets.load(experiment.options.data, "cifar10", "test", 1)
+        images = sets.stranger(experiment.options.data, name, like, count, start)
     return Shown(images, torch.full((len(images),), -1))
 
 
@@ -120,9 +120,9 @@ for _group, _sets in (("near sets", NEAR), ("far sets", FAR)):
         case(_name, _group, (SMALL,))(partial(other, _name))
 
 
-def from_source(name: str, subject: Subject, part: str, count: int) -> Shown:
+def from_source(name: str, experiment: Experiment, part: str, count: int) -> Shown:
     """Return other texts or files, or changed ones, whose labels stay."""
-    return Shown(*subject.source.case(name, part, count))
+    return Shown(*experiment.source.case(name, part, count))
 
 
 for _name in (*news.CASES, *news.CORRUPTED):
@@ -134,7 +134,7 @@ for _name in (*files.CHANGED, *files.DISGUISED, *files.UNKNOWN):
 
 
 @case("JPEG, not attacked", "control", IMAGES)
-def compressed(subject: Subject, part: str, count: int) -> Shown:
+def compressed(experiment: Experiment, part: str, count: int) -> Shown:
     """Return clean images after the compression of attacked ones, to measure its effect alone."""
-    images = sets.compress(subject.parts[part][0][:count])
+    images = sets.compress(experiment.parts[part][0][:count])
     return Shown(images, torch.arange(len(images)))

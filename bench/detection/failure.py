@@ -16,9 +16,9 @@ from sklearn.metrics import log_loss
 
 from bench.detection import resampled, runner, train
 from bench.detection.cases import ALIKE, CHANGED_FILES, CHANGED_TEXTS, STRANGE, UNALIKE
+from bench.detection.experiment import BATCH, CASES, Experiment, Fit, NotRun, Options, Seen
 from bench.detection.methods_ours import answer, fitted
 from bench.detection.registry import METHODS, Method, Protocol
-from bench.detection.subject import BATCH, CASES, Fit, NotRun, Options, Seen, Subject
 from bench.detection.tables import CIFAR, LITE
 from fastgrad.blocks import DEFAULT_BLOCKS
 from fastgrad.metrics import aurc
@@ -59,13 +59,13 @@ def scaled(fit: Fit) -> Callable[[Seen], torch.Tensor]:
 
 def ensemble(fit: Fit) -> Callable[[Seen], torch.Tensor]:
     """Return 1 - the mean probability of the network's answer, over it and four networks of other seeds."""
-    subject = fit.subject
-    name, options, seeds = subject.network, subject.options, range(1, 5)
+    experiment = fit.experiment
+    name, options, seeds = experiment.network, experiment.options, range(1, 5)
     if name != "resnet20":  # the one small enough to be trained five times
         raise NotRun("needs four more trainings of the network")
     if options.quick and not all(train.file(name, seed, options.cache).exists() for seed in seeds):
         raise NotRun("needs four more trainings of the network, which quick mode leaves out")
-    models = [subject.model, *(train.trained(name, seed, options.data, options.cache) for seed in seeds)]
+    models = [experiment.model, *(train.trained(name, seed, options.data, options.cache) for seed in seeds)]
 
     @torch.no_grad()
     def score(seen: Seen) -> torch.Tensor:
@@ -82,9 +82,9 @@ OWN = (
 )
 
 
-def judged(subject: Subject, case: str) -> Judged:
+def judged(experiment: Experiment, case: str) -> Judged:
     """Return the errors of a case; every answer to an image of no class is one."""
-    seen, labels = subject.seen(case), subject.parts["test"][1]
+    seen, labels = experiment.seen(case), experiment.parts["test"][1]
     source = seen.shown.source
     wrong = (seen.logits.argmax(1) != labels[source.clamp_min(0)]) | (source < 0)
     # Images of other sets are drawn independently.
@@ -103,26 +103,26 @@ def row(scores: Values, found: Judged, probability: bool) -> dict[str, Any]:
     return made
 
 
-def measure(subject: Subject) -> list[dict[str, Any]]:
-    groups = {name: case.group for name, case in CASES.items() if subject.kind in case.kinds}
+def measure(experiment: Experiment) -> list[dict[str, Any]]:
+    groups = {name: case.group for name, case in CASES.items() if experiment.kind in case.kinds}
     wanted = {group: [part for part in parts if part in groups.values()] for group, parts in GROUPS.items()}
     wanted = {group: parts for group, parts in wanted.items() if parts or group == "clean"}
     wanted["everything"] = [part for parts in wanted.values() for part in parts]
-    judgements: dict[str, Judged] = {"clean": judged(subject, "clean")}
+    judgements: dict[str, Judged] = {"clean": judged(experiment, "clean")}
     lost: dict[str, str] = {}
     for case in (case for case, group in groups.items() if group in wanted["everything"]):
         try:
-            judgements[case] = judged(subject, case)
+            judgements[case] = judged(experiment, case)
         except runner.ABSENT as why:
             # If no image misleads the network, there is nothing to judge.
             lost |= {} if "misleads" in str(why) else {case: str(why)}
     cases = list(judgements)[1:]
     rows = []
     for method in (*(METHODS[name] for name in RIVALS), *OWN):
-        found, left = runner.measure(subject, method, cases)
+        found, left = runner.measure(experiment, method, cases)
         for group, parts in wanted.items():
             own = ["clean", *(case for case in cases if groups[case] in parts)]
-            head = runner.head_of(subject, method) | {"case": group, "group": group}
+            head = runner.head_of(experiment, method) | {"case": group, "group": group}
             absent = [why for case, why in (lost | left).items() if case in own or groups.get(case) in parts]
             if absent:
                 rows.append(head | {"not run": "; ".join(dict.fromkeys(absent))})

@@ -23,11 +23,11 @@ from torch.optim.swa_utils import update_bn
 from bench.detection import recipes, resampled
 from bench.detection.cases import ALIKE, FAMILIAR, FAMILIAR_TEXTS, FOREIGN, UNALIKE
 from bench.detection.data import sets
+from bench.detection.experiment import BATCH, SMALL, TEXTS, Experiment, Fit, Options, Seen
 from bench.detection.methods_ours import blocks_of, fitted
 from bench.detection.networks import unseen
 from bench.detection.registry import NETWORKS
 from bench.detection.runner import ABSENT
-from bench.detection.subject import BATCH, SMALL, TEXTS, Fit, Options, Seen, Subject
 from bench.detection.train import HELD_OUT, fit_layer
 from fastgrad import IntrospectiveClassifier, TwoStageModel, contrast_sqnorm
 from fastgrad.batches import take
@@ -80,29 +80,29 @@ def second_logits(H: IntrospectiveClassifier, value: Any) -> Tensor:
     return torch.from_numpy(H.decision_function(value))
 
 
-def answered(subject: Subject, tests: Mapping[str, Seen], seed: int) -> Answers:
+def answered(experiment: Experiment, tests: Mapping[str, Seen], seed: int) -> Answers:
     """Return probabilities by method and case, for all methods fitted on one split."""
-    fit = Fit(subject)
+    fit = Fit(experiment)
     # Detector, gate and correction are those of `TwoStageModel.fit`; H is trained below on each of its possible inputs.
     two_stage = fitted(fit, DEFAULT_BLOCKS, correct="always", challenges_per_input=3, max_samples=len(fit.clean.images))
     kept_by_default = two_stage.report().correction.startswith("kept:")
-    kept = subject.kept("inputs/generated/fit", dict)
+    kept = experiment.kept("inputs/generated/fit", dict)
     groups = torch.from_numpy(kept["groups"])
-    labels = subject.parts["fit"][1][groups]
-    rows = blocks_of(subject, "generated/fit", torch.from_numpy(kept["inputs"]), ("features", "logits"))
+    labels = experiment.parts["fit"][1][groups]
+    rows = blocks_of(experiment, "generated/fit", torch.from_numpy(kept["inputs"]), ("features", "logits"))
     # A fifth is kept to calibrate probabilities.
-    apart = torch.rand(len(subject.parts["fit"][1]), generator=torch.Generator().manual_seed(seed)) < 0.2
+    apart = torch.rand(len(experiment.parts["fit"][1]), generator=torch.Generator().manual_seed(seed)) < 0.2
     trained, calibrating = ((~apart)[groups]).nonzero()[:, 0], apart[groups].nonzero()[:, 0]
     second: dict[str, tuple[IntrospectiveClassifier, Temperature]] = {}
-    for name, value in reads(rows, subject.layer).items():
+    for name, value in reads(rows, experiment.layer).items():
         H = IntrospectiveClassifier(random_state=seed)
-        H.fit(take(value, trained, len(groups)), labels[trained], groups=groups[trained])
+        H.fit(take(value, trained, len(groups)), labels[trained], sources=groups[trained])
         codes = torch.from_numpy(np.searchsorted(H.classes_, labels[calibrating].numpy()))
         second[name] = H, Temperature.fit(second_logits(H, take(value, calibrating, len(groups))), codes)
-    again = retrained(subject.layer, rows["features"][trained], labels[trained], seed)
+    again = retrained(experiment.layer, rows["features"][trained], labels[trained], seed)
     found: Answers = {}
     for case, seen in tests.items():
-        values = blocks_of(seen.subject, f"{case}/test", seen.images, (*DEFAULT_BLOCKS, "features"))
+        values = blocks_of(seen.experiment, f"{case}/test", seen.images, (*DEFAULT_BLOCKS, "features"))
         first, odds = gated(two_stage, values)
         gate = odds.sigmoid().unsqueeze(1)
         found.setdefault(NETWORK, {})[case] = first
@@ -110,7 +110,7 @@ def answered(subject: Subject, tests: Mapping[str, Seen], seed: int) -> Answers:
         corrected = mixed(first.log(), two_stage.correction_(values["features"], logits), odds).exp()
         found.setdefault("correction, kept always", {})[case] = corrected
         found.setdefault("correction", {})[case] = corrected if kept_by_default else first
-        read = reads(values, subject.layer)
+        read = reads(values, experiment.layer)
         answers = {
             f"H on {name}": temperature(second_logits(H, read[name])).softmax(1).float()
             for name, (H, temperature) in second.items()
@@ -154,8 +154,8 @@ def measure(options: Options, network: str, sizes: tuple[int, int, int, int]) ->
     found: dict[str, list[dict[str, Tensor]]] = {}
     for seed in range(seeds):
         places = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
-        subject = replace(base, draw=seed, parts={"fit": (images[places], labels[places]), "test": clean})
-        for name, own in answered(subject, tests, seed).items():
+        experiment = replace(base, draw=seed, parts={"fit": (images[places], labels[places]), "test": clean})
+        for name, own in answered(experiment, tests, seed).items():
             found.setdefault(name, []).append(own)
         print(f"{network}, split {seed}", file=sys.stderr, flush=True)
     if any(isinstance(module, nn.BatchNorm2d) for module in base.model.modules()):

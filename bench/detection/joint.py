@@ -9,9 +9,9 @@ import numpy as np
 
 from bench.detection import runner
 from bench.detection.double import ds_aurc, ds_f1
+from bench.detection.experiment import CASES, Experiment, Options
 from bench.detection.failure import OWN, judged
 from bench.detection.registry import METHODS, NETWORKS
-from bench.detection.subject import CASES, Options, Subject
 
 DEFAULT_NETWORKS = ("resnet56", "densenet", "resnet")
 #: The score of errors and the score of foreign inputs, by the name in the table.
@@ -23,11 +23,11 @@ PAIRS: Mapping[str, tuple[str, str]] = {
 GROUPS = ("near sets", "far sets")
 
 
-def measure(subject: Subject) -> list[dict[str, Any]]:
+def measure(experiment: Experiment) -> list[dict[str, Any]]:
     known = {**METHODS, **{one.name: one for one in OWN}}
-    cases = [name for name, case in CASES.items() if case.group in GROUPS and subject.kind in case.kinds]
-    scores = {name: runner.measure(subject, known[name], cases)[0] for name in {*sum(PAIRS.values(), ())}}
-    right = judged(subject, "clean").wrong == 0
+    cases = [name for name, case in CASES.items() if case.group in GROUPS and experiment.kind in case.kinds]
+    scores = {name: runner.measure(experiment, known[name], cases)[0] for name in {*sum(PAIRS.values(), ())}}
+    right = judged(experiment, "clean").wrong == 0
     found = []
     for group in GROUPS:
         parts = ["clean", *(case for case in cases if CASES[case].group == group)]
@@ -37,7 +37,7 @@ def measure(subject: Subject) -> list[dict[str, Any]]:
             error, foreign = (np.concatenate([scores[name][case] for case in parts]) for name in names)
             given = error, foreign, success, of_clean
             figures = {"ds_f1": round(ds_f1(*given), 4), "ds_aurc": round(ds_aurc(*given), 4)}
-            head = {"network": subject.network, "draw": subject.draw, "method": pair, "case": group}
+            head = {"network": experiment.network, "draw": experiment.draw, "method": pair, "case": group}
             found.append(head | {"inputs": len(error)} | figures)
     return found
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.detection.experiment import BATCH, IMAGES, Fit, NotRun, Seen, read
 from bench.detection.methods_ours import log_norms, logistic
 from bench.detection.registry import Protocol, Score, method
-from bench.detection.subject import BATCH, IMAGES, Fit, NotRun, Seen, read
 from fastgrad.scores.mahalanobis import Mahalanobis
 
 
@@ -19,9 +19,9 @@ from fastgrad.scores.mahalanobis import Mahalanobis
 def odin(fit: Fit) -> Score:
     from pytorch_ood.detector import ODIN
 
-    if fit.subject.kind not in IMAGES:
+    if fit.experiment.kind not in IMAGES:
         raise NotRun("moves inputs along their gradient, and tokens have none")
-    detector = ODIN(fit.subject.model)
+    detector = ODIN(fit.experiment.model)
     return lambda seen: torch.cat([detector.predict(x).detach() for x in seen.images.split(BATCH)])
 
 
@@ -61,12 +61,12 @@ def pull(h: Tensor, prototypes: Tensor) -> Tensor:
 @method("GROOD", 2025, "ElAraby et al., TMLR: the foreign prototype from uniform noise alone, not from mixed maps")
 def grood(fit: Fit) -> Score:
     """Return the squared distance of `pull` to the nearest one of the clean images that are classified rightly."""
-    if fit.subject.kind not in IMAGES:
+    if fit.experiment.kind not in IMAGES:
         raise NotRun("its foreign prototype is the mean of h over images of noise")
     h, labels = fit.clean.h.double(), fit.labels
     shape = (10 * BATCH, *fit.clean.images.shape[1:])
     noise = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    foreign = torch.from_numpy(read(fit.subject, noise)["h"]).double().mean(0)
+    foreign = torch.from_numpy(read(fit.experiment, noise)["h"]).double().mean(0)
     prototypes = torch.stack([*(h[labels == k].mean(0) for k in labels.unique()), foreign])
 
     def gradients(seen: Seen) -> Tensor:

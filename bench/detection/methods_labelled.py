@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bench.detection.experiment import Fit, Seen
 from bench.detection.methods_ours import logistic
 from bench.detection.registry import METHODS, Protocol, Score, method
-from bench.detection.subject import Fit, Seen
 
 #: Neighbours of the local intrinsic dimension, as its authors have it for CIFAR-10.
 NEIGHBOURS = 20

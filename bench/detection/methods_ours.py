@@ -18,8 +18,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from bench.detection.experiment import BATCH, TEXTS, Experiment, Fit, NotRun, Seen, Shown, packed
 from bench.detection.registry import METHODS, Protocol, Score, method
-from bench.detection.subject import BATCH, TEXTS, Fit, NotRun, Seen, Shown, Subject, packed
 from fastgrad import TwoStageModel
 from fastgrad.blocks import BLOCKS, DEFAULT_BLOCKS, Block, Features, Gradients
 from fastgrad.blocks.extraction import Extraction
@@ -54,33 +54,35 @@ MADE = {kind.name: kind for kind in (*BLOCKS.values(), AllNorms, NormalisationNo
 READINGS = ((*DEFAULT_BLOCKS, "features", "contrasts"), ("view",), ("all_norms",))
 
 
-def blocks_of(subject: Subject, where: str, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+def blocks_of(experiment: Experiment, where: str, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
     """Return those of the named blocks that the network can serve, read from the inputs or the cache."""
     wanted = {"all_norms" if name == NormalisationNorms.name else name for name in names}
     found: dict[str, Tensor] = {}
     for group in READINGS:
         if wanted & set(group):
-            kept = subject.kept(f"blocks/{'-'.join(group)}/{where}", lambda group=group: _read(subject, images, group))
+            kept = experiment.kept(
+                f"blocks/{'-'.join(group)}/{where}", lambda group=group: _read(experiment, images, group)
+            )
             found |= {name: torch.from_numpy(value) for name, value in kept.items()}
     if NormalisationNorms.name in names:
-        vectors = torch.tensor([parameter.dim() == 1 for parameter in subject.model.parameters()])
+        vectors = torch.tensor([parameter.dim() == 1 for parameter in experiment.model.parameters()])
         found[NormalisationNorms.name] = found["all_norms"][..., vectors]
     return {name: found[name] for name in names if name in found}
 
 
 def log_norms(seen: Seen) -> Tensor:
     """Return the logarithms of the squared norm of every parameter's gradient ``(n, P)``."""
-    return blocks_of(seen.subject, f"{seen.case}/{seen.part}", seen.images, [AllNorms.name])[AllNorms.name][:, 0]
+    return blocks_of(seen.experiment, f"{seen.case}/{seen.part}", seen.images, [AllNorms.name])[AllNorms.name][:, 0]
 
 
-def _read(subject: Subject, images: Tensor, names: Sequence[str]) -> dict[str, Any]:
-    model = subject.model.requires_grad_("all_norms" in names)
+def _read(experiment: Experiment, images: Tensor, names: Sequence[str]) -> dict[str, Any]:
+    model = experiment.model.requires_grad_("all_norms" in names)
     known = watch(model, (images[:BATCH],), {})
     had = [block for block in (MADE[name]() for name in names) if block.refusal(known) is None]
     extraction = Extraction(model, had)
     # Given as users give a batch: texts come with the mask by which blocks leave out padding.
     given = (
-        {"input_ids": x, "attention_mask": (x != 0).long()} if subject.kind == TEXTS else x
+        {"input_ids": x, "attention_mask": (x != 0).long()} if experiment.kind == TEXTS else x
         for x in packed(images).split(BATCH)
     )
     parts = [extraction(x)[1] for x in given]
@@ -90,25 +92,25 @@ def _read(subject: Subject, images: Tensor, names: Sequence[str]) -> dict[str, A
 
 def read_for(fit: Fit, blocks: Sequence[Block], challenges: Any, **given: Any) -> Features:
     """Return the features that a fit with these arguments would read; the cache keeps the inputs and the blocks."""
-    subject = fit.subject
-    clean, labels = subject.parts["fit"]
+    experiment = fit.experiment
+    clean, labels = experiment.parts["fit"]
     where = "clean" if challenges is None else fit.case or "generated"
 
     def shown() -> dict[str, Any]:
         sample, *_ = fitting.prepare(
-            subject.model, None, blocks, subject.draw, correct=False, clean=fit.loader(clean, labels),
+            experiment.model, None, blocks, experiment.draw, correct=False, clean=fit.loader(clean, labels),
             challenges=challenges, verbose=False, **given,
         )  # fmt: skip
         with torch.enable_grad():
-            parts = list(collect.batches_of(sample, subject.model, subject.draw, False))
+            parts = list(collect.batches_of(sample, experiment.model, experiment.draw, False))
         kinds, numbers = (list(itertools.chain.from_iterable(column)) for column in list(zip(*parts, strict=True))[1:])
         known = {name: value.numpy() for name, value in collect.known_of(sample, kinds, numbers).items()}
         inputs = torch.cat([torch.as_tensor(x) for x, *_ in parts]).numpy()
         return {"inputs": inputs, "kinds": np.array(kinds), "groups": np.array(numbers), **known}
 
-    made = subject.kept(f"inputs/{where}/fit", shown)
+    made = experiment.kept(f"inputs/{where}/fit", shown)
     inputs = torch.from_numpy(made["inputs"]).to(clean.dtype)
-    values = blocks_of(subject, f"{where}/fit", inputs, [*(block.name for block in blocks), "logits", "features"])
+    values = blocks_of(experiment, f"{where}/fit", inputs, [*(block.name for block in blocks), "logits", "features"])
     known = {name: torch.from_numpy(made[name]) for name in ("sources", "labels", "held_out")}
     return Features.of(values["logits"], values, kinds=made["kinds"].tolist(), **known)
 
@@ -117,10 +119,10 @@ def fitted(
     fit: Fit, names: Sequence[str], challenges: Any = "generate", correct: Any = False, **given: Any
 ) -> TwoStageModel:
     """Return a model fitted on those of the named blocks that the network can serve; the cache keeps their values."""
-    known = watch(fit.subject.model, (fit.subject.parts["fit"][0][:BATCH],), {})
+    known = watch(fit.experiment.model, (fit.experiment.parts["fit"][0][:BATCH],), {})
     blocks = [block for block in (MADE[name]() for name in names) if block.refusal(known) is None]
     features = read_for(fit, blocks, challenges, **given)
-    return TwoStageModel(fit.subject.model, blocks=blocks, seed=fit.subject.draw).fit_features(
+    return TwoStageModel(fit.experiment.model, blocks=blocks, seed=fit.experiment.draw).fit_features(
         features, correct=correct
     )
 
@@ -128,7 +130,7 @@ def fitted(
 def answer(two_stage: TwoStageModel, seen: Seen) -> Prediction:
     """Return a fitted model's answers to the inputs of a case."""
     wanted = [*(block.name for block in two_stage.extraction_.blocks), "logits"]
-    values = blocks_of(seen.subject, f"{seen.case}/{seen.part}", seen.images, wanted)
+    values = blocks_of(seen.experiment, f"{seen.case}/{seen.part}", seen.images, wanted)
     return two_stage.predict_features(Features.of(values["logits"], values))
 
 
@@ -136,9 +138,9 @@ def _registered(name: str, paper: str, extra: Sequence[str] = (), challenges: An
     """Register a form of the detector: the default blocks and others beside them."""
 
     def make(fit: Fit) -> Score:
-        subject = fit.subject
-        once = subject.draw == 0 and subject.network not in ("lite1", "lite2", "magika", "resnet56-training")
-        if subject.options.quick and not once and not set(extra) <= {*READINGS[0], "view"}:
+        experiment = fit.experiment
+        once = experiment.draw == 0 and experiment.network not in ("lite1", "lite2", "magika", "resnet56-training")
+        if experiment.options.quick and not once and not set(extra) <= {*READINGS[0], "view"}:
             raise NotRun("quick mode reads gradients of one draw, and not of every network")
         two_stage = fitted(fit, (*DEFAULT_BLOCKS, *extra), challenges)
         return lambda seen: answer(two_stage, seen).uncertainty
@@ -172,10 +174,10 @@ class _Generated(Seen):
 
     @cached_property
     def shown(self) -> Shown:
-        fitted(Fit(self.subject), ("logits",))
-        kept = self.subject.kept("inputs/generated/fit", dict)
+        fitted(Fit(self.experiment), ("logits",))
+        kept = self.experiment.kept("inputs/generated/fit", dict)
         made = kept["kinds"] != ""
-        inputs = torch.from_numpy(kept["inputs"][made]).to(self.subject.parts["fit"][0].dtype)
+        inputs = torch.from_numpy(kept["inputs"][made]).to(self.experiment.parts["fit"][0].dtype)
         return Shown(inputs, torch.from_numpy(kept["groups"][made]))
 
 
@@ -184,11 +186,11 @@ class _Second(Fit):
 
     @property
     def clean(self) -> Seen:
-        return _Half(self.subject, "clean", "fit")
+        return _Half(self.experiment, "clean", "fit")
 
     @property
     def labels(self) -> Tensor:
-        return super().labels[len(self.subject.parts["fit"][1]) // 2 :]
+        return super().labels[len(self.experiment.parts["fit"][1]) // 2 :]
 
 
 class _Half(Seen):
@@ -196,12 +198,12 @@ class _Half(Seen):
 
     @cached_property
     def shown(self) -> Shown:
-        whole = self.subject.seen(self.case, self.part).shown
+        whole = self.experiment.seen(self.case, self.part).shown
         return Shown(*(value[len(whole.images) // 2 :] for value in whole))
 
     @cached_property
     def _read(self) -> dict[str, Tensor]:
-        whole = self.subject.seen(self.case, self.part)._read
+        whole = self.experiment.seen(self.case, self.part)._read
         return {name: value[len(value) // 2 :] for name, value in whole.items()}
 
 
@@ -227,14 +229,14 @@ def logistic(columns: Callable[[Seen], Tensor], clean: Seen, other: Seen, before
 def control(fit: Fit) -> Score:
     if len(fit.clean.h) > 10_000:
         raise NotRun("needs the distances between all training images")
-    names = SCORES if fit.subject.stages else [name for name in SCORES if name not in ("Catalyst", "RAS")]
+    names = SCORES if fit.experiment.stages else [name for name in SCORES if name not in ("Catalyst", "RAS")]
     # Detectors score the images that they were fitted on as more usual than any others, so the regression learns from
     # the first half of the images, and those made from it.
-    scores = [METHODS[name].fit(_Second(fit.subject)) for name in names]
+    scores = [METHODS[name].fit(_Second(fit.experiment)) for name in names]
     half = len(fit.clean.h) // 2
 
     def columns(seen: Seen) -> Tensor:
         return torch.stack([score(seen).double() for score in scores], 1).detach()
 
-    challenges = fit.challenges if fit.case else _Generated(fit.subject, "generated", "fit")
+    challenges = fit.challenges if fit.case else _Generated(fit.experiment, "generated", "fit")
     return logistic(columns, fit.clean, challenges, before=half)

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.detection.experiment import BATCH, Fit, NotRun, Seen
 from bench.detection.registry import Score, method
-from bench.detection.subject import BATCH, Fit, NotRun, Seen
 from fastgrad.scores.mahalanobis import Mahalanobis
 
 
@@ -122,7 +122,7 @@ for _name, _year, _paper, _change in (
 
 @method("KNN", 2022, "Sun et al., ICML: h of unit length")
 def knn(fit: Fit) -> Score:
-    bank, k = F.normalize(fit.clean.h, dim=1), 10 if fit.subject.few else 50
+    bank, k = F.normalize(fit.clean.h, dim=1), 10 if fit.experiment.few else 50
     return lambda seen: torch.cdist(F.normalize(seen.h, dim=1), bank).kthvalue(k, 1).values
 
 
@@ -137,7 +137,7 @@ def class_typical(fit: Fit) -> Score:
 def kernel_reconstruction(fit: Fit) -> Score:
     """Return the part of ``phi(h)`` outside its clean principal components, after the authors' code."""
     # The authors' settings for ImageNet and CIFAR-10: gamma of the Gaussian kernel, features, share of the variance.
-    gamma, size, share = (3.0, 4096, 0.5) if fit.subject.few else (2.0, 2048, 0.8)
+    gamma, size, share = (3.0, 4096, 0.5) if fit.experiment.few else (2.0, 2048, 0.8)
     made = torch.Generator().manual_seed(0)
     weight = torch.randn(fit.clean.h.shape[1], size, generator=made, dtype=torch.float64) * (2 * gamma) ** 0.5
     phase = 2 * torch.pi * torch.rand(size, generator=made, dtype=torch.float64)

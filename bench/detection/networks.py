@@ -15,8 +15,8 @@ import torch
 from bench.detection.architectures import Classifier, dense_network, residual_network
 from bench.detection.data import files, photographs, sets
 from bench.detection.data import news as data
+from bench.detection.experiment import FILES, PHOTOGRAPHS, SMALL, TEXTS, Experiment, NotRun, Options, read
 from bench.detection.registry import network
-from bench.detection.subject import FILES, PHOTOGRAPHS, SMALL, TEXTS, NotRun, Options, Subject, read
 from bench.detection.train import HELD_OUT, RECIPES, file, logistic_layer, trained
 
 #: Photographs to fit and to test on, and images of a case: for each draw from the 1,000, and in quick mode.
@@ -80,14 +80,14 @@ PUBLISHED: Mapping[str, Published] = {
 }  # fmt: skip
 
 
-def photographed(size: int, options: Options, draw: int) -> Subject:
+def photographed(size: int, options: Options, draw: int) -> Experiment:
     """Return EfficientNet-Lite with its published weights on a sample of photographs, the same for all larger sizes."""
     count, test, case = QUICK if options.quick else DRAWS[draw]
     split = photographs.photographs(options.data)
     order = np.random.default_rng(draw if size == 0 else 3).permutation(len(split.images))
     parts = {"fit": split.at(order[:count]).labelled(), "test": split.at(order[count : count + test]).labelled()}
     model = photographs.network(size).requires_grad_(False).to(memory_format=torch.channels_last)
-    return Subject(f"lite{size}", draw, model, parts, options, PHOTOGRAPHS, case, photographs.stages(model))
+    return Experiment(f"lite{size}", draw, model, parts, options, PHOTOGRAPHS, case, photographs.stages(model))
 
 
 for _size, _tuned in ((0, True), (1, True), (2, False)):
@@ -106,7 +106,7 @@ KINDS = (400, 350, 250)
 
 
 @network("kinds", "EfficientNet-Lite0 on eight kinds of photographs", tuned=True)
-def kinds(options: Options, draw: int) -> Subject:
+def kinds(options: Options, draw: int) -> Experiment:
     """Return a published network whose last layer is trained for few classes, each with many photographs."""
     own = photographed(0, options, 0)
     split = photographs.photographs(options.data)
@@ -120,21 +120,21 @@ def kinds(options: Options, draw: int) -> Subject:
 
 
 @network("news", "all-MiniLM-L6-v2 on AG News", tuned=True)
-def news(options: Options, draw: int) -> Subject:
+def news(options: Options, draw: int) -> Experiment:
     """Return a published sentence encoder with a linear layer; draws are other splits of the news."""
     source = data.News(options.data, options.cache, draw)
     count, test, case = NEWS_QUICK if options.quick else NEWS
     parts = {"fit": source.news("fit", count), "test": source.news("test", test)}
-    return Subject("news", draw, source.model.requires_grad_(False), parts, options, TEXTS, case, source=source)
+    return Experiment("news", draw, source.model.requires_grad_(False), parts, options, TEXTS, case, source=source)
 
 
 @network("magika", "Magika on files of this installation")
-def magika(options: Options, draw: int) -> Subject:
+def magika(options: Options, draw: int) -> Experiment:
     """Return a published network that tells kinds of files apart; draws are other splits of the folders."""
     source = files.Files(draw)
     parts = {part: source.files(part, NEWS[0]) for part in ("fit", "test")}
     count = (NEWS_QUICK if options.quick else NEWS)[2]
-    return Subject("magika", draw, source.model.requires_grad_(False), parts, options, FILES, count, source=source)
+    return Experiment("magika", draw, source.model.requires_grad_(False), parts, options, FILES, count, source=source)
 
 
 def unseen(name: str) -> str:
@@ -142,7 +142,7 @@ def unseen(name: str) -> str:
     return "test" if name in PUBLISHED else "train"
 
 
-def small(name: str, options: Options, draw: int) -> Subject:
+def small(name: str, options: Options, draw: int) -> Experiment:
     """Return a network of CIFAR-10; detectors are fitted on images that it was not trained on."""
     count, test, case = CIFAR_QUICK if options.quick else CIFAR
     if name in PUBLISHED:
@@ -154,7 +154,7 @@ def small(name: str, options: Options, draw: int) -> Subject:
     model = model.requires_grad_(False).to(memory_format=torch.channels_last)
     fit = sets.load(options.data, "cifar10", unseen(name), count, draw * count - HELD_OUT)
     parts = {"fit": fit.labelled(), "test": sets.load(options.data, "cifar10", "test", test, draw * test).labelled()}
-    return Subject(name, draw, model, parts, options, SMALL, case, [model.stem, *model.stages])
+    return Experiment(name, draw, model, parts, options, SMALL, case, [model.stem, *model.stages])
 
 
 for _name, _title in (
@@ -166,14 +166,14 @@ for _name, _title in (
 
 
 @network("resnet56-training", "ResNet-56 on CIFAR-10, detectors fitted on all of its training images")
-def on_training_images(options: Options, draw: int) -> Subject:
+def on_training_images(options: Options, draw: int) -> Experiment:
     """Return a network whose detectors are fitted on its training images, as in their publications."""
     own = small("resnet56", options, draw)
     parts = {**own.parts, "fit": sets.load(options.data, "cifar10", "train").labelled()}
     return replace(own, network="resnet56-training", parts=parts)
 
 
-def attacked(name: str, count: int, options: Options, draw: int) -> Subject:
+def attacked(name: str, count: int, options: Options, draw: int) -> Experiment:
     """Return a network with images of each attack for detectors that are trained on them."""
     own = small(name, options, draw)
     return replace(own, network=f"{name}-attacked", count=own.count if options.quick else count)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.detection import cache, train
-from bench.detection.subject import Options
+from bench.detection.experiment import Options
 
 #: The only network that is small enough.
 NETWORK = "resnet"

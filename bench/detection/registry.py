@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from bench.detection.subject import CASES, Case, Fit, Options, Seen, Subject
+from bench.detection.experiment import CASES, Case, Experiment, Fit, Options, Seen
 
 Score = Callable[[Seen], Tensor]
 Any_ = TypeVar("Any_", bound=Callable[..., object])
@@ -46,7 +46,7 @@ class Network(NamedTuple):
 
     title: str
     tuned: bool
-    make: Callable[[Options, int], Subject]
+    make: Callable[[Options, int], Experiment]
 
 
 METHODS: dict[str, Method] = {}
@@ -69,10 +69,10 @@ def method(
 
 
 def case(name: str, group: str, kinds: tuple[str, ...]) -> Callable[[Any_], Any_]:
-    """Register a function that makes inputs from ``(subject, part, count)``."""
+    """Register a function that makes inputs from ``(experiment, part, count)``."""
     return _registering(CASES, name, lambda make: Case(group, kinds, make))
 
 
 def network(name: str, title: str, *, tuned: bool = False) -> Callable[[Any_], Any_]:
-    """Register a function that makes a `Subject` from ``(options, draw)``."""
+    """Register a function that makes a `Experiment` from ``(options, draw)``."""
     return _registering(NETWORKS, name, lambda make: Network(title, tuned, make))

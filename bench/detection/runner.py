@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from bench.detection import resampled
+from bench.detection.experiment import CASES, Experiment, Fit, NotRun, Options
 from bench.detection.registry import METHODS, NETWORKS, Method, Protocol
-from bench.detection.subject import CASES, Fit, NotRun, Options, Subject
 from bench.detection.tables import Table
 
 Values = NDArray[np.float64]
@@ -28,17 +28,17 @@ WORST = "worst of the attacks (MEAD)"
 ONE_DRAW = ("lite1", "lite2", "densenet", "vit", "resnet56-training")
 
 
-def measure(subject: Subject, method: Method, cases: Sequence[str]) -> tuple[dict[str, Values], dict[str, str]]:
+def measure(experiment: Experiment, method: Method, cases: Sequence[str]) -> tuple[dict[str, Values], dict[str, str]]:
     """Return a method's scores of the clean test images and of every case, and reasons for missing ones."""
     scores: dict[str, Values] = {}
     absent: dict[str, str] = {}
-    fitted = cache(lambda of: method.fit(Fit(subject, of)))
+    fitted = cache(lambda of: method.fit(Fit(experiment, of)))
 
     def score(case: str, of: str) -> Values:
         def make() -> dict[str, Values]:
-            return {"score": fitted(of)(subject.seen(case)).detach().double().numpy()}
+            return {"score": fitted(of)(experiment.seen(case)).detach().double().numpy()}
 
-        return subject.kept(f"scores/{method.name}/{of}/{case}", make)["score"]
+        return experiment.kept(f"scores/{method.name}/{of}/{case}", make)["score"]
 
     labelled = method.protocol is Protocol.LABELLED
     for case in cases if labelled else ("clean", *cases):
@@ -57,21 +57,26 @@ def measure(subject: Subject, method: Method, cases: Sequence[str]) -> tuple[dic
     return scores, absent
 
 
-def head_of(subject: Subject, method: Method) -> Row:
-    return {"network": subject.network, "draw": subject.draw, "method": method.name, "protocol": method.protocol.value}
+def head_of(experiment: Experiment, method: Method) -> Row:
+    return {
+        "network": experiment.network,
+        "draw": experiment.draw,
+        "method": method.name,
+        "protocol": method.protocol.value,
+    }
 
 
-def rows(table: Table, subject: Subject, method: Method, known: dict[str, Groups]) -> list[Row]:
+def rows(table: Table, experiment: Experiment, method: Method, known: dict[str, Groups]) -> list[Row]:
     """Return a row for each case, and one for each group whose cases all have a number.
 
     ``known`` holds the groups of earlier methods; this method's are added. A method named ``A + B`` also has rows of
     the gain over A, from the same resampled images.
     """
-    cases = [name for name, case in CASES.items() if case.group in table.groups and subject.kind in case.kinds]
+    cases = [name for name, case in CASES.items() if case.group in table.groups and experiment.kind in case.kinds]
     slow = dict.fromkeys(("clean", *cases), "left out of quick mode: several passes an image")
-    left_out = subject.options.quick and method.slow and subject.few
-    scores, absent = ({}, slow) if left_out else measure(subject, method, cases)
-    head = head_of(subject, method)
+    left_out = experiment.options.quick and method.slow and experiment.few
+    scores, absent = ({}, slow) if left_out else measure(experiment, method, cases)
+    head = head_of(experiment, method)
     made: list[Row] = []
     values: dict[str, Values] = {}
     for case in cases:
@@ -100,20 +105,20 @@ def rows(table: Table, subject: Subject, method: Method, known: dict[str, Groups
             gain = resampled.columns("gain", groups[group] - beside[group])
             made.append(head | {"case": f"gain in {group}"} | gain)
         for whole in wholes[1:]:
-            made.append(whole | resampled.columns("auroc", _worst(subject, scores, present)))
+            made.append(whole | resampled.columns("auroc", _worst(experiment, scores, present)))
     return made
 
 
-def _worst(subject: Subject, scores: Mapping[str, Values], cases: Sequence[str]) -> Values:
+def _worst(experiment: Experiment, scores: Mapping[str, Values], cases: Sequence[str]) -> Values:
     """Return the AUROC in which each image counts by its least unusual attack (Granese et al., MEAD, 2022)."""
     least: dict[int, float] = {}
     for case in cases:
-        for source, score in zip(subject.seen(case).shown.source.tolist(), scores[case].tolist(), strict=True):
+        for source, score in zip(experiment.seen(case).shown.source.tolist(), scores[case].tolist(), strict=True):
             least[source] = min(score, least.get(source, np.inf))
     return resampled.auroc(scores["clean"], np.array(list(least.values())))
 
 
-def over(networks: Sequence[str], options: Options, measured: Callable[[Subject], list[Row]]) -> list[Row]:
+def over(networks: Sequence[str], options: Options, measured: Callable[[Experiment], list[Row]]) -> list[Row]:
     """Return the rows of each draw of each network; a network whose files are missing has one row that says so."""
     made: list[Row] = []
     warnings.simplefilter("ignore")
@@ -122,14 +127,14 @@ def over(networks: Sequence[str], options: Options, measured: Callable[[Subject]
         for draw in range(1 if name in ONE_DRAW else options.draws):
             head = {"network": name, "draw": draw}
             try:
-                subject = NETWORKS[name].make(options, draw)
+                experiment = NETWORKS[name].make(options, draw)
             except ABSENT as why:
                 made.append(head | {"not run": str(why)})
                 continue
-            made += measured(subject)
-            fit, test = (len(subject.parts[part][1]) for part in ("fit", "test"))
-            right = len(subject.right["test"]) / test
-            made.append(head | {"accuracy": right, "fit": fit, "test": test, "count": subject.count})
+            made += measured(experiment)
+            fit, test = (len(experiment.parts[part][1]) for part in ("fit", "test"))
+            right = len(experiment.right["test"]) / test
+            made.append(head | {"accuracy": right, "fit": fit, "test": test, "count": experiment.count})
     return made
 
 
@@ -147,13 +152,13 @@ def run(table: Table, options: Options, networks: Sequence[str] = (), names: Seq
     # Methods of one pass first, and ours last.
     methods.sort(key=lambda method: (method.slow, method.name.startswith("fastgrad")))
 
-    def measured(subject: Subject) -> list[Row]:
+    def measured(experiment: Experiment) -> list[Row]:
         made: list[Row] = []
         known: dict[str, Groups] = {}
         for method in methods:
             begun = time.perf_counter()
-            made += rows(table, subject, method, known)
-            words = f"{subject.network}, draw {subject.draw}, {method.name}: {time.perf_counter() - begun:.1f} s"
+            made += rows(table, experiment, method, known)
+            words = f"{experiment.network}, draw {experiment.draw}, {method.name}: {time.perf_counter() - begun:.1f} s"
             print(words, file=sys.stderr, flush=True)
         return made
 

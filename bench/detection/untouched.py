@@ -20,11 +20,11 @@ from bench.detection import cases, error_rate, methods_images, methods_outputs, 
 from bench.detection.architectures import residual_network
 from bench.detection.cache import digest
 from bench.detection.data import sets
+from bench.detection.experiment import CASES, SMALL, Experiment, Fit, Options
 from bench.detection.failure import judged
 from bench.detection.methods_ours import fitted
 from bench.detection.networks import _RESNETS, Published
 from bench.detection.registry import METHODS, case
-from bench.detection.subject import CASES, SMALL, Fit, Options, Subject
 from bench.report import pages
 from fastgrad.blocks import DEFAULT_BLOCKS
 
@@ -55,7 +55,7 @@ WEIGHTS = Published(
 )  # fmt: skip
 
 
-def subject(options: Options) -> Subject:
+def experiment(options: Options) -> Experiment:
     """Return the network with its images; the two new sets become cases of this process."""
     for name, file in NEW.items():
         sets.SETS = {**sets.SETS, name: (file,)}
@@ -68,11 +68,11 @@ def subject(options: Options) -> Subject:
     }
     count = PROTOCOL["images of a case"]
     draw = PROTOCOL["first image of other sets"] // count
-    return Subject("untouched", draw, model, parts, options, SMALL, count, [model.stem, *model.stages])
+    return Experiment("untouched", draw, model, parts, options, SMALL, count, [model.stem, *model.stages])
 
 
 def measure(*, data: Path, cache: Path) -> Iterator[dict[str, Any]]:
-    own = subject(Options(data, cache))
+    own = experiment(Options(data, cache))
     names = [
         name for name, one in CASES.items()
         if SMALL in one.kinds and one.group in PROTOCOL["cases"] and not name.startswith(tuple(PROTOCOL["left out"]))

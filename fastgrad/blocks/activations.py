@@ -41,9 +41,9 @@ class Activations(Block):
             Reading(place.path, functools.partial(_read, place, mask), copied=False) for place in subject.channels
         )
 
-    def values(self, found: Pass) -> Tensor:
+    def values(self, forward: Pass) -> Tensor:
         """Return the columns side by side, in the order of the forward pass."""
-        values, places = found.readings(self.name), found.subject.channels
+        values, places = forward.readings(self.name), forward.subject.channels
         if all(value.dim() > 2 for value in values):  # maps, of which all columns take one logarithm together
             dims = [tuple(range(2, value.dim())) for value in values]
             means = [v.to(compute_dtype(v.dtype)).square().mean(dim) for v, dim in zip(values, dims, strict=True)]

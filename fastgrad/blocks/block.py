@@ -16,7 +16,7 @@ from fastgrad.blocks.subject import Subject
 from fastgrad.scores.fitted import FittedList
 from fastgrad.scores.one_class import OneClass
 
-#: Name of the challenge classifier among the sources of evidence; the other sources are blocks.
+#: Name of the challenge classifier among the names of evidence; the others are blocks.
 CHALLENGE_CLASSIFIER = "challenges"
 #: Principal components of h and of activations that the challenge classifier sees, and the columns beside them: most of
 #: what a challenge changes lies in directions in which clean data do not vary. AUROC with and without the columns:
@@ -70,6 +70,6 @@ class Block:
         """Return what to read in the forward pass; ``mask`` ``(B, T)``, if any, marks the positions that count."""
         return ()
 
-    def values(self, found: Pass) -> Tensor:
-        """Return the block ``(B, ...)`` from what a pass has found."""
+    def values(self, forward: Pass) -> Tensor:
+        """Return the block ``(B, ...)`` from what a forward pass has read."""
         raise NotImplementedError(f"the block {self.name!r} must define values")

@@ -101,6 +101,6 @@ class Features:
         return self.codes > 0
 
     @property
-    def groups(self) -> Tensor:
+    def source_numbers(self) -> Tensor:
         """``(n,)``, int64: sources numbered from 0."""
-        return torch.from_numpy(checks.groups_of(self.sources.numpy(), len(self)))
+        return torch.from_numpy(checks.sources_of(self.sources.numpy(), len(self)))

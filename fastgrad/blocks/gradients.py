@@ -33,9 +33,11 @@ class Gradients(Block):
     #: A forward pass of its own, and for each signal a training step's backward pass.
     price = 1 + 2.5 * 3
 
-    def values(self, found: Pass) -> Tensor:
-        if self.name not in found.kept:
-            found.kept[self.name] = GradientFeatures(found.model, signals=self.signals, log=found.log, batch_dims=0)
-        args, kwargs = copied((found.args, found.kwargs))
-        features: Tensor = found.kept[self.name](*args, **kwargs)[1]
+    def values(self, forward: Pass) -> Tensor:
+        if self.name not in forward.kept:
+            forward.kept[self.name] = GradientFeatures(
+                forward.model, signals=self.signals, log=forward.log, batch_dims=0
+            )
+        args, kwargs = copied((forward.args, forward.kwargs))
+        features: Tensor = forward.kept[self.name](*args, **kwargs)[1]
         return features

@@ -29,8 +29,8 @@ class Penultimate(Block):
     def readings(self, subject: Subject, mask: Tensor | None) -> tuple[Reading, ...]:
         return () if subject.head is None else (Reading(subject.head, lambda inputs, _: inputs[0]),)
 
-    def values(self, found: Pass) -> Tensor:
-        return found.readings(self.name)[0]
+    def values(self, forward: Pass) -> Tensor:
+        return forward.readings(self.name)[0]
 
 
 class Contrasts(Penultimate):
@@ -44,5 +44,5 @@ class Contrasts(Penultimate):
     scores = (partial(mixture, rank=True),)
     classified: ClassVar[Mapping[str, Any]] = {"rank": True}
 
-    def values(self, found: Pass) -> Tensor:
-        return contrast_sqnorm(super().values(found), found.logits, bias=found.subject.bias, log=found.log)
+    def values(self, forward: Pass) -> Tensor:
+        return contrast_sqnorm(super().values(forward), forward.logits, bias=forward.subject.bias, log=forward.log)

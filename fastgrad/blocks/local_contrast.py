@@ -43,8 +43,8 @@ class Image(Block):
     def refusal(self, subject: Subject) -> str | None:
         return None if subject.image is not None else NO_IMAGE
 
-    def values(self, found: Pass) -> Tensor:
-        return image_statistics(found.image())
+    def values(self, forward: Pass) -> Tensor:
+        return image_statistics(forward.image())
 
 
 def image_statistics(images: Tensor) -> Tensor:
@@ -83,8 +83,8 @@ class Roughness(Block):
     def readings(self, subject: Subject, mask: Tensor | None) -> tuple[Reading, ...]:
         return () if subject.first is None else (Reading(subject.first, _of_output, copied=False),)
 
-    def values(self, found: Pass) -> Tensor:
-        return found.readings(self.name)[0]
+    def values(self, forward: Pass) -> Tensor:
+        return forward.readings(self.name)[0]
 
 
 def roughness(maps: Tensor) -> Tensor:

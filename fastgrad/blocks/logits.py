@@ -21,5 +21,5 @@ class Logits(Block):
     scores = (energy, margin)
     classified: ClassVar[Mapping[str, Any]] = {"top": 10}
 
-    def values(self, found: Pass) -> Tensor:
-        return found.logits
+    def values(self, forward: Pass) -> Tensor:
+        return forward.logits

@@ -42,10 +42,10 @@ class View(Block):
         part = images[..., top : top + h, left : left + w]
         return F.interpolate(part, size=(height, width), mode="bilinear", align_corners=False)
 
-    def values(self, found: Pass) -> Tensor:
-        image = found.image()
-        dtype = compute_dtype(found.logits.dtype)
-        first = found.logits.to(dtype).log_softmax(-1)
-        second = found.again(self.of(image)).to(dtype).log_softmax(-1)
+    def values(self, forward: Pass) -> Tensor:
+        image = forward.image()
+        dtype = compute_dtype(forward.logits.dtype)
+        first = forward.logits.to(dtype).log_softmax(-1)
+        second = forward.again(self.of(image)).to(dtype).log_softmax(-1)
         divergence = (first.exp() * (first - second)).sum(-1, keepdim=True)
         return torch.log(divergence.clamp_min(0) + _LEAST)

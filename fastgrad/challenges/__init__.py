@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fastgrad.challenges.attacks import fgsm, pgd
-from fastgrad.challenges.generate import Challenges, generate_challenges, iter_challenges
-from fastgrad.challenges.kinds import CHALLENGES, Kind, challenge_cost, challenge_names
+from fastgrad.challenges.generate import generate_challenges
+from fastgrad.challenges.kinds import CHALLENGES, Challenges, Kind, challenge_cost, challenge_names
 from fastgrad.challenges.pixels import PixelRange
 
 __all__ = [
@@ -16,6 +16,5 @@ __all__ = [
     "challenge_names",
     "fgsm",
     "generate_challenges",
-    "iter_challenges",
     "pgd",
 ]

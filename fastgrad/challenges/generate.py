@@ -5,14 +5,14 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
 from fastgrad import checks
 from fastgrad.challenges import corruptions
-from fastgrad.challenges.kinds import challenge_names, kinds_for, row_of, turns_of
+from fastgrad.challenges.kinds import Challenges, challenge_names, kinds_for, row_of, turns_of
 from fastgrad.challenges.pixels import PixelRange, check_images
 
 #: Values in a batch of images that is altered together on a CPU; on other devices eight times as many.
@@ -23,23 +23,9 @@ _UNCHANGED = 1 / 510
 _QUALITIES = (60, 95)
 
 
-class Challenges(NamedTuple):
-    """A batch of challenging inputs.
-
-    Attributes:
-        inputs: ``(B, ...)``, in the form of the clean inputs.
-        kinds: The kind of each, a key of `CHALLENGES`.
-        sources: ``(B,)``, which of the clean inputs each was made from.
-    """
-
-    inputs: Tensor
-    kinds: list[str]
-    sources: Tensor
-
-
-def iter_challenges(
+def generate_challenges(
     model: nn.Module | None,
-    inputs: Tensor,
+    images: Tensor,
     *,
     each: int = 3,
     names: Sequence[str] | None = None,
@@ -56,39 +42,39 @@ def iter_challenges(
 
     Args:
         model: classifier ``(B, C, H, W) -> (B, N)`` logits; None if ``names`` has no attack.
-        inputs: clean images ``(B, C, H, W)``, any floating dtype, any normalisation.
+        images: clean images ``(B, C, H, W)``, any floating dtype, any normalisation.
         each: challenges per clean input; those of an attacked input are all attacks.
         names: kinds or full names (see :func:`challenge_names`); None for every kind.
         first: number of clean inputs in earlier calls, from which the turns of kinds and ``sources`` continue.
         seed: same seed, same kinds; with the same ``batch_size`` and calls, same challenges.
-        pixels: range of the images; None to read it from ``inputs``, which must then be the whole sample.
+        pixels: range of the images; None to read it from ``images``, which must then be the whole sample.
         batch_size: images at a time; None for what fits the device's caches.
 
     Raises:
-        TypeError: ``inputs`` is not floating, or ``model`` is not a module.
+        TypeError: ``images`` is not floating, or ``model`` is not a module.
         ValueError: Names are unknown, shapes are wrong, images are not finite, or an attack has no model.
     """
     full = challenge_names(names)
-    _check(model, inputs, full, batch_size)
+    _check(model, images, full, batch_size)
     checks.at_least(1, each=each)
     checks.at_least(0, first=first, seed=seed)
     if not full:
         raise ValueError("names must hold at least one challenge; it was empty")
     if pixels is None:
-        pixels = PixelRange.of(inputs)
+        pixels = PixelRange.of(images)
     checks.is_a(PixelRange, pixels=pixels)
     attacked, others, share = turns_of(full)
     order = torch.randperm(len(others), generator=Generator().manual_seed(int(seed)), device="cpu")
     others = [others[place] for place in order]
     groups: defaultdict[Any, list[tuple[int, str]]] = defaultdict(list)
-    for number in range(first, first + len(inputs)):
+    for number in range(first, first + len(images)):
         before = int(share * number)
         under_attack = int(share * (number + 1)) > before
         turn = kinds_for(attacked, before, each) if under_attack else kinds_for(others, number - before, each)
         for name in turn:
             # All strengths of an attack are made together.
             groups[row_of(name)[0].function if under_attack else name].append((number - first, name))
-    size, inputs = int(batch_size or _fitting(inputs)), inputs.detach()
+    size, images = int(batch_size or _fitting(images)), images.detach()
 
     def batches() -> Iterator[Challenges]:
         made: list[Tensor] = []
@@ -98,11 +84,11 @@ def iter_challenges(
             for start in range(0, len(group), size):
                 wanted = group[start : start + size]
                 place, name = wanted[0]
-                images = _altered(model, inputs, wanted, f"{seed}/{first + place}/{name}", pixels, size)
-                clean = inputs[[place for place, _ in wanted]].clamp(pixels.low, pixels.high)
-                moved = (images - clean).abs() > _UNCHANGED * (pixels.high - pixels.low)
+                altered = _altered(model, images, wanted, f"{seed}/{first + place}/{name}", pixels, size)
+                clean = images[[place for place, _ in wanted]].clamp(pixels.low, pixels.high)
+                moved = (altered - clean).abs() > _UNCHANGED * (pixels.high - pixels.low)
                 changed = moved.flatten(1).any(1)
-                made.append(images[changed])
+                made.append(altered[changed])
                 kept = [pair for pair, new in zip(wanted, changed.tolist(), strict=True) if new]
                 kinds += [name.partition("-")[0] for _, name in kept]
                 sources += [first + place for place, _ in kept]
@@ -116,59 +102,11 @@ def iter_challenges(
     return batches()
 
 
-def generate_challenges(
-    model: nn.Module | None,
-    images: Tensor,
-    *,
-    names: Sequence[str] | None = None,
-    severities: Sequence[int] | None = None,
-    seed: int = 0,
-    clip: tuple[float, float] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    batch_size: int | None = None,
-) -> dict[str, Tensor]:
-    """Return every challenge of every image: corruptions, and attacks on the model's own predictions.
-
-    The model is run in evaluation mode and left as it was: modes, gradients, hooks, buffers.
-
-    Args:
-        model: as for :func:`iter_challenges`.
-        images: clean images ``(B, C, H, W)``, any floating dtype, any normalisation.
-        names: as for :func:`challenge_names`, with ``severities``.
-        severities: severities of the kinds named without one; None for all.
-        seed: same seed, same challenges. Give every batch of a loader a seed of its own.
-        clip: values of black and white; derived from the images when not given, as for :meth:`PixelRange.of`.
-        mean: per-channel mean of the normalisation, where there was one; needs ``std``.
-        std: per-channel standard deviation of the normalisation.
-        batch_size: images attacked at a time; None for what fits the device's caches.
-
-    Returns:
-        ``{"noise-1": (B, C, H, W), ...}`` in the range, dtype and device of ``images``. Images are clipped to
-        the pixel range, and image i of each challenge comes from image i of ``images``.
-
-    Raises:
-        TypeError, ValueError: As for :func:`iter_challenges`.
-    """
-    full = challenge_names(names, severities)
-    _check(model, images, full, batch_size)
-    checks.at_least(0, seed=seed)
-    pixels = PixelRange.of(images, clip=clip, mean=mean, std=std)
-    inputs, size = images.detach(), int(batch_size or _fitting(images))
-    # With a seed for every name, a challenge does not depend on which others are made.
-    return {
-        name: _altered(model, inputs, [(place, name) for place in range(len(images))], f"{seed}/{name}", pixels, size)
-        for name in full
-    }
-
-
 @torch.inference_mode(False)
 def _altered(
-    model: nn.Module | None, inputs: Tensor, wanted: Sequence[tuple[int, str]], draw: str, pixels: PixelRange, size: int
+    model: nn.Module | None, images: Tensor, wanted: Sequence[tuple[int, str]], draw: str, pixels: PixelRange, size: int
 ) -> Tensor:
-    """Alter inputs at the ``wanted`` places by one kind or one attack, ``size`` at a time; ``draw`` is the seed."""
-    if not wanted:
-        return inputs[:0]
+    """Alter images at the ``wanted`` places by one kind or one attack, ``size`` at a time; ``draw`` is the seed."""
     generator = Generator().manual_seed(zlib.crc32(draw.encode()))
     rows = [row_of(name) for _, name in wanted]
     own = [(place, strength) for (place, _), (_, strength) in zip(wanted, rows, strict=True)]
@@ -176,7 +114,7 @@ def _altered(
     # JPEG takes the attacked image before it in the list if that has the same input and strength.
     begun = ~through | torch.tensor([i == 0 or own[i] != own[i - 1] for i in range(len(own))], device="cpu")
     chosen = [pair for pair, new in zip(own, begun.tolist(), strict=True) if new]
-    unit = pixels.to_unit(inputs[torch.tensor([place for place, _ in chosen], device=inputs.device)])
+    unit = pixels.to_unit(images[torch.tensor([place for place, _ in chosen], device=images.device)])
     function = rows[0][0].function
     if not rows[0][0].passes:
         made = function(unit, chosen[0][1], generator).clamp(0, 1)

@@ -22,6 +22,20 @@ _GRADIENT = 2.4
 _T = TypeVar("_T")
 
 
+class Challenges(NamedTuple):
+    """A batch of challenging inputs.
+
+    Attributes:
+        inputs: ``(B, ...)``, in the form of the clean inputs.
+        kinds: The kind of each, a key of `CHALLENGES`, or of `TOKEN_CHALLENGES` in `fastgrad.challenges.tokens`.
+        sources: ``(B,)``, which of the clean inputs each was made from.
+    """
+
+    inputs: Any
+    kinds: list[str]
+    sources: Tensor
+
+
 class Kind(NamedTuple):
     """One kind of challenge.
 
@@ -65,34 +79,26 @@ CHALLENGES: Mapping[str, Kind] = MappingProxyType(
 )
 
 
-def challenge_names(names: Sequence[str] | None = None, severities: Sequence[int] | None = None) -> list[str]:
+def challenge_names(names: Sequence[str] | None = None) -> list[str]:
     """Return full names such as ``"noise-2"`` (kind and severity; 1 is the mildest).
 
     Args:
         names: kinds (``"noise"``: all its severities) or full names; None for every kind.
-        severities: keep only these severities of the kinds named without one; None for all. Kinds with fewer
-            severities give the ones they have.
 
     Raises:
-        TypeError: ``names`` or ``severities`` is not a sequence.
-        ValueError: A name is neither (the message lists those that exist), or a severity is not 1, 2 or 3.
+        TypeError: ``names`` is not a sequence.
+        ValueError: A name is neither (the message lists those that exist).
     """
-    for what, given in (("names", names), ("severities", severities)):
-        if given is not None and (isinstance(given, str) or not isinstance(given, Iterable)):
-            raise TypeError(f"{what} must be a sequence; it was {given!r}")
-    wanted = {1, 2, 3} if severities is None else set(severities)
-    if not wanted <= {1, 2, 3}:
-        raise ValueError(f"severities must be among 1, 2 and 3; they were {list(severities or ())!r}")
+    if names is not None and (isinstance(names, str) or not isinstance(names, Iterable)):
+        raise TypeError(f"names must be a sequence; it was {names!r}")
     full: list[str] = []
     for name in CHALLENGES if names is None else names:
         kind, _, level = str(name).partition("-")
         checks.one_of("names", kind, CHALLENGES)
-        levels = range(1, len(CHALLENGES[kind].strengths) + 1)
+        levels = [f"{kind}-{n}" for n in range(1, len(CHALLENGES[kind].strengths) + 1)]
         if level:
-            checks.one_of("names", name, [f"{kind}-{n}" for n in levels])
-            full.append(name)
-        else:
-            full += [f"{kind}-{n}" for n in levels if n in wanted]
+            checks.one_of("names", name, levels)
+        full += [name] if level else levels
     return full
 
 

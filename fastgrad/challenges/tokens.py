@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastgrad.batches import batch_size, take
-from fastgrad.challenges.kinds import kinds_for
+from fastgrad.challenges.kinds import Challenges, kinds_for
 
 IDS, MASK, SEGMENTS = "input_ids", "attention_mask", "token_type_ids"
 #: Shares of an input's tokens that are altered, mild to severe. With components of activations alone, shares of .05 to
@@ -81,10 +81,10 @@ def ids_of(x: Any) -> Tensor | None:
     return ids if ids.dim() == 2 else None
 
 
-def iter_token_challenges(
+def generate_token_challenges(
     batches: Sequence[Any], chosen: Sequence[int], *, each: int, seed: int
-) -> Iterator[tuple[Any, list[str], list[int]]]:
-    """Yield ``each`` challenges of every chosen input, in batches of the clean inputs' form, with kinds and sources.
+) -> Iterator[Challenges]:
+    """Yield ``each`` challenges of every chosen input, in batches of the clean inputs' form.
 
     Kinds and shares take turns over the inputs. A challenge that equals its clean input, such as one of a single token,
     is left out.
@@ -116,7 +116,8 @@ def iter_token_challenges(
                     made.append((number, name, places, ids))
         for start in range(0, len(made), size):
             part = made[start : start + size]
-            yield corpus.written(x, first, part), [name for _, name, *_ in part], [number for number, *_ in part]
+            numbers, names = [number for number, *_ in part], [name for _, name, *_ in part]
+            yield Challenges(corpus.written(x, first, part), names, torch.tensor(numbers, device="cpu"))
         first += size
 
 

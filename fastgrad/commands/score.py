@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
+from fastgrad.deploy.dataset import MAX_BYTES
 from fastgrad.deploy.file.images import MAX_PIXELS
 from fastgrad.deploy.score import score
-from fastgrad.deploy.sources import MAX_BYTES
 
 #: Options that are arguments of `score`: type, default, help.
 _OPTIONS = {

@@ -51,7 +51,7 @@ class ScoreImages:
         """Return a `pyarrow.Table` with a row for each image; that of an unreadable one has an ``error``."""
         import pyarrow as pa
 
-        from fastgrad.deploy.sources import decode
+        from fastgrad.deploy.dataset import decode
 
         names, contents = (batch[column] for column in self._columns)
         known, rows = self._scorer.description, []

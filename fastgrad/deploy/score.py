@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader
 
 from fastgrad.atomic import written_beside
 from fastgrad.checks import at_least, extra, fits_utf8, is_path, without_warnings
+from fastgrad.deploy.dataset import MAX_BYTES, Images
 from fastgrad.deploy.file.answer import ResultError, answer
 from fastgrad.deploy.file.description import normalize_pixels
 from fastgrad.deploy.file.images import MAX_PIXELS, Array, require_images
+from fastgrad.deploy.file.opening import digest_of, open_regular
 from fastgrad.deploy.file.package import ModelPackage
-from fastgrad.deploy.file.reading import digest_of, open_regular
-from fastgrad.deploy.sources import MAX_BYTES, Images
 
 with extra("score"):
     import pyarrow as pa
@@ -79,15 +79,15 @@ def score(
     workers = os.cpu_count() or 1 if workers is None else workers
     at_least(0, workers=workers)
     scorer = Scorer(model_path, false_alarm_rate=false_alarm_rate, max_pixels=max_pixels)
-    sources = Images(Path(images).resolve(), scorer.description, image_column, key_column, max_pixels, max_bytes)
+    listed = Images(Path(images).resolve(), scorer.description, image_column, key_column, max_pixels, max_bytes)
     job = (
-        digest_of(model_path), str(sources.path), sources.identity, part, scorer.threshold, image_column, key_column,
+        digest_of(model_path), str(listed.path), listed.identity, part, scorer.threshold, image_column, key_column,
         max_pixels, max_bytes,
     )  # fmt: skip
     schema = scorer.schema.with_metadata({_JOB: hashlib.sha256(repr(job).encode("ascii", "backslashreplace")).digest()})
-    parts = [Path(out) / f"part-{number:08d}.parquet" for number in range(-(-len(sources) // part))]
+    parts = [Path(out) / f"part-{number:08d}.parquet" for number in range(-(-len(listed) // part))]
     missing = _missing(Path(out), parts, schema)
-    ends = {number: min((number + 1) * part, len(sources)) for number in missing}
+    ends = {number: min((number + 1) * part, len(listed)) for number in missing}
     size = min(batch, scorer.description.max_batch)
     # No batch crosses the end of a part.
     batches = [
@@ -96,8 +96,8 @@ def score(
         for start in range(number * part, end, size)
     ]
     todo = sum(map(len, batches))
-    bar = tqdm(total=len(sources), initial=len(sources) - todo, unit="image", disable=not (progress and sys.stderr))
-    loader = DataLoader(sources, batch_sampler=batches, num_workers=workers if batches else 0, collate_fn=list)
+    bar = tqdm(total=len(listed), initial=len(listed) - todo, unit="image", disable=not (progress and sys.stderr))
+    loader = DataLoader(listed, batch_sampler=batches, num_workers=workers if batches else 0, collate_fn=list)
     with without_warnings(DeprecationWarning):  # Python's, of processes that are forked beside threads
         loaded = iter(loader)
     rows: list[dict[str, Any]] = []
@@ -112,7 +112,7 @@ def score(
     table = dataset(parts)
     counted = {"images": None, "unreadable": field("error").is_valid(), "unreliable": ~field("reliable")}
     counts = {name: int(table.count_rows(filter=condition)) for name, condition in counted.items()}
-    return {**counts, "continued": len(sources) - todo}
+    return {**counts, "continued": len(listed) - todo}
 
 
 def _missing(out: Path, parts: Sequence[Path], schema: Any) -> list[int]:

@@ -29,7 +29,7 @@ from fastgrad.blocks.block import CHALLENGE_CLASSIFIER
 from fastgrad.blocks.features import Features
 from fastgrad.detector.challenge_classifier import ChallengeClassifier, JointRows
 from fastgrad.detector.constants import CAP, WEIGHT
-from fastgrad.detector.inputs import Known
+from fastgrad.detector.inputs import BlocksByName
 from fastgrad.scores.conformal import PValues, weighted
 from fastgrad.scores.fitted import Fitted, FittedList
 from fastgrad.scores.one_class import Settings
@@ -38,7 +38,7 @@ from fastgrad.scores.one_class import Settings
 class Score(Fitted):
     """One score: the rows that it reads from the blocks, and the module that scores them.
 
-    Options: ``source``, the block or `CHALLENGE_CLASSIFIER`; ``weight``, the factor of its evidence in the sum.
+    Options: ``evidence``, the block or `CHALLENGE_CLASSIFIER`; ``weight``, the factor of its evidence in the sum.
     """
 
     rows: Fitted
@@ -71,12 +71,12 @@ class DetectorModule(Fitted):
         return self.explain(blocks)[0]
 
     def explain(self, blocks: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return uncertainty ``(B,)``, evidence ``(B, S)`` of `sources`, log p ``(B, C)`` of "clean" and challenges."""
+        """Return uncertainty ``(B,)``, evidence ``(B, S)`` by name, and log p ``(B, C)`` of "clean" and challenges."""
         raw, log_p = values_of(self.scores, blocks)
         evidence = self.evidence(raw)
         # A comparison with NaN is false, so NaN would pass for reliable.
         total, parts = (
-            v.nan_to_num(torch.inf, torch.inf, -torch.inf) for v in (self.total(evidence), self.by_source(evidence))
+            v.nan_to_num(torch.inf, torch.inf, -torch.inf) for v in (self.total(evidence), self.summed(evidence))
         )
         return total, parts, log_p
 
@@ -86,16 +86,16 @@ class DetectorModule(Fitted):
         return -log_p.squeeze(0)
 
     @property
-    def sources(self) -> list[str]:
+    def evidence_names(self) -> list[str]:
         """The blocks that have a score, and the challenge classifier if there is one."""
-        return list(dict.fromkeys(score.options["source"] for score in self.scores))
+        return list(dict.fromkeys(score.options["evidence"] for score in self.scores))
 
-    def by_source(self, evidence: Tensor) -> Tensor:
-        """Return the scores' evidence ``(B, K)`` summed by source, ``(B, S)``."""
-        each = [score.options["source"] for score in self.scores]
+    def summed(self, evidence: Tensor) -> Tensor:
+        """Return the scores' evidence ``(B, K)`` summed by `evidence_names`, ``(B, S)``."""
+        each = [score.options["evidence"] for score in self.scores]
         columns: dict[str, Tensor] = {}
-        for source, column in zip(each, evidence.unbind(-1), strict=True):
-            columns[source] = columns[source] + column if source in columns else column
+        for name, column in zip(each, evidence.unbind(-1), strict=True):
+            columns[name] = columns[name] + column if name in columns else column
         return torch.stack(list(columns.values()), -1)
 
     def classifier_blocks(self) -> list[str]:
@@ -125,7 +125,7 @@ def values_of(scores: Iterable[Score], blocks: Mapping[str, Tensor]) -> tuple[Te
     log_p = None
     for score in scores:
         value: Tensor = score(blocks)
-        if score.options["source"] == CHALLENGE_CLASSIFIER:
+        if score.options["evidence"] == CHALLENGE_CLASSIFIER:
             value, log_p = -value[:, 0], value
         values.append(value)
     raw = torch.stack(values)
@@ -144,46 +144,46 @@ class Calibrated(NamedTuple):
     log_p: Tensor
 
 
-def fit_scores(features: Features, chosen: Tensor, known: Known, count: int, *, log: bool) -> dict[str, Score]:
+def fit_scores(features: Features, chosen: Tensor, by_name: BlocksByName, count: int, *, log: bool) -> dict[str, Score]:
     """Fit the scores of all blocks on the clean samples among the ``chosen``, and the challenge classifier on all."""
     codes = features.codes
     clean = take(features.blocks, chosen & (codes == 0))
     scores: dict[str, Score] = {}
-    for source in clean:
-        own = Settings(known[source].squared_norms, log, count)
-        for part in (fit(source, clean, own) for fit in known[source].scores):
+    for block in clean:
+        own = Settings(by_name[block].squared_norms, log, count)
+        for part in (fit(block, clean, own) for fit in by_name[block].scores):
             if part is None:
                 continue
             name, rows, score = part
             if name in scores:
-                raise ValueError(f"blocks must name their scores apart; {source!r} and another one both have {name!r}")
-            scores[name] = Score(rows=rows, score=score, source=source, weight=1.0)
+                raise ValueError(f"blocks must name their scores apart; {block!r} and another one both have {name!r}")
+            scores[name] = Score(rows=rows, score=score, evidence=block, weight=1.0)
     if (chosen & (codes > 0)).any():
         seen = {
-            name: Settings(known[name].squared_norms, log, count).rows(name, clean, **known[name].classified)
+            name: Settings(by_name[name].squared_norms, log, count).rows(name, clean, **by_name[name].classified)
             for name in clean
         }
         joint = JointRows(parts=FittedList(**seen))
         joined = torch.cat([joint(take(features.blocks, part)).float() for part in _parts(chosen)])
         classifier = ChallengeClassifier.fit(joined, codes[chosen], int(codes.max()) + 1)
-        scores[CHALLENGE_CLASSIFIER] = Score(rows=joint, score=classifier, source=CHALLENGE_CLASSIFIER, weight=WEIGHT)
+        scores[CHALLENGE_CLASSIFIER] = Score(rows=joint, score=classifier, evidence=CHALLENGE_CLASSIFIER, weight=WEIGHT)
     return scores
 
 
 def assign_folds(features: Features, folds: int, random: np.random.RandomState) -> Tensor:
     """Return the fold ``(n,)`` of each sample, one fold per source; -1 for the sources of samples held out."""
-    groups, challenging = features.groups, features.challenging
-    apart = torch.isin(groups, groups[features.held_out])
-    clean = groups[~challenging & ~apart].unique().numpy()
+    sources, challenging = features.source_numbers, features.challenging
+    apart = torch.isin(sources, sources[features.held_out])
+    clean = sources[~challenging & ~apart].unique().numpy()
     if len(clean) < 2:
-        raise ValueError(f"groups must have at least 2 sources of clean samples; there was {len(clean)}")
+        raise ValueError(f"sources must have at least 2 of clean samples; there was {len(clean)}")
     # A fit needs two samples.
     count = len(clean) if len(clean) - -(-len(clean) // folds) < 2 else min(folds, len(clean))
-    others = np.setdiff1d(groups.unique().numpy(), clean)
-    fold = torch.full((int(groups.max()) + 1,), -1, dtype=torch.int64, device="cpu")
-    for sources in (clean, others):
-        fold[torch.from_numpy(random.permutation(sources))] = torch.arange(len(sources), device="cpu") % count
-    folded = fold[groups].masked_fill(apart, -1)
+    others = np.setdiff1d(sources.unique().numpy(), clean)
+    fold = torch.full((int(sources.max()) + 1,), -1, dtype=torch.int64, device="cpu")
+    for part in (clean, others):
+        fold[torch.from_numpy(random.permutation(part))] = torch.arange(len(part), device="cpu") % count
+    folded = fold[sources].masked_fill(apart, -1)
     challenged = folded[challenging]
     if len(challenged) and len(challenged[challenged >= 0].unique()) < 2:
         raise ValueError(
@@ -200,7 +200,9 @@ def with_p_values(scores: Mapping[str, Score], raw: Tensor, counted: Tensor) -> 
     return DetectorModule(scores=FittedList(**scores), p_values=p_values)
 
 
-def calibrate(features: Features, known: Known, folds: int, random: np.random.RandomState, *, log: bool) -> Calibrated:
+def calibrate(
+    features: Features, by_name: BlocksByName, folds: int, random: np.random.RandomState, *, log: bool
+) -> Calibrated:
     """Fit scores by folds and once more on all folds, and calibrate their sum; ``log`` takes logarithms of norms."""
     fold = assign_folds(features, folds, random)
     fitting, clean = fold >= 0, ~features.challenging
@@ -208,8 +210,8 @@ def calibrate(features: Features, known: Known, folds: int, random: np.random.Ra
     fits = {number: fitting & (fold != number) for number in range(int(fold.max()) + 1)} | {-1: fitting}
     smallest = min(int((clean & chosen).sum()) for chosen in fits.values())
     if smallest < 2:
-        raise ValueError(f"groups must leave 2 clean samples of other sources to each fold; they left {smallest}")
-    fitted = {number: fit_scores(features, chosen, known, smallest, log=log) for number, chosen in fits.items()}
+        raise ValueError(f"sources must leave 2 clean samples of other sources to each fold; they left {smallest}")
+    fitted = {number: fit_scores(features, chosen, by_name, smallest, log=log) for number, chosen in fits.items()}
     final = {name: score for name, score in fitted[-1].items() if all(name in scores for scores in fitted.values())}
     if not final:
         raise ValueError("blocks must have at least one score, or there must be challenges; there was neither")
@@ -237,8 +239,8 @@ def calibrate(features: Features, known: Known, folds: int, random: np.random.Ra
     module.register_buffer("calibration_scores", module.total(calibrating))
     module.options["exact"] = exact
     # Samples of one source may be alike, so only one of each source counts for the smallest rate that can be promised.
-    module.options["sources"] = len(features.groups[calibrates].unique())
-    return Calibrated(module.eval(), module.by_source(evidence), log_p)
+    module.options["sources"] = len(features.source_numbers[calibrates].unique())
+    return Calibrated(module.eval(), module.summed(evidence), log_p)
 
 
 def take(blocks: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:

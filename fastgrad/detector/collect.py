@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from fastgrad.batches import bar, batch_size, pieces, to_device
 from fastgrad.blocks.extraction import Extraction, Inputs
 from fastgrad.blocks.features import Features
-from fastgrad.challenges import CHALLENGES, PixelRange, iter_challenges
+from fastgrad.challenges import CHALLENGES, PixelRange, generate_challenges
 from fastgrad.challenges.attacks import gradients_reach
-from fastgrad.challenges.tokens import iter_token_challenges
+from fastgrad.challenges.tokens import generate_token_challenges
 from fastgrad.detector.constants import CHALLENGED_TOGETHER
 from fastgrad.detector.data import Data
 from fastgrad.detector.grey_levels import shifted
@@ -54,13 +54,13 @@ def _generated(data: Data, model: nn.Module, seed: int) -> Iterable[Batch]:
     fitting = (~data.held_out[: len(clean.tags)]).nonzero()[:, 0].numpy()
     if data.pixels is not None:
         return _altered(data, model, fitting, data.pixels, seed)
-    tokens = list(iter_token_challenges(clean.batches, fitting.tolist(), each=data.each, seed=seed))
+    tokens = list(generate_token_challenges(clean.batches, fitting.tolist(), each=data.each, seed=seed))
     if not tokens:
         raise ValueError(
             "clean must give token ids that can be left out, moved or replaced, for challenges to be generated; all "
             "were padding, alone in their input, or held by every input. Give challenges=None, or a loader of them"
         )
-    return tokens
+    return [(made.inputs, made.kinds, made.sources.tolist()) for made in tokens]
 
 
 def _altered(
@@ -77,7 +77,9 @@ def _altered(
         alike = np.array(list(group))
         for numbers in np.split(alike, range(CHALLENGED_TOGETHER, len(alike), CHALLENGED_TOGETHER)):
             x = torch.cat([rows[number] for number in numbers]).to(device)
-            for made in iter_challenges(model, x, each=data.each, names=names, first=first, seed=seed, pixels=pixels):
+            for made in generate_challenges(
+                model, x, each=data.each, names=names, first=first, seed=seed, pixels=pixels
+            ):
                 yield made.inputs, made.kinds, numbers[made.sources.cpu().numpy() - first].tolist()
             first += len(numbers)
 

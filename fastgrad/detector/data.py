@@ -81,7 +81,7 @@ def check(
     labels = torch.cat([loaders.labels_of(name, one, classes) for name, one in zip(names, drawn, strict=False)])
     count = len(clean.tags)
     first: dict[int, int] = {}
-    sources = np.array([first.setdefault(key, len(first)) for one in drawn for key in one.keys])
+    sources = np.array([first.setdefault(hashed, len(first)) for one in drawn for hashed in one.hashes])
     if others:
         held_out = np.arange(len(sources)) >= count
     else:

@@ -21,7 +21,7 @@ from fastgrad.blocks.features import Features
 from fastgrad.checks import Array
 from fastgrad.detector import constants, inputs
 from fastgrad.detector.calibrate import Calibrated, DetectorModule, calibrate
-from fastgrad.detector.inputs import Known
+from fastgrad.detector.inputs import BlocksByName
 from fastgrad.scores.rows import as_tensor
 
 FeatureInput = ArrayLike | Mapping[str, ArrayLike]
@@ -43,7 +43,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         folds: Folds of the clean data, each scored by a fit on the others. None means ten below 300 samples, five from
             300 on, and three if a part is held out.
         calibration_fraction: Share of the clean data used only for calibration, which makes the false-alarm rate exact.
-            None means a fifth from 1,000 clean samples on, and no share below. If samples share sources (``groups``),
+            None means a fifth from 1,000 clean samples on, and no share below. If samples share ``sources``,
             it is a share of the sources, and one sample of each calibrates.
         false_alarm_rate: Share of clean data that `predict` flags.
         random_state: Seed of the folds and the held-out part.
@@ -76,7 +76,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         *,
         kinds: ArrayLike | None = None,
         held_out: ArrayLike | None = None,
-        groups: ArrayLike | None = None,
+        sources: ArrayLike | None = None,
     ) -> UncertaintyDetector:
         """Fit on features of clean samples, or of clean and challenging ones; return the detector itself.
 
@@ -88,7 +88,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
                 learns more from ten kinds than from one label.
             held_out: ``(B,)`` of bool, the in-distribution samples that calibrate, on which nothing is fitted; None
                 follows ``calibration_fraction``.
-            groups: ``(B,)``, the source of each sample as an integer; a clean image and its challenges share one. No
+            sources: ``(B,)``, the source of each sample as an integer; a clean image and its challenges share one. No
                 source is on both sides of a fit. Negative numbers, and None for all, are sources of their own.
 
         Raises:
@@ -97,7 +97,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         blocks = self._blocks(X, reset=True)
         count = len(next(iter(blocks.values())))
         challenging, self.classes_ = inputs.challenging_of(y, count)
-        names, numbers = inputs.kinds_of(kinds, challenging), checks.groups_of(groups, count)
+        names, numbers = inputs.kinds_of(kinds, challenging), checks.sources_of(sources, count)
         random = check_random_state(self.random_state)
         calibrating = inputs.held_out_of(held_out, challenging, numbers, self.calibration_fraction, random)
         features = Features.of(
@@ -155,7 +155,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         """
         module = self.to_module()
         _, evidence, _ = module.explain(self._blocks(X, reset=False))
-        return {name: values.numpy() for name, values in zip(module.sources, evidence.T, strict=True)}
+        return {name: values.numpy() for name, values in zip(module.evidence_names, evidence.T, strict=True)}
 
     def to_module(self) -> DetectorModule:
         """Return the fitted detector as a traceable module: named blocks of tensors in, `decision_function` out."""
@@ -189,7 +189,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
 
 
 def fit_detector(
-    detector: UncertaintyDetector, features: Features, known: Known, random: np.random.RandomState
+    detector: UncertaintyDetector, features: Features, by_name: BlocksByName, random: np.random.RandomState
 ) -> Calibrated:
     """Fit a detector with the options of ``detector``; return also what fits without each sample say about it."""
     checks.is_bool(log=detector.log)
@@ -201,6 +201,6 @@ def fit_detector(
     folds = detector.folds or (constants.FOLDS_OF_SPLIT if features.held_out.any() else usual)
     # Products are small: the spinning threads of NumPy and PyTorch would wait for each other, three times as long.
     with threadpool_limits(limits=1):
-        calibrated = calibrate(features, known, int(folds), random, log=detector.log)
+        calibrated = calibrate(features, by_name, int(folds), random, log=detector.log)
     calibrated.module.options["false_alarm_rate"] = float(detector.false_alarm_rate)
     return calibrated

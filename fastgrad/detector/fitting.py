@@ -25,7 +25,7 @@ from fastgrad.detector.calibrate import Calibrated, DetectorModule
 from fastgrad.detector.data import Data
 from fastgrad.detector.estimator import UncertaintyDetector, fit_detector
 from fastgrad.detector.grey_levels import sensitivity
-from fastgrad.detector.inputs import Known, check_blocks
+from fastgrad.detector.inputs import BlocksByName, check_blocks
 from fastgrad.detector.loaders import Given
 from fastgrad.detector.report import Report, probability_suffices
 from fastgrad.detector.risk import NoisyOr, Risk, doubt, tempered
@@ -59,7 +59,7 @@ def fit(
     )
     data.require_labels(sample.labels, risk=risk, correct=correct, generate=sample.each > 0)
     features = collect.read(extraction, sample, seed, verbose)
-    parts = fit_features(model, detector, blocks, features, seed, risk=risk, correct=correct, reader=extraction)
+    parts = fit_features(model, detector, blocks, features, seed, risk=risk, correct=correct, extraction=extraction)
     report = replace(
         parts.report, left_out=left_out, seen=sample.seen, passes=_passes(sample, parts.report),
         normalisation=sample.normalisation, levels=_levels(sample, parts, seed),
@@ -115,18 +115,18 @@ def prepare(
     # The correction reads h, also where the detector does not.
     added = [Penultimate()] if correct and all(block.name != Penultimate.name for block in blocks) else []
     # Logarithms of norms cannot underflow, but the user's detector may expect the norms themselves.
-    extraction = Extraction(model, [*blocks, *added], log=not base.log, known=subject)
+    extraction = Extraction(model, [*blocks, *added], log=not base.log, subject=subject)
     _require_own(extraction, x)
     return sample, extraction, blocks, left_out
 
 
 def fit_features(
     model: nn.Module, detector: UncertaintyDetector | None, blocks: Sequence[Block], features: Features, seed: int, *,
-    risk: bool | None, correct: bool | str, reader: Extraction | None = None,
+    risk: bool | None, correct: bool | str, extraction: Extraction | None = None,
 ) -> Parts:  # fmt: skip
     """Fit a detector that reads ``blocks``, and what follows from labels, on features of inputs and challenges."""
     base, device = _base(detector, seed), device_of(model)
-    by_name: Known = {**BLOCKS, **{block.name: block for block in blocks}}
+    by_name: BlocksByName = {**BLOCKS, **{block.name: block for block in blocks}}
     checked = check_blocks(features.only(block.name for block in blocks).blocks, by_name, log=base.log)
     random = check_random_state(clone(base).random_state)
     fitted = fit_detector(base, replace(features, blocks=checked), by_name, random)
@@ -151,7 +151,7 @@ def fit_features(
     for part in (fitted.module, correction, gate, temperature, estimate):
         if part is not None:
             part.to(device)
-    extraction = Extraction(model, kept, log=not base.log) if reader is None else reader.of(kept)
+    extraction = Extraction(model, kept, log=not base.log) if extraction is None else extraction.of(kept)
     report = _report(features, blocks, fitted.module, why, corrected)
     return Parts(fitted.module, correction, gate, temperature, estimate, extraction, report)
 
@@ -207,10 +207,10 @@ def _risk(log_p: Tensor, features: Features, fitted: Calibrated, asked: bool | N
         return None, f"none: {usual} labelled clean inputs are too few; it needs {constants.FEWEST_LABELLED}"
     log_p, codes = log_p[chosen], codes[chosen]
     wrong = log_p.argmax(-1) != features.labels[chosen]
-    known = doubt(log_p), fitted.evidence[chosen], fitted.log_p[chosen]
-    risk, clean = Risk.fit(*known, wrong, codes), codes == 0
+    signs = doubt(log_p), fitted.evidence[chosen], fitted.log_p[chosen]
+    risk, clean = Risk.fit(*signs, wrong, codes), codes == 0
     # The risk was fitted on these answers: if even so it ranks them no better, it does not on new ones.
-    suffices = probability_suffices(*(values[clean].numpy() for values in (risk(*known), known[0], wrong)))
+    suffices = probability_suffices(*(values[clean].numpy() for values in (risk(*signs), signs[0], wrong)))
     made = int((codes > 0).sum())
     others = (
         f"and {made} of their challenges, {int(wrong[codes > 0].sum())} answered wrongly"

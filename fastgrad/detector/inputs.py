@@ -17,18 +17,18 @@ from fastgrad.detector import constants
 from fastgrad.scores.rows import as_tensor
 
 #: Blocks by name, which say how each is scored.
-Known = Mapping[str, Block | type[Block]]
+BlocksByName = Mapping[str, Block | type[Block]]
 
 
-def check_blocks(X: Mapping[str, Any], known: Known, *, log: bool) -> dict[str, Tensor]:
-    """Return named blocks as tensors of one length, float64 or float32, in the order of ``known``."""
-    unknown = sorted(map(str, set(X) - set(known)))
+def check_blocks(X: Mapping[str, Any], by_name: BlocksByName, *, log: bool) -> dict[str, Tensor]:
+    """Return named blocks as tensors of one length, float64 or float32, in the order of ``by_name``."""
+    unknown = sorted(map(str, set(X) - set(by_name)))
     if unknown or not X:
-        raise ValueError(f"X must have blocks named {', '.join(known)}; it had {', '.join(map(repr, X)) or 'none'}")
-    arrays = {name: to_array(f"X[{name!r}]", X[name], single=True) for name in known if name in X}
+        raise ValueError(f"X must have blocks named {', '.join(by_name)}; it had {', '.join(map(repr, X)) or 'none'}")
+    arrays = {name: to_array(f"X[{name!r}]", X[name], single=True) for name in by_name if name in X}
     length = -1
     for name, array in arrays.items():
-        block = known[name]
+        block = by_name[name]
         if array.ndim not in block.ranks or array.size == 0:
             raise ValueError(f"X[{name!r}] must be a non-empty array of shape {block.shapes}; it was {array.shape}")
         if length not in (-1, len(array)):
@@ -91,7 +91,7 @@ def kinds_of(kinds: ArrayLike | None, challenging: NDArray[np.bool_]) -> list[st
 def held_out_of(
     held_out: ArrayLike | None,
     challenging: NDArray[np.bool_],
-    groups: NDArray[np.intp],
+    sources: NDArray[np.intp],
     share: float | None,
     random: np.random.RandomState,
 ) -> NDArray[np.bool_]:
@@ -120,11 +120,11 @@ def held_out_of(
             )
         return mask
     # Only one sample per source: others would repeat it, but count as if they were independent.
-    sources = len(np.unique(groups[clean]))
-    if share is None and sources >= constants.SPLIT_FROM:
+    count = len(np.unique(sources[clean]))
+    if share is None and count >= constants.SPLIT_FROM:
         share = constants.SPLIT_SHARE
     if share is not None:
         order = random.permutation(clean)
-        each = order[np.sort(np.unique(groups[order], return_index=True)[1])]
-        mask[each[: max(1, min(round(share * sources), sources - 3))]] = True
+        each = order[np.sort(np.unique(sources[order], return_index=True)[1])]
+        mask[each[: max(1, min(round(share * count), count - 3))]] = True
     return mask

@@ -27,7 +27,7 @@ class Drawn(NamedTuple):
 
     batches: list[Inputs]  # on the CPU; those of one batch have one shape
     tags: list[Any]  # what came with each input: a label, the kind of a challenge, or None
-    keys: list[int]  # a hash of each input; equal inputs have the same
+    hashes: list[int]  # a hash of each input; equal inputs have the same
     seen: int  # how many inputs the loader gave
 
     @property
@@ -109,8 +109,8 @@ def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bo
             f"{name} must give inputs of one number of dimensions; they had {dimensions}. Labels stand beside their "
             "inputs, in a loader or list of pairs: [(x, labels)]"
         )
-    given, keys = map(list, zip(*(pair for _, _, others in kinds.values() for pair in others), strict=True))
-    return Drawn(batches, given, keys, seen)
+    tags, hashes = map(list, zip(*(pair for _, _, others in kinds.values() for pair in others), strict=True))
+    return Drawn(batches, tags, hashes, seen)
 
 
 def _tags(name: str, value: Any, count: int) -> list[Any]:

@@ -120,8 +120,8 @@ class TwoStageModel(nn.Module):
         self.report_: Report | None = None
         # A fitted argument is copied, so that this module and the user's do not share state.
         if detector is not None and hasattr(detector, "module_"):
-            known: dict[str, Block] = {block.name: block for block in self.blocks or ()}
-            own = [known.get(key) or BLOCKS[key]() for key in detector.shapes_]
+            by_name: dict[str, Block] = {block.name: block for block in self.blocks or ()}
+            own = [by_name.get(key) or BLOCKS[key]() for key in detector.shapes_]
             self.extraction_ = Extraction(model, own, log=not detector.log)
             self.detector_ = copy.deepcopy(detector.module_).to(self.device)
 
@@ -158,7 +158,7 @@ class TwoStageModel(nn.Module):
         Argument and errors are those of a call. The `Explanation` has evidence ``(B,)`` by name of block.
         """
         prediction, doubts, evidence, kinds = self._predict(x)
-        names, dtype = self._fitted()[0].sources, prediction.uncertainty.dtype
+        names, dtype = self._fitted()[0].evidence_names, prediction.uncertainty.dtype
 
         def named(columns: Tensor) -> dict[str, Tensor]:
             return dict(zip(names, columns.to(dtype).unbind(-1), strict=True))
@@ -195,7 +195,7 @@ class TwoStageModel(nn.Module):
         seen = ", ".join(detector.classifier_blocks()).replace("_", " ")
         resemblance = "resemblance to altered or foreign inputs that the detector was trained on"
         words[CHALLENGE_CLASSIFIER] = f"{resemblance} (seen in {seen})"
-        return {name: words.get(name) or name for name in detector.sources}
+        return {name: words.get(name) or name for name in detector.evidence_names}
 
     @torch.inference_mode(False)
     def fit(
@@ -367,7 +367,7 @@ class TwoStageModel(nn.Module):
             "log": extraction.log,
             "seed": self.seed,
             "blocks": [{"name": block.name, "options": block.options()} for block in extraction.blocks],
-            "subject": None if extraction.known is None else asdict(extraction.known),
+            "subject": None if extraction.subject is None else asdict(extraction.subject),
             "report": None if self.report_ is None else asdict(self.report_),
         }
         modules = {name: module for name in MODULES if (module := getattr(self, f"{name}_")) is not None}
@@ -410,7 +410,7 @@ class TwoStageModel(nn.Module):
             blocks = [BLOCKS[name](**options) for name, options in entries.items()]
         except TypeError as error:
             raise ValueError(foreign) from error
-        result.extraction_ = Extraction(model, blocks, log=log, known=subject)
+        result.extraction_ = Extraction(model, blocks, log=log, subject=subject)
         for name, part in zip(MODULES, parts, strict=True):
             setattr(result, f"{name}_", None if part is None else part.eval().to(result.device))
         return result

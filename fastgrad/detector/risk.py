@@ -29,22 +29,22 @@ from fastgrad.scores.temperature import Temperature
 
 
 class NoisyOr(Fitted):
-    """P(event) from a cause of known probability, and the evidence for another."""
+    """P(event) from a cause of prior probability, and the evidence for another."""
 
     weight: Tensor  # (S,)
     bias: Tensor  # ()
 
     @classmethod
-    def fit(cls, known: Tensor | None, evidence: Tensor, event: Tensor, challenging: Tensor) -> NoisyOr:
+    def fit(cls, prior: Tensor | None, evidence: Tensor, event: Tensor, challenging: Tensor) -> NoisyOr:
         """Maximise the penalised likelihood; without challenges, the evidence has no effect.
 
-        ``known`` ``(n,)`` is the probability of the other cause; None means a logistic regression on the evidence. The
+        ``prior`` ``(n,)`` is the probability of the other cause; None means a logistic regression on the evidence. The
         ``evidence`` ``(n, S)`` of an input comes from a fit without it and its source.
         """
         count = evidence.shape[1]
         if not challenging.any():
             return cls(weight=evidence.new_zeros(count), bias=evidence.new_tensor(-torch.inf))
-        other = evidence.new_zeros(len(evidence)) if known is None else known
+        other = evidence.new_zeros(len(evidence)) if prior is None else prior
         usable = evidence.isfinite().all(1)
         other, evidence, event, challenging = (v[usable] for v in (other, evidence, event, challenging))
         rows = torch.cat([evidence, torch.ones_like(evidence[:, :1])], 1)
@@ -71,9 +71,9 @@ class NoisyOr(Fitted):
         """Return log odds ``(B,)`` by the evidence alone; infinite if some evidence is not finite."""
         return torch.where(evidence.isfinite().all(1), evidence @ self.weight + self.bias, torch.inf)
 
-    def forward(self, known: Tensor, evidence: Tensor) -> Tensor:
-        """Return probabilities ``(B,)`` from ``known`` ``(B,)`` and ``evidence`` ``(B, S)``; 1 instead of NaN."""
-        p = known + (1 - known) * torch.sigmoid(self.log_odds(evidence))
+    def forward(self, prior: Tensor, evidence: Tensor) -> Tensor:
+        """Return probabilities ``(B,)`` from ``prior`` ``(B,)`` and ``evidence`` ``(B, S)``; 1 instead of NaN."""
+        p = prior + (1 - prior) * torch.sigmoid(self.log_odds(evidence))
         return p.nan_to_num(1.0)
 
 

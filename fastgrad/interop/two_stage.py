@@ -42,10 +42,10 @@ def as_pytorch_ood(two_stage: TwoStageModel, **fit_options: Any) -> Any:
             assert isinstance(x, Tensor)
             if given is None:
                 raise ValueError("data_loader must give (x, labels); it gave inputs alone")
-            known = torch.from_numpy(checks.to_array("labels", given)) >= 0
-            checks.shape_is("labels", known, (len(x),), "one a sample")
-            if known.any():
-                yield x[known], torch.as_tensor(given, device="cpu")[known]
+            labelled = torch.from_numpy(checks.to_array("labels", given)) >= 0
+            checks.shape_is("labels", labelled, (len(x),), "one a sample")
+            if labelled.any():
+                yield x[labelled], torch.as_tensor(given, device="cpu")[labelled]
 
     class FastgradDetector(Detector):  # type: ignore[misc]
         requires_fit = True

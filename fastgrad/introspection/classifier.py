@@ -79,17 +79,17 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         self.max_epochs = max_epochs
         self.random_state = random_state
 
-    def fit(self, R: ArrayLike | Pairs, y: ArrayLike, *, groups: ArrayLike | None = None) -> IntrospectiveClassifier:
+    def fit(self, R: ArrayLike | Pairs, y: ArrayLike, *, sources: ArrayLike | None = None) -> IntrospectiveClassifier:
         """Train the network on labelled samples; return the classifier itself.
 
         Args:
             R: Rows ``(B, N*D)`` or ``(B, N, D)``, or ``{"features": (B, D), "logits": (B, N)}``.
             y: Labels ``(B,)``.
-            groups: ``(B,)``, the source of each sample as an integer; a clean image and its challenges share one.
+            sources: ``(B,)``, the source of each sample as an integer; a clean image and its challenges share one.
                 Samples of one source are all trained on or all held out. Negative or None: a source of its own.
 
         Raises:
-            ValueError: A parameter is out of range, or shapes of R, y and groups do not fit.
+            ValueError: A parameter is out of range, or shapes of R, y and sources do not fit.
         """
         checks.one_of("loss", self.loss, LOSSES)
         checks.at_least(1, max_epochs=self.max_epochs)
@@ -103,7 +103,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         check_classification_targets(labels)
         self.classes_, codes = np.unique(labels, return_inverse=True)
         random = check_random_state(self.random_state)
-        watched = watched_of(checks.groups_of(groups, len(codes)), random)
+        watched = watched_of(checks.sources_of(sources, len(codes)), random)
         rows = (inputs[0] if len(inputs) == 1 else contrast_rows(*inputs, loss=self.loss).flatten(1)).numpy()
         with np.errstate(over="ignore"):
             scaler = StandardScaler().fit(rows)
@@ -181,10 +181,10 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         return result
 
 
-def watched_of(groups: NDArray[np.intp], random: np.random.RandomState) -> NDArray[np.bool_]:
+def watched_of(sources: NDArray[np.intp], random: np.random.RandomState) -> NDArray[np.bool_]:
     """Return which samples decide when to stop: all of a tenth of the sources, or none if they are too few to say."""
-    sources = np.unique(groups, return_inverse=True)[1]
-    watched: NDArray[np.bool_] = random.permutation(sources.max() + 1)[sources] < round(_SHARE * (sources.max() + 1))
+    numbers = np.unique(sources, return_inverse=True)[1]
+    watched: NDArray[np.bool_] = random.permutation(numbers.max() + 1)[numbers] < round(_SHARE * (numbers.max() + 1))
     return watched if watched.sum() >= _FEWEST else np.zeros_like(watched)
 
 

@@ -71,7 +71,7 @@ def choose(features: Features, logits: Tensor, odds: Tensor, seed: int, *, alway
     h = features.blocks[Penultimate.name]
     mean, scale = h.mean(0), h.std(0)
     scale = torch.where(scale > 0, scale, 1.0)
-    rows, source = (h - mean) / scale, features.groups.numpy()
+    rows, source = (h - mean) / scale, features.source_numbers.numpy()
     fold = torch.from_numpy(np.random.default_rng(seed).permutation(source.max() + 1)[source] % FOLDS)
 
     def fit(chosen: Tensor, penalty: float, start: Tensor | None = None) -> Tensor:

@@ -51,7 +51,7 @@ def test_the_white_box_is_the_detector_with_derivatives(model: TwoStageModel) ->
     assert rise == pytest.approx(ends[1] - ends[0], rel=0.05)
 
 
-def test_the_attack_misleads_within_its_radius_and_lowers_the_score(model: TwoStageModel) -> None:
+def test_attack_within_its_radius(model: TwoStageModel) -> None:
     x, radius = images(4, 8), 0.2
     box = white_box(model, x[:3])
     labels = model(x).logits.argmax(1)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 pytest.importorskip("pytorch_ood")
 
 from bench.detection import methods_images, methods_labelled, methods_ours, methods_outputs
+from bench.detection.experiment import NotRun
 from bench.detection.registry import METHODS, Protocol
-from bench.detection.subject import NotRun
 
 B, N, D = 12, 5, 7
 
@@ -29,11 +29,11 @@ def fit() -> SimpleNamespace:
     layer = nn.Linear(D, N).requires_grad_(False)
     h = torch.rand(60, D)
     clean = _seen(h, layer, spread=torch.rand(60, D), stages=[torch.rand(60, 4), torch.rand(60, 3), h])
-    subject = SimpleNamespace(few=False, draw=0)
-    return SimpleNamespace(clean=clean, layer=layer, labels=torch.arange(60) % N, subject=subject)
+    experiment = SimpleNamespace(few=False, draw=0)
+    return SimpleNamespace(clean=clean, layer=layer, labels=torch.arange(60) % N, experiment=experiment)
 
 
-def test_grad_trust_is_what_its_authors_compute_and_the_feature_factor_cancels() -> None:
+def test_grad_trust_is_its_authors() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(D, N).double()
     for scale in (1.0, 100.0):
@@ -112,14 +112,14 @@ def test_weiper_is_a_mean_of_probabilities(fit: SimpleNamespace) -> None:
     assert found.std() > 0
 
 
-def test_recovery_finds_a_stage_that_does_not_follow_from_the_deepest(fit: SimpleNamespace) -> None:
+def test_recovery_finds_a_foreign_stage(fit: SimpleNamespace) -> None:
     score = METHODS["recovery testing"].fit(fit)
     usual = SimpleNamespace(stages=fit.clean.stages)
     moved = SimpleNamespace(stages=[fit.clean.stages[0] + 5, *fit.clean.stages[1:]])
     assert score(moved).median() > score(usual).median()
 
 
-def test_a_detector_of_classes_is_not_run_where_a_class_has_one_image(fit: SimpleNamespace) -> None:
+def test_classes_of_one_image_are_not_run(fit: SimpleNamespace) -> None:
     class Few(SimpleNamespace):
         @property
         def labels(self) -> Tensor:
@@ -133,7 +133,7 @@ def test_a_detector_of_classes_is_not_run_where_a_class_has_one_image(fit: Simpl
     assert METHODS["Mahalanobis"].fit(few)(_seen(torch.rand(B, D), fit.layer)).shape == (B,)
 
 
-def test_every_method_has_a_year_a_source_and_a_protocol() -> None:
+def test_every_method_is_described() -> None:
     assert methods_ours.SCORES
     assert all(name in METHODS for name in methods_ours.SCORES)
     for method in METHODS.values():
@@ -168,7 +168,7 @@ def test_kpca_reconstruction_keeps_what_the_clean_components_span(fit: SimpleNam
     torch.testing.assert_close(scaled, clean, rtol=1e-4, atol=1e-5)
 
 
-def test_the_pull_of_grood_is_the_gradient_by_the_last_prototype() -> None:
+def test_pull_of_grood_is_a_gradient() -> None:
     torch.manual_seed(0)
     h, prototypes = torch.rand(B, D).double(), torch.rand(N + 1, D).double().requires_grad_()
     losses = F.cross_entropy(-(h[:, None] - prototypes).norm(dim=2), torch.arange(B) % N, reduction="none")
@@ -186,7 +186,7 @@ def test_the_local_dimension_is_that_of_the_radii() -> None:
     torch.testing.assert_close(found, torch.stack([2 * expected, 5 * expected]), rtol=1e-12, atol=0)
 
 
-def test_distances_are_to_the_nearest_class_under_a_shared_covariance() -> None:
+def test_distances_under_a_shared_covariance() -> None:
     torch.manual_seed(0)
     values, labels, others = torch.randn(40, 3).double(), torch.arange(40) % 4, torch.randn(6, 3).double()
     means = [values[labels == k].mean(0) for k in range(4)]

@@ -15,14 +15,14 @@ pytest.importorskip("pytorch_ood")
 from bench.detection import methods_ours, methods_outputs, registry  # noqa: F401
 from bench.detection.architectures import residual_network
 from bench.detection.data import news
+from bench.detection.experiment import CASES, SMALL, TEXTS, Experiment, Fit, Options, Shown
 from bench.detection.methods_ours import MADE, AllNorms, NormalisationNorms, answer, blocks_of, fitted, read_for
-from bench.detection.subject import CASES, SMALL, TEXTS, Fit, Options, Shown, Subject
 from fastgrad import TwoStageModel
 from fastgrad.blocks import DEFAULT_BLOCKS
 
 
 @pytest.fixture
-def subject(tmp_path: Path) -> Iterator[Subject]:
+def experiment(tmp_path: Path) -> Iterator[Experiment]:
     torch.manual_seed(0)
     # Narrower ones end PyTorch on processors without AVX-512: the backward pass of a strided 1x1 convolution of fewer
     # than eight channels, channels last, writes beyond its memory.
@@ -30,19 +30,19 @@ def subject(tmp_path: Path) -> Iterator[Subject]:
     parts = {part: (torch.rand(40, 3, 16, 16), torch.arange(40) % 10) for part in ("fit", "test")}
 
     @registry.case("darker", "sets", (SMALL,))
-    def darker(subject: Subject, part: str, count: int) -> Shown:
-        return Shown(0.3 * subject.parts[part][0][:count], torch.full((count,), -1))
+    def darker(experiment: Experiment, part: str, count: int) -> Shown:
+        return Shown(0.3 * experiment.parts[part][0][:count], torch.full((count,), -1))
 
-    yield Subject("trial", 0, model, parts, Options(tmp_path, tmp_path), SMALL, 6, [model.stem, *model.stages])
+    yield Experiment("trial", 0, model, parts, Options(tmp_path, tmp_path), SMALL, 6, [model.stem, *model.stages])
     del CASES["darker"]
 
 
-def test_a_fit_on_kept_blocks_is_the_users(subject: Subject) -> None:
-    fit = Fit(subject)
+def test_a_fit_on_kept_blocks_is_the_users(experiment: Experiment) -> None:
+    fit = Fit(experiment)
     kept = fitted(fit, DEFAULT_BLOCKS, None)
-    direct = TwoStageModel(subject.model, blocks=DEFAULT_BLOCKS, seed=0)
-    direct.fit(fit.loader(*subject.parts["fit"]), challenges=None)
-    seen = subject.seen("darker")
+    direct = TwoStageModel(experiment.model, blocks=DEFAULT_BLOCKS, seed=0)
+    direct.fit(fit.loader(*experiment.parts["fit"]), challenges=None)
+    seen = experiment.seen("darker")
     expected, found = direct(seen.images), answer(kept, seen)
     torch.testing.assert_close(found.uncertainty, expected.uncertainty, rtol=1e-5, atol=1e-6)
     assert found.risk is not None
@@ -51,12 +51,12 @@ def test_a_fit_on_kept_blocks_is_the_users(subject: Subject) -> None:
     assert torch.equal(answer(again, seen).uncertainty, found.uncertainty)
 
 
-def test_challenges_and_their_blocks_are_those_of_a_users_fit(subject: Subject) -> None:
-    fit = Fit(subject)
+def test_challenges_are_those_of_a_fit(experiment: Experiment) -> None:
+    fit = Fit(experiment)
     blocks = [MADE[name]() for name in DEFAULT_BLOCKS]
     kept = read_for(fit, blocks, "generate").only(DEFAULT_BLOCKS)
     with torch.enable_grad():
-        direct = TwoStageModel(subject.model, blocks=blocks).read_features(fit.loader(*subject.parts["fit"]))
+        direct = TwoStageModel(experiment.model, blocks=blocks).read_features(fit.loader(*experiment.parts["fit"]))
     assert kept.kinds == direct.kinds
     assert "noise" in kept.kinds
     for name in ("sources", "labels", "held_out"):
@@ -65,13 +65,13 @@ def test_challenges_and_their_blocks_are_those_of_a_users_fit(subject: Subject) 
         torch.testing.assert_close(kept.blocks[name], value, rtol=1e-4, atol=1e-4)
 
 
-def test_norms_of_normalisation_layers_are_those_of_vectors(subject: Subject) -> None:
-    images = subject.seen("clean").images
-    found = blocks_of(subject, "clean/test", images, [AllNorms.name, NormalisationNorms.name])
-    names = [name for name, value in subject.model.named_parameters() if value.dim() == 1]
+def test_norms_of_normalisation_layers_are_those_of_vectors(experiment: Experiment) -> None:
+    images = experiment.seen("clean").images
+    found = blocks_of(experiment, "clean/test", images, [AllNorms.name, NormalisationNorms.name])
+    names = [name for name, value in experiment.model.named_parameters() if value.dim() == 1]
     assert found[NormalisationNorms.name].shape[-1] == len(names)
     assert all("bn" in name or "stem.1" in name or "shortcut.1" in name or name == "fc.bias" for name in names)
-    model = subject.model.requires_grad_(True)
+    model = experiment.model.requires_grad_(True)
     expected = []
     for x in images[:3].double():
         model.double().zero_grad()
@@ -84,44 +84,44 @@ def test_norms_of_normalisation_layers_are_those_of_vectors(subject: Subject) ->
     )
 
 
-def of_texts(tmp_path: Path, ids: Tensor) -> Subject:
+def of_texts(tmp_path: Path, ids: Tensor) -> Experiment:
     config = BertConfig(  # type: ignore[call-arg]
         vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
     )
     model = news.Classifier(BertModel(config, add_pooling_layer=False), nn.Linear(16, 3)).eval().requires_grad_(False)
     parts = {part: (ids, torch.arange(len(ids)) % 3) for part in ("fit", "test")}
-    return Subject("trial", 0, model, parts, Options(tmp_path, tmp_path), TEXTS, 6)
+    return Experiment("trial", 0, model, parts, Options(tmp_path, tmp_path), TEXTS, 6)
 
 
 def test_the_control_of_texts_has_their_challenges(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
-    subject = of_texts(tmp_path, nn.functional.pad(torch.randint(1, 50, (120, 12), generator=generator), (0, 4)))
-    challenges = methods_ours._Generated(subject, "generated", "fit")
+    experiment = of_texts(tmp_path, nn.functional.pad(torch.randint(1, 50, (120, 12), generator=generator), (0, 4)))
+    challenges = methods_ours._Generated(experiment, "generated", "fit")
     assert challenges.images.dtype == torch.int64
     assert 340 < len(challenges.images) <= 360
-    score = methods_ours.control(Fit(subject))
-    assert score(challenges).mean() > score(subject.seen("clean", "fit")).mean()
+    score = methods_ours.control(Fit(experiment))
+    assert score(challenges).mean() > score(experiment.seen("clean", "fit")).mean()
 
 
-def test_the_control_learns_from_images_that_its_scores_were_not_fitted_on(tmp_path: Path) -> None:
+def test_control_learns_from_other_images(tmp_path: Path) -> None:
     ids = 1 + torch.arange(60)[:, None].expand(60, 4) % 49
-    subject = of_texts(tmp_path, ids)
-    second = methods_ours._Second(subject)
-    whole = subject.seen("clean", "fit")
+    experiment = of_texts(tmp_path, ids)
+    second = methods_ours._Second(experiment)
+    whole = experiment.seen("clean", "fit")
     assert torch.equal(second.clean.h, whole.h[30:])
     assert torch.equal(second.clean.images, whole.images[30:])
     assert torch.equal(second.clean.shown.source, torch.arange(30, 60))
     assert torch.equal(second.labels, torch.arange(30, 60) % 3)
-    made = methods_ours._Generated(subject, "generated", "fit").shown.source
+    made = methods_ours._Generated(experiment, "generated", "fit").shown.source
     assert 50 < len(set(made.tolist()) & set(range(60))) == len(set(made.tolist()))
 
 
 def test_padding_is_no_part_of_a_text(tmp_path: Path) -> None:
     alone = torch.randint(1, 50, (6, 5))
     padded = nn.functional.pad(alone, (0, 4))
-    subject = of_texts(tmp_path, padded)
-    torch.testing.assert_close(subject.model(padded), subject.model(alone))
-    found = blocks_of(subject, "padded", padded, DEFAULT_BLOCKS)
-    for name, value in blocks_of(subject, "alone", alone, DEFAULT_BLOCKS).items():
+    experiment = of_texts(tmp_path, padded)
+    torch.testing.assert_close(experiment.model(padded), experiment.model(alone))
+    found = blocks_of(experiment, "padded", padded, DEFAULT_BLOCKS)
+    for name, value in blocks_of(experiment, "alone", alone, DEFAULT_BLOCKS).items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
     assert "activations" in found

@@ -16,19 +16,19 @@ pytest.importorskip("pytorch_ood")
 
 from bench.detection import registry, runner
 from bench.detection.architectures import residual_network
+from bench.detection.experiment import CASES, SMALL, Experiment, Fit, NotRun, Options, Seen, Shown
 from bench.detection.registry import METHODS, NETWORKS, Method, Protocol
-from bench.detection.subject import CASES, SMALL, Fit, NotRun, Options, Seen, Shown, Subject
 from bench.detection.tables import Table
 from bench.report import pages
 
 TABLE = Table("Trial", ("trial",), ("attacks", "sets"))
 
 
-def _subject(options: Options, draw: int) -> Subject:
+def _subject(options: Options, draw: int) -> Experiment:
     torch.manual_seed(draw)
     model = residual_network(width=4).eval().requires_grad_(False)
     parts = {part: (torch.rand(20, 3, 8, 8), torch.arange(20) % 10) for part in ("fit", "test")}
-    return Subject("trial", draw, model, parts, options, SMALL, 6, [model.stem, *model.stages])
+    return Experiment("trial", draw, model, parts, options, SMALL, 6, [model.stem, *model.stages])
 
 
 @pytest.fixture
@@ -46,16 +46,16 @@ def _register() -> None:
     for strength in (1, 2):
 
         @registry.case(f"brighter {strength}", "attacks", (SMALL,))
-        def brighter(subject: Subject, part: str, count: int, strength: int = strength) -> Shown:
+        def brighter(experiment: Experiment, part: str, count: int, strength: int = strength) -> Shown:
             places = torch.arange(strength, count)
-            return Shown(subject.parts[part][0][places] + strength, places)
+            return Shown(experiment.parts[part][0][places] + strength, places)
 
     @registry.case("darker", "sets", (SMALL,))
-    def darker(subject: Subject, part: str, count: int) -> Shown:
-        return Shown(0 * subject.parts[part][0][:count], torch.full((count,), -1))
+    def darker(experiment: Experiment, part: str, count: int) -> Shown:
+        return Shown(0 * experiment.parts[part][0][:count], torch.full((count,), -1))
 
     @registry.case("texts alone", "sets", ("texts",))
-    def none(subject: Subject, part: str, count: int) -> Shown:
+    def none(experiment: Experiment, part: str, count: int) -> Shown:
         raise AssertionError("there are no texts")
 
     _method("brightness", _brightness)
@@ -94,11 +94,11 @@ def test_figures_are_those_of_the_scores(options: Options) -> None:
     assert rows["brightness", "mean of sets"]["interval"] == [0, 0]
 
 
-def test_an_attack_has_gradients_also_where_a_score_wants_none(options: Options) -> None:
+def test_attack_has_gradients(options: Options) -> None:
     @registry.case("steeper", "attacks", (SMALL,))
-    def steeper(subject: Subject, part: str, count: int) -> Shown:
-        images = subject.parts[part][0][:count].clone().requires_grad_(True)
-        subject.model(images).sum().backward()
+    def steeper(experiment: Experiment, part: str, count: int) -> Shown:
+        images = experiment.parts[part][0][:count].clone().requires_grad_(True)
+        experiment.model(images).sum().backward()
 
         return Shown(images.detach() + images.grad.sign(), torch.arange(count))
 
@@ -126,16 +126,16 @@ def test_the_worst_attack_of_every_image_counts(options: Options) -> None:
         (ZeroDivisionError("by zero"), "ZeroDivisionError: by zero"),
     ],
 )
-def test_what_cannot_run_says_why_and_is_in_no_mean(options: Options, problem: Exception, words: str) -> None:
+def test_what_cannot_run_is_in_no_mean(options: Options, problem: Exception, words: str) -> None:
     _absent(problem)
     rows = _rows(options)
     assert {rows["absent", case]["not run"] for case in ("brighter 1", "darker", "mean of attacks")} == {words}
     assert not any("auroc" in row for (method, _), row in rows.items() if method == "absent")
 
 
-def test_a_case_that_lacks_its_data_leaves_no_smaller_mean(options: Options) -> None:
+def test_case_without_data_has_no_mean(options: Options) -> None:
     @registry.case("lost", "sets", (SMALL,))
-    def lost(subject: Subject, part: str, count: int) -> Shown:
+    def lost(experiment: Experiment, part: str, count: int) -> Shown:
         raise FileNotFoundError("DIR must hold lost.npz")
 
     rows = _rows(options)
@@ -165,7 +165,7 @@ def test_labelled_methods_have_one_fit_for_each_case(options: Options) -> None:
     assert rows["mean of attacks"]["auroc"] == 1
 
 
-def test_what_a_block_adds_is_a_difference_on_the_same_resamples(options: Options) -> None:
+def test_gain_of_a_block_is_resampled(options: Options) -> None:
     _method("brightness + nothing", _brightness)
     _method("brightness + all", lambda seen: (_brightness(seen) - 0.5).abs())
     rows = _rows(options)
@@ -176,7 +176,7 @@ def test_what_a_block_adds_is_a_difference_on_the_same_resamples(options: Option
     assert ("brightness", "gain in sets") not in rows
 
 
-def test_a_page_names_the_strongest_rival_and_what_was_not_run(options: Options, tmp_path: Path) -> None:
+def test_page_names_strongest_rival(options: Options, tmp_path: Path) -> None:
     _absent(NotRun("needs maps"))
     _method("fastgrad, clean only", lambda seen: -_brightness(seen))
     facts = {

@@ -20,7 +20,7 @@ from bench.detection import __main__ as command
 from bench.detection import adaptive, by_block, failure, introspective, joint, networks
 from bench.detection.cases import FAMILIAR, FOREIGN
 from bench.detection.data.corruptions import corrupt
-from bench.detection.subject import SMALL
+from bench.detection.experiment import SMALL
 from bench.detection.train import RECIPES
 
 pytestmark = pytest.mark.slow

@@ -16,7 +16,7 @@ def _case(seed: int) -> tuple[np.ndarray, ...]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_ds_f1_is_the_best_of_all_pairs_of_thresholds(seed: int) -> None:
+def test_ds_f1_is_the_best_of_all_pairs(seed: int) -> None:
     error, foreign, right, known = _case(seed)
     best = 0.0
     for a, b in itertools.product(error, foreign):

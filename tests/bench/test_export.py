@@ -13,11 +13,12 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("torchvision")
 
 from bench.deploy import export
+from fastgrad import TwoStageModel
 
 skip_without_onnx()
 
 
-def test_a_file_that_an_earlier_revision_left_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_earlier_file_is_not_timed(tmp_path: Path) -> None:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
     net = nn.Sequential(*layers, nn.Linear(32, 4)).eval()
@@ -25,16 +26,11 @@ def test_a_file_that_an_earlier_revision_left_is_not_timed(tmp_path: Path, monke
     def images(count: int, start: int) -> Tensor:
         return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(start))
 
-    monkeypatch.setattr(export, "network", lambda name, root, folder: (net, images, images(40, 0)))
-    for name, value in {
-        "RUNTIMES": {"onnx": "ONNX Runtime"},
-        "BATCHES": (2,),
-        "SECONDS": 0.001,
-    }.items():
-        monkeypatch.setattr(export, name, value)
+    fitted = TwoStageModel(net, blocks=["logits"]).fit(images(40, 0), challenges=None)
     for case in ("plain", "default"):
         (tmp_path / f"small-{case}.onnx").write_bytes(b"of an earlier revision")
-    equal, *times = export.measure("small", tmp_path, tmp_path)
+    how = {"runtimes": {"onnx": "ONNX Runtime"}, "batches": (2,), "least": 0.001}
+    equal, *times = export.compared("small", net, fitted, images, tmp_path, **how)
     assert max(equal["logits"], equal["probabilities"], equal["uncertainty"]) < 1e-3
     assert [(row["case"], row["batch"]) for row in times] == [("plain", 2), ("default", 2)]
     assert times[0]["ratio"] == 1.0

@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 from bench.detection import failure, resampled
 
 
-def test_auroc_of_errors_is_scikit_learns_and_copies_are_drawn_together() -> None:
+def test_auroc_of_errors_is_scikit_learns() -> None:
     rng = np.random.default_rng(0)
     scores, wrong = rng.random(60).round(1), (rng.random(60) < 0.4).astype(float)
     values = resampled.grouped_auroc(scores, wrong, np.arange(60))

@@ -39,9 +39,7 @@ def test_a_wrong_result_is_not_timed(error: float) -> None:
     [("fastgrad", KeyError, "KeyError: 'no such layer'"), ("peer", pytest.skip.Exception, "KeyError: 'no such layer'"),
      ("absent", pytest.skip.Exception, None)],
 )  # fmt: skip
-def test_what_raises_any_error_has_a_row_and_what_is_absent_has_none(
-    name: str, outcome: type[BaseException], note: str | None
-) -> None:
+def test_errors_have_rows_and_absent_peers_none(name: str, outcome: type[BaseException], note: str | None) -> None:
     def prepare() -> object:
         raise KeyError("no such layer")
 
@@ -91,7 +89,7 @@ def test_peak_memory_is_that_of_the_call_alone() -> None:
     assert peak_bytes(case.ready("stored rows", CPU), CPU) == 4 * 3 * 7
 
 
-def test_what_is_older_than_the_call_does_not_count_when_it_is_freed() -> None:
+def test_memory_freed_by_a_call_does_not_count() -> None:
     kept = []
 
     def call() -> None:
@@ -115,5 +113,5 @@ def test_a_run_writes_its_results(tmp_path: pathlib.Path) -> None:
     assert document["floor"]["copy_bytes_per_s"] > 0
 
 
-def test_each_process_of_a_paired_run_chooses_its_own_package() -> None:
+def test_paired_processes_choose_packages() -> None:
     assert run_python("-c", "import sys, bench.paired; print('fastgrad' in sys.modules)", cwd=ROOT).strip() == "False"

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.detection.experiment import NotRun
 from bench.detection.networks import KINDS, PUBLISHED, RANGES
 from bench.detection.recipes import CHANGES
-from bench.detection.subject import NotRun
 from bench.detection.train import accuracy, fit, fit_layer, whiten
 
 
@@ -65,7 +65,7 @@ def test_whitening_filters_see_uncorrelated_patches_and_their_negatives() -> Non
     assert torch.equal(convolution.weight[54:], rest)
 
 
-def test_images_grow_in_equal_shares_of_the_passes_and_are_changed() -> None:
+def test_images_grow_in_equal_shares() -> None:
     seen: list[tuple[int, float]] = []
 
     class Network(nn.Module):

@@ -39,7 +39,7 @@ def test_pages_and_blocks_say_what_the_results_say() -> None:
 
 
 @pytest.mark.parametrize("document", command.DOCUMENTS, ids=lambda path: path.stem)
-def test_documents_have_blocks_and_no_value_ends_the_cell_that_it_stands_in(document: pathlib.Path) -> None:
+def test_no_value_ends_its_cell(document: pathlib.Path) -> None:
     text = document.read_text(encoding="utf-8")
     assert blocks.BLOCK.search(text), "no block, so nothing to keep up to date: take it off the list"
     rows = [line for line in text.splitlines() if line.startswith("|")]
@@ -47,7 +47,7 @@ def test_documents_have_blocks_and_no_value_ends_the_cell_that_it_stands_in(docu
 
 
 @pytest.mark.parametrize("document", command.DOCUMENTS, ids=lambda path: path.stem)
-def test_what_stands_as_the_best_published_is_the_best_published(document: pathlib.Path) -> None:
+def test_best_published_is_the_best(document: pathlib.Path) -> None:
     for words in re.findall("<!-- value: (.*?) -->", document.read_text(encoding="utf-8")):
         name, case, method, key, _ = (part.strip() for part in re.split("[|;]", words))
         network, _, case = case.rpartition(": ")
@@ -149,6 +149,8 @@ def test_a_changed_figure_is_found(folder: pathlib.Path) -> None:
     assert blocks.fill(filled, folder) == filled
     assert blocks.differing(filled.replace("500 ms", "400 ms"), folder) == ["table: network"]
     assert blocks.differing(filled.replace("-->0.50<", "-->0.49<"), folder)
+    assert blocks.value("network | net B=8 | fastgrad | peak_bytes | size", folder) == "2 KiB"
+    assert blocks.value("network | net B=8 | fastgrad | median_s | duration", folder) == "500 ms"
 
 
 @pytest.mark.parametrize("words", ["network", "network | net B=9 | fastgrad | ratio | .2f", "none | a | b | c | d"])
@@ -201,7 +203,7 @@ def detection_folder(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path
 
 
-def test_a_value_of_a_network_is_the_mean_over_draws(detection_folder: pathlib.Path) -> None:
+def test_value_is_the_mean_over_draws(detection_folder: pathlib.Path) -> None:
     words = "attacks | a: mean of attacks | energy | auroc | .2f"
     assert blocks.value(words, detection_folder) == "0.70"
     assert blocks.value(words.replace("a:", "b:"), detection_folder) == "0.50"
@@ -217,7 +219,7 @@ def test_a_range_is_over_networks(detection_folder: pathlib.Path) -> None:
         blocks.span(words.replace("energy", "ViM"), detection_folder)
 
 
-def test_the_strongest_published_detector_ran_on_all_draws_and_is_no_control(detection_folder: pathlib.Path) -> None:
+def test_strongest_published_detector(detection_folder: pathlib.Path) -> None:
     assert "| attacks |  | energy 0.700 ± 0.141 | 0.950 ± 0.071 |" in blocks.table("attacks a", detection_folder)
     rows = json.loads((detection_folder / "attacks.json").read_text())["rows"]
     found = detection.means(rows, "auroc", "a", "clean data only")

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.detection import subject, transformer
+from bench.detection import experiment, transformer
 
 
 def test_its_tokens_are_read_as_maps_are(tmp_path: Path) -> None:
     model = transformer.Transformer().eval()
     images = torch.rand(3, 3, 32, 32)
     parts = {part: (images, torch.zeros(3, dtype=torch.long)) for part in ("fit", "test")}
-    own = subject.Subject("vit", 0, model, parts, subject.Options(tmp_path, tmp_path), subject.SMALL, 3, model.stages)
+    own = experiment.Experiment(
+        "vit", 0, model, parts, experiment.Options(tmp_path, tmp_path), experiment.SMALL, 3, model.stages
+    )
     tokens: list[torch.Tensor] = []
     with model.encoder.norm.register_forward_hook(lambda module, args, output: tokens.append(output)):
         seen = own.seen("clean")

@@ -165,18 +165,18 @@ def test_one_forward_pass_serves_every_block() -> None:
     Extraction(net, [block() for block in BLOCKS.values()])(x)  # watched and planned
     net.stem.register_forward_hook(lambda *_: calls.append(1))
     extraction = Extraction(net, [Activations(), BLOCKS["image"](), Contrasts()])
-    extraction.subject((x,), {})
+    extraction(x)
     calls.clear()
     extraction(x)
     assert len(calls) == 1
 
 
-def test_a_block_of_ones_own_is_known_by_its_name() -> None:
+def test_block_of_the_users_has_its_name() -> None:
     class Brightness(Block):
         name, shapes = "brightness", "(B, 1)"
 
-        def values(self, found: Pass) -> Tensor:
-            return found.image().mean((1, 2, 3), keepdim=True)[:, :, 0, 0]
+        def values(self, forward: Pass) -> Tensor:
+            return forward.image().mean((1, 2, 3), keepdim=True)[:, :, 0, 0]
 
     assert register_block(Brightness) is Brightness
     try:
@@ -235,7 +235,7 @@ def test_no_block(call: Callable[[], Any], error: type[Exception], words: str) -
 
 
 @pytest.mark.parametrize("name", sorted(BLOCKS))
-def test_nothing_of_the_model_is_changed_also_after_an_error(name: str) -> None:
+def test_model_is_unchanged_after_an_error(name: str) -> None:
     net, x = residual()
     net.train()
     before = {key: value.clone() for key, value in net.state_dict().items()}
@@ -256,7 +256,7 @@ def positions() -> nn.Module:
     return Net(lambda net, x: net.head((x + net.back(net.second(net.hidden(net.first(x))))).mean(1)), **norms, **layers)
 
 
-def test_a_network_with_layer_norms_is_read_at_its_layers() -> None:
+def test_network_with_layer_norms() -> None:
     """Every position has one scale behind a layer norm, however unusual it is."""
     subject = watch(positions().eval(), *arguments(torch.randn(4, 5, 6)))
     assert [place.path for place in subject.channels] == ["hidden", "back"]
@@ -267,7 +267,7 @@ def test_a_network_with_layer_norms_is_read_at_its_layers() -> None:
     assert [place.path for place in subject.channels] == ["hidden", "back.0"]
 
 
-def test_a_network_whose_layers_are_called_twice_is_refused_for_that() -> None:
+def test_layers_called_twice_are_refused() -> None:
     layers = {"layer": nn.Linear(3, 4), "head": nn.Linear(4, 3)}
     siamese = Net(lambda net, x: net.head(net.layer(x[:, :3]) * net.layer(x[:, 3:])), **layers)
     with pytest.raises(ValueError, match=r"'activations': the network calls no .* layer but the last exactly once"):
@@ -301,14 +301,14 @@ def test_containers_and_scaled_pixels_are_no_normalisation_layers() -> None:
     assert [(place.path, place.dim, place.count) for place in places] == [("1.1", 1, 8), ("2.1", 1, 8)]
 
 
-def test_normalisation_layers_are_known_by_their_names_and_by_their_classes() -> None:
+def test_normalisation_layers() -> None:
     assert channels.is_normalization(type("Own", (nn.BatchNorm2d,), {})(3))
     for module in (nn.RMSNorm(3), type("LayerNorm2d", (nn.Module,), {})(), type("Own", (nn.LayerNorm,), {})(3)):
         assert channels.is_normalization(module)
         assert channels.is_layer_norm(module)
 
 
-def test_where_reading_tokens_would_cost_more_than_it_may_the_last_layers_are_read() -> None:
+def test_costly_tokens_are_read_at_last_layers() -> None:
     """A layer of 512 inputs computes 1,024 operations for a number that it writes, one of 32 inputs 64."""
 
     def read(width: int) -> list[str]:
@@ -321,7 +321,7 @@ def test_where_reading_tokens_would_cost_more_than_it_may_the_last_layers_are_re
     assert read(512) == ["0", "2", "4", "6"]
 
 
-def test_a_forward_pass_reads_a_few_maps_on_a_grid_from_the_first_to_the_last() -> None:
+def test_maps_are_read_on_a_grid() -> None:
     layers = [m for _ in range(25) for m in (nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))]
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
     images = torch.randn(5, 4, 20, 9)
@@ -364,7 +364,7 @@ def test_a_grid_takes_evenly_spaced_positions_inside_any_map(shape: tuple[int, .
 
 
 @pytest.mark.parametrize("size", [4, 5])
-def test_maps_as_wide_as_they_have_channels_are_read_by_channel(size: int) -> None:
+def test_maps_as_wide_as_deep(size: int) -> None:
     # As detectors have it: no class of PyTorch's own.
     frozen = type("FrozenBatchNorm2d", (nn.Module,), {"weight": torch.ones(4)})()
     assert channels.channel_dim(frozen, (3, 4, size, size)) == 1
@@ -372,7 +372,7 @@ def test_maps_as_wide_as_they_have_channels_are_read_by_channel(size: int) -> No
 
 
 @pytest.mark.parametrize("size", [6, 20])
-def test_a_traced_map_is_read_before_the_network_overwrites_it(size: int) -> None:
+def test_traced_map_is_read_before_it_changes(size: int) -> None:
     torch.manual_seed(0)
     net = nn.Sequential()
     for width in (2, 4):

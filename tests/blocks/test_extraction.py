@@ -107,7 +107,7 @@ def test_attention_answers_as_in_an_ordinary_call(make: Callable[[], nn.Module],
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_eight_bits_round_by_the_batch_is_no_mixing() -> None:
+def test_rounding_to_eight_bits_is_no_mixing() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 3)).eval()
     quantized = torch.ao.quantization.quantize_dynamic(net, {nn.Linear})

@@ -80,7 +80,7 @@ def test_equal_to_the_definition(shape: tuple[int, int, int], function: object, 
     assert torch.equal(function(half), function(half.float()))  # type: ignore[operator]
 
 
-def test_large_images_and_maps_are_read_on_a_grid_and_of_many_channels_some() -> None:
+def test_large_maps_are_sampled() -> None:
     x = torch.rand(2, 3, 400, 300)
     # Every 12th position of 398 x 298.
     torch.testing.assert_close(image_statistics(x)[:, 3], x[:, :, 1:-1:12, 1:-1:12].mean((1, 2, 3)))
@@ -90,7 +90,7 @@ def test_large_images_and_maps_are_read_on_a_grid_and_of_many_channels_some() ->
     assert torch.equal(roughness(maps), roughness(maps[:, ::6].contiguous()))
 
 
-def test_a_channel_that_is_constant_up_to_rounding_has_no_contrast() -> None:
+def test_constant_channel_has_no_contrast() -> None:
     maps = torch.randn(3, 4, 12, 12, generator=torch.Generator().manual_seed(0))
     maps[:, 1] = -3.7
     noisy = maps.clone()
@@ -112,7 +112,7 @@ def test_no_neighbour_matters_and_flat_inputs_are_zero(function: object) -> None
     torch.testing.assert_close(function(layout), function(x), rtol=99 * EPS, atol=0)  # type: ignore[operator]
 
 
-def test_noise_raises_what_is_smallest_and_blur_lowers_what_is_largest() -> None:
+def test_noise_and_blur_move_extremes() -> None:
     generator = torch.Generator().manual_seed(0)
     smooth = torch.linspace(0, 1, 32).expand(4, 3, 32, 32).clone()
     smooth[:, :, :, 16:] += 0.5

@@ -35,9 +35,9 @@ class Seen(Block):
     def readings(self, subject: Any, mask: Any) -> tuple[Reading, ...]:
         return self.wanted
 
-    def values(self, found: Pass) -> Tensor:
-        self.found = dict(zip(self.wanted, found.readings(self.name), strict=True))
-        return found.logits
+    def values(self, forward: Pass) -> Tensor:
+        self.found = dict(zip(self.wanted, forward.readings(self.name), strict=True))
+        return forward.logits
 
 
 def read(model: nn.Module, x: Any, *readings: Reading) -> tuple[Tensor, dict[Reading, Tensor]]:
@@ -151,7 +151,7 @@ class Counting(nn.Module):
         return self.head(self.dropout(self.modules_by_name["norm"](x)))
 
 
-def test_a_model_in_training_mode_is_run_as_a_copy() -> None:
+def test_training_model_is_copied() -> None:
     torch.manual_seed(0)
     model, x = Counting(), torch.randn(6, 4)
     model(x)  # since then the weight of the head is part of a graph
@@ -166,7 +166,7 @@ def test_a_model_in_training_mode_is_run_as_a_copy() -> None:
     assert torch.equal(*(value.sum(1) for value in (found[Reading("norm", leaving)], model.norm(x))))
 
 
-def test_a_model_without_a_copy_must_be_in_evaluation_mode() -> None:
+def test_uncopied_model_must_evaluate() -> None:
     model, x = nested(), torch.randn(3, 4)
     model.lock = threading.Lock()
     read(model, x)

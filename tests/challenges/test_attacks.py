@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_images import photos, small_net
+from small_images import challenged, photos, small_net
 from small_nets import Net
 from torch import Tensor, nn
 
-from fastgrad.challenges import CHALLENGES, PixelRange, fgsm, generate_challenges, iter_challenges, pgd
+from fastgrad.challenges import CHALLENGES, PixelRange, fgsm, generate_challenges, pgd
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e3])
@@ -20,7 +20,7 @@ def test_ball_and_prediction(scale: float) -> None:
     # At scale 1000 the margins pass 17, where float32 cross-entropy has no gradient.
     net = small_net(scale=scale).eval()
     images = photos(batch=10)
-    made = generate_challenges(net, images, names=["pgd"])
+    made = challenged(net, images, ["pgd"])
     with torch.no_grad():
         clean = net(images)
         top = clean.argmax(1, keepdim=True)
@@ -84,14 +84,14 @@ def test_frozen_script() -> None:
     frozen: nn.Module = torch.jit.freeze(torch.jit.trace(net, photos()))
     expected, made = (pgd(one, photos(), 0.1, torch.Generator().manual_seed(0), pixels=pixels) for one in (net, frozen))
     assert ((made - expected).abs() > 0.01).float().mean() < 0.01
-    assert list(iter_challenges(frozen, photos(), names=["fgsm"]))
+    assert list(generate_challenges(frozen, photos(), names=["fgsm"]))
 
 
 @pytest.mark.parametrize("form", [lambda z, x: (z, x), lambda z, x: {"logits": z}], ids=["tuple", "dict"])
 def test_forms_of_logits(form: Callable[[Tensor, Tensor], Any]) -> None:
     net = small_net()
     models = net, Net(lambda own, x: form(own.net(x), x), net=net)
-    plain, wrapped = (generate_challenges(model, photos(), names=["pgd-2"], seed=1)["pgd-2"] for model in models)
+    plain, wrapped = (challenged(model, photos(), ["pgd-2"], seed=1)["pgd-2"] for model in models)
     assert torch.equal(plain, wrapped)
 
 
@@ -100,5 +100,5 @@ def test_no_gradient_reaches_the_images() -> None:
     for parameters in (True, False):
         cut.requires_grad_(parameters)
         with pytest.raises(ValueError, match="model must pass gradients of its logits to the images"):
-            generate_challenges(cut, photos(), names=["fgsm"])
-    assert generate_challenges(cut, photos(), names=["noise"])
+            list(generate_challenges(cut, photos(), names=["fgsm"]))
+    assert list(generate_challenges(cut, photos(), names=["noise"]))

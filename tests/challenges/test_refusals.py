@@ -11,15 +11,11 @@ from small_images import photos, small_net
 from small_nets import Net
 from torch import Generator
 
-from fastgrad.challenges import PixelRange, challenge_cost, fgsm, generate_challenges, iter_challenges, pgd
+from fastgrad.challenges import PixelRange, challenge_cost, fgsm, generate_challenges, pgd
 
 
 def made(**given: Any) -> Any:
     return generate_challenges(**{"model": small_net(), "images": photos(), **given})
-
-
-def turns(images: Any = None, **given: Any) -> Any:
-    return iter_challenges(None, photos() if images is None else images, **{"names": ["noise"], **given})
 
 
 def attacked(attack: Any, **given: Any) -> Any:
@@ -45,12 +41,10 @@ BAD: list[Refused] = [
     (lambda: made(names=["noise-9"]), ValueError, "noise-9"),
     (lambda: made(names="noise"), TypeError, "sequence"),
     (lambda: made(names=[3]), ValueError, "names must be one of .* it was '3'"),
-    (lambda: made(severities=[4]), ValueError, "severities"),
-    (lambda: made(severities=2), TypeError, "severities must be a sequence; it was 2"),
-    (lambda: made(clip=(1, 0)), ValueError, "clip"),
-    (lambda: made(mean=[0.5] * 3), ValueError, "together"),
-    (lambda: made(mean=[0.5], std=[0.5]), ValueError, "per channel"),
-    (lambda: made(mean=[0.5] * 3, std=[0.0] * 3), ValueError, "std"),
+    (lambda: PixelRange.of(photos(), clip=(1, 0)), ValueError, "clip"),
+    (lambda: PixelRange.of(photos(), mean=[0.5] * 3), ValueError, "together"),
+    (lambda: PixelRange.of(photos(), mean=[0.5], std=[0.5]), ValueError, "per channel"),
+    (lambda: PixelRange.of(photos(), mean=[0.5] * 3, std=[0.0] * 3), ValueError, "std"),
     (lambda: made(batch_size=0), ValueError, "batch_size"),
     (lambda: made(seed="x"), ValueError, "seed must be an integer of at least 0; it was 'x'"),
     (lambda: made(model=None), ValueError, "compressed_fgsm, compressed_pgd, fgsm, pgd; it was None"),
@@ -62,17 +56,17 @@ BAD: list[Refused] = [
     (lambda: made(images=torch.ones(1, 3, 8, 8, device="meta")), ValueError, "images must be dense and hold values"),
     (lambda: made(images=torch.ones(1, 3, 8, 8).to_sparse()), ValueError, "images must be dense .* torch.sparse_coo"),
     (
-        lambda: made(model=Net(lambda net, x: net.net(x)[0], net=small_net()), names=["pgd-2"]),
+        lambda: list(made(model=Net(lambda net, x: net.net(x)[0], net=small_net()), names=["pgd-2"])),
         ValueError, r"must return logits of shape \(B, N\); it returned \(4,\)",
     ),
     (lambda: attacked(pgd, steps=0), ValueError, "steps must be an integer of at least 1; it was 0"),
     (lambda: attacked(pgd, generator=0), TypeError, "generator must be a Generator; it was int"),
-    (lambda: turns(names=[]), ValueError, "names must"),
-    (lambda: turns(first=1.5), ValueError, "first must"),
-    (lambda: turns(seed=None), ValueError, "seed must"),
-    (lambda: turns(each=0), ValueError, "each must"),
-    (lambda: turns(pixels=(0, 1)), TypeError, "pixels must"),
-    (lambda: turns(photos() / 0, pixels=PixelRange.of(photos())), ValueError, "images must be finite"),
+    (lambda: made(names=[]), ValueError, "names must"),
+    (lambda: made(first=1.5), ValueError, "first must"),
+    (lambda: made(seed=None), ValueError, "seed must"),
+    (lambda: made(each=0), ValueError, "each must"),
+    (lambda: made(pixels=(0, 1)), TypeError, "pixels must"),
+    (lambda: made(images=photos() / 0, pixels=PixelRange.of(photos())), ValueError, "images must be finite"),
     (lambda: challenge_cost(0), ValueError, "each must be an integer of at least 1; it was 0"),
     (lambda: PixelRange(1, 0), TypeError, "low must be a torch.Tensor"),
     (lambda: PixelRange(ONE, 1.0), TypeError, "high must be a torch.Tensor"),

@@ -12,7 +12,7 @@ from small_nets import Net
 from torch import Tensor, nn
 
 from fastgrad import TwoStageModel
-from fastgrad.challenges.tokens import FAR, SHARES, TOKEN_CHALLENGES, ids_of, iter_token_challenges
+from fastgrad.challenges.tokens import FAR, SHARES, TOKEN_CHALLENGES, generate_token_challenges, ids_of
 
 PAD, BEGIN, END = 1, 2, 3
 
@@ -51,21 +51,21 @@ def words(row: Tensor) -> list[int]:
 
 
 @pytest.mark.parametrize("form", ["after", "before", "after alone", "before alone"])
-def test_a_share_of_the_tokens_is_left_out_moved_or_replaced(form: str) -> None:
+def test_share_of_altered_tokens(form: str) -> None:
     clean = batches(form)
     rows = [row for x in clean for row in ids(x)]
     known = set(torch.cat(list(rows)).tolist())
     counts: Counter[str] = Counter()
     sources: Counter[int] = Counter()
     shares: dict[str, set[float]] = {name: set() for name in TOKEN_CHALLENGES}
-    for x, kinds, numbers in iter_token_challenges(clean, range(5, 80), each=3, seed=0):
+    for x, kinds, numbers in generate_token_challenges(clean, range(5, 80), each=3, seed=0):
         like = clean[numbers[0] >= 40]
         assert type(x) is type(like)
         assert ids(x).shape[1] == ids(like).shape[1]
         if not isinstance(x, Tensor):
             assert {name: part.dtype for name, part in x.items()} == {name: part.dtype for name, part in like.items()}
             assert torch.equal(x["attention_mask"] > 0, ids(x) != PAD)
-        for row, kind, number in zip(ids(x), kinds, numbers, strict=True):
+        for row, kind, number in zip(ids(x), kinds, numbers.tolist(), strict=True):
             before, after = words(rows[number]), words(row)
             # Of a tensor alone, which may be a table, an id stays out of columns that have only smaller ones.
             table = form.endswith("alone")
@@ -86,7 +86,7 @@ def test_a_share_of_the_tokens_is_left_out_moved_or_replaced(form: str) -> None:
             assert share <= max(SHARES) + 1 / len(before)
             shares[kind].add(round(share, 1))
         counts.update(kinds)
-        sources.update(numbers)
+        sources.update(numbers.tolist())
     assert set(sources) == set(range(5, 80))
     assert set(sources.values()) <= {2, 3}
     assert sum(counts.values()) > 220
@@ -100,19 +100,19 @@ def test_a_share_of_the_tokens_is_left_out_moved_or_replaced(form: str) -> None:
 
 def test_a_seed_gives_the_same_challenges() -> None:
     first, again, other = (
-        torch.cat([x for x, *_ in iter_token_challenges([torch.tensor(texts())], range(40), each=3, seed=seed)])
+        torch.cat([x for x, *_ in generate_token_challenges([torch.tensor(texts())], range(40), each=3, seed=seed)])
         for seed in (0, 0, 1)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
-def test_inputs_of_one_length_stay_as_long_as_they_are() -> None:
+def test_inputs_of_one_length_keep_it() -> None:
     """Where nothing is padding, the network may take no other length."""
     generator = torch.Generator().manual_seed(0)
     x = torch.stack([torch.randperm(40, generator=generator)[:7] for _ in range(40)])
     for inputs in (x, {"input_ids": x, "attention_mask": torch.ones_like(x)}):
-        made = list(iter_token_challenges([inputs], range(40), each=2, seed=0))
+        made = list(generate_token_challenges([inputs], range(40), each=2, seed=0))
         assert {kind for _, kinds, _ in made for kind in kinds} == {"transposition", "substitution"}
 
 
@@ -122,7 +122,7 @@ def test_columns_keep_their_vocabularies(sizes: list[int], seed: int) -> None:
     """An id that no input has at a place may be out of the range of a table that is asked for it there."""
     generator = torch.Generator().manual_seed(seed)
     x = (torch.rand(60, len(sizes), generator=generator) * torch.tensor(sizes)).long()
-    made = torch.cat([part for part, *_ in iter_token_challenges([x], range(60), each=3, seed=seed)])
+    made = torch.cat([part for part, *_ in generate_token_challenges([x], range(60), each=3, seed=seed)])
     assert len(made) > 80
     assert (made <= x.amax(0)).all()
     assert (made >= 0).all()
@@ -135,7 +135,7 @@ def test_letters_of_a_small_alphabet_are_no_marks(marked: bool) -> None:
     if marked:
         x[:, 0], x[:, -1] = BEGIN, END
     given = {"input_ids": x, "attention_mask": torch.ones_like(x)}
-    parts, kinds, _ = zip(*iter_token_challenges([given], range(40), each=3, seed=0), strict=True)
+    parts, kinds, _ = zip(*generate_token_challenges([given], range(40), each=3, seed=0), strict=True)
     made = torch.cat([part["input_ids"] for part in parts])
     assert set(itertools.chain(*kinds)) == {"transposition", "substitution"}
     assert len(made) == 120
@@ -146,7 +146,7 @@ def test_letters_of_a_small_alphabet_are_no_marks(marked: bool) -> None:
 def test_a_mask_has_any_dtype(dtype: torch.dtype) -> None:
     x = torch.tensor(texts())
     expected, found = (
-        list(iter_token_challenges([{"attention_mask": mask, "input_ids": x}], range(40), each=1, seed=0))
+        list(generate_token_challenges([{"attention_mask": mask, "input_ids": x}], range(40), each=1, seed=0))
         for mask in ((x != PAD).long(), (x != PAD).to(dtype))
     )
     for (wanted, *_), (made, *_) in zip(expected, found, strict=True):
@@ -185,14 +185,14 @@ def test_token_ids_are_integers_of_two_dimensions() -> None:
 def test_marks_stay_however_often_an_input_holds_them() -> None:
     x = torch.tensor(texts())
     x[::2, 5] = END
-    for made, _, numbers in iter_token_challenges([x], range(40), each=3, seed=0):
-        assert torch.equal((made == END).sum(1), (x[torch.tensor(numbers)] == END).sum(1))
+    for made, _, numbers in generate_token_challenges([x], range(40), each=3, seed=0):
+        assert torch.equal((made == END).sum(1), (x[numbers] == END).sum(1))
 
 
 def test_padding_may_look_like_the_end_of_a_text() -> None:
     x = torch.tensor(texts())
     given = {"input_ids": x.masked_fill(x == PAD, END), "attention_mask": (x != PAD).long()}
-    for made, _, _ in iter_token_challenges([given], range(40), each=3, seed=0):
+    for made, _, _ in generate_token_challenges([given], range(40), each=3, seed=0):
         mask = made["attention_mask"]
         assert (mask.diff() <= 0).all()
         assert (made["input_ids"].gather(1, mask.sum(1, keepdim=True) - 1) == END).all()
@@ -202,11 +202,11 @@ def test_a_mask_of_another_form_stays_as_it_is() -> None:
     x = torch.tensor(texts())
     mask = torch.rand(40, 1, 1, 24)
     (expected, *_), (found, *_) = (
-        list(iter_token_challenges([given], range(40), each=1, seed=0))
+        list(generate_token_challenges([given], range(40), each=1, seed=0))
         for given in ({"input_ids": x}, {"input_ids": x, "attention_mask": mask})
     )
-    assert torch.equal(found[0]["input_ids"], expected[0]["input_ids"])
-    assert torch.equal(found[0]["attention_mask"], mask[torch.tensor(found[2])])
+    assert torch.equal(found.inputs["input_ids"], expected.inputs["input_ids"])
+    assert torch.equal(found.inputs["attention_mask"], mask[found.sources])
 
 
 def test_what_stands_beside_a_token_goes_with_it() -> None:
@@ -215,14 +215,14 @@ def test_what_stands_beside_a_token_goes_with_it() -> None:
         "input_ids": x, "attention_mask": (x != PAD).long(), "token_type_ids": 5 * x * (x != PAD),
         "position_ids": torch.arange(24).expand(40, 24), "label_of_source": torch.arange(40), "scale": 2.0,
     }  # fmt: skip
-    for made, kinds, numbers in iter_token_challenges([given], range(40), each=3, seed=0):
+    for made, kinds, numbers in generate_token_challenges([given], range(40), each=3, seed=0):
         assert made["scale"] == 2.0
-        assert made["label_of_source"].tolist() == numbers
+        assert made["label_of_source"].tolist() == numbers.tolist()
         assert torch.equal(made["position_ids"], given["position_ids"][: len(numbers)])
         kept = torch.tensor([kind != "substitution" for kind in kinds])
         expected = 5 * made["input_ids"] * (made["input_ids"] != PAD)
         assert torch.equal(made["token_type_ids"][kept], expected[kept])
-        assert torch.equal(made["token_type_ids"][~kept], given["token_type_ids"][torch.tensor(numbers)][~kept])
+        assert torch.equal(made["token_type_ids"][~kept], given["token_type_ids"][numbers][~kept])
     assert torch.equal(x, torch.tensor(texts()))
 
 
@@ -230,12 +230,12 @@ def test_what_cannot_change_gives_no_challenge() -> None:
     short = [[BEGIN, 7 + i % 2, END] for i in range(20)]
     x = torch.tensor([row + [PAD] * (14 - len(row)) for row in (*short, [], *texts(20, 14))])
     mask = (x != PAD).long()
-    made = list(iter_token_challenges([{"input_ids": x, "attention_mask": mask}], range(41), each=3, seed=0))
+    made = list(generate_token_challenges([{"input_ids": x, "attention_mask": mask}], range(41), each=3, seed=0))
     for part, _, numbers in made:
-        assert (part["input_ids"] != x[torch.tensor(numbers)]).any(1).all()
+        assert (part["input_ids"] != x[numbers]).any(1).all()
         assert part["attention_mask"].any(1).all()
         assert (part["input_ids"][:, 0] == BEGIN).all()
-    assert 20 not in {number for *_, numbers in made for number in numbers}
+    assert 20 not in {number for *_, numbers in made for number in numbers.tolist()}
 
 
 class Reader(nn.Module):

@@ -152,7 +152,7 @@ def test_odd_files(run: Run, tmp_path: Path) -> None:
 
 
 def test_file_that_changes_after_it_is_listed(run: Run, folder: Path, tmp_path: Path, tiny_onnx: Path) -> None:
-    from fastgrad.deploy.sources import Images
+    from fastgrad.deploy.dataset import Images
 
     images = Images(folder, Scorer(tiny_onnx).description, None, None, 10**7, 10**6)
     for number, (become, error) in enumerate(
@@ -266,7 +266,7 @@ def test_model_without_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_image_that_takes_long(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "a.jpg").write_bytes(many_scans(5000, 3000))
-    monkeypatch.setattr("fastgrad.deploy.sources.MAX_SECONDS", 0.1)
+    monkeypatch.setattr("fastgrad.deploy.dataset.MAX_SECONDS", 0.1)
     run(images=tmp_path / "one")
     assert errors(tmp_path / "o") == {"a.jpg": "decoding the image takes more than 0.1 s"}
 

@@ -10,9 +10,11 @@ import torch
 from scipy.stats import betabinom
 
 from fastgrad import TwoStageModel, UncertaintyDetector
-from fastgrad.blocks import BLOCKS, Features
-from fastgrad.detector.calibrate import DetectorModule, assign_folds, fit_scores, values_of
+from fastgrad.blocks import BLOCKS, Block, Features
+from fastgrad.detector.calibrate import DetectorModule, assign_folds, calibrate, fit_scores, values_of
 from fastgrad.detector.inputs import held_out_of
+from fastgrad.scores.fitted import Fitted
+from fastgrad.scores.one_class import distance
 
 LOGITS = np.random.default_rng(1).normal(size=(8, 5))
 WIDE = np.random.default_rng(2).normal(size=(8, 40))
@@ -34,15 +36,15 @@ def challenged(rng: np.random.Generator, count: int) -> tuple[dict[str, np.ndarr
 
 
 def fitted(rng: np.random.Generator, count: int, **options: object) -> UncertaintyDetector:
-    X, kinds, groups = challenged(rng, count)
-    return UncertaintyDetector(log=False, **options).fit(X, (kinds > 0).astype(int), kinds=kinds, groups=groups)
+    X, kinds, sources = challenged(rng, count)
+    return UncertaintyDetector(log=False, **options).fit(X, (kinds > 0).astype(int), kinds=kinds, sources=sources)
 
 
-def of(groups: np.ndarray, kinds: np.ndarray, held_out: np.ndarray | None = None) -> Features:
+def of(sources: np.ndarray, kinds: np.ndarray, held_out: np.ndarray | None = None) -> Features:
     """Features of these sources and kinds, 0 for clean, without a block."""
     return Features.of(
-        torch.empty(len(groups), 0), {}, kinds=["" if kind == 0 else str(kind) for kind in kinds],
-        sources=torch.from_numpy(groups), held_out=None if held_out is None else torch.from_numpy(held_out),
+        torch.empty(len(sources), 0), {}, kinds=["" if kind == 0 else str(kind) for kind in kinds],
+        sources=torch.from_numpy(sources), held_out=None if held_out is None else torch.from_numpy(held_out),
     )  # fmt: skip
 
 
@@ -50,27 +52,27 @@ def of(groups: np.ndarray, kinds: np.ndarray, held_out: np.ndarray | None = None
 def test_a_source_is_in_one_fold(count: int) -> None:
     rng = np.random.default_rng(count)
     # Three challenges of each clean sample, in any order, and some of other sources.
-    groups = np.concatenate([np.arange(count), np.repeat(np.arange(count), 3), count + np.arange(5)])
-    kinds = (np.arange(len(groups)) >= count).astype(int)
-    order = rng.permutation(len(groups))
-    groups, kinds = groups[order], kinds[order]
-    fold = assign_folds(of(groups, kinds), 5, np.random.RandomState(0)).numpy()
+    sources = np.concatenate([np.arange(count), np.repeat(np.arange(count), 3), count + np.arange(5)])
+    kinds = (np.arange(len(sources)) >= count).astype(int)
+    order = rng.permutation(len(sources))
+    sources, kinds = sources[order], kinds[order]
+    fold = assign_folds(of(sources, kinds), 5, np.random.RandomState(0)).numpy()
     assert set(fold) == set(range(min(5, count)))
     for source in range(count):
-        assert len(set(fold[groups == source])) == 1
+        assert len(set(fold[sources == source])) == 1
     sizes = np.bincount(fold[kinds == 0])
     assert sizes.max() - sizes.min() <= 1
     # What is held out is in no fold, nor are the challenges made from it.
-    held_out = (groups < 2) & (kinds == 0)
-    apart = assign_folds(of(groups, kinds, held_out), 5, np.random.RandomState(0)).numpy()
-    assert ((apart == -1) == (groups < 2)).all()
+    held_out = (sources < 2) & (kinds == 0)
+    apart = assign_folds(of(sources, kinds, held_out), 5, np.random.RandomState(0)).numpy()
+    assert ((apart == -1) == (sources < 2)).all()
 
 
 def test_a_fit_sees_nothing_but_what_was_chosen() -> None:
     """Other rows may hold anything; `assign_folds` says what is chosen for which fit."""
-    X, kinds, groups = challenged(np.random.default_rng(0), 40)
+    X, kinds, sources = challenged(np.random.default_rng(0), 40)
     blocks = {name: torch.from_numpy(value) for name, value in X.items()}
-    chosen = torch.from_numpy(groups >= 10)
+    chosen = torch.from_numpy(sources >= 10)
     found = []
     for other in (1.0, torch.nan):
         changed = {name: torch.where(chosen.unsqueeze(1), value, other) for name, value in blocks.items()}
@@ -87,13 +89,13 @@ def test_challenges_of_one_fold_alone_are_refused(count: int) -> None:
     y[60 + count :] = False
     with pytest.raises(ValueError, match=rf"challenges must come from more sources, .*; the {count} left none"):
         UncertaintyDetector(log=False).fit(
-            clean(np.random.default_rng(0), 64), y.astype(int), groups=np.where(y, 99, -1)
+            clean(np.random.default_rng(0), 64), y.astype(int), sources=np.where(y, 99, -1)
         )
 
 
 def test_sources_may_have_any_number() -> None:
-    X, groups = clean(np.random.default_rng(0), 60), np.arange(60) // 2
-    expected, found = (UncertaintyDetector(log=False).fit(X, groups=g) for g in (groups, 2**63 - 100 + groups))
+    X, sources = clean(np.random.default_rng(0), 60), np.arange(60) // 2
+    expected, found = (UncertaintyDetector(log=False).fit(X, sources=g) for g in (sources, 2**63 - 100 + sources))
     np.testing.assert_array_equal(found.decision_function(X), expected.decision_function(X))
 
 
@@ -138,11 +140,11 @@ def check_default(found: np.ndarray, count: int) -> None:
 
 
 @pytest.mark.parametrize(("count", "fits"), [(50, 20), (160, 12)])
-def test_the_flagged_share_of_folds_is_at_most_what_it_says(count: int, fits: int) -> None:
+def test_flagged_share_of_folds(count: int, fits: int) -> None:
     check_folds(shares(count, fits, folds=5), count)
 
 
-def test_the_flagged_share_of_a_split_is_what_it_says() -> None:
+def test_flagged_share_of_a_split() -> None:
     check_exact(shares(160, 25, calibration_fraction=0.4, folds=2), 64)
 
 
@@ -181,26 +183,26 @@ def test_a_thousand_samples_hold_a_part_out() -> None:
 
 
 @pytest.mark.parametrize("each", [4, 20])
-def test_of_a_source_that_is_held_out_one_sample_calibrates(each: int) -> None:
+def test_one_sample_of_a_source_calibrates(each: int) -> None:
     """One sample in five would leave almost no source to fit on, and samples of one source repeat what it says."""
-    groups = np.random.default_rng(0).permutation(np.arange(1000) // each)
-    own = groups[held_out_of(None, np.zeros(1000, bool), groups, 0.2, np.random.RandomState(0))]
+    sources = np.random.default_rng(0).permutation(np.arange(1000) // each)
+    own = sources[held_out_of(None, np.zeros(1000, bool), sources, 0.2, np.random.RandomState(0))]
     assert len(own) == len(set(own)) == 200 // each
     X = clean(np.random.default_rng(0), 1000)
-    detector = UncertaintyDetector(log=False, calibration_fraction=0.2, folds=2).fit(X, groups=groups)
+    detector = UncertaintyDetector(log=False, calibration_fraction=0.2, folds=2).fit(X, sources=sources)
     assert len(detector.module_.calibration_scores) == 200 // each
     # By default it takes 1,000 sources for a split.
-    assert not UncertaintyDetector(log=False).fit(X, groups=groups).module_.options["exact"]
+    assert not UncertaintyDetector(log=False).fit(X, sources=sources).module_.options["exact"]
 
 
-def test_the_flagged_share_of_a_split_by_sources_is_what_it_says() -> None:
+def test_flagged_share_of_a_split_by_sources() -> None:
     found = np.empty((60, len(RATES)))
     for number in range(len(found)):
         rng = np.random.default_rng(number)
         X = {name: np.repeat(value, 20, 0) for name, value in clean(rng, 50).items()}
         X = {name: value + 0.05 * rng.normal(size=value.shape) for name, value in X.items()}
         detector = UncertaintyDetector(log=False, calibration_fraction=0.4, folds=2, random_state=number)
-        scores = detector.fit(X, groups=np.arange(1000) // 20).decision_function(clean(rng, 200))
+        scores = detector.fit(X, sources=np.arange(1000) // 20).decision_function(clean(rng, 200))
         found[number] = [(scores > detector.threshold(rate)).mean() for rate in RATES]
     check_exact(found, 20)
 
@@ -214,12 +216,12 @@ def test_a_rate_that_cannot_be_promised_warns() -> None:
     assert detector.threshold(0.02) == pytest.approx(-math.log(0.02))
 
 
-def test_no_rate_is_promised_for_samples_that_repeat_their_source() -> None:
+def test_repeated_sources_promise_no_rate() -> None:
     rng = np.random.default_rng(0)
     X = {name: np.repeat(value, 20, 0) for name, value in clean(rng, 50).items()}
-    groups = np.arange(1000) // 20
-    for held_out in (None, groups < 20):
-        detector = UncertaintyDetector(log=False, folds=2).fit(X, groups=groups, held_out=held_out)
+    sources = np.arange(1000) // 20
+    for held_out in (None, sources < 20):
+        detector = UncertaintyDetector(log=False, folds=2).fit(X, sources=sources, held_out=held_out)
         least = 1 / (51 if held_out is None else 21)
         with pytest.warns(RuntimeWarning, match="extrapolated"):
             detector.threshold(0.99 * least)
@@ -232,23 +234,23 @@ def module() -> tuple[DetectorModule, dict[str, torch.Tensor]]:
     return fitted(rng, 100, folds=2).to_module(), new
 
 
-def test_evidence_is_the_weighted_capped_sum_of_log_p_values() -> None:
+def test_evidence_is_a_weighted_sum() -> None:
     detector, new = module()
     raw, _ = values_of(detector.scores, new)
     uncertainty, evidence, _ = detector.explain(new)
-    assert detector.sources == ["logits", "activations", "challenges"]
-    by_hand = dict.fromkeys(detector.sources, torch.zeros(30, dtype=torch.float64))
+    assert detector.evidence_names == ["logits", "activations", "challenges"]
+    by_hand = dict.fromkeys(detector.evidence_names, torch.zeros(30, dtype=torch.float64))
     for score, log_p in zip(detector.scores, detector.p_values(raw), strict=True):
         options = score.options
-        by_hand[options["source"]] = by_hand[options["source"]] + options["weight"] * (-log_p).clamp(0, 20)
-    for source, own in zip(detector.sources, evidence.T, strict=True):
+        by_hand[options["evidence"]] = by_hand[options["evidence"]] + options["weight"] * (-log_p).clamp(0, 20)
+    for source, own in zip(detector.evidence_names, evidence.T, strict=True):
         torch.testing.assert_close(own, by_hand[source])
     torch.testing.assert_close(uncertainty, -detector.final(sum(by_hand.values()).unsqueeze(0)).squeeze(0))
     assert [score.options["weight"] for score in detector.scores] == [1.0, 1.0, 1.0, 3.0]
     assert detector.p_values.two_sided.tolist() == [0]
 
 
-def test_a_score_that_fails_makes_its_samples_unreliable_and_no_others() -> None:
+def test_failed_score_makes_its_sample_unreliable() -> None:
     detector, new = module()
     expected = detector(new)
     new["activations"][2, 7] = torch.nan
@@ -258,12 +260,20 @@ def test_a_score_that_fails_makes_its_samples_unreliable_and_no_others() -> None
     torch.testing.assert_close(found[kept], expected[kept])
 
 
-def test_clean_samples_that_a_score_fails_on_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastgrad.scores.one_class import Margin
+class NoNumber(Fitted):
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows[:, 0] * torch.nan
 
-    monkeypatch.setattr(Margin, "forward", lambda self, rows: rows[:, 0] * torch.nan)
-    with pytest.raises(ValueError, match=r"these were NaN: \{'margin': 40\}"):
-        UncertaintyDetector(log=False).fit(clean(np.random.default_rng(0), 40))
+
+class Nameless(Block):
+    name = "nameless"
+    scores = (lambda *given: (*distance(*given)[:2], NoNumber()),)
+
+
+def test_clean_samples_that_a_score_fails_on_are_refused() -> None:
+    features = Features.of(torch.empty(40, 0), {"nameless": torch.randn(40, 3)})
+    with pytest.raises(ValueError, match=r"these were NaN: \{'nameless_distance': 40\}"):
+        calibrate(features, {"nameless": Nameless}, 5, np.random.RandomState(0), log=False)
 
 
 def test_few_samples_are_enough_to_score() -> None:

@@ -46,7 +46,7 @@ def test_inputs_are_drawn_uniformly_from_the_whole_loader() -> None:
     assert sum((counts[i] - 240) ** 2 / 240 for i in range(10)) < 27.9
 
 
-def test_a_loader_is_read_once_and_mappings_keep_their_shapes() -> None:
+def test_loader_is_read_once() -> None:
     def once() -> Any:
         for length in (5, 7, 5):
             yield {"input_ids": torch.full((4, length), length), "scale": 2.0}
@@ -67,7 +67,7 @@ def test_what_came_beside_a_batch_stays_beside_its_inputs() -> None:
         assert found == {float(i): float(i // 4 % 2) for i in range(12)}
 
 
-def test_inputs_keep_their_names_in_whatever_order_a_batch_has_them() -> None:
+def test_inputs_keep_their_names() -> None:
     ids, types = torch.arange(12.0).view(12, 1), -torch.arange(12.0).view(12, 1)
     pairs = [{"ids": ids[:2], "types": types[:2]}, {"types": types[2:8], "ids": ids[2:8]}, {"types": types[8:]}]
     drawn = loaders.draw("clean", pairs, 100, 0)
@@ -76,7 +76,7 @@ def test_inputs_keep_their_names_in_whatever_order_a_batch_has_them() -> None:
 
 
 @pytest.mark.parametrize("batch", [8, 120])
-def test_every_kind_of_challenge_is_made_of_the_inputs_that_fit(batch: int) -> None:
+def test_every_kind_of_challenge_is_made(batch: int) -> None:
     """Kinds take turns over all inputs, not over those of a batch."""
     detector = UncertaintyDetector(log=False, calibration_fraction=1 / 6)
     model = TwoStageModel(network(), detector=detector, blocks=["logits"])
@@ -220,7 +220,7 @@ def test_labels_of_the_calibration_count_for_the_risk() -> None:
     assert "from 35 clean inputs" in str(model.report())
 
 
-def test_without_labels_there_is_no_risk_and_the_report_says_so() -> None:
+def test_no_risk_without_labels() -> None:
     model = TwoStageModel(network(), blocks=["logits"]).fit([CLEAN], challenges=None)
     assert model(CLEAN).risk is None
     assert model.explain(CLEAN).raised is None

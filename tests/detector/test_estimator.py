@@ -99,7 +99,7 @@ def test_one_class_scores_catch_what_challenges_never_showed():
     assert roc_auc_score(np.repeat([0, 1], 600), alone) < 0.2
 
 
-def test_features_of_any_sign_are_accepted_when_the_user_says_so():
+def test_features_of_any_sign():
     rng = np.random.default_rng(0)
     X, odd = rng.normal(size=(200, 6)), rng.normal(size=(200, 6)) + 3
     detector = UncertaintyDetector(log=False).fit(X)

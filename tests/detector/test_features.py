@@ -37,7 +37,7 @@ def test_what_is_read_together_is_what_is_read_apart(name: str) -> None:
     assert_close(Features.cat([joined.at(joined.codes > 0), joined.at(joined.codes == 0)]), joined)
 
 
-def test_a_fit_on_features_is_the_fit_and_an_answer_from_them_the_answer() -> None:
+def test_features_give_fit_and_answer() -> None:
     model = TwoStageModel(small_network(), blocks=[*DEFAULT_BLOCKS, "features"]).fit(X, Y, correct="always")
     features = model.read_features(X, Y)
     assert len(features) == 4 * len(X)
@@ -57,13 +57,13 @@ def test_a_fit_on_features_is_the_fit_and_an_answer_from_them_the_answer() -> No
         torch.testing.assert_close(one, other)
 
 
-def test_kinds_have_numbers_in_alphabetical_order_and_sources_from_0() -> None:
+def test_numbers_of_kinds_and_sources() -> None:
     features = Features.of(
         torch.zeros(5, 2), {}, kinds=["noise", "", "blur", "", "noise"], sources=torch.tensor([7, 7, -1, 3, -1]),
         held_out=torch.tensor([False, True, False, False, False]),
     )  # fmt: skip
     assert features.codes.tolist() == [2, 0, 1, 0, 2]
-    first, second, *others = features.groups.tolist()
+    first, second, *others = features.source_numbers.tolist()
     assert first == second
     assert len({first, *others}) == 4
     assert features.at(features.challenging).kinds == ["noise", "blur", "noise"]

@@ -77,24 +77,31 @@ def test_nan_beside_other_inputs(fitted, place):
     torch.testing.assert_close(prediction.uncertainty[[0, 2]], clean[[0, 2]], rtol=1e-3, atol=1e-3)
 
 
-def test_block_that_fails(monkeypatch):
-    two_stage = TwoStageModel(small_network(), blocks=["logits", "image"]).fit(loader(120), challenges=None)
+class Failing(Image):
+    name = "failing"
+    fails = False
+
+    def values(self, forward):
+        if self.fails:
+            raise RuntimeError("out of luck")
+        return super().values(forward)
+
+
+def test_block_that_fails():
+    block = Failing()
+    two_stage = TwoStageModel(small_network(), blocks=["logits", block]).fit(loader(120), challenges=None)
     x = images(5)
-
-    def fail(self, found):
-        raise RuntimeError("out of luck")
-
-    monkeypatch.setattr(Image, "values", fail)
-    with pytest.warns(RuntimeWarning, match="'image' failed on a batch, whose uncertainty is infinite: out of"):
+    block.fails = True
+    with pytest.warns(RuntimeWarning, match="'failing' failed on a batch, whose uncertainty is infinite: out of"):
         prediction = two_stage(x)
     assert (prediction.uncertainty == torch.inf).all()
     torch.testing.assert_close(prediction.logits, two_stage.model.eval()(x).detach())
     # While it is fitted, a failure is an error.
     with pytest.raises(RuntimeError, match="out of luck"):
-        TwoStageModel(small_network(), blocks=["logits", "image"]).fit(loader(120), challenges=None)
+        TwoStageModel(small_network(), blocks=["logits", block]).fit(loader(120), challenges=None)
 
 
-def test_the_rate_of_what_is_flagged_can_be_set_and_is_stored(fitted, tmp_path):
+def test_false_alarm_rate_is_set_and_stored(fitted, tmp_path):
     assert fitted.false_alarm_rate == 0.05
     loaded = TwoStageModel.load(fitted.save(tmp_path / "model.safetensors"), fitted.model)
     loaded.false_alarm_rate = 0.3

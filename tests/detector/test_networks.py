@@ -28,7 +28,7 @@ def test_hugging_face_and_timm():
     for network, head, size in ((vit, "classifier", 8), (mixer, "fc", 32)):
         data = [nn.functional.interpolate(x, size=(size, size)) for x in loader(60, labels=False)]
         two_stage = TwoStageModel(network, blocks=blocks).fit(data, challenges=None)
-        assert two_stage.extraction_.known.head == head
+        assert two_stage.extraction_.subject.head == head
         assert torch.isfinite(two_stage(data[0]).uncertainty).all()
 
 
@@ -55,7 +55,7 @@ def test_compiled(tmp_path):
     plain, options = small_network(), {"blocks": ["logits", "activations", "features"]}
     one = TwoStageModel(plain, **options).fit(loader(60), challenges=None)
     other = TwoStageModel(torch.compile(plain, backend="eager"), **options).fit(loader(60), challenges=None)
-    assert other.extraction_.known == one.extraction_.known
+    assert other.extraction_.subject == one.extraction_.subject
     torch.testing.assert_close(other(images(5)), one(images(5)), rtol=0, atol=0)
     other.save(tmp_path / "compiled")
     torch.testing.assert_close(TwoStageModel.load(tmp_path / "compiled", plain)(images(5)), one(images(5)))
@@ -128,8 +128,8 @@ class Rounding(Block):
     name = "rounding"
     squared_norms = True
 
-    def values(self, found):
-        return torch.tensor([0.0, -40.0 - found.samples]).expand(found.samples, 2)
+    def values(self, forward):
+        return torch.tensor([0.0, -40.0 - forward.samples]).expand(forward.samples, 2)
 
 
 def test_norms_that_are_rounding():

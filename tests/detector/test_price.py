@@ -52,7 +52,7 @@ def test_an_interval_holds_the_median_of_its_ratios() -> None:
     assert price._interval([float(i) for i in range(101)]) == (40.0, 60.0)
 
 
-def test_a_network_that_writes_to_its_inputs_has_a_price() -> None:
+def test_price_of_a_network_that_writes() -> None:
     """Ids that begin at 1 become others in each pass."""
     layers = nn.Sequential(nn.Embedding(40, 4), nn.Flatten(), nn.Linear(20, 4))
     model = Net(lambda net, ids: net.network(ids.sub_(1)), network=layers).eval()
@@ -73,7 +73,7 @@ def test_predicted_prices_are_those_of_the_blocks() -> None:
     )
 
 
-def test_default_blocks_that_cannot_be_served_are_left_out_with_their_reason() -> None:
+def test_report_says_why_blocks_are_left_out() -> None:
     assert set(DEFAULT_BLOCKS) <= set(BLOCKS)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
     report = TwoStageModel(model).fit([torch.rand(60, 6)], challenges=None).report()

@@ -40,8 +40,8 @@ class Ranked(Logits):
 
     name = "ranked"
 
-    def values(self, found: Any) -> torch.Tensor:
-        return super().values(found).argsort(0).float()
+    def values(self, forward: Any) -> torch.Tensor:
+        return super().values(forward).argsort(0).float()
 
 
 class Summed(Logits):
@@ -49,8 +49,8 @@ class Summed(Logits):
 
     name = "summed"
 
-    def values(self, found: Any) -> torch.Tensor:
-        return super().values(found).sum()
+    def values(self, forward: Any) -> torch.Tensor:
+        return super().values(forward).sum()
 
 
 class Silent(Logits):
@@ -95,10 +95,10 @@ BAD: dict[str, Refused] = {
     "a list": (lambda: UncertaintyDetector(calibration_fraction=[0.5]).fit(ROWS), TypeError, "_fraction must"),
     "alarms": (lambda: UncertaintyDetector(false_alarm_rate=0.0).fit(ROWS), ValueError, "false_alarm_rate must"),
     "kinds": (lambda: fitted().fit(ROWS, np.tile([0, 1], 30), kinds=[1]), ValueError, "kinds must"),
-    "two sources": (lambda: fitted().fit(ROWS[:4], groups=[0, 0, 0, 1]), ValueError, "groups must leave 2 clean"),
-    "few groups": (lambda: fitted().fit(ROWS, groups=np.zeros(9, int)), ValueError, "groups must be integers of shape"),
-    "no integers": (lambda: fitted().fit(ROWS, groups=np.zeros(60)), ValueError, "groups must be integers of shape"),
-    "a source": (lambda: fitted().fit(ROWS, groups=np.zeros(60, int)), ValueError, "at least 2 sources .* was 1"),
+    "two sources": (lambda: fitted().fit(ROWS[:4], sources=[0, 0, 0, 1]), ValueError, "sources must leave 2 clean"),
+    "few sources": (lambda: fitted().fit(ROWS, sources=np.zeros(9, int)), ValueError, "sources must be integers"),
+    "no integers": (lambda: fitted().fit(ROWS, sources=np.zeros(60)), ValueError, "sources must be integers"),
+    "a source": (lambda: fitted().fit(ROWS, sources=np.zeros(60, int)), ValueError, "sources must .* at least 2"),
     "held out": (lambda: fitted().fit(ROWS, held_out=np.zeros(60, dtype=bool)), ValueError, "held_out must"),
     "numbers": (lambda: fitted().fit(ROWS, held_out=np.zeros(60)), ValueError, "held_out must be bool of shape"),
     "other count": (lambda: fitted().fit(ROWS, held_out=np.ones(5, dtype=bool)), ValueError, r"held_out .* \(60,\)"),

@@ -85,7 +85,7 @@ def log_loss(event: torch.Tensor, p: torch.Tensor) -> float:
     return float(torch.nn.functional.binary_cross_entropy(p, event.double()))
 
 
-def test_odds_of_an_error_stand_in_place_of_the_classifiers_evidence() -> None:
+def test_odds_replace_the_classifiers_evidence() -> None:
     log_p = torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64).log()
     evidence = torch.tensor([[1.0, 5.0], [2.0, 0.0], [3.0, torch.inf]], dtype=torch.float64)
     found = misleading(evidence, log_p, torch.tensor([0.0, 0.4, 0.8], dtype=torch.float64))
@@ -137,7 +137,7 @@ def test_doubt_is_accurate_where_the_answer_is_certain() -> None:
         ((0, 2), (0, 0), "^$"),
     ],
 )
-def test_where_the_probability_ranks_errors_as_well_the_report_says_so(
+def test_report_says_that_probability_suffices(
     risk: tuple[float, float], doubt: tuple[float, float], said: str
 ) -> None:
     wrong = np.arange(400) < 100

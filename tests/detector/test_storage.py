@@ -19,6 +19,7 @@ from small_images import images, loader, small_network
 import fastgrad
 from fastgrad import TwoStageModel
 from fastgrad.blocks import BLOCKS, Block, register_block
+from fastgrad.deploy.file.describe import describe
 from fastgrad.deploy.file.package import ModelPackage
 from fastgrad.detector import storage
 from fastgrad.scores.one_class import distance
@@ -66,8 +67,8 @@ FILES = {
     "other places": (lambda data: resigned(data, b'"data_offsets":[0,', b'"data_offsets":[1,'), FOREIGN),
     "a part renamed": (lambda data: resigned(data, b"detector.final.", b"detector.other."), FOREIGN),
     "a later format": (
-        lambda data: resigned(data, rb"\"format\": 2", rb"\"format\": 3"),
-        "has format 3; this version of fastgrad reads format 2",
+        lambda data: resigned(data, rb"\"format\": 3", rb"\"format\": 4"),
+        "has format 4; this version of fastgrad reads format 3",
     ),
 }
 
@@ -150,13 +151,13 @@ class Brightness(Block):
     shapes = "(B, 3)"
     scores = (distance,)
 
-    def values(self, found):
-        return found.image().mean((2, 3))
+    def values(self, forward):
+        return forward.image().mean((2, 3))
 
 
 def test_block_of_the_users(tmp_path):
     two_stage = TwoStageModel(small_network(), blocks=["logits", Brightness()]).fit(loader(120))
-    assert two_stage.detector_.sources == ["logits", "brightness", "challenges"]
+    assert two_stage.detector_.evidence_names == ["logits", "brightness", "challenges"]
     x = images(20, 9)
     usual, bright = (two_stage.explain(inputs).evidence["brightness"].mean() for inputs in (x, x + 1))
     assert bright > 4 * usual
@@ -188,9 +189,7 @@ def test_normalisation_in_files(tmp_path):
         two_stage = TwoStageModel(small_network(), blocks=["logits"]).fit([x], challenges=None, **told)
         two_stage = TwoStageModel.load(two_stage.save(tmp_path / "estimators.safetensors"), two_stage.model)
         np.testing.assert_allclose(two_stage.report().normalisation, [mean, std], rtol=1e-6)
-    skip_without_onnx()
     for given, expected in (({}, (mean, std)), ({"mean": [0.0] * 3, "std": [1.0] * 3}, ([0.0] * 3, [1.0] * 3))):
-        file = fastgrad.export(two_stage, x[:2], tmp_path / "model.onnx", **given)
-        description = ModelPackage(file).description
+        description = describe(two_stage, x[:2], ".onnx", **given)
         assert description.mean == pytest.approx(expected[0])
         assert description.std == pytest.approx(expected[1])

@@ -67,7 +67,7 @@ def test_contexts_compile_blocks_once() -> None:
     assert counts[0] == counts[-1]
 
 
-def test_blocks_compiled_in_a_context_keep_neither_their_model_nor_their_copies() -> None:
+def test_compiled_blocks_keep_no_model() -> None:
     compilations: list[int] = []
     model = blocks(compilations)
     with fastgrad.record(model), torch.no_grad():

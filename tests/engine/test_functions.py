@@ -161,9 +161,10 @@ USED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str, str]] = {
     "run again": (lambda net, x: net.head(Again.apply(net.layer, x * net.scale, *net.layer.parameters())), "scale",
         "alone"),
     "gradients looked at": (lambda net, x: net.head(Sine.apply(net.layer(x))), "layer.weight", "alone"),
-    "checkpoint": (lambda net, x: net.head(checkpoint(net.layer, x, use_reentrant=False)), "layer.weight", "alone"),
+    "checkpoint": (lambda net, x: net.head(checkpoint(net.layer, x, use_reentrant=False)), "layer.weight",
+        "rule or alone"),
     "checkpoint of a scale": (lambda net, x: net.head(checkpoint(lambda x: torch.tanh(net.scale * x), x,
-        use_reentrant=False)), "scale", "alone"),
+        use_reentrant=False)), "scale", "copies or alone"),
     "gradients taken": (forces, "matrix", "alone"),
     "vmap inside": (lambda net, x: net.head(torch.func.vmap(F.linear, (None, 0))(x, net.matrix.expand(2, 3,
         3)).sum(0)), "matrix", "copies"),
@@ -193,13 +194,13 @@ def test_a_parameter_is_used(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["function of autograd", "gradients looked at", "cdist", "checkpoint", "run again"])
-def test_several_gradients_through_functions_that_take_one_at_a_time(way: str) -> None:
+def test_several_gradients_one_at_a_time(way: str) -> None:
     """``torch.vmap`` is silently wrong for the gradients of ``cdist``, and refuses what looks at values."""
     model = parts(USED[way][0], closed=CLOSED)
     check_several(model, model, X, torch.rand(2, 5, 2, dtype=torch.float64))
 
 
-def test_a_call_of_samples_alone_adds_to_one_with_a_rule() -> None:
+def test_call_without_a_rule_adds_to_one_with() -> None:
     model = parts(experts)
 
     def losses(x: Tensor) -> Tensor:
@@ -305,7 +306,7 @@ def test_inputs_of_a_class_of_their_own() -> None:
         assert_exact(recorded(model, lambda x=x: model(x).square().sum()), truth)
 
 
-def test_a_mode_of_the_users_sees_the_functions_of_layers() -> None:
+def test_mode_of_the_user_sees_functions() -> None:
     seen = []
 
     class Watch(TorchFunctionMode):

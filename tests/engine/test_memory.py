@@ -76,7 +76,7 @@ OUT_OF_MEMORY = [
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
-def test_memory_that_ran_out_is_no_fault_of_the_model(error: Exception) -> None:
+def test_memory_that_ran_out(error: Exception) -> None:
     """Wherever it ran out, the error comes out as it is, and the next call is like a first one."""
 
     def function(net: Any, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

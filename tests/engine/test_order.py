@@ -146,7 +146,7 @@ JOINED: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("way", JOINED)
 @pytest.mark.parametrize("samples", [1, 5])
-def test_what_a_model_reduces_over_samples_is_each_samples_own(way: str, samples: int) -> None:
+def test_reductions_over_samples(way: str, samples: int) -> None:
     model, x = parts(lambda net, x: (net.layer(x).tanh(), JOINED[way](net.layer(x).tanh()))), X[:samples]
 
     def losses(x: Tensor) -> Tensor:

@@ -197,7 +197,7 @@ USES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("use", USES)
-def test_a_table_of_as_many_rows_as_the_batch_is_shared(use: str) -> None:
+def test_table_as_long_as_the_batch(use: str) -> None:
     model = Net(lambda net, x, table: net.head(torch.tanh(USES[use](x, table))), head=nn.Linear(6, 2)).double()
     x = inputs(6, 6)
     for table in (inputs(6, 6, seed=1), torch.cat([torch.zeros(5, 6), inputs(1, 6)])):

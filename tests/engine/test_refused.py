@@ -128,7 +128,7 @@ LATER: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any], Any]]] =
 
 
 @pytest.mark.parametrize("way", LATER)
-def test_samples_that_meet_later_have_the_norms_of_each_alone(way: str) -> None:
+def test_samples_that_meet_later(way: str) -> None:
     """The check is made once for a structure of inputs; in a later call, too, no sample sees another."""
     function, change = LATER[way]
     model = parts(function, dim=1)
@@ -141,7 +141,7 @@ def test_samples_that_meet_later_have_the_norms_of_each_alone(way: str) -> None:
         assert_exact(features_of_squares(model)(X)[1], truth)
 
 
-def test_what_all_samples_fail_with_is_the_models_own_error() -> None:
+def test_error_of_all_samples_is_the_models() -> None:
     model = parts(crops)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         recorded(model, lambda: model(inputs(9, 5)).sum())
@@ -190,7 +190,7 @@ def test_a_parameter_that_is_edited_between_forward_and_norms(layer: nn.Module) 
             fastgrad.grad_sqnorm(loss, list(model.parameters()))
 
 
-def test_values_that_are_not_finite_are_those_of_their_samples() -> None:
+def test_values_that_are_not_finite() -> None:
     bad = X.clone()
     bad[1] = torch.nan
     for first in (X, bad):
@@ -226,7 +226,7 @@ def test_random_numbers_in_evaluation_mode() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_gradients_that_are_rounding_alone_are_no_samples_that_meet() -> None:
+def test_rounding_is_no_mixing() -> None:
     saturated = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
     model = Net(lambda net, x: net.head(net.body(x).mean(1)), body=saturated, head=nn.Linear(16, 3)).eval()
     _, norms = fastgrad.GradientFeatures(model)(1e4 * torch.randn(6, 7, 16))

@@ -285,7 +285,7 @@ def test_a_tensor_of_parameters_that_an_earlier_call_kept(detach: bool) -> None:
     assert_norms(model, truth, X)
 
 
-def test_a_model_that_writes_to_its_input_does_so_once_a_call() -> None:
+def test_input_is_written_once_a_call() -> None:
     model = parts(lambda net, x, scale: net.layer(x.sub_(0.5)).tanh() * scale)
     x, scale = inputs(4, 3), inputs(4, 3, seed=1)
     truth = alone(model, (x, scale))
@@ -336,7 +336,7 @@ def test_a_cache_among_the_inputs_is_filled_once(samples: int) -> None:
 
 
 @pytest.mark.parametrize("given", [{"b"}, ["b"], {"a": "b"}, type("List", (list,), {})(["b"])])
-def test_containers_among_the_inputs_are_given_as_they_are_to_each_run(given: Any) -> None:
+def test_containers_among_inputs(given: Any) -> None:
     def forked(net: Any, x: Tensor, names: Any) -> Tensor:
         assert names == given
         names.clear()
@@ -349,7 +349,7 @@ def test_containers_among_the_inputs_are_given_as_they_are_to_each_run(given: An
 
 
 @pytest.mark.parametrize("way", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal])
-def test_weights_that_are_kept_for_a_while_are_those_of_each_pass(way: Any) -> None:
+def test_weights_kept_between_passes(way: Any) -> None:
     model = nn.Sequential(way(nn.Conv1d(2, 4, 2)), nn.Flatten(), nn.Tanh(), way(nn.Linear(8, 3))).double()
     x = inputs(4, 2, 3)
     truth = loss_norms((model(row).square().sum() for row in x.split(1)), model)

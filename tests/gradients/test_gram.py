@@ -124,7 +124,7 @@ def test_confident_samples_in_float64() -> None:
     assert_grams(found, truth(model, x, confident), allowed=1e-10)
 
 
-def test_two_losses_of_one_call_and_one_loss_of_two() -> None:
+def test_two_losses_and_two_calls() -> None:
     model, x = build("conv")
     y, parameters = x.flip(0) + 1, list(model.parameters())
     with fastgrad.record(model):

@@ -94,7 +94,7 @@ def test_normalised_rows_and_frozen_parameters(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["positions", "tied", "conv", "groups", "alone"])
-def test_a_row_is_the_same_in_any_batch_order_and_thread(name: str) -> None:
+def test_rows_are_the_same_in_any_batch(name: str) -> None:
     model, x = build(name)
     with torch.no_grad():
         x = torch.cat([x, x.flip(0)])
@@ -114,7 +114,7 @@ def test_a_row_is_the_same_in_any_batch_order_and_thread(name: str) -> None:
     torch.testing.assert_close(torch.cat([rows(model, own, 40) for own in x.split(1)]), whole, **close)
 
 
-def test_rows_of_parameters_add_up_and_depend_on_the_seed() -> None:
+def test_rows_of_parameters_add_up() -> None:
     model, x = build("conv")
     with fastgrad.record(model):
         losses = waves(model(x))

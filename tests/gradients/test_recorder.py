@@ -228,7 +228,7 @@ class Prompted(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["prompt", "scale", "body.weight"])
-def test_a_parameter_that_is_used_outside_of_calls_is_refused(name: str) -> None:
+def test_parameter_used_outside_is_refused(name: str) -> None:
     torch.manual_seed(0)
     model, x = Prompted().double(), torch.randn(5, 4, dtype=torch.float64)
     for loss in (
@@ -243,7 +243,7 @@ def test_a_parameter_that_is_used_outside_of_calls_is_refused(name: str) -> None
                 norms(loss(), model)
 
 
-def test_where_samples_meet_in_the_loss_norms_are_of_their_shares(model: nn.Sequential) -> None:
+def test_samples_that_meet_in_the_loss(model: nn.Sequential) -> None:
     parameters = list(model.parameters())
     with fastgrad.record(model):
         z = model(X)

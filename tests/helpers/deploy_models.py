@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
+import os
+import sys
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from filelock import FileLock
+from python_process import run_python
 from torch import Tensor, nn
 
 from fastgrad.deploy.file.package import Description, write_description
@@ -58,29 +60,36 @@ class TinyTwoStage(nn.Module):
 
 
 def export_tiny(folder: Path, name: str) -> Path:
-    """Export `TinyTwoStage` with its evidence to a folder of all processes, in the first that asks.
+    """Export `TinyTwoStage` to a folder of all processes, in the first that asks; `watched_export` says how.
 
     Compiling takes many seconds: all tests, those of the documentation's pages too, share one ``tiny.pt2``.
     """
-    import torch._inductor.config
+    path = folder / name
+    with FileLock(folder / f"{name}.lock"):
+        if not path.exists():
+            (temporary := folder / f"temporary{path.suffix}").mkdir()
+            dropped = ("TORCHINDUCTOR_CACHE_DIR", "ORT_DISABLE_TELEMETRY")
+            kept = {name: value for name, value in os.environ.items() if name not in dropped}
+            kept |= {"TMPDIR": str(temporary), "PYTHONPATH": os.pathsep.join(sys.path)}
+            # What is compiled is a test's: it need not be fast.
+            run_python("-m", "watched_export", path, env={**kept, "AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL": "O0"})
+    return path
 
+
+def write_tiny(path: Path) -> None:
+    """Export `TinyTwoStage` with its evidence."""
     from fastgrad.deploy.file.export import export
 
-    path, own = folder / name, torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"})
-    with FileLock(folder / f"{name}.lock"), warnings.catch_warnings(), own:
-        warnings.simplefilter("ignore")
-        if path.exists():
-            return path
-        return export(
-            TinyTwoStage(),
-            torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
-            path,
-            labels={"cat": 0, "dog": 1, "cow": 2, "hen": 3}.keys(),  # type: ignore[arg-type]  # as of torchvision's class_to_idx
-            mean=[0.5] * 3,
-            std=[0.25] * 3,
-            max_batch=64,
-            evidence=True,
-        )
+    export(
+        TinyTwoStage(),
+        torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
+        path,
+        labels={"cat": 0, "dog": 1, "cow": 2, "hen": 3}.keys(),  # type: ignore[arg-type]  # as of torchvision's class_to_idx
+        mean=[0.5] * 3,
+        std=[0.25] * 3,
+        max_batch=64,
+        evidence=True,
+    )
 
 
 def write_archive(path: Path, description: Description | None, *members: tuple[str | zipfile.ZipInfo, bytes]) -> Path:

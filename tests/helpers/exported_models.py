@@ -23,10 +23,9 @@ def shapes(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 #: Blocks by what an exported graph must hold for them.
 FORMS = {
-    "forward": ["logits", "features", "activations", "image", "roughness"],
+    "forward": ["logits", "features", "activations", "image", "roughness"],  # with a correction
     "view": ["logits", "activations", "view"],
     "contrasts": ["contrasts", "logits", "features", "image"],
-    "corrected": ["logits", "activations"],
 }
 
 
@@ -45,7 +44,7 @@ def two_stage_model(form: str) -> TwoStageModel:
         optimizer.step()
     # In training mode, as it comes from a training loop: a fitted module is exported as it is.
     live = TwoStageModel(net, blocks=FORMS[form])
-    if form != "corrected":
+    if form != "forward":
         return live.fit([(shapes(400, 1)[0],)], challenges=None)
     # Labels that the network does not know, but h does.
     x, labels = shapes(400, 1)

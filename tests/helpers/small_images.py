@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgrad.challenges import PixelRange, challenge_names, generate_challenges
+
 CLASSES = 4
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 
@@ -42,3 +44,16 @@ def photos(batch: int = 6, channels: int = 3, size: int = 16, seed: int = 3) -> 
 
 def normalised(unit: Tensor) -> Tensor:
     return (unit - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
+
+
+def challenged(
+    model: nn.Module | None, images: Tensor, names: list[str] | None = None, *, seed: int = 0, **seen: Any
+) -> dict[str, Tensor]:
+    """Every image altered in each of these ways, by their full names; ``seen`` says which range images have."""
+    pixels = PixelRange.of(images, **seen)
+    made = {}
+    for name in challenge_names(names):
+        made[name] = images.clamp(pixels.low, pixels.high)
+        for batch in generate_challenges(model, images, names=[name], each=1, seed=seed, pixels=pixels):
+            made[name][batch.sources] = batch.inputs
+    return made

@@ -99,30 +99,30 @@ BAD = [
 PARAMETERS = [("loss", "hinge"), ("hidden", (0,)), ("hidden", 30), ("max_epochs", 1.5), ("max_epochs", 0)]
 
 
-def fitted(R=FEATURES, y=LABELS, groups=None, **given):
-    return IntrospectiveClassifier(**given).fit(R, y, groups=groups)
+def fitted(R=FEATURES, y=LABELS, sources=None, **given):
+    return IntrospectiveClassifier(**given).fit(R, y, sources=sources)
 
 
 test_bad_arguments = refused([
     *((partial(fitted, R, y), ValueError, words) for R, y, words in BAD),
     *((partial(fitted, **{name: value}), (TypeError, ValueError), f"{name} must") for name, value in PARAMETERS),
-    (lambda: fitted(groups=np.arange(3)), ValueError, "groups must be integers of shape"),
+    (lambda: fitted(sources=np.arange(3)), ValueError, "sources must be integers of shape"),
     (lambda: fitted(1e200 * FEATURES), ValueError, "R must hold numbers whose squares float64 can hold"),
     (lambda: fitted(PAIR, max_epochs=1).predict({"features": FEATURES[:, :3], "logits": LOGITS}), ValueError,
      "R must have the 24 numbers a sample of fit; it had 12"),
 ])  # fmt: skip
 
 
-def test_numbers_of_any_scale_that_float64_can_square_are_learned():
+def test_rows_of_any_scale_are_learned():
     R = {"features": 1e30 * FEATURES, "logits": 1e10 * LOGITS}
     classifier = IntrospectiveClassifier(hidden=(4,), max_epochs=2).fit(R, LABELS)
     assert np.isfinite(classifier.predict_proba(R)).all()
 
 
-@pytest.mark.parametrize(("sources", "each", "watched"), [(100, 4, 40), (200, 1, 20), (190, 1, 0), (1, 40, 0)])
-def test_samples_of_one_source_decide_together_when_to_stop(sources, each, watched):
+@pytest.mark.parametrize(("count", "each", "watched"), [(100, 4, 40), (200, 1, 20), (190, 1, 0), (1, 40, 0)])
+def test_samples_of_one_source_decide_together_when_to_stop(count, each, watched):
     """Copies of held-out samples among those trained on would call every epoch a gain; a handful says nothing."""
-    groups = np.tile(np.arange(sources), each)
-    found = watched_of(groups, np.random.RandomState(0))
+    sources = np.tile(np.arange(count), each)
+    found = watched_of(sources, np.random.RandomState(0))
     assert found.sum() == watched
-    assert not set(groups[found]) & set(groups[~found])
+    assert not set(sources[found]) & set(sources[~found])

@@ -25,7 +25,7 @@ def labelled(count: int, *, shift: float) -> tuple[Features, Tensor, Tensor]:
     return features, features.logits, torch.where(features.challenging, 4.0, -4.0).double()
 
 
-def test_what_h_knows_beside_the_logits_corrects_challenges_and_leaves_clean_inputs() -> None:
+def test_correction_by_h() -> None:
     found = choose(*labelled(150, shift=3.0), 0)
     assert found.correction is not None
     new, logits, odds = labelled(400, shift=3.0)

@@ -374,7 +374,7 @@ def as_usual(net: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("function", [tokens, lying])
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.InstanceNorm2d(4, affine=True), nn.GroupNorm(2, 4)], ids=repr)
 @pytest.mark.parametrize("last", [False, True])
-def test_one_sample_has_the_norms_that_it_has_in_a_batch(function: Any, norm: nn.Module, last: bool) -> None:
+def test_one_sample_alone_and_in_a_batch(function: Any, norm: nn.Module, last: bool) -> None:
     """Where inputs or gradients lie transposed, PyTorch's own gradients of a batch of one are wrong on a CPU."""
     torch.manual_seed(0)
     parts = {"convolution": nn.Conv2d(3, 4, 3), "token": nn.Linear(4, 4), "head": nn.Linear(4, 3)}
@@ -401,7 +401,7 @@ def test_packed_sequences(samples: int) -> None:
     check(model, (torch.randn(samples, 6, 3).double(), torch.arange(6, 6 - samples, -1)))
 
 
-def test_batch_norm_of_a_single_image_whose_gradient_has_channels_last() -> None:
+def test_batch_norm_with_channels_last_gradient() -> None:
     """PyTorch's own backward pass is wrong there (2.13, CPU), so a loop is no reference; the row of a batch is."""
     torch.manual_seed(0)
     parts = {"conv": nn.Conv2d(3, 5, 2, 2), "norm": nn.BatchNorm2d(5), "head": nn.Linear(5, 3)}

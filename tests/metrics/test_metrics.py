@@ -57,7 +57,7 @@ def test_calibration_error_by_its_definition(bins: int) -> None:
     assert found.edges.shape == (bins + 1,)
 
 
-def test_a_confidence_at_an_edge_is_in_the_bin_that_ends_there() -> None:
+def test_confidence_at_the_edge_of_a_bin() -> None:
     confidence = np.arange(51, 101) / 100
     found = metrics.reliability(np.stack([confidence, 1 - confidence], 1), np.zeros(50), bins=100)
     assert found.counts[50:].tolist() == [1] * 50
@@ -151,7 +151,7 @@ def test_threshold_follows_the_costs() -> None:
     assert always_wrong == -np.inf
 
 
-def test_threshold_saves_on_digits_that_it_was_not_chosen_on() -> None:
+def test_threshold_saves_on_other_digits() -> None:
     """Real images, half of them noisy, and a network that errs on some: better than answering or reviewing all."""
     from fastgrad.commands.demo import digit_network, digits
 

@@ -254,7 +254,7 @@ def test_impl_and_device(name: str, device: torch.device, monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("no_interpreter")
-def test_a_compiler_on_a_cpu_makes_one_kernel_of_the_rows() -> None:
+def test_compiler_makes_one_kernel_of_rows() -> None:
     """The operator is traced as its formula and fuses; the product of the layer is the other call."""
     from torch._inductor.utils import run_and_get_code
 

@@ -26,7 +26,7 @@ def width(calibration):
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(-4, 4), min_size=1, max_size=60), st.integers(-20, 20), st.sampled_from([1.0, 1e-6]))
-def test_body_is_the_lowest_map_above_the_counts_that_falls_no_faster_than_allowed(values, quarter, unit):
+def test_body_is_the_lowest_allowed_map(values, quarter, unit):
     """Ties and near ties included."""
     calibration = np.array(values) * unit + (np.array(values) > 1)
     tail = one_sided(calibration)
@@ -170,7 +170,7 @@ def test_constant_calibration_scores_stay_usable():
     assert log_p[2] < log_p[1]
 
 
-def test_evidence_grows_with_every_part_and_stops_at_the_cap():
+def test_evidence_grows_up_to_the_cap():
     def total(*log_p):
         return float(weighted(torch.tensor([log_p]), 20.0, [1.0, 2.0]).sum())
 
@@ -181,7 +181,7 @@ def test_evidence_grows_with_every_part_and_stops_at_the_cap():
 
 
 @pytest.mark.parametrize("count", [20, 50, 1000])
-def test_counted_p_values_are_ranks_down_to_the_highest_score(count):
+def test_counted_p_values_are_ranks(count):
     scores = torch.randn(count, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
     ordered = scores.sort(descending=True).values
     tail = one_sided(scores, counted=True)

@@ -18,7 +18,7 @@ def decaying(n, d, seed, factors=30):
 
 
 @pytest.mark.parametrize(("n", "d"), [(600, 40), (90, 90), (600, 400), (60, 400), (50, 51), (40, 800)])
-def test_with_all_directions_it_is_the_distance_of_ledoit_and_wolf(n, d):
+def test_all_directions_are_ledoit_and_wolf(n, d):
     rows, new = decaying(n, d, 0), decaying(50, d, 1)
     score = Mahalanobis.fit(torch.as_tensor(rows), directions=d)
     covariance, _ = ledoit_wolf(rows)
@@ -38,7 +38,7 @@ def test_shrinkage_is_that_of_scikit_learn(n, d):
     assert mean == pytest.approx(rows.var(0).mean(), rel=1e-12)
 
 
-def test_fifty_times_more_columns_than_rows_against_the_formula_over_rows():
+def test_many_more_columns_than_rows():
     """``(rho m I + c X^T X)^-1`` by Woodbury's identity: matrices of 100 rows."""
     n, d = 100, 5000
     rows, new = decaying(n, d, 3), decaying(30, d, 4)
@@ -64,7 +64,7 @@ def test_fewer_directions_keep_the_order():
     assert spearmanr(kept(torch.tensor(new)), exact(torch.tensor(new))).statistic > 0.95
 
 
-def test_what_many_rows_and_few_directions_leave_out_counts_by_its_own_variance():
+def test_residual_counts_by_its_variance():
     """With n far above d, rho is nearly 0: a weight of 1 / (rho m) outside would drown the rest."""
     rows, new = decaying(4000, 60, 8, factors=60), decaying(500, 60, 9, factors=60)
     exact, kept = (

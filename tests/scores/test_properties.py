@@ -56,7 +56,7 @@ def test_stored_it_is_the_same(name: str, place: int) -> None:
 
 
 @pytest.mark.parametrize(("name", "place"), CASES)
-def test_it_is_a_sample_s_own_and_in_its_rows_order(name: str, place: int) -> None:
+def test_samples_are_scored_alone(name: str, place: int) -> None:
     x = rows(name, 40, 2)
     whole = scored(fitted(name, place), name, x)
     assert whole.shape == (40,)

@@ -67,7 +67,7 @@ def test_energy():
     np.testing.assert_allclose(Energy()(logits), -np.log(np.exp(logits.numpy()).sum(1)), rtol=1e-12)
 
 
-def test_the_energy_of_log_probabilities_is_none_and_not_their_rounding():
+def test_log_probabilities_have_no_energy():
     logits = torch.randn(200, 5).log_softmax(-1).double()
     assert (Energy()(logits) == 0).all()
     assert Energy()(torch.full((1, 5), torch.nan)).isnan().all()
@@ -85,7 +85,7 @@ def test_margin():
     assert none.isnan()
 
 
-def test_an_input_at_the_boundary_is_as_unusual_as_its_margin_is_small():
+def test_margin_at_the_boundary():
     clean = torch.stack([torch.linspace(0.01, 10, 1000), torch.zeros(1000)], 1).double()
     tail = PValues.fit(Margin()(clean).unsqueeze(0), [False])
     p = tail(Margin()(torch.tensor([[1e-2, 0.0], [1e-3, 0.0], [1e-4, 0.0]]).double()).unsqueeze(0))[0].exp()
@@ -130,7 +130,7 @@ def test_projection_is_white_and_of_the_wanted_size():
     np.testing.assert_allclose(np.cov(rows.numpy().T), np.eye(4), atol=1e-8)
 
 
-def test_projection_of_a_wide_block_is_white_and_held_in_float32():
+def test_projection_of_a_wide_block():
     values = RNG.normal(size=(80, 10)) @ RNG.normal(size=(10, 3000)) + 0.1 * RNG.normal(size=(80, 3000))
     values[0, :50] = 1e3
     rows = ScoreRows.fit({"features": torch.tensor(values)}, "features", clip=8.0, dimensions=10)
@@ -141,7 +141,7 @@ def test_projection_of_a_wide_block_is_white_and_held_in_float32():
     np.testing.assert_allclose(np.cov(found.T), np.eye(10), atol=1e-4)
 
 
-def test_columns_beside_a_projection_are_evenly_spaced_and_weigh_as_much_together():
+def test_columns_beside_a_projection():
     values = RNG.normal(size=(400, 30))
     blocks = {"features": torch.tensor(values)}
     columns = ScoreRows.fit({"features": torch.tensor(values)}, "features")(blocks)
@@ -156,7 +156,7 @@ def test_columns_beside_a_projection_are_evenly_spaced_and_weigh_as_much_togethe
     )
 
 
-def test_clipped_rows_stop_at_the_limit_and_infinity_is_no_value():
+def test_clipped_rows():
     values = RNG.normal(size=(50, 3))
     rows = ScoreRows.fit({"features": torch.tensor(values)}, "features", clip=3.0)
     new = torch.tensor([[1e9, -1e9, 0.0], [np.inf, 0, 0], [np.nan, 0, 0]])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastgrad.checks import extra
-from fastgrad.deploy.file.reading import open_regular
+from fastgrad.deploy.file.opening import open_regular
 
 INPUT = "input"
 KEY = "fastgrad"

@@ -30,7 +30,7 @@ from fastgrad._torch import X86, load_package
 from fastgrad.deploy.file import onnx_file
 from fastgrad.deploy.file.description import DTYPES, FORMAT, description_text, outputs_of
 from fastgrad.deploy.file.description import Description as Description
-from fastgrad.deploy.file.reading import without_waiting
+from fastgrad.deploy.file.opening import without_waiting
 from fastgrad.memory import keep_freed_memory
 from fastgrad.prediction import Prediction
 

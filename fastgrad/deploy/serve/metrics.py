@@ -36,6 +36,8 @@ class Metrics:
         self._recent = recent = deque[bool](maxlen=RECENT)
         text = "Answers of /predict and refused requests by HTTP status"
         self.requests = Counter("requests", text, ["status"], **own)
+        # Without this, the counter is absent until the first answer, and has no rate.
+        self.requests.labels("200")
         self.predictions = Counter("predictions", "Predictions by reliability", ["reliable"], **own)
         text = "Time from a request's headers to its answer"
         self.latency = Histogram("request_seconds", text, buckets=_TIMES, **own)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from fastgrad.checks import extra
+from fastgrad.deploy.file.opening import digest_of
 from fastgrad.deploy.file.package import PackageError, read_description
-from fastgrad.deploy.file.reading import digest_of
 from fastgrad.deploy.serve.metrics import Metrics
 from fastgrad.deploy.serve.process import Body, Refusal, answers, check, load
 

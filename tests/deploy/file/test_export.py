@@ -14,10 +14,10 @@ from python_process import run_python
 from torch import nn
 
 import fastgrad
-import fastgrad.deploy.file.export as export_module
-from fastgrad.deploy.file.description import DTYPES, normalize_pixels
+from fastgrad.deploy.file.describe import describe
+from fastgrad.deploy.file.description import DTYPES, Description, normalize_pixels
 from fastgrad.deploy.file.export import compile_function, export
-from fastgrad.deploy.file.package import Description, ModelPackage, read_description
+from fastgrad.deploy.file.package import ModelPackage, read_description
 
 
 def test_equal_to_the_live_model(model_file: Path) -> None:
@@ -71,59 +71,47 @@ def test_what_travels_in_the_file(model_file: Path) -> None:
             assert json.loads(archive.read(member))["classes"] == 4
 
 
-@pytest.fixture
-def written(monkeypatch: pytest.MonkeyPatch) -> list[Description]:
-    """What stands in files that would be compiled."""
-    found: list[Description] = []
-    monkeypatch.setattr(export_module, "compile_function", lambda *_, **__: None)
-    monkeypatch.setattr(export_module, "compare", lambda path, *_: path.touch())
-    monkeypatch.setattr(export_module, "write_description", lambda _, description: found.append(description))
-    return found
-
-
-def test_thresholds_and_histogram(written: list[Description], tmp_path: Path) -> None:
+def test_thresholds_and_histogram() -> None:
     scores = 1 + np.arange(40) * np.finfo(float).eps / 4
-    export(
-        TinyTwoStage(), X, tmp_path / "m.pt2", scores=scores, false_alarm_rate=np.float32(0.1), max_batch=np.int64(8)
-    )
-    assert written[0].false_alarm_rate == pytest.approx(0.1)
-    assert written[0].max_batch == 8
-    assert sum(written[0].histogram["counts"]) == 40
+    found = describe(TinyTwoStage(), X, ".pt2", scores=scores, false_alarm_rate=np.float32(0.1), max_batch=np.int64(8))
+    assert found.false_alarm_rate == pytest.approx(0.1)
+    assert found.max_batch == 8
+    assert sum(found.histogram["counts"]) == 40
     # Without thresholds of its own: at most rate * (n + 1) - 1 of 99 scores lie above one.
-    export(Mute(), X, tmp_path / "m.pt2", scores=np.arange(99.0))
-    assert written[1].thresholds == [(0.01, 98.0), (0.02, 97.0), (0.05, 94.0), (0.1, 89.0), (0.2, 79.0)]
+    found = describe(Mute(), X, ".pt2", scores=np.arange(99.0))
+    assert found.thresholds == [(0.01, 98.0), (0.02, 97.0), (0.05, 94.0), (0.1, 89.0), (0.2, 79.0)]
     # One that the user chose stands for its rate, also where there is nothing to calibrate on.
-    export(Mute(), X, tmp_path / "m.pt2", scores=np.arange(99.0), threshold=95.5)
-    export(Mute(), X, tmp_path / "m.pt2", threshold=7.0, false_alarm_rate=0.3)
-    assert (written[2].threshold, dict(written[2].thresholds)[0.05]) == (95.5, 95.5)
-    assert (written[3].threshold, written[3].thresholds) == (7.0, [(0.3, 7.0)])
+    found = describe(Mute(), X, ".pt2", scores=np.arange(99.0), threshold=95.5)
+    assert (found.threshold, dict(found.thresholds)[0.05]) == (95.5, 95.5)
+    found = describe(Mute(), X, ".pt2", threshold=7.0, false_alarm_rate=0.3)
+    assert (found.threshold, found.thresholds) == (7.0, [(0.3, 7.0)])
 
 
-def test_risk_threshold_and_excess(written: list[Description], tmp_path: Path) -> None:
+def test_risk_threshold_and_excess() -> None:
     random = torch.Generator().manual_seed(0)
     x, labels = torch.randn(60, 4, generator=random), torch.randint(3, (60,), generator=random)
     network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     two_stage = fastgrad.TwoStageModel(network, blocks=["logits"]).fit([(x, labels)], challenges=None)
-    export(two_stage, x[:2], tmp_path / "m.pt2", risk_threshold=0.25)
-    two_stage.risk_.options["excess"] = 0.125
-    export(two_stage, x[:2], tmp_path / "m.pt2")
+    found = describe(two_stage, x[:2], ".pt2", risk_threshold=0.25)
     # Without challenges there is no excess.
-    assert [(one.risk, one.risk_threshold, one.excess) for one in written] == [(True, 0.25, None), (True, None, 0.125)]
+    assert (found.risk, found.risk_threshold, found.excess) == (True, 0.25, None)
+    two_stage.risk_.options["excess"] = 0.125
+    found = describe(two_stage, x[:2], ".pt2")
+    assert (found.risk, found.risk_threshold, found.excess) == (True, None, 0.125)
     with pytest.raises(ValueError, match=r"risk_threshold must be None or a number from 0 to 1, .*; it was -inf"):
-        export(two_stage, x[:2], tmp_path / "m.pt2", risk_threshold=-np.inf)
+        describe(two_stage, x[:2], ".pt2", risk_threshold=-np.inf)
 
 
-def test_detectors_own_rate(written: list[Description], tmp_path: Path) -> None:
+def test_detectors_own_rate() -> None:
     network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     detector = fastgrad.UncertaintyDetector(log=False, false_alarm_rate=0.3)
     two_stage = fastgrad.TwoStageModel(network, detector=detector, blocks=["logits"]).fit(
         [torch.randn(40, 4)], challenges=None
     )
-    for given in (None, 0.25):
-        export(two_stage, torch.randn(2, 4), tmp_path / "m.pt2", false_alarm_rate=given)
-    export(TinyTwoStage(), X, tmp_path / "m.pt2")
-    assert [one.false_alarm_rate for one in written] == [0.3, 0.25, 0.05]
-    assert written[0].threshold == two_stage.threshold()
+    own, chosen = (describe(two_stage, torch.randn(2, 4), ".pt2", false_alarm_rate=rate) for rate in (None, 0.25))
+    usual = describe(TinyTwoStage(), X, ".pt2")
+    assert [one.false_alarm_rate for one in (own, chosen, usual)] == [0.3, 0.25, 0.05]
+    assert own.threshold == two_stage.threshold()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])

@@ -120,7 +120,7 @@ def outputs(prediction: tuple) -> tuple:
 
 
 @pytest.mark.parametrize(
-    "form", [pytest.param(form, marks=[] if form in ("forward", "corrected") else pytest.mark.slow) for form in FORMS]
+    "form", [pytest.param(form, marks=[] if form == "forward" else pytest.mark.slow) for form in FORMS]
 )
 def test_two_stage_model_is_one_graph(form: str) -> None:
     live = two_stage_model(form)

@@ -50,7 +50,7 @@ def in_onnx(form: str) -> tuple[TwoStageModel, ModelPackage]:
 
 
 @pytest.mark.parametrize(
-    "form", [pytest.param(form, marks=[] if form in ("forward", "corrected") else pytest.mark.slow) for form in FORMS]
+    "form", [pytest.param(form, marks=[] if form == "forward" else pytest.mark.slow) for form in FORMS]
 )
 def test_every_block_in_onnx(form: str) -> None:
     live, package = in_onnx(form)

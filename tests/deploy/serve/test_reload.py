@@ -17,8 +17,8 @@ from onnx_needed import WARNINGS, skip_without_onnx
 from serve_client import Server, image, running, wait_for
 
 from fastgrad.deploy.file.export import export
+from fastgrad.deploy.file.opening import digest_of
 from fastgrad.deploy.file.package import Description, PackageError
-from fastgrad.deploy.file.reading import digest_of
 from fastgrad.deploy.serve.app import create_app
 
 skip_without_onnx()
@@ -48,19 +48,32 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(TinyTwoStage(), torch.zeros(1, 3, 8, 8), file, labels=list("abcd"), mean=[0.5] * 3, std=[0.25] * 3)
 
 
-@pytest.fixture
-def reloading(tiny_onnx: Path, tmp_path: Path) -> Iterator[Reloading]:
-    (temporary := tmp_path / "temporary").mkdir()
-    file = shutil.copyfile(tiny_onnx, tmp_path / "model.onnx")
+@pytest.fixture(scope="module")
+def started(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reloading]:
+    folder = tmp_path_factory.mktemp("reloading")
+    (temporary := folder / "temporary").mkdir()
+    file = shutil.copyfile(tiny_onnx, folder / "model.onnx")
     with running(file, env={"TMPDIR": str(temporary)}) as server:
         yield Reloading(server, file, temporary)
     assert list(temporary.iterdir()) == []
 
 
+@pytest.fixture
+def reloading(started: Reloading, tiny_onnx: Path) -> Reloading:
+    """A server that answers from a file of its own, whatever other tests left there."""
+    started.file.unlink(missing_ok=True)
+    shutil.copyfile(tiny_onnx, started.file)
+    started.hup("was loaded" if set(started.names()) <= set("abcd") else "is what it was")
+    wait_for(lambda: len(started.server.processes) == len(list(started.temporary.iterdir())) == 1)
+    return started
+
+
 def test_new_file_takes_over(reloading: Reloading, other: Path) -> None:
+    before = [reloading.server.metric(f"fastgrad_model_{name}") for name in ("reloads", "reload_failures")]
+    scores = reloading.server.metric("fastgrad_drift_scores")
     assert set(reloading.names()) <= {"cat", "dog", "cow", "hen"}
     reloading.hup("is what it was")  # with the drift monitor's state
-    assert reloading.server.metric("fastgrad_drift_scores") == 4
+    assert reloading.server.metric("fastgrad_drift_scores") == scores + 4
     shutil.copyfile(other, reloading.file)
     # Nothing is loaded before it is asked for, even if a process must be replaced.
     (pid,) = reloading.server.processes
@@ -68,7 +81,8 @@ def test_new_file_takes_over(reloading: Reloading, other: Path) -> None:
     assert set(reloading.names()) <= {"cat", "dog", "cow", "hen"}
     reloading.hup("was loaded")
     assert set(reloading.names()) <= set("abcd")
-    assert [reloading.server.metric(f"fastgrad_model_{name}") for name in ("reloads", "reload_failures")] == [1, 0]
+    after = [reloading.server.metric(f"fastgrad_model_{name}") for name in ("reloads", "reload_failures")]
+    assert after == [before[0] + 1, before[1]]
     wait_for(lambda: len(reloading.server.processes) == len(list(reloading.temporary.iterdir())) == 1)
 
 
@@ -82,13 +96,14 @@ BREAK: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 def test_broken_file_changes_nothing(reloading: Reloading, tiny_onnx: Path) -> None:
+    failures = reloading.server.metric("fastgrad_model_reload_failures")
     for number, (break_it, reason) in enumerate(BREAK.values(), 1):
         break_it(reloading.file)
         reloading.hup("the model stays as it was")
         said = reloading.server.log.splitlines()[-1]
         assert re.search(rf"stays as it was: {reloading.file} (cannot be loaded: |is ){reason}", said)
         assert set(reloading.names()) <= {"cat", "dog", "cow", "hen"}
-        assert reloading.server.metric("fastgrad_model_reload_failures") == number
+        assert reloading.server.metric("fastgrad_model_reload_failures") == failures + number
         reloading.file.unlink(missing_ok=True)
         shutil.copyfile(tiny_onnx, reloading.file)
     assert "fastgrad-serve" not in reloading.server.log
@@ -115,8 +130,10 @@ def test_dead_pool_is_loaded_again(reloading: Reloading) -> None:
     (copy,) = reloading.temporary.glob("fastgrad-serve-*/model.onnx")
     os.truncate(copy, 1000)
     (pid,) = reloading.server.processes
+    said = "a process cannot be started"
+    before = reloading.server.log.count(said)
     os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: "a process cannot be started" in reloading.server.log, 60)
+    wait_for(lambda: reloading.server.log.count(said) > before, 60)
     assert reloading.server.request("GET", "/ready")[0] == 503
     reloading.hup("was loaded")
     assert reloading.server.predict(image())[0] == 200

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from fastgrad.checks import extra
 from fastgrad.deploy.file.description import Description
 from fastgrad.deploy.file.images import Array, ImageError, decode_pixels
-from fastgrad.deploy.file.reading import open_regular
+from fastgrad.deploy.file.opening import open_regular
 
 with extra("score"):
     import pyarrow as pa

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from serve_client import image
 
+from fastgrad.deploy.dataset import Images, list_folder
 from fastgrad.deploy.file.description import Description
-from fastgrad.deploy.sources import Images, list_folder
 
 
 def images_of(path: Path, image_column: str | None = None, key: str | None = None) -> Images:

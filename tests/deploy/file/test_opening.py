@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ import pytest
 from python_process import run_python
 
 from fastgrad._torch import private_cache
+from fastgrad.deploy.file.opening import digest_of, open_regular
 from fastgrad.deploy.file.package import PackageError, read_description
-from fastgrad.deploy.file.reading import digest_of, open_regular
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="makes pipes and links")
 
@@ -62,42 +61,12 @@ def test_no_foreseeable_names(tiny_package: Path, tiny_onnx: Path, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-EXPORT = r"""
-import json, os, re, sys
-
-names, inside = set(), re.compile(re.escape(os.environ["TMPDIR"]) + r"/(\w+)")
-
-def hook(event, arguments):
-    # What is opened, made, listed or removed, and the commands that are run.
-    if event == "open" or event.startswith(("os.", "shutil.", "subprocess.")):
-        names.update(inside.findall(repr(arguments)))
-
-sys.addaudithook(hook)
-import getpass
-planted = os.path.join(os.environ["TMPDIR"], "torchinductor_" + getpass.getuser())
-with open(planted, "w") as file:
-    file.write("#error planted")
-names.clear()
-import torch
-from deploy_models import TinyTwoStage
-from fastgrad import export
-export(TinyTwoStage(), torch.randn(2, 3, 8, 8), sys.argv[1])
-print(json.dumps([os.path.basename(planted), sorted(names)]))
-"""
-
-
 @pytest.mark.parametrize("name", ["tiny.pt2", "tiny.onnx"])
-def test_export_uses_no_name_that_others_foresee(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """A file lies in the place of the compiler's well-known folder, so that any use of it fails."""
-    request.getfixturevalue(name.replace(".", "_").replace("pt2", "package"))  # skips without compiler or ONNX
-    (temporary := tmp_path / "temporary").mkdir()
-    environment = {**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment["AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL"] = "O0"
-    for variable in ("TORCHINDUCTOR_CACHE_DIR", "ORT_DISABLE_TELEMETRY"):
-        environment.pop(variable, None)
-    planted, names = json.loads(run_python("-c", EXPORT, tmp_path / name, env=environment).splitlines()[-1])
-    assert [path.name for path in temporary.iterdir()] == [planted]
-    assert (temporary / planted).read_text() == "#error planted"
+def test_export_uses_no_name_that_others_foresee(name: str, exports: Path, request: pytest.FixtureRequest) -> None:
+    file = request.getfixturevalue(name.replace(".", "_").replace("pt2", "package"))  # made as watched_export says
+    (planted,) = (exports / f"temporary{file.suffix}").iterdir()
+    assert planted.read_text() == "#error planted"
+    names = json.loads(file.with_suffix(".json").read_text())
     # Those of `tempfile`, and of PyTorch's compiler, which makes them in the same way.
     assert [found for found in names if not re.fullmatch(r"(tmp)?[a-z0-9_]{8}", found)] == []
     assert names

@@ -49,7 +49,7 @@ class Shown(NamedTuple):
 
 
 @dataclass
-class Subject:
+class Experiment:
     """A network and its data.
 
     Attributes:
@@ -115,7 +115,7 @@ class Case(NamedTuple):
 
     group: str
     kinds: tuple[str, ...]
-    make: Callable[[Subject, str, int], Shown]
+    make: Callable[[Experiment, str, int], Shown]
 
 
 #: Cases by name; `registry.case` adds them.
@@ -126,18 +126,18 @@ CASES: dict[str, Case] = {}
 class Seen:
     """Images of a case and what a pass reads from them; made once, features kept in the cache."""
 
-    subject: Subject
+    experiment: Experiment
     case: str
     part: str = "test"
 
     @cached_property
     def shown(self) -> Shown:
         if self.case == "clean":
-            images = self.subject.parts[self.part][0]
+            images = self.experiment.parts[self.part][0]
             return Shown(images, torch.arange(len(images)))
         # A score may ask for the images under `no_grad`, and an attack needs gradients.
         with torch.enable_grad():
-            found = CASES[self.case].make(self.subject, self.part, self.subject.count)
+            found = CASES[self.case].make(self.experiment, self.part, self.experiment.count)
         if not len(found.images):
             raise NotRun("no input misleads the network")
         return found
@@ -150,7 +150,7 @@ class Seen:
     @cached_property
     def _read(self) -> dict[str, Tensor]:
         name = f"read/{self.case}/{self.part}"
-        found = self.subject.kept(name, lambda: read(self.subject, self.images))
+        found = self.experiment.kept(name, lambda: read(self.experiment, self.images))
         return {key: torch.from_numpy(value) for key, value in found.items()}
 
     @property
@@ -185,26 +185,26 @@ def packed(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def read(subject: Subject, images: Tensor) -> dict[str, NDArray[np.float32]]:
+def read(experiment: Experiment, images: Tensor) -> dict[str, NDArray[np.float32]]:
     """Return logits, h, spread and the stages' means from one pass."""
     parts: dict[str, list[Tensor]] = defaultdict(list)
 
     def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if module is subject.layer:
+        if module is experiment.layer:
             parts["h"].append(args[0])
             parts["logits"].append(output)
         else:
             # Positions of maps, or of tokens, which have their channels last.
             positions = (2, 3) if output.ndim == 4 else 1
-            parts[f"stage{subject.stages.index(module)}"].append(output.mean(positions))
-            if module is subject.stages[-1]:
+            parts[f"stage{experiment.stages.index(module)}"].append(output.mean(positions))
+            if module is experiment.stages[-1]:
                 parts["spread"].append(output.std(positions, correction=0))
 
     with ExitStack() as stack:
-        for module in (*subject.stages, subject.layer):
+        for module in (*experiment.stages, experiment.layer):
             stack.enter_context(module.register_forward_hook(keep))
         for x in images.split(BATCH):
-            subject.model(x)
+            experiment.model(x)
     return {name: torch.cat(values).float().numpy() for name, values in parts.items()}
 
 
@@ -212,28 +212,28 @@ def read(subject: Subject, images: Tensor) -> dict[str, NDArray[np.float32]]:
 class Fit:
     """The data that a method is fitted on; ``case`` names labelled challenges, empty for none."""
 
-    subject: Subject
+    experiment: Experiment
     case: str = ""
 
     @property
     def layer(self) -> nn.Linear:
-        return self.subject.layer
+        return self.experiment.layer
 
     @property
     def clean(self) -> Seen:
-        return self.subject.seen("clean", "fit")
+        return self.experiment.seen("clean", "fit")
 
     @property
     def labels(self) -> Tensor:
         """Classes of the clean images, for methods fitted to every class."""
-        if self.subject.few:
+        if self.experiment.few:
             raise NotRun("needs several images of every class")
-        return self.subject.parts["fit"][1]
+        return self.experiment.parts["fit"][1]
 
     @property
     def challenges(self) -> Seen:
         """Labelled challenges, made from the clean images."""
-        return self.subject.seen(self.case, "fit")
+        return self.experiment.seen(self.case, "fit")
 
     def loader(self, images: Tensor, labels: Tensor | None = None) -> list[tuple[Tensor, ...]]:
         """Return images in batches, as a loader yields them."""
