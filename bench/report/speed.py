@@ -62,7 +62,7 @@ def standing(cases: Sequence[Row]) -> str:
     peers = {row["implementation"] for row in cases if not ours(row["implementation"])} - YARDSTICKS
     if not peers:
         return "No peer is measured here."
-    textbook, untimed, behind = [], [], defaultdict(list)
+    textbook, untimed, parts, behind = [], [], [], defaultdict(list)
     for case, group in grouped(cases).items():
         mine = best(group)
         if mine is None:
@@ -70,9 +70,11 @@ def standing(cases: Sequence[Row]) -> str:
             continue
         for row in group:
             name, median = row["implementation"], row["median_s"]
-            if name in peers and median and whole(row) and NOISE * median < beside(row, mine):
+            if name in peers and median and NOISE * median < beside(row, mine):
                 factor = beside(row, mine) / median
-                if name in TEXTBOOK:
+                if not whole(row):
+                    parts.append(f"{_ahead(name, [(case, factor)])} for {_percent(row['covered'])} of the numbers")
+                elif name in TEXTBOOK:
                     textbook.append(factor)
                 else:
                     behind[name].append((case, factor))
@@ -80,7 +82,9 @@ def standing(cases: Sequence[Row]) -> str:
         text = f"fastgrad is behind in: {'; '.join(untimed + [_ahead(*item) for item in behind.items()])}."
     else:
         every = "every peer that keeps its accuracy" if textbook else "every peer in every case below"
-        text = f"fastgrad is ahead of {every}."
+        text = f"fastgrad is ahead of {every}{' that does the whole of it' if parts else ''}."
+    if parts:
+        text += f" {'; '.join(parts)}."
     if textbook:
         text += (
             f"\n\nThe textbook form `(||p||^2 - 2 p_k + 1)(||h||^2 + 1)`, eager or compiled, is faster in "

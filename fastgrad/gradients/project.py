@@ -35,8 +35,8 @@ from fastgrad.ops.dispatch import full_precision
 
 #: Multiply-adds per second of transforms of a few thousand numbers, beside `PRODUCT`.
 TRANSFORM = PRODUCT / 5
-#: Numbers of a sample for which a call of their own costs no more than places for each.
-RUN = 64
+#: Numbers of a sample for which a call of their own costs less than places for each.
+RUN = 512
 
 
 def grad_project(
