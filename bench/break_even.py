@@ -1,11 +1,12 @@
 """From which batch size fastgrad's norms pay, beside a loop over the samples and vmap(grad), in time and memory.
 
 python -m bench.break_even
+python -m bench.break_even --only ResNet --batches 64       # the file's other rows stay
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +24,11 @@ REPEATS = 2
 CALLS = {"fastgrad": features, "per-sample loop": peers.loop, "vmap(grad)": peers.vmap}
 
 
-def measure(only: str, largest: int) -> Iterator[dict[str, Any]]:
+def measure(only: str = "", batches: Sequence[int] = BATCHES) -> Iterator[dict[str, Any]]:
     """Yield for each network and batch the least processor time of two calls, taken in turns, and peak bytes."""
     torch.set_num_threads(1)
     for network in (name for name in NETS if only in name):
-        for batch in (b for b in BATCHES if b <= largest):
+        for batch in batches:
             task = Task(NETWORKS[network], batch, "cpu", NETS[network])
             calls = {name: make(task) for name, make in CALLS.items()}
             taken = clock.in_turns([lambda n, call=call: clock.seconds(call, n) for call in calls.values()], REPEATS)
@@ -39,7 +40,7 @@ def measure(only: str, largest: int) -> Iterator[dict[str, Any]]:
 
 if __name__ == "__main__":
     pages.command(
-        "break-even", __doc__, measure, packages=("torch",),
+        "break-even", __doc__, measure, packages=("torch",), keys=("network", "batch"),
         only={"default": "", "metavar": "TEXT", "help": "networks whose name contains it"},
-        largest={"type": int, "default": max(BATCHES)},
+        batches={"type": int, "nargs": "+", "default": BATCHES},
     )  # fmt: skip

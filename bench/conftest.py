@@ -14,6 +14,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench")
     group.addoption("--size", choices=SIZES, help="of the cases (default: quick, on a GPU gpu)")
     group.addoption("--out", type=Path, metavar="DIR", help="write what is measured to JSON files in DIR, one a table")
+    group.addoption("--add", action="store_true", help="keep the files' rows, and add implementations that they lack")
     group.addoption("--threads", type=int, default=2, help="on a CPU (default 2)")
 
 

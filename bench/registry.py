@@ -32,6 +32,7 @@ class Implementation(NamedTuple):
         prepare: Returns the call that is measured; its own work (wrapping a model, compiling) is not measured.
         check: Returns the relative error of the call's result, at most ``tolerance``; the case says why.
         graph: Whether the call can be captured in a CUDA graph.
+        covered: Returns the share of the parameters' numbers that the call's result is of.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Implementation(NamedTuple):
     check: Callable[[Any], float]
     tolerance: float
     graph: bool = True
+    covered: Callable[[Any], float] = lambda result: 1.0
 
 
 @dataclass(frozen=True)
@@ -59,15 +61,16 @@ class Case:
         """Return the call of an implementation; a ValueError if its result is wrong."""
         return self.checked(name, device)[0]
 
-    def checked(self, name: str, device: str) -> tuple[Callable[[], Any], float]:
-        """Return the same and the relative error of its result."""
+    def checked(self, name: str, device: str) -> tuple[Callable[[], Any], float, float]:
+        """Return the same, the relative error of its result, and the share of the network that it covers."""
         found = self.implementations(device)[name]
         call = found.prepare()
-        error, allowed = float(found.check(call())), found.tolerance
+        result = call()
+        error, allowed = float(found.check(result)), found.tolerance
         if not error <= allowed:
             message = f"the relative error must be at most {allowed:.1e} to be timed; it was {error:.1e}"
             raise ValueError(f"{self.name}, {name}: {message}")
-        return call, error
+        return call, error, found.covered(result)
 
 
 #: The cases of the files that were imported; `bench.micro.cases` imports all.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
@@ -20,23 +20,37 @@ import fastgrad
 from bench import clock
 from bench.report import pages
 
-WIDTH, DEPTH, BATCH, LENGTH, SIZE = 256, 8, 8, 64, 4096
+
+class Sizes(NamedTuple):
+    """Of the encoder, of a rank's batch, and of its projected rows."""
+
+    width: int = 256
+    depth: int = 8
+    batch: int = 8
+    length: int = 64
+    numbers: int = 4096
 
 
-def network() -> nn.Sequential:
-    layers = [nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, dropout=0.0, batch_first=True) for _ in range(DEPTH)]
-    return nn.Sequential(nn.Embedding(512, WIDTH), *layers, nn.Linear(WIDTH, 512))
+FULL = Sizes()
 
 
-def _rank(rank: int, folder: str) -> None:
+def network(sizes: Sizes) -> nn.Sequential:
+    width = sizes.width
+    layers = [
+        nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True) for _ in range(sizes.depth)
+    ]
+    return nn.Sequential(nn.Embedding(512, width), *layers, nn.Linear(width, 512))
+
+
+def _rank(rank: int, folder: str, sizes: Sizes) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/file", rank=rank, world_size=2)
     torch.manual_seed(rank)
-    model, mesh = network(), init_device_mesh("cpu", (2,))
+    model, mesh = network(sizes), init_device_mesh("cpu", (2,))
     for layer in model[1:-1]:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    x, y = torch.randint(512, (2, BATCH, LENGTH)).unbind()
+    x, y = torch.randint(512, (2, sizes.batch, sizes.length)).unbind()
 
     def losses() -> Tensor:
         return cross_entropy(model(x).mT, y, reduction="none").mean(1)
@@ -56,7 +70,7 @@ def _rank(rank: int, folder: str) -> None:
         "step of FSDP": step,
         "grad_sqnorm": recorded(lambda each: fastgrad.grad_sqnorm(each, model)),
         "grad_gram": recorded(lambda each: fastgrad.grad_gram(each, model)),
-        "grad_project": recorded(lambda each: fastgrad.grad_project(each, model, SIZE)),
+        "grad_project": recorded(lambda each: fastgrad.grad_project(each, model, sizes.numbers)),
     }
     found = []
     for name, call in calls.items():
@@ -70,9 +84,9 @@ def _rank(rank: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
-def measure() -> Iterator[dict[str, Any]]:
+def measure(sizes: Sizes = FULL) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_rank, (folder,), nprocs=2)
+        torch.multiprocessing.spawn(_rank, (folder, sizes), nprocs=2)
         for rank in (0, 1):
             yield from torch.load(Path(folder) / str(rank))
 
@@ -80,5 +94,6 @@ def measure() -> Iterator[dict[str, Any]]:
 if __name__ == "__main__":
     pages.command(
         "sharded", __doc__, measure, packages=("torch",),
-        facts={"parameters": sum(p.numel() for p in network().parameters()), "batch": BATCH, "length": LENGTH},
+        facts={"parameters": sum(p.numel() for p in network(FULL).parameters()), "batch": FULL.batch,
+               "length": FULL.length},
     )  # fmt: skip

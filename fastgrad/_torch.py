@@ -47,6 +47,9 @@ InstanceNorm = instancenorm._InstanceNorm
 #: Sees every operation. Without it, the cost of a forward pass would have to be timed instead of counted.
 DispatchMode = _python_dispatch.TorchDispatchMode
 
+#: Whether such a mode is active. If unknown, what a selective checkpoint stores would be written to.
+in_dispatch_mode: Callable[[], bool] = _python_dispatch.is_in_torch_dispatch_mode
+
 #: Turns off the mode that notes a model's functions. Without it, every shape that a hook reads would be noted too.
 without_modes: Callable[[], contextlib.AbstractContextManager[None]] = torch._C.DisableTorchFunction
 
@@ -132,6 +135,47 @@ functorch: Any = _functorch
 saved_tensor_hooks: Callable[[], Any] = functools.partial(torch._C._autograd._top_saved_tensors_default_hooks, False)
 
 
+def hooks_above(hooks: Any) -> list[Any]:
+    """Return the hooks of saved tensors that were pushed after ``hooks``, which may be None."""
+    autograd: Any = torch._C._autograd
+    found: list[Any] = []
+    while (pair := autograd._top_saved_tensors_default_hooks(True)) and pair != hooks:
+        found.insert(0, pair)
+        autograd._pop_saved_tensors_default_hooks()
+    for pack, unpack in found:
+        autograd._push_saved_tensors_default_hooks(pack, unpack)
+    return found
+
+
+def checkpoint_of(hooks: Any) -> Any:
+    """Return the checkpoint to which hooks of saved tensors belong, or None.
+
+    Its ``recompute_fn`` is called in the backward pass. Without it, samples with a checkpoint would run one by one.
+    """
+    pack = hooks[0]
+    names = getattr(getattr(pack, "__code__", None), "co_freevars", ())
+    found = dict(zip(names, pack.__closure__, strict=True))["frame"].cell_contents if "frame" in names else None
+    return found if isinstance(found, checkpoint._CheckpointFrame) else None
+
+
+def arguments_of(frame: Any) -> tuple[Any, ...] | None:
+    """Return the arguments of a checkpoint that is under way in this thread. Those that it saves cannot be read yet."""
+    at: Any = sys._getframe().f_back
+    while at is not None:
+        if at.f_code.co_name == "checkpoint" and at.f_globals is vars(checkpoint):
+            inner = getattr(at.f_locals.get("gen"), "gi_frame", None)
+            if inner is not None and inner.f_locals.get("new_frame") is frame:
+                found: tuple[Any, ...] = at.f_locals["args"]
+                return found
+        at = at.f_back
+    return None
+
+
+def is_saved(tensor: Tensor) -> bool:
+    """Whether C++ refers to a tensor, as to what a checkpoint saves. If unknown, a user would seem to refer to it."""
+    return bool(tensor._use_count() > 1)  # type: ignore[attr-defined]
+
+
 #: What ends a checkpoint's recomputation early. Taken for an error of the model, it would be run again for nothing.
 StopRecomputation: type[Exception] = checkpoint._StopRecomputationError
 
@@ -195,6 +239,24 @@ class lowered:  # noqa: N801 - reads as a statement: ``with lowered():``
 
     def __exit__(self, *error: object) -> None:
         _functorch.push_dynamic_layer_stack(self._layer)
+
+
+@contextlib.contextmanager
+def entered(level: int, samples: int) -> Iterator[None]:
+    """Enter a level of ``vmap`` that is over, where its tensors are alive again; others are left for the time."""
+    layers = []
+    while (_functorch.maybe_current_level() or 0) >= level:
+        layers.append(_functorch.pop_dynamic_layer_stack())
+    _count_mapping(1)
+    try:
+        if _functorch._vmap_increment_nesting(samples, "different") != level:
+            raise RuntimeError("the backward pass of a checkpoint must run outside of torch.func's transforms")
+        yield
+    finally:
+        _functorch._vmap_decrement_nesting()
+        _count_mapping(-1)
+        for layer in reversed(layers):
+            _functorch.push_dynamic_layer_stack(layer)
 
 
 _mapping = 0

@@ -3,7 +3,8 @@
     python -m bench.conformance                 # the peers must be installed
     python -m bench.conformance --only gpt2     # models whose name contains it
 
-Each cell, a model under a tool, is a process of its own with limits of time and memory, so that a crash costs one cell.
+Each cell, a model under a tool, is a process of its own with limits of processor time and memory, so that a crash costs
+one cell.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import resource
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,6 +28,8 @@ from bench.conformance.tools import TOOLS
 from bench.report import pages
 
 BATCH, SECONDS, BYTES, REPEATS = 4, 30, 14 << 30, 3
+#: Seconds after which a process that waits for something is ended.
+WAITED = 20 * SECONDS
 PACKAGES = (
     "timm", "torchvision", "transformers", "opacus.grad_sample", "backpack", "dattri_llm",
     "bergson.collector.gradient_collectors",
@@ -89,6 +93,7 @@ def _timed(call: Callable[[], Any]) -> float:
 
 def _child(pipe: Connection, name: str, tool: str) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
     warnings.simplefilter("ignore")
     try:
         pipe.send(cell(name, tool))
@@ -104,13 +109,15 @@ def alone(name: str, tool: str) -> dict[str, Any]:
     process = context.Process(target=_child, args=(theirs, name, tool))
     process.start()
     theirs.close()
-    found: dict[str, Any] = {"verdict": "refused", "note": f"no result within {SECONDS} s"}
-    if ours.poll(SECONDS):
-        try:
-            found = ours.recv()
-        except EOFError:
-            found = {"verdict": "refused", "note": "the process died"}
-    process.kill()
+    waited = ours.poll(WAITED)
+    if not waited:
+        process.kill()
+    try:
+        found: dict[str, Any] = ours.recv()
+    except EOFError:
+        process.join()
+        late = not waited or process.exitcode == -signal.SIGXCPU
+        found = {"verdict": "refused", "note": f"no result within {SECONDS} s" if late else "the process died"}
     process.join()
     return {"model": name, "tool": tool, **found}
 
@@ -131,7 +138,7 @@ if __name__ == "__main__":
         packages=(
             "torch", "timm", "torchvision", "transformers", "opacus", "backpack-for-pytorch", "dattri-llm", "bergson"
         ),
-        facts={"batch": BATCH, "limit_s": SECONDS, "allowed": allowed(torch.float64)},
+        keys=("model", "tool"), facts={"batch": BATCH, "limit_s": SECONDS, "allowed": allowed(torch.float64)},
         only={"default": "", "metavar": "TEXT", "help": "models whose names contain it"},
         limit={"type": float, "default": float("inf"), "help": "seconds after which no further model begins"},
     )  # fmt: skip

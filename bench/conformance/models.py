@@ -145,10 +145,10 @@ def _torchvisions() -> dict[str, Model]:
     return found
 
 
-#: Names of timm, with the size of their images.
+#: Names of timm, with the size of their images. LeViT is none: in evaluation mode it keeps a graph between its calls.
 TIMM = {
     "vit_tiny_patch16_224": 64, "deit_tiny_distilled_patch16_224": 64, "mixer_s32_224": 64, "resmlp_12_224": 64,
-    "xcit_nano_12_p16_224": 64, "poolformer_s12": 64, "convnextv2_atto": 64, "mobilevit_xxs": 64, "levit_128s": 64,
+    "xcit_nano_12_p16_224": 64, "poolformer_s12": 64, "convnextv2_atto": 64, "mobilevit_xxs": 64,
     "ghostnet_100": 64, "repvgg_a0": 64, "eca_nfnet_l0": 64, "skresnet18": 64, "botnet26t_256": 128,
     "hrnet_w18_small": 64,
     "pvt_v2_b0": 64, "mambaout_femto": 64, "eva02_tiny_patch14_224": 56,
@@ -156,7 +156,7 @@ TIMM = {
 #: These take the size when they are built.
 SIZED = {
     "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "mixer_s32_224", "resmlp_12_224", "xcit_nano_12_p16_224",
-    "levit_128s", "eva02_tiny_patch14_224", "botnet26t_256",
+    "eva02_tiny_patch14_224", "botnet26t_256",
 }  # fmt: skip
 #: Kinds of transformers with a head of its automatic classes, and what differs from `SMALL`.
 TRANSFORMERS: dict[str, tuple[str, dict[str, Any], Inputs]] = {

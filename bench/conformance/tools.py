@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 import fastgrad
 from bench.conformance.task import Task, rows_of
+from bench.micro.layer_peers import base, bergson_gradients, dattri_gradients, owned
 from bench.micro.network_peers import batching, state
 
 #: Length of `grad_project`'s rows.
@@ -121,19 +122,8 @@ def backpack(task: Task) -> Calls:
 
 def dattri(task: Task) -> Calls:
     """Factorised gradients of every layer that dattri-llm knows, and its inner products over all of them."""
-    from dattri_llm import REGISTER_ALL, CaptureCallback, HookManager, HookManagerConfig
-
-    model, capture = copy.deepcopy(task.model), CaptureCallback()
-    manager = HookManager(model, config=HookManagerConfig(linear_io=REGISTER_ALL), callbacks=[capture])
-
-    def gradient() -> Any:
-        model.zero_grad(set_to_none=True)
-        capture.record = None
-        with manager.collect():
-            task.losses(model).sum().backward()
-        if capture.record is None:
-            raise RuntimeError("no gradients were captured")
-        return capture.record.gradient
+    model = copy.deepcopy(task.model)
+    gradient = dattri_gradients(model, lambda: task.losses(model).sum())
 
     def gram() -> Tensor:
         one = gradient()
@@ -141,38 +131,20 @@ def dattri(task: Task) -> Calls:
         return found
 
     def covered() -> set[str]:
-        return owned(model, {name.split("@")[0] for name in gradient().layer_names})
+        return owned(model, map(base, gradient().layer_names))
 
     return Calls(lambda: {"": gram().diagonal()}, gram, covered)
 
 
 def bergson(task: Task) -> Calls:
     """Gradients of linear layers by bergson's hooks, biases too, without projection."""
-    from bergson.collector.gradient_collectors import TraceCollector
-    from bergson.gradients import GradientProcessor
-
     model = copy.deepcopy(task.model)
-    dtype = next(model.parameters()).dtype
-    device = torch.device("cpu")
-
-    def gradients() -> dict[str, Tensor]:
-        model.zero_grad(set_to_none=True)
-        processor = GradientProcessor(include_bias=True)
-        collector = TraceCollector(model=model, processor=processor, device=device, dtype=dtype)
-        with collector.with_batch(None):
-            task.losses(model).sum().backward()
-        return {name: torch.stack(found).sum(0) for name, found in collector.mod_grads.items()}
+    gradients = bergson_gradients(model, lambda: task.losses(model).sum())
 
     return Calls(
         lambda: {"": products(gradients().values()).diagonal()}, lambda: products(gradients().values()),
-        lambda: owned(model, set(gradients())),
+        lambda: owned(model, gradients()),
     )  # fmt: skip
-
-
-def owned(model: nn.Module, modules: set[str]) -> set[str]:
-    """Return the names of the parameters that these modules own; a shared one has the name that PyTorch gives."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    return {names[id(p)] for each in modules for p in model.get_submodule(each).parameters(recurse=False)}
 
 
 TOOLS: dict[str, Callable[[Task], Calls]] = {

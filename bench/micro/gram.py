@@ -10,7 +10,7 @@ The networks are those of TorchJD's own benchmark, from torchvision, at 32 or 64
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from functools import cached_property, partial
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import fastgrad
+from bench.micro import layer_peers
 from bench.micro import network_peers as peers
 from bench.micro.models import NETWORKS, Network, images, zoo
 from bench.micro.tasks import LABELS, UNIT, Task, flat
@@ -28,6 +29,7 @@ from bench.registry import Implementation, case
 ALLOWED = 1e-3
 #: Bytes of gradients that a peer may hold.
 MEMORY = 3 << 30
+OF_LAYERS = {"dattri-llm": layer_peers.dattri_gram, "bergson": layer_peers.bergson_gram}
 one = partial(Implementation, graph=False)
 
 
@@ -62,16 +64,16 @@ MODELS: dict[str, Network] = {
 class GramTask(Task):
     """The same network with a label for every sample."""
 
-    @cached_property
-    def exact(self) -> tuple[Tensor, Tensor, Tensor]:
+    def exact(self, names: Container[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Return float64 products of each sample's gradient with the first's, the last's and the sum, and norms.
 
-        ``(3, B)``, the norms of these three and the norms ``(B,)``.
+        ``(3, B)``, the norms of these three and the norms ``(B,)``, of the gradients of these parameters.
         """
         double = self.double()
+        kept = [name in names for name, _ in double.model.named_parameters()]
 
         def dot(g: list[Tensor], h: list[Tensor]) -> Tensor:
-            return torch.stack([(a * b).sum() for a, b in zip(g, h, strict=True)]).sum()
+            return torch.stack([(a * b).sum() for a, b, own in zip(g, h, kept, strict=True) if own]).sum()
 
         parameters = list(double.model.parameters())
         total = list(torch.autograd.grad(double.loss(double.model(double.x)), parameters, materialize_grads=True))
@@ -83,16 +85,24 @@ class GramTask(Task):
         *products, squares = torch.stack(found, 1)
         return torch.stack(products), torch.stack([dot(side, side) for side in sides]).sqrt(), squares.sqrt()
 
-    def _far(self, found: Tensor, sides: slice) -> float:
-        products, scale, norms = self.exact
+    @cached_property
+    def _whole(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.exact(dict(self.model.named_parameters()))
+
+    @staticmethod
+    def _far(found: Tensor, exact: tuple[Tensor, Tensor, Tensor], sides: slice) -> float:
+        products, scale, norms = exact
         error = (found.double() - products[sides]).abs() / (scale[sides, None] * norms)
         return float(error.max()) if bool(torch.isfinite(error).all()) else float("inf")
 
     def gram_error(self, gram: Tensor) -> float:
-        return self._far(gram[[0, -1]], slice(0, 2))
+        return self._far(gram[[0, -1]], self._whole, slice(0, 2))
 
     def vector_error(self, products: Tensor) -> float:
-        return self._far(products[None], slice(2, 3))
+        return self._far(products[None], self._whole, slice(2, 3))
+
+    def layers_error(self, found: layer_peers.OfLayers) -> float:
+        return self._far(found.value[[0, -1]], self.exact(layer_peers.owned(self.model, found.layers)), slice(0, 2))
 
 
 def ours(task: GramTask) -> Callable[[], Tensor]:
@@ -155,7 +165,7 @@ def tangent(task: GramTask) -> Callable[[], Tensor]:
 @case(
     "gram", "{0} B={1}", against="training step",
     names=("fastgrad", "training step", "TorchJD autogram", "vmap(grad)", "per-sample loop",
-           "products with one sum, jvp", "sums of squares, fastgrad"),
+           "products with one sum, jvp", "sums of squares, fastgrad", *OF_LAYERS),
     tiny=[("plain CNN 8x8", 3)],
     quick=[(name, 16) for name in MODELS if name.split()[0] in ("AlexNet", "MobileNetV3", "SqueezeNet", "transformer")
            or name in ("ResNet-18 32x32", "ResNet-18 instance norm 64x64", "GPT T=128")],
@@ -174,6 +184,8 @@ def gram(name: str, batch: int, device: str) -> Iterator[Implementation]:
         yield one("per-sample loop", partial(loop, task), task.gram_error, ALLOWED)
     yield one("products with one sum, jvp", partial(tangent, task), task.vector_error, ALLOWED)
     yield one("sums of squares, fastgrad", partial(squares, task), lambda found: 0.0, UNIT)
+    for peer, prepare in OF_LAYERS.items():
+        yield one(peer, partial(prepare, task), task.layers_error, ALLOWED, covered=partial(layer_peers.covered, task))
 
 
 @case(

@@ -6,7 +6,7 @@ samples do not mix. Peers that need training mode get it if nothing in the netwo
 
 A result is checked on the first and the last sample against a float64 backward pass of that sample alone. Errors are
 relative to the norm itself, or to 1e-12 of the sample's total if the true gradient is zero (an attention's key bias).
-Errors allowed: 1e-4 for fastgrad, 1e-3 for the peers.
+Errors allowed: 1e-4 for fastgrad, 1e-3 for the peers. Peers that give the norms of whole layers are checked on these.
 
 ``private`` is a training step whose gradients are clipped sample by sample, up to the noise. Where the network's own
 rounding is more than half of 1e-4, twice that of a float32 loop over the samples is allowed.
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import fastgrad
+from bench.micro import layer_peers
 from bench.micro import network_peers as peers
 from bench.micro.models import NETWORKS, images, plain
 from bench.micro.tasks import BCE, CE, UNIT, ClippedTask, Task, middle_error, norm_error, sqnorms
@@ -42,6 +43,8 @@ GPU = [
     ("plain CNN 32x32", 512, BCE), ("ResNet-50 224x224", 64, BCE), ("GPT T=128", 256, CE),
 ]  # fmt: skip
 SIGNALS = [("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predicted")]
+#: They give a norm for every layer, not for every parameter, and may leave layers out.
+OF_LAYERS = {"dattri-llm": layer_peers.dattri_norms, "bergson": layer_peers.bergson_norms}
 one = partial(Implementation, graph=False)
 
 
@@ -60,7 +63,7 @@ def same_for_all(task: Task) -> Iterator[Implementation]:
 @case(
     "network", "{0} B={1} {2}", against="training step",
     names=("fastgrad", "training step", "forward", "forward and data gradients", "BackPACK BatchL2Grad",
-           "Opacus ghost norms", "vmap(grad)", "per-sample loop"),
+           "Opacus ghost norms", "vmap(grad)", "per-sample loop", *OF_LAYERS),
     tiny=[("plain CNN 8x8", 3, BCE), ("GPT T=6", 2, CE)],
     quick=[("plain CNN 32x32", 64, BCE), ("ResNet-18 32x32", 16, BCE)], full=FULL, gpu=GPU,
 )  # fmt: skip
@@ -78,6 +81,9 @@ def network(name: str, batch: int, signal: str, device: str) -> Iterator[Impleme
     if device == "cpu" or batch <= 64:
         yield one("vmap(grad)", partial(peers.vmap, task), task.error, PEERS)
         yield one("per-sample loop", partial(peers.loop, task), task.error, PEERS)
+    for peer, prepare in OF_LAYERS.items():
+        check, covered = partial(layer_peers.norm_errors, task), partial(layer_peers.covered, task)
+        yield one(peer, partial(prepare, task), check, PEERS, covered=covered)
 
 
 @case(

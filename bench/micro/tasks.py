@@ -61,13 +61,14 @@ class Task:
         return list(torch.autograd.grad(loss, list(self.model.parameters()), materialize_grads=True))
 
     @cached_property
-    def _wanted(self) -> list[Tensor]:
+    def wanted(self) -> list[Tensor]:
+        """Return the squared norms ``(P,)`` of the first and the last sample's gradient of every parameter."""
         exact = self.double()
         return [sqnorms(exact.gradient(i)) for i in (0, len(self.x) - 1)]
 
     def error(self, norms: Tensor) -> float:
         """Return the relative error of ``(B, P)`` on the first and last sample."""
-        worst = max(map(norm_error, (norms[0], norms[-1]), self._wanted))
+        worst = max(map(norm_error, (norms[0], norms[-1]), self.wanted))
         return worst if bool(torch.isfinite(norms).all()) else float("inf")
 
     def against(

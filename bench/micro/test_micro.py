@@ -3,10 +3,12 @@
 pytest bench/micro                                          # quick sizes
 pytest bench/micro -k "network and ResNet and fastgrad"
 pytest bench/micro --size full -k last-layer --out bench/results
+pytest bench/micro --size full -k "network and (fastgrad or dattri)" --out bench/results --add
 """
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +22,9 @@ from bench.registry import SEED, Case
 from bench.report import pages
 from fastgrad.memory import keep_freed_memory
 
-PACKAGES = ("torch", "triton", "numpy", "torchvision", "backpack-for-pytorch", "opacus", "pytorch-ood")
+PACKAGES = (
+    "torch", "triton", "numpy", "torchvision", "backpack-for-pytorch", "opacus", "pytorch-ood", "dattri-llm", "bergson"
+)  # fmt: skip
 Rows = dict[str, list[dict[str, Any]]]
 
 
@@ -57,7 +61,10 @@ def measured(request: pytest.FixtureRequest, device: str) -> Iterator[Rows]:
             for row in rows:
                 base = medians.get((row["case"], row["relative_to"]))
                 row["ratio"] = row["median_s"] / base if row["median_s"] and base else None
-            pages.store(out / f"{table}.json", {**head, "cases": rows})
+            path, document = out / f"{table}.json", {**head, "cases": rows}
+            if request.config.option.add:
+                document = pages.added(json.loads(path.read_text()), document)
+            pages.store(path, document)
 
 
 # Peers warn about hooks and missing batching rules; their numbers are checked anyway.
@@ -71,7 +78,7 @@ def test_micro(benchmark: Any, device: str, measured: Rows, case: Case, name: st
     try:
         if name not in case.implementations(device):
             pytest.skip(f"{case.name} has no {name}")
-        call, row["error"] = case.checked(name, device)
+        call, row["error"], row["covered"] = case.checked(name, device)
     except Exception as problem:  # a peer may refuse a task in any way it likes
         row["note"] = f"{problem}" if isinstance(problem, ValueError) else f"{type(problem).__name__}: {problem}"
         measured[case.table].append(row)

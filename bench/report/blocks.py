@@ -15,7 +15,8 @@
   format names fields: ``{inside:.2f} ({width:.0f})``. ``NAME means | FIELD | FORMAT`` has a row for each method and a
   column for each group, with the mean over its cases.
 - A value is ``FILE | CASE or NETWORK: CASE | IMPLEMENTATION, METHOD or ARCHITECTURE | FIELD | FORMAT``, over draws the
-  mean. In a row of a table ``;`` stands in place of ``|``, which would end the cell.
+  mean. In a row of a table ``;`` stands in place of ``|``, which would end the cell. A format is one of Python's,
+  ``size`` for bytes or ``duration`` for seconds.
 - A range is ``FILES | CASE | METHOD | FIELD | FORMAT``: the least and the largest value over the networks of the files,
   whose names have spaces between them.
 """
@@ -25,13 +26,14 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from bench.report import detection, speed
 from bench.report.pages import RESULTS
-from bench.report.text import environment
+from bench.report.text import duration, environment, size
 from bench.report.text import table as markdown
 
 BLOCK = re.compile(r"<!-- (table|value|range): ([^>]+?) -->(.*?)<!-- end -->", re.DOTALL)
@@ -157,9 +159,12 @@ def _figure(rows: list[dict[str, Any]], network: str, case: str, method: str, ke
     if not found:
         return None
     drawn = "draw" in found[0] and len(found) > 1
-    return format(statistics.fmean(row[key] for row in found) if drawn else found[0][key], form)
+    value = statistics.fmean(row[key] for row in found) if drawn else found[0][key]
+    return UNITS[form](value) if form in UNITS else format(value, form)
 
 
+#: Formats that choose a unit.
+UNITS: Mapping[str, Callable[[Any], str]] = {"size": size, "duration": duration}
 #: Blocks inside a sentence or a cell, by their kind.
 INLINE = {"value": value, "range": span}
 

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from bench.report.speed import YARDSTICKS, best, grouped, ours
+from bench.report.speed import YARDSTICKS, beside, best, grouped, ours, whole
 from bench.report.text import Row, sizes
 
 #: Pixels of a figure's width at `DPI`, and points of its text: a phone shows 350 pixels.
@@ -142,12 +142,12 @@ def _times(cases: Sequence[Row]) -> Any:
         mine = best(group)
         if mine is None:
             continue
-        others = [r for r in group if r["median_s"] and r is not mine and not ours(r["implementation"])]
+        others = [r for r in group if r["median_s"] and whole(r) and r is not mine and not ours(r["implementation"])]
         # Rivals first, then implementations that do less than the task.
         others.sort(key=lambda r: (r["implementation"] in YARDSTICKS, r["median_s"]))
         base = [r for r in others if r["implementation"] == r["relative_to"]]
         shown = [mine, *base, *[r for r in others if r not in base][:2]]
-        groups[case] = [(r["implementation"], [_over(r, mine["median_s"])]) for r in shown]
+        groups[case] = [(r["implementation"], [_over(r, beside(r, mine))]) for r in shown]
     if not groups:
         return None
     # Times that were merged from several machines have no percentiles.

@@ -105,20 +105,22 @@ def page(name: str, document: Mapping[str, Any], pictures: list[str]) -> str | N
 
 def save(
     name: str, rows: Sequence[Row], *, packages: Sequence[str], folder: Path = RESULTS,
-    facts: Mapping[str, Any] | None = None, part: Sequence[str] = (),
+    facts: Mapping[str, Any] | None = None, part: Sequence[str] = (), keys: Sequence[str] = ("network", "method"),
 ) -> Path:  # fmt: skip
     """Write rows with machine, versions, revision and facts as a JSON file, and its page; return the page's path.
 
-    If ``part`` names the networks or methods that were run, the file's rows of others stay.
+    If ``part`` says what was run, the file's rows that differ from all of these in ``keys`` stay.
     """
     path = folder / f"{name}.json"
     document = {**origin(packages), **(facts or {}), "rows": list(rows)}
-    store(path, joined(json.loads(path.read_text()), document, part) if part and path.exists() else document)
+    store(path, joined(json.loads(path.read_text()), document, part, keys) if part and path.exists() else document)
     return write(name, folder)
 
 
-def joined(old: Mapping[str, Any], new: Mapping[str, Any], part: Sequence[str]) -> dict[str, Any]:
-    """Return a document with the new rows in place of those of the same networks and methods.
+def joined(
+    old: Mapping[str, Any], new: Mapping[str, Any], part: Sequence[str], keys: Sequence[str] = ("network", "method")
+) -> dict[str, Any]:
+    """Return a document with the new rows in place of those of the same keys: networks and methods, as a rule.
 
     The old rows of a network stay if it could not be made this time.
     """
@@ -126,23 +128,49 @@ def joined(old: Mapping[str, Any], new: Mapping[str, Any], part: Sequence[str]) 
         raise ValueError(f"rows of one file must have one size; quick was {old.get('quick')} and {new.get('quick')}")
     known = {row.get("network") for row in old["rows"]}
     rows = [row for row in new["rows"] if "not run" not in row or "method" in row or row.get("network") not in known]
-    made = {(row.get("network"), row.get("method")) for row in rows}
-    kept = [row for row in old["rows"] if (row.get("network"), row.get("method")) not in made]
+    made = {tuple(map(row.get, keys)) for row in rows}
+    kept = [row for row in old["rows"] if tuple(map(row.get, keys)) not in made]
+    seconds = {"seconds": old.get("seconds", new.get("seconds"))} if "seconds" in {*old, *new} else {}
+    return {**old, **new, **_origins(old, new, part), **seconds, "rows": kept + rows} if kept else {**new, "rows": rows}
+
+
+def _origins(old: Mapping[str, Any], new: Mapping[str, Any], part: Sequence[str]) -> dict[str, Any]:
     machines = dict.fromkeys([*old["machine"].split("; "), new["machine"]])
-    return {
-        **old, **new, "machine": "; ".join(machines), "seconds": old.get("seconds", new.get("seconds")),
-        "revision": f"{old['revision']}, {', '.join(part)} {new['revision']}", "rows": kept + rows,
-    }  # fmt: skip
+    revision = f"{old['revision']}, {', '.join(part)} {new['revision']}"
+    return {"machine": "; ".join(machines), "revision": revision}
+
+
+def added(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a document of speed with the implementations that a later run adds, each beside fastgrad's time there.
+
+    Rows that were added before are replaced; all others stay.
+    """
+    stay = [row for row in old["cases"] if "beside_s" not in row]
+    known, cases = {(row["case"], row["implementation"]) for row in stay}, {row["case"] for row in stay}
+    mine = {case: speed.best(group) for case, group in speed.grouped(new["cases"]).items() if case in cases}
+    rows = {
+        (row["case"], row["implementation"]): row | {"beside_s": own["median_s"]}
+        for row in new["cases"]
+        if (row["case"], row["implementation"]) not in known and (own := mine.get(row["case"]))
+    }
+    if not rows:
+        return dict(old)
+    kept = [row for row in old["cases"] if (row["case"], row["implementation"]) not in rows]
+    names = list(dict.fromkeys(name for _, name in rows))
+    versions = {**old["versions"], **new["versions"]}
+    return {**old, **_origins(old, new, names), "versions": versions, "cases": [*kept, *rows.values()]}
 
 
 def command(
     name: str, doc: str | None, measure: Callable[..., Iterable[Row]], networks: Iterable[str] = (), *,
-    packages: Sequence[str], facts: Mapping[str, Any] | None = None, **options: Mapping[str, Any],
+    packages: Sequence[str], facts: Mapping[str, Any] | None = None, keys: Sequence[str] = (),
+    **options: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Run the command line of a table: save the rows that ``measure`` yields, for each network if there are several.
 
     ``measure`` takes a network, if there are several, and the options by name; an option's value holds its arguments
-    for argparse. ``facts`` go into the file beside the rows.
+    for argparse. ``facts`` go into the file beside the rows. If ``keys`` tell rows apart, those that are not measured
+    this time stay in the file.
     """
     found = parser(doc, networks)
     for option, how in options.items():
@@ -152,7 +180,8 @@ def command(
     warnings.simplefilter("ignore")
     calls = [(network,) for network in chosen] if networks else [()]
     rows = printed(chain.from_iterable(measure(*one, **given) for one in calls))
-    save(name, rows, packages=packages, folder=folder, facts=facts)
+    part = [f"{len(rows)} rows"] if keys else []
+    save(name, rows, packages=packages, folder=folder, facts=facts, part=part, keys=keys)
 
 
 def draw(document: Row) -> Any:

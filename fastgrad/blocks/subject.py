@@ -98,7 +98,10 @@ def unlike_inputs(x: object) -> str | None:
         return f"images of a floating dtype, as the network was trained on, such as x.float() / 255; it gave {x.dtype}"
     if x.dim() == 3:
         own = tuple(x.shape[1:])
-        return f"batches (B, ...) of inputs; dimension 0 left inputs of shape {own}: a batch of one input is x[None]"
+        return (
+            f"batches (B, ...) of inputs; dimension 0 left inputs of shape {own}: a batch of one input is x[None], "
+            "grey images (B, H, W) become (B, 1, H, W) by x[:, None]"
+        )
     return None
 
 

@@ -239,5 +239,5 @@ What was fitted:
 {torch.get_num_threads()} threads.
 """
     (out / "demo.md").write_text(text, "utf-8")
-    print(f"\n{text}\n{out.resolve()}")
+    print(f"\n{text}\nThe figure: {(out / 'demo.png').resolve()}")
     return 0

@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="clean images that did not train it, a folder for each class")
     parser.add_argument("-o", "--out", type=Path, required=True, help="file to write (.onnx or .pt2)")
     parser.add_argument("--size", type=int, default=224, help="height and width of the network's input (224)")
-    parser.add_argument("--mean", type=float, nargs="+", default=_MEAN, help="per-channel mean (ImageNet's)")
-    parser.add_argument("--std", type=float, nargs="+", default=_STD, help="per-channel deviation (ImageNet's)")
+    parser.add_argument("--mean", type=float, nargs="+", default=_MEAN, help="mean of each channel (ImageNet's)")
+    parser.add_argument("--std", type=float, nargs="+", default=_STD, help="deviation of each channel (ImageNet's)")
     parser.add_argument("--max-samples", type=int, default=2000, help="most images to fit on (2000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (0)")
 
@@ -81,13 +81,18 @@ def run(arguments: argparse.Namespace) -> int:
     pixels, classes, labels = read_folder(arguments.folder, shape, arguments.max_samples, arguments.seed)
     mean, std = (torch.tensor(values, device="cpu").view(-1, 1, 1) for values in (arguments.mean, arguments.std))
     images = (pixels - mean) / std
-    with torch.no_grad():
-        outputs = network(images[:1]).shape[-1]
+    try:
+        with torch.no_grad():
+            outputs = network(images[:1]).shape[-1]
+    except RuntimeError as error:
+        raise ValueError(
+            f"network must take images (1, {', '.join(map(str, shape))}), as --size and --mean give; it raised: {error}"
+        ) from error
     if outputs != len(labels):
         raise ValueError(f"folder must hold one folder for each of the {outputs} classes; it holds {len(labels)}")
     two_stage = fastgrad.TwoStageModel(network, seed=arguments.seed)
     two_stage.fit(images, classes, mean=arguments.mean, std=arguments.std)
     print(two_stage.report())
     print(f"threshold {two_stage.threshold(0.05):.2f}: about 5 % of clean inputs are flagged")
-    print(fastgrad.export(two_stage, images[:8], target, labels=labels))
+    print(f"written; to serve it: fastgrad serve {fastgrad.export(two_stage, images[:8], target, labels=labels)}")
     return 0

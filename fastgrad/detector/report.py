@@ -68,11 +68,12 @@ class Report:
         made = sum(self.challenges.values())
         form = "held out, so rates are exact" if self.exact else "each scored by what was fitted without it"
         cost = "" if self.passes is None else f"; about {self.passes:.0f} forward passes in all"
+        passes = f"{self.predicted:g} forward pass" + "es" * (self.predicted != 1)
         beyond = "".join(f", {price:g} of them for {name}" for name, price in self.prices.items() if price)
         lines = [
             f"blocks        {', '.join(self.kept)}",
             *(f"  without {name}: {why}" for name, why in self.left_out.items()),
-            f"price         {self.predicted:g} forward passes predicted{beyond}; price(x) measures it",
+            f"price         {passes} predicted{beyond}; price(x) measures it",
             f"clean inputs  {self.drawn} of {self.seen}",
             f"challenges    {made} of {len(self.challenges)} kinds{cost}",
             f"false alarms  from {1 / (self.calibrating + 1):.2g} on: {self.calibrating} clean inputs, {form}",

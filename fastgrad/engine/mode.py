@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastgrad._torch import functorch, lowered, pytree, saved_tensor_hooks
+from fastgrad.engine.recompute import Inside, follow, kept_elsewhere
 from fastgrad.engine.writes import Snapshot
 from fastgrad.layers import ENTERED, RULES
-from fastgrad.layers.call import CHECKPOINT, Call, NotPerSampleError, Refused
+from fastgrad.layers.call import Call, NotPerSampleError, Refused
 
 
 class Split(Exception):  # noqa: N818 - the batch is split, nothing is wrong
@@ -62,10 +63,17 @@ _SEQUENCES = (list, tuple, dict)
 class PerSample(TorchFunctionMode):
     """Follow the functions that a model calls on one sample, for a `Call`."""
 
-    def __init__(self, call: Call, snapshot: Snapshot, doubtful: Mapping[int, str], *, counts: bool = False) -> None:
+    def __init__(
+        self, call: Call, snapshot: Snapshot | None, doubtful: Mapping[int, str], inside: Inside | None, *,
+        counts: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self._call, self._watch, self._counts = call, snapshot.watch, counts
-        self._doubtful = doubtful
+        self._call, self._counts, self._doubtful = call, counts, doubtful
+        #: What is written is noted here; None if a checkpoint computes again.
+        self._snapshot = snapshot
+        self._inside = inside
+        #: The hooks of the checkpoint that is under way.
+        self._followed: Any = None
         #: References to the samples and to all results, by id.
         self._known: dict[int, weakref.ref[Tensor]] = {}
 
@@ -77,7 +85,8 @@ class PerSample(TorchFunctionMode):
         if func in _HARMLESS:
             out = func(*args, **(kwargs or {}))
         else:
-            self._watch(func, args, kwargs or {})
+            if self._snapshot is not None:
+                self._snapshot.watch(func, args, kwargs or {})
             out = self._run(func, args, kwargs or {})
         if isinstance(out, Tensor):
             self._known[id(out)] = weakref.ref(out)
@@ -120,10 +129,16 @@ class PerSample(TorchFunctionMode):
                 self.require_known(t)
 
     def kept(self) -> list[Tensor]:
-        """Return the tensors of one sample that are still alive, once each."""
+        """Return the tensors of one sample that are still alive, once each; Refused beside a checkpoint."""
         alive = [t for ref in self._known.values() if (t := ref()) is not None]
         self._known.clear()
-        return [t for t in alive if self._call.is_batched(t)]
+        kept = [t for t in alive if self._call.is_batched(t)]
+        if not self._call.checkpoints:
+            return kept
+        del alive
+        if kept_elsewhere(kept, self._call.checkpoints):
+            raise Refused("something keeps tensors that a checkpoint may need again")
+        return []
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         call = self._call
@@ -133,9 +148,12 @@ class PerSample(TorchFunctionMode):
             with self:
                 return ENTERED[func](*args, **kwargs)
         if torch.is_grad_enabled():
-            self.require_known(args)
-            if saved_tensor_hooks() != call.hooks:
-                raise Refused(CHECKPOINT)
+            if self._snapshot is not None:
+                self.require_known(args)
+            hooks = saved_tensor_hooks()
+            if hooks != call.hooks and hooks != self._followed:
+                follow(call, self._inside)
+                self._followed = hooks
             rule = RULES.get(func)
             if rule is not None:
                 try:
@@ -153,6 +171,11 @@ class PerSample(TorchFunctionMode):
                 raise Refused("a hook may change its gradients (register_hook)", hooked=True)
         if func in _READS:
             return self._read(func, *args)
+        if func is Tensor.requires_grad_ and call.is_batched(args[0]):
+            # As for inputs of checkpoints. The batch behind the sample is what has a graph.
+            with lowered():
+                func(functorch.get_unwrapped(args[0]), *args[1:], **kwargs)
+            return args[0]
         if func in _DRAWS or (call.batch_new_tensors and func in _CREATES):
             return self._create(func, args, kwargs)
         return func(*args, **kwargs)

@@ -65,6 +65,11 @@ def likely_place(shape: Sequence[int]) -> Place:
     return next((at for at, size in enumerate(shape) if size == 1), None)
 
 
+def likely_join(rows: Tensor) -> Tensor:
+    """Return the batch's tensor from ``(B, *shape)`` where no ordinary call tells the place."""
+    return join(rows, likely_place(rows.shape[1:]))
+
+
 def is_object(value: object) -> bool:
     """Whether a value has attributes that may hold tensors, such as a cache or the output of a library's model."""
     plain = isinstance(value, (Tensor, torch.nn.Module, type)) or callable(value)

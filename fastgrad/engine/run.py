@@ -7,7 +7,6 @@ compared with an ordinary one, which can only refuse it. What earlier calls have
 from __future__ import annotations
 
 import contextlib
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,20 +18,21 @@ from fastgrad._torch import has_global_hooks, hooks_of, saved_tensor_hooks, savi
 from fastgrad.engine import compare, graph, ordinary
 from fastgrad.engine.inputs import BatchDims, Inputs
 from fastgrad.engine.modules import uncompiled
-from fastgrad.engine.outputs import Place, Stacked, find_place, flatten, join, joined, likely_place, output_name
+from fastgrad.engine.outputs import Place, Stacked, flatten, join
+from fastgrad.engine.plain import Plain
 from fastgrad.engine.recorded import Hints, Recorded, hints_of
 from fastgrad.engine.refusals import refuse_mixing
 from fastgrad.engine.samples import Part, Samples
-from fastgrad.engine.sharded import hooks_without_graph, is_sharded
+from fastgrad.engine.sharded import is_sharded
+from fastgrad.engine.together import Writes, as_batch, put_together, replace_by, rows_of_kept
 from fastgrad.engine.turns import reading
-from fastgrad.engine.writes import Attribute, Entry, Snapshot, entries, made_layers, mapped, remember_rows
+from fastgrad.engine.writes import Snapshot, entries, remember_rows
 from fastgrad.layers import MODULES
 from fastgrad.layers.call import Call, NotPerSampleError
 from fastgrad.memory import keep_freed_memory
 
 #: Returns the forward pass of a model, or of a copy of it.
 Forward = Callable[[nn.Module], Callable[..., Any]]
-Writes = dict[Attribute, Any]
 _UNSEEN = "a parameter reaches the outputs through a function that Python does not see, or a tensor of an earlier call"
 
 
@@ -81,10 +81,6 @@ class _Run:
         for _, module in self.modules:
             self.training |= module.training
             self.hooks += sum(map(len, hooks_of(module)))
-        #: What an ordinary call returned, by name, and the shapes of what it wrote; of two equal samples for one.
-        self.plain: dict[str, Any] | None = None
-        self.plain_writes: dict[Entry, Sequence[int]] = {}
-        self.draws = False
 
     def empty(self) -> tuple[Any, Recorded]:
         """Call the model on an empty batch."""
@@ -112,11 +108,12 @@ class _Run:
         hints = replace(shared, places=dict(shared.places))
         with reading():
             self.snapshot = Snapshot(self.modules, self.inputs.objects, self.inputs.leaves, sharded=self.sharded)
+        self.plain = Plain(self.inputs, self.snapshot)
         hooked = self._hooks_gradients()
         if hooked:
             hints.alone_reason = "a hook may change its gradients (full backward hook)"
         if not hints.places or not (compared or hints.compared or samples == 1):
-            self.call_ordinarily(hints)
+            self.plain.call(self.forward, self.modules, hints)
         ways = Samples(
             self.model, self.forward, self.inputs, self.parameters, self.snapshot, self.modules, thaws=self.undo,
             counts=counts, part=part, is_sharded=self.sharded,
@@ -126,19 +123,20 @@ class _Run:
             while True:
                 parts = ways.run(hints)
                 names = parts[0].output[2]
-                leaves, writes, kept = self.put_together(parts)
-                places = self.places(names, leaves, writes, hints)
+                leaves, writes, kept = put_together(parts, self.snapshot)
+                places = self.plain.places(names, leaves, writes, hints)
                 if places is None:
                     ways.begin_again()
-                    self.call_ordinarily(hints)
+                    self.plain.call(self.forward, self.modules, hints)
                 elif self.carries(writes, places, ways) and not carried:
                     carried = True
                     ways.begin_again()
                 else:
                     recorded = Recorded(self.parameters, samples, [(p.index, p.part) for p in parts])
+                    recorded.lines = self.inputs.lines
                     recorded.alone_reason = hints.alone_reason
-                    output, written = self.batch(parts, leaves, writes, places, recorded)
-                    loose = self.loose(kept, written, recorded)
+                    output, written = as_batch(parts, leaves, writes, places, recorded)
+                    loose = rows_of_kept(kept, written, recorded)
                     behind = self.behind(parts, recorded, output, written, ways.states.nodes())
                     if hints.alone_reason or not behind.untracked & self.parameters.keys():
                         break
@@ -158,9 +156,11 @@ class _Run:
         vars(shared).update(vars(hints))
         recorded.inputs = behind.entries
         recorded.custom_backward = hooked or "hook" in hints.alone_reason or graph.custom_function(behind.kinds)
-        recorded.batched_backward = not self.sharded and graph.batched_backward(behind.kinds)
+        recorded.batched_backward = not (
+            self.sharded or any(isinstance(p.part, Call) and p.part.checkpoints for p in parts)
+        ) and graph.batched_backward(behind.kinds)
         for tensor, rows in loose:
-            _replace(tensor, rows)
+            replace_by(tensor, rows)
         if self.undo:
             # After the backward pass, because the graph may hold what was written.
             recorded.restore = self._restoring_buffers() if hints.checkpoints else self.snapshot.restore
@@ -180,96 +180,26 @@ class _Run:
         ]
 
         def restore() -> None:
-            self.snapshot.restore()
             with torch.no_grad():
                 for buffer, value in kept:
                     buffer.copy_(value)
+            self.snapshot.restore()
 
         return restore
 
-    # An ordinary call, and what it tells.
-
-    def call_ordinarily(self, hints: Hints) -> None:
-        """Call the model on the batch, on two equal samples for one, and undo what it writes."""
-        leaves, one = self.inputs.copies(), self.inputs.samples == 1
-        self.plain = {}
-        try:
-            given = self.inputs.call_of(self.inputs.doubled(leaves) if one else leaves)
-            with reading(), hooks_without_graph(self.modules):
-                (values, _, names), quiet = ordinary.call(self.forward, given, self.snapshot)
-            self.draws, hints.checkpoints = bool(quiet.names), hints.checkpoints or quiet.checkpoints
-            changes = self.snapshot.changes()
-        except Exception:
-            if not one:  # which a model may take alone
-                raise
-        else:
-            self.plain = dict(zip(names, values, strict=True))
-            self.plain_writes = {
-                entry: t.shape for place, value in changes.items() for entry, t in entries(place, value, Tensor)
-            }
-            for entry, shape in self.plain_writes.items():
-                before = self.snapshot.earlier(entry)
-                if isinstance(before, Tensor) and before.shape == shape and self.inputs.samples in shape and not one:
-                    # A state of the batch, of which each sample gets its own.
-                    remember_rows(self.snapshot.holder(entry[0]), *entry[1:], list(shape).index(self.inputs.samples))
-            if made_layers(changes):
-                raise NotPerSampleError(
-                    "model must not create layers or parameters in forward; if only its first call does, call it before"
-                )
-        finally:
-            self.snapshot.restore()
-
-    def places(
-        self, names: Sequence[str], leaves: Sequence[Any], writes: Writes, hints: Hints
-    ) -> dict[Any, Place] | None:
-        """Return where the batch is, by the numbers of outputs and by entries of attributes; None if not known yet."""
-        entered: list[tuple[Any, Any]] = [
-            (entry, x) for place, value in writes.items() for entry, x in entries(place, value, Stacked)
-        ]
-        outputs: list[tuple[Any, Any]] = [(at, x) for at, x in enumerate(leaves) if isinstance(x, Stacked)]
-        pattern = (
-            len(leaves),
-            *((key, tuple(n if n == 1 else 0 for n in x.values.shape[1:])) for key, x in outputs + entered),
-        )
-        if pattern not in hints.places:
-            if self.plain is None:
-                return None
-            found: dict[Any, Place] = {}
-            for key, x in (*outputs, *entered):
-                shape = x.values.shape[1:]
-                if isinstance(key, tuple):
-                    what, batch = f"attribute {self.snapshot.name(key)!r}", self.plain_writes.get(key)
-                else:
-                    what, batch = output_name(names[key]), getattr(self.plain.get(names[key]), "shape", None)
-                if batch is not None:
-                    found[key] = find_place(shape, batch, max(2, self.inputs.samples), what)
-                elif isinstance(key, tuple) or not self.plain:
-                    found[key] = likely_place(shape)
-                else:
-                    raise NotPerSampleError(
-                        f"model must return for a sample what it returns for the batch; {what} is another"
-                    )
-            leading = {x.values.shape[1] for _, x in outputs if x.values.dim() > 1}
-            if found and all(place is None for place in found.values()) and leading & self.inputs.lists:
-                raise NotPerSampleError(
-                    "inputs must be tensors with a row for each sample; a list with one tensor for each sample was "
-                    "given. Stack the tensors, or pad and stack them"
-                )
-            hints.places[pattern] = found
-        return hints.places[pattern]
-
     def compare(self, names: Sequence[str], outputs: Sequence[Any]) -> None:
         """Raise NotPerSampleError if an output differs from the ordinary call's, and does so in float64 as well."""
-        if self.inputs.samples == 1 or not self.plain:
+        plain = self.plain.outputs
+        if self.inputs.samples == 1 or not plain:
             return
-        if self.plain.keys() != set(names):
+        if plain.keys() != set(names):
             raise compare.interact("structure")
         # FSDP may run a model in another dtype than that of its outputs.
         precision = max(
             (torch.finfo(p.dtype).eps for p in self.parameters.values() if self.sharded and p.is_floating_point()),
             default=0.0,
         )
-        found = compare.differing(zip(names, outputs, strict=True), self.plain, precision)
+        found = compare.differing(zip(names, outputs, strict=True), plain, precision)
         if not found:
             return
         # A tenth of an output is no rounding, unless it was computed in half precision.
@@ -277,8 +207,8 @@ class _Run:
         if (
             cast
             or self.training
-            or self.draws
-            or not compare.differing(zip(names, outputs, strict=True), self.plain, 1e-2)
+            or self.plain.draws
+            or not compare.differing(zip(names, outputs, strict=True), plain, 1e-2)
         ):
             drawn = compare.drawn()
             found = self._found_in_double(found, self.training)
@@ -307,76 +237,6 @@ class _Run:
             return compare.differing(zip(names, own, strict=True), dict(zip(again, batch, strict=True)))
         return found
 
-    # The batch.
-
-    def put_together(self, parts: list[Part]) -> tuple[list[Any], Writes, dict[Entry | int, Tensor]]:
-        """Return the outputs and written attributes of all samples, and tensors of samples that something keeps."""
-        first = parts[0]
-        if any(p.output[2] != first.output[2] for p in parts):
-            raise NotPerSampleError("model must return the same structure for all samples; it differs by their paths")
-        index = [p.index for p in parts]
-        each = zip(*(p.output[0] for p in parts), strict=True)
-        leaves = [joined(own, index, output_name(name)) for own, name in zip(each, first.output[2], strict=True)]
-        if first.index is None:
-            assert isinstance(first.part, Call)
-            return leaves, *self._kept(first, first.part)
-        writes: Writes = {}
-        for place in {place for p in parts for place in p.attributes}:
-            name = f"attribute {self.snapshot.name(place)!r}"
-            values = [p.attributes.get(place, self.snapshot.earlier((*place, None))) for p in parts]
-            sizes = {(type(v), len(v) if isinstance(v, (list, dict, set, deque)) else 0) for v in values}
-            if len(sizes) > 1:
-                raise NotPerSampleError(f"model must give all samples the same {name}; it differs by their paths")
-
-            def of_all(entry: Entry, value: Any, name: str = name, values: list[Any] = values) -> Any:
-                own = values if entry[2] is None else [dict(_items(v))[entry[2]] for v in values]
-                return joined(own, index, name)
-
-            try:
-                writes[place] = mapped(place, values[0], of_all)
-            except KeyError:
-                raise NotPerSampleError(f"model must give all samples the same {name}; its keys differ") from None
-        for key in {key for p in parts for key in p.written}:
-            every = [p.written.get(key) for p in parts]
-            if any(one is None or not torch.equal(one[1], every[0][1]) for one in every):  # type: ignore[index]
-                raise NotPerSampleError(
-                    "model must write the same to its buffers and inputs for all samples; what it writes to one of "
-                    f"shape {tuple(next(one for one in every if one)[0].shape)} differs between them"
-                )
-        return leaves, writes, {}
-
-    def _kept(self, part: Part, call: Call) -> tuple[Writes, dict[Entry | int, Tensor]]:
-        """Return the attributes that hold tensors of samples that ran together, and these tensors by their places."""
-        waiting, writes = {id(t): t for t in part.kept}, {}
-        found: dict[Any, Tensor] = {}
-        for place, value in self.snapshot.attributes() if waiting else ():
-            here = {entry: t for entry, t in entries(place, value, Tensor) if id(t) in waiting}
-            if here:
-                found |= here
-
-                def stacked(entry: Entry, v: Any, here: Any = here) -> Any:
-                    return Stacked(call.physical(v)) if entry in here else v
-
-                writes[place] = mapped(place, value, stacked)
-        placed = {id(t) for t in found.values()}
-        return writes, found | {n: t for n, t in enumerate(waiting.values()) if id(t) not in placed}
-
-    def loose(
-        self, kept: Mapping[Entry | int, Tensor], written: Writes, recorded: Recorded
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Return the tensors of one sample that are kept somewhere, each with the batch's in its place."""
-        rows = {entry: t for place, value in written.items() for entry, t in entries(place, value, Tensor)}
-        found = []
-        for place, tensor in kept.items():
-            if isinstance(place, tuple):
-                found.append((tensor, rows[place]))
-                continue
-            part = recorded.parts[0][1]
-            assert isinstance(part, Call)
-            whole = join(physical := part.physical(tensor), likely_place(physical.shape[1:]))
-            found.append((tensor, graph.mark_returned(recorded, whole) if whole.requires_grad else whole))
-        return found
-
     def carries(self, writes: Writes, places: Mapping[Any, Place], ways: Samples) -> bool:
         """Note the rows that are written, and return whether one replaces a state that samples did not get by rows."""
         again = False
@@ -387,23 +247,6 @@ class _Run:
                 state = isinstance(before, Tensor) and before.shape == join(x.values, places[entry]).shape
                 again |= known and state and ways.rows > 1 and not ways.states.holds(holder, *entry[1:])
         return again
-
-    def batch(
-        self, parts: list[Part], leaves: list[Any], writes: Writes, places: Mapping[Any, Place], recorded: Recorded
-    ) -> tuple[Any, Writes]:
-        """Return the batch's output, and its attributes."""
-
-        def whole(key: Any, x: Any) -> Any:
-            if not isinstance(x, Stacked):
-                return x
-            rows = join(x.values, places[key])
-            return graph.mark_returned(recorded, rows) if rows.requires_grad else rows
-
-        recorded.places = [places.get(at) for at in range(len(leaves))]
-        recorded.rows = [isinstance(x, Stacked) for x in leaves]
-        recorded.lines = self.inputs.lines
-        output = parts[0].output[1]([whole(at, x) for at, x in enumerate(leaves)])
-        return output, {place: mapped(place, value, whole) for place, value in writes.items()}
 
     def behind(
         self, parts: list[Part], recorded: Recorded, output: Any, written: Writes, states: list[Any]
@@ -421,13 +264,3 @@ class _Run:
         with torch.no_grad():
             for tensor, value in parts[0].written.values():
                 tensor.copy_(value)
-
-
-def _items(value: Any) -> Any:
-    return value.items() if isinstance(value, dict) else enumerate(value)
-
-
-def _replace(tensor: Tensor, rows: Tensor) -> None:
-    """Turn a tensor of one sample into that of the batch, for all that hold it: attributes, lists, other threads."""
-    with contextlib.suppress(RuntimeError):  # something inside of PyTorch refers to it
-        torch.utils.swap_tensors(tensor, rows.view_as(rows))

@@ -16,7 +16,7 @@ from fastgrad import checks
 from fastgrad._torch import outside_of_compilation
 from fastgrad.engine.inputs import BatchDims
 from fastgrad.engine.recorded import Recorded
-from fastgrad.engine.sharded import named_parameters
+from fastgrad.engine.sharded import is_sharded, named_parameters
 from fastgrad.gradients.recorder import record, recorded_sqnorms
 from fastgrad.gradients.separate import UNITS, Outputs, outputs_of, require_own_parameters, require_separate
 
@@ -153,8 +153,17 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
         columns = [torch.stack([sqnorm_of[p].to(losses.device) for p in group]).sum(0).sqrt() for group in groups]
         for group, limit, norms in zip(groups, self._limits.values(), columns, strict=True):
             factors = (limit / norms).clamp(max=1).to(losses.dtype)
-            if losses.requires_grad:  # not so if the batch is empty, and only frozen parameters are used
-                torch.autograd.backward([losses], [factors], retain_graph=norms is not columns[-1], inputs=group)
+            again = norms is not columns[-1]
+            if not losses.requires_grad:  # the batch is empty, and only frozen parameters are used
+                continue
+            if self._samples or is_sharded(self.model):
+                torch.autograd.backward([losses], [factors], retain_graph=again, inputs=group)
+                continue
+            # An empty batch adds zeros; PyTorch's own backward pass of recurrent layers would add NaN.
+            found = torch.autograd.grad([losses], group, [factors], retain_graph=again, allow_unused=True)
+            for p, gradient in zip(group, found, strict=True):
+                if gradient is not None and p.grad is None:
+                    p.grad = torch.zeros_like(p)
         return columns[0] if self._joint else torch.stack(columns, 1)
 
     @staticmethod

@@ -109,7 +109,7 @@ class GradientFeatures:
         self.reduction, self.log, self.impl = reduction, log, impl
         self.chunk_size, self.memory_budget, self.batch_dims = chunk_size, memory_budget, batch_dims
         self.layers = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
-        self._names()
+        self._parameters()
         refuse_mixing(self.model, training=False)
         self._latest: Recorded | None = None
 
@@ -120,17 +120,17 @@ class GradientFeatures:
     @property
     def names(self) -> list[str]:
         """Names of the P parameters, in the order of ``model.named_parameters()``."""
-        return list(self._names().values())
+        return list(self._parameters())
 
-    def _names(self) -> dict[int, str]:
-        found = {id(p): name for name, p in self.model.named_parameters()}
-        if self.layers is None:
-            wanted = found
-        else:
+    def _parameters(self) -> dict[str, Tensor]:
+        """Return the parameters by name."""
+        found: dict[str, Tensor] = dict(self.model.named_parameters())
+        wanted = found
+        if self.layers is not None:
             for pattern in self.layers:
-                if not isinstance(pattern, str) or not any(_matches(name, pattern) for name in found.values()):
+                if not isinstance(pattern, str) or not any(_matches(name, pattern) for name in found):
                     raise ValueError(f"layers must name parameters or modules of the model; nothing is {pattern!r}")
-            wanted = {i: n for i, n in found.items() if any(_matches(n, pattern) for pattern in self.layers)}
+            wanted = {n: p for n, p in found.items() if any(_matches(n, pattern) for pattern in self.layers)}
         if not wanted:
             raise ValueError(f"{'layers must name' if found else 'model must have'} parameters; it had none")
         return wanted
@@ -205,10 +205,10 @@ class GradientFeatures:
         *, part: bool,
     ) -> tuple[Tensor, Tensor, int]:  # fmt: skip
         """Run one forward and backward pass of an undivided batch; also return the bytes of one sample's results."""
-        names = self._names()
+        named = self._parameters()
         # A copy holds other parameters where those of the model were made in inference mode.
-        pairs = zip(self.model.parameters(), model.parameters(), strict=True)
-        wanted = {id(own): own for p, own in pairs if id(p) in names}
+        held = named if model is self.model else dict(model.named_parameters())
+        wanted = {id(held[name]): held[name] for name in named}
         output, recorded = run(
             model, lambda own: functools.partial(_logits, own), args, kwargs, wanted, self.model, undo=True,
             modules=modules, batch_dims=self.batch_dims, counts=True, part=part,
@@ -265,7 +265,7 @@ class GradientFeatures:
         logits = class_logits(rebuilt(values))[:0]
         middle = (logits.shape[1],) if self.contrast else (len(self.signals),) if self.joint else ()
         dtype = losses.compute_dtype(logits.dtype)
-        return logits, logits.new_zeros((0, *middle, len(self._names())), dtype=dtype)
+        return logits, logits.new_zeros((0, *middle, len(self.names)), dtype=dtype)
 
 
 @torch.no_grad()

@@ -3,15 +3,17 @@
 A gradient G of a parameter, as a matrix ``(R, C)`` of its dimension 0 and all others, is sketched: number ``(r, c)``
 is added to place ``(a[r] + b[c]) mod K`` with sign ``s[r] t[c]``. Two numbers in one place have independent random
 signs, so inner products are unbiased; their variance is about ``2 ||g||^2 ||h||^2 / K`` (Pham and Pagh, 2013, tensor
-sketches of two vectors). An outer product's sketch is a circular convolution of its vectors' sketches, by which
-products of positions need no gradient. A parameter of at most K numbers has a place for each.
+sketches of two vectors; their places are drawn one by one, ours in runs). An outer product's sketch is a circular
+convolution of its vectors' sketches, by which products of positions need no gradient. A parameter of at most K numbers
+has a place for each.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -33,6 +35,8 @@ from fastgrad.ops.dispatch import full_precision
 
 #: Multiply-adds per second of transforms of a few thousand numbers, beside `PRODUCT`.
 TRANSFORM = PRODUCT / 5
+#: Numbers of a sample for which a call of their own costs less than places for each.
+RUN = 512
 
 
 def grad_project(
@@ -90,8 +94,9 @@ def _rows(
     back = UsesPass(calls_of_one_size(recording, outputs, "losses"), asked, outputs)
     dtype = compute_dtype(*(p.dtype for p in wanted), *(() if wanted else (torch.float32,)))
     device = wanted[0].device if wanted else outputs[0].device
-    rows = torch.zeros(back.samples, size, dtype=dtype, device=device)
-    norms = torch.zeros(back.samples, dtype=dtype, device=device)
+    # Places from K on are those from 0 on.
+    rows = torch.zeros(back.samples, 2 * size, dtype=dtype, device=device)
+    norms, every = torch.zeros(back.samples, dtype=dtype, device=device), list(range(back.samples))
 
     def add(key: int, side: ParameterUses) -> None:
         if normalize:
@@ -99,57 +104,78 @@ def _rows(
             norms.index_add_(0, torch.tensor(samples, device=device), found.to(norms))
         place = Places.of(f"{seed} {names[key]} {side.shape}", side.shape, size, side.shares[0].gradients[0].device)
         for share in side.shares:
-            rows.index_add_(0, torch.tensor(share.rows, device=device), sketched(share, side.shape, place).to(rows))
+            own = share.gradients[0]
+            if share.rows == every and own.device == device and compute_dtype(own.dtype) == dtype:
+                sketch(rows, share, side.shape, place)
+            else:
+                found = torch.zeros(len(share.rows), 2 * size, dtype=compute_dtype(own.dtype), device=own.device)
+                sketch(found, share, side.shape, place)
+                rows.index_add_(0, torch.tensor(share.rows, device=device), found.to(rows))
 
     back.run(keep, add)
+    rows = rows[:, :size] + rows[:, size:]
     return rows / norms.sqrt().masked_fill(norms == 0, 1).unsqueeze(1) if normalize else rows
 
 
 class Places(NamedTuple):
-    """Where the numbers of a parameter ``(R, C)`` go in a row of ``size``: places and signs, ``(R,)`` and ``(C,)``."""
+    """Where the numbers of a parameter ``(R, C)`` go in a row of ``size``: places and signs, ``(R,)`` and ``(C,)``.
+
+    Numbers beside each other have places beside each other, so that they are added without an index: columns in blocks
+    of at most K, and ``run`` rows in a run, one every ``pitch`` places, as many as a row of K has room for. Each run
+    begins at a random place, with another remainder by ``pitch`` than all others if there are enough: else the numbers
+    of two rows would meet column by column, with one sign for all. Any two numbers meet with a probability of at most
+    about 1 / K, as with places that are drawn one by one.
+    """
 
     size: int
+    run: int
+    pitch: int
+    #: Where runs and blocks begin.
+    runs: list[int]
+    blocks: list[int]
     row: Tensor
     row_sign: Tensor
     column: Tensor
     column_sign: Tensor
 
     @classmethod
-    def of(cls, key: str, shape: Sequence[int], size: int, device: torch.device) -> Places:
+    @lru_cache(maxsize=1024)
+    def of(cls, key: str, shape: tuple[int, ...], size: int, device: torch.device) -> Places:
         """Draw them from a hash of ``key``."""
         digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
         random = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
         count = shape[0] if shape else 1
-        numbers = math.prod(shape)
-        if numbers <= size:
-            # As many places as numbers, wherever they begin.
-            rest = numbers // max(1, count)
-            first = int(torch.randint(size, (), generator=random, device="cpu"))
-            places = [(torch.arange(count, device="cpu") * rest + first) % size, torch.arange(rest, device="cpu")]
-        else:
-            both = (count, numbers // count)
-            places = [torch.randperm(max(n, size), generator=random, device="cpu")[:n] % size for n in both]
+        rest = math.prod(shape) // max(1, count)
+        run = max(1, size // max(1, rest))
+        pitch = size // run
+        runs, blocks = -(-count // run), -(-rest // size)
+        first = torch.randperm(max(runs, pitch), generator=random, device="cpu")[:runs] % pitch
+        first += pitch * torch.randint(run, (runs,), generator=random, device="cpu")
+        block = torch.randint(size, (blocks,), generator=random, device="cpu")
+        rows, columns = torch.arange(count, device="cpu"), torch.arange(rest, device="cpu")
+        places = [first[rows // run] + rows % run * pitch, block[columns // size] + columns % size]
         signs = [
             1 - 2 * torch.randint(2, place.shape, generator=random, dtype=torch.int8, device="cpu") for place in places
         ]
-        row, column = (place.to(device) for place in places)
+        row, column = (place.remainder_(size).to(device) for place in places)
         row_sign, column_sign = (sign.to(device) for sign in signs)
-        return cls(size, row, row_sign, column, column_sign)
+        return cls(size, run, pitch, first.tolist(), block.tolist(), row, row_sign, column, column_sign)
 
     def sides(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Return places and signs of rows, and those of columns."""
         return (self.row, self.row_sign), (self.column, self.column_sign)
 
 
-def sketched(share: Share, shape: Sequence[int], places: Places) -> Tensor:
-    """Return the rows ``(b, K)`` of a share of a parameter of this shape."""
+def sketch(rows: Tensor, share: Share, shape: Sequence[int], places: Places) -> None:
+    """Add a share of a parameter of this shape to rows ``(b, 2 K)``."""
     with full_precision(share.gradients[0].device):
         positions = share.positions()
         if isinstance(share.formula, Table):
-            return _of_table(*share.factors(), places)
-        if positions and _transforms(shape, positions, places.size):
-            return _of_products(*share.factors(), places)
-        return _of_gradients(share, shape, places)
+            _of_table(rows, *share.factors(), places)
+        elif positions and _transforms(shape, positions, places.size):
+            rows[:, : places.size] += _of_products(*share.factors(), places)
+        else:
+            _of_gradients(rows, share, shape, places)
 
 
 def _transforms(shape: Sequence[int], positions: int, size: int) -> bool:
@@ -157,14 +183,14 @@ def _transforms(shape: Sequence[int], positions: int, size: int) -> bool:
     numbers, first = math.prod(shape), shape[0]
     spectrum = 5 * size * math.log2(size + 1) + 3 * size
     products = positions * (spectrum / TRANSFORM + (first + numbers // first) / ADD)
-    return products < positions * numbers / PRODUCT + 3 * numbers / ADD
+    return products < positions * numbers / PRODUCT + 2 * numbers / ADD
 
 
-def _of_table(index: Tensor, gradients: Tensor, places: Places) -> Tensor:
-    """Sketch sums over positions of rows ``index`` ``(b, T)`` with gradients ``(b, T, C)``."""
-    at = (places.row[index].unsqueeze(2) + places.column) % places.size
+def _of_table(rows: Tensor, index: Tensor, gradients: Tensor, places: Places) -> None:
+    """Add sums over positions of rows ``index`` ``(b, T)`` with gradients ``(b, T, C)``."""
+    at = places.row[index].unsqueeze(2) + places.column
     value = gradients * places.row_sign[index].unsqueeze(2) * places.column_sign
-    return value.new_zeros(len(value), places.size).scatter_add_(1, at.flatten(1), value.flatten(1))
+    rows.scatter_add_(1, at.flatten(1), value.flatten(1))
 
 
 def _of_products(left: Tensor, right: Tensor, places: Places) -> Tensor:
@@ -183,15 +209,46 @@ def _of_products(left: Tensor, right: Tensor, places: Places) -> Tensor:
     return torch.cat(found)
 
 
-def _of_gradients(share: Share, shape: Sequence[int], places: Places) -> Tensor:
-    """Sketch gradients that are formed, a part of the parameter at a time."""
-    samples = len(share.rows)
-    at = ((places.row.unsqueeze(1) + places.column) % places.size).view(shape)
-    sign = (places.row_sign.unsqueeze(1) * places.column_sign).view(shape)
-    rows = share.gradients[0].new_zeros(samples, places.size, dtype=compute_dtype(share.gradients[0].dtype))
+def _of_gradients(rows: Tensor, share: Share, shape: Sequence[int], places: Places) -> None:
+    """Add gradients that are formed, a part of the parameter at a time."""
+    samples = len(rows)
+    sign = places.row_sign.to(rows.dtype).unsqueeze(1) * places.column_sign
+    of_row = len(places.column) // shape[1] if len(shape) > 2 else 1  # columns for each place of dimension 1
     for part in ParameterUses(shape, samples, [share]).parts(samples):
-        where = (slice(None), part) if len(shape) > 2 else (part,) if shape else ()
         (value,) = upcast(share.part(part))
-        value = value.reshape(samples, -1) * sign[where].reshape(-1)
-        rows.scatter_add_(1, at[where].reshape(-1).expand_as(value), value)
-    return rows
+        value = value.reshape(samples, -1, len(places.column)) if len(shape) < 3 else value.flatten(2)
+        first, _, _ = part.indices(max(shape, default=1))
+        at = (0, first * of_row) if len(shape) > 2 else (first, 0)
+        (_added if rows.device.type == "cpu" and _long(places) else _scattered)(rows, value, sign, places, *at)
+
+
+def _long(places: Places) -> bool:
+    """Return whether a run's numbers are worth a call of their own."""
+    return min(places.run, len(places.row)) * min(places.size, len(places.column)) >= RUN
+
+
+def _added(rows: Tensor, value: Tensor, sign: Tensor, places: Places, row: int, column: int) -> None:
+    """Add a part ``(b, r, c)`` of gradients from a row and a column on, run by run."""
+    for top, bottom in _cuts(row, row + value.shape[1], places.run):
+        for left, right in _cuts(column, column + value.shape[2], places.size):
+            begin = places.runs[top // places.run] + top % places.run * places.pitch
+            at = (begin + places.blocks[left // places.size] + left % places.size) % places.size
+            count = bottom - top
+            to = rows.narrow(1, at, count * places.pitch).unflatten(1, (count, places.pitch))[..., : right - left]
+            own = value[:, top - row : bottom - row, left - column : right - column]
+            to.addcmul_(own, sign[top:bottom, left:right])
+
+
+def _cuts(first: int, last: int, step: int) -> Iterator[tuple[int, int]]:
+    """Yield the parts of a range between multiples of ``step``."""
+    while first < last:
+        end = min(last, (first // step + 1) * step)
+        yield first, end
+        first = end
+
+
+def _scattered(rows: Tensor, value: Tensor, sign: Tensor, places: Places, row: int, column: int) -> None:
+    """Do the same in one call, number by number."""
+    where = slice(row, row + value.shape[1]), slice(column, column + value.shape[2])
+    at = (places.row[where[0]].unsqueeze(1) + places.column[where[1]]).flatten()
+    rows.scatter_add_(1, at.expand(len(value), -1), (value * sign[where]).flatten(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrad._torch import functorch, lowered, next_number, pytree, saved_tensor_hooks
+from fastgrad._torch import functorch, in_dispatch_mode, lowered, next_number, pytree, saved_tensor_hooks
 from fastgrad.layers.formula import Copies, Formula
 from fastgrad.layers.probe import tap
 
@@ -73,6 +74,8 @@ class Call:
     #: The hooks of saved tensors when the run began.
     hooks: Any = field(default_factory=saved_tensor_hooks)
     level: int = 0
+    #: Checkpoints inside, which compute again in the backward pass.
+    checkpoints: list[weakref.ref[Any]] = field(default_factory=list)
     #: Bytes of what functions return for one sample, if they are counted.
     bytes: int = 0
     _copies: dict[int, Tensor] = field(default_factory=dict)
@@ -80,6 +83,11 @@ class Call:
     def begin(self) -> None:
         """Take the present level of vmap as that of the samples."""
         self.level = functorch.maybe_current_level()
+
+    def again(self) -> Call:
+        """Return a call on the same samples that has the copies of parameters that this one has now, and no uses."""
+        copies = dict(self._copies)
+        return Call(self.parameters, self.samples, self.batch_new_tensors, level=self.level, _copies=copies)
 
     def owns(self, value: object) -> bool:
         """Whether a value is a parameter whose gradient is wanted."""
@@ -169,7 +177,8 @@ class Call:
         self.uses.append(Use(probe, keys, slots, formula))
         for key in keys:
             self.counts[key] = self.counts.get(key, 0) + 1
-        return tap(outputs, saved, probe, in_place=in_place)
+        # A selective checkpoint stores results of functions, and needs them as they were.
+        return tap(outputs, saved, probe, in_place=in_place and not in_dispatch_mode())
 
     def copy_of(self, parameter: Tensor) -> Tensor:
         """Return one copy of a parameter per sample, whose gradient is each sample's own; no memory is written."""

@@ -56,8 +56,9 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         visit = _visits.get(id(ctx.probe))
         if visit is not None:
+            saved = ctx.saved_tensors  # for which a checkpoint may compute again, in the model's own precision
             with full_precision(gradients[0].device):
-                visit(ctx.saved_tensors, gradients)
+                visit(saved, gradients)
         if torch.is_grad_enabled():
             gradients = _Graphed.apply(ctx.probe, *gradients)
         return (None, None, *gradients, *[None] * (1 + ctx.saved_count))

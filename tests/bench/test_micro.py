@@ -13,6 +13,10 @@ from python_process import run_python
 from bench.clock import peak_bytes
 from bench.micro import test_micro as micro
 from bench.micro.cases import cases
+from bench.micro.gram import GramTask
+from bench.micro.layer_peers import OfLayers, covered, norm_errors
+from bench.micro.models import NETWORKS
+from bench.micro.tasks import LABELS
 from bench.registry import SIZES, Case, Implementation
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -60,6 +64,24 @@ def test_implementations_are_those_that_are_named(case: Case) -> None:
     assert set(made) <= set(case.names)
     assert case.against in made
     assert any(name.startswith("fastgrad") for name in made)
+
+
+@pytest.mark.parametrize("table", ["network", "gram"])
+def test_norms_and_products_of_layers_are_checked_on_the_layers_that_a_peer_knows(table: str) -> None:
+    known = ["0", "2"]  # of six convolutions and a head
+    task = GramTask(NETWORKS["plain CNN 8x8"], 3, CPU, LABELS)
+    each = zip(*(task.double().gradient(i) for i in range(3)), strict=True)
+    gradients = dict(zip(dict(task.model.named_parameters()), map(torch.stack, each), strict=True))
+    own = [[g.flatten(1) for name, g in gradients.items() if name.split(".")[0] == layer] for layer in known]
+    if table == "network":
+        value, error = torch.stack([sum(g.square().sum(1) for g in layer) for layer in own], 1), norm_errors
+    else:
+        value, error = sum(g @ g.mT for layer in own for g in layer), lambda task, found: task.layers_error(found)
+    assert error(task, OfLayers(known, value)) < 1e-10
+    assert error(task, OfLayers(known, 1.01 * value)) == pytest.approx(0.01)
+    assert error(task, OfLayers(["0", "4"], value)) > 1e-3
+    numbers = sum(p.numel() for p in task.model.parameters())
+    assert covered(task, OfLayers(known, value)) == sum(g[0].numel() for layer in own for g in layer) / numbers
 
 
 def test_peak_memory_is_that_of_the_call_alone() -> None:

@@ -128,7 +128,7 @@ def test_a_page_is_a_template_over_its_results(folder: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("base", "line"),
     [
-        ("training step", "| net B=8 | 500 ms | 2 KiB | 0.50 | 1.00 | 8 | refused | wrong | 750 ms | 1.5 s |"),
+        ("training step", "| net B=8 | 500 ms | 2 KiB | 0.50 | 1.00 | 8 | refused | wrong by 1 | 750 ms | 1.5 s |"),
         ("network alone", "| net B=8 | fastgrad | 16 | 500 ms | 500 ms to 500 ms | 0.50 | 2 KiB | 750 ms |"),
     ],
 )
@@ -143,12 +143,14 @@ def test_a_changed_figure_is_found(folder: pathlib.Path) -> None:
     text = "a\n<!-- table: network -->\n<!-- end -->\n"
     text += "b <!-- value: network | net B=8 | fastgrad | ratio | .2f --><!-- end -->"
     filled = blocks.fill(text, folder)
-    assert "| net B=8 | 500 ms | 2 KiB | 0.50 | 1.00 | 8 | refused | wrong |" in filled
+    assert "| net B=8 | 500 ms | 2 KiB | 0.50 | 1.00 | 8 | refused | wrong by 1 |" in filled
     assert filled.endswith("-->0.50<!-- end -->")
     assert blocks.differing(filled, folder) == []
     assert blocks.fill(filled, folder) == filled
     assert blocks.differing(filled.replace("500 ms", "400 ms"), folder) == ["table: network"]
     assert blocks.differing(filled.replace("-->0.50<", "-->0.49<"), folder)
+    assert blocks.value("network | net B=8 | fastgrad | peak_bytes | size", folder) == "2 KiB"
+    assert blocks.value("network | net B=8 | fastgrad | median_s | duration", folder) == "500 ms"
 
 
 @pytest.mark.parametrize("words", ["network", "network | net B=9 | fastgrad | ratio | .2f", "none | a | b | c | d"])
@@ -287,6 +289,54 @@ def test_a_part_of_a_table_leaves_the_other_rows(tmp_path: pathlib.Path) -> None
     assert pages.joined(old, new | {"rows": absent}, ["a", "c"])["rows"] == [*old["rows"], absent[1]]
     with pytest.raises(ValueError, match="must have one size"):
         pages.joined(old, new | {"quick": False}, ["KNN"])
+
+
+def test_implementations_that_a_later_run_adds_stand_beside_its_own_times() -> None:
+    head = {"machine": "A", "versions": {"torch": "2"}, "revision": "1", "cases": CASES}
+    later = [
+        CASES[0] | {"median_s": 2.0}, CASES[2] | {"median_s": 1.0},
+        CASES[1] | {"implementation": "dattri-llm", "median_s": 5.0, "covered": 0.9999, "ratio": 1.25},
+        CASES[1] | {"implementation": "bergson", "median_s": 1.0, "covered": 1.0, "ratio": 0.25},
+        CASES[3] | {"implementation": "absent", "note": "ModuleNotFoundError: No module named 'absent'"},
+        CASES[2] | {"case": "a case that the file lacks", "implementation": "bergson"},
+    ]  # fmt: skip
+    new = {"machine": "B", "versions": {"bergson": "3"}, "revision": "2", "cases": later}
+    found = pages.added(head, new)
+    assert found["cases"][: len(CASES)] == CASES
+    assert [row["beside_s"] for row in found["cases"][len(CASES) :]] == [2.0, 2.0, 2.0]
+    assert (found["machine"], found["revision"]) == ("A; B", "1, dattri-llm, bergson, absent 2")
+    assert found["versions"] == {"torch": "2", "bergson": "3"}
+    shown = speed.tables(found["cases"])
+    assert "| 2.5, for 99.9 % of the numbers | 0.5 | not installed |" in shown
+    assert shown.startswith("fastgrad is behind in: net B=8: bergson is 2.00 times faster.\n")
+    part = [row | ({"median_s": 1.0} if row["implementation"] == "dattri-llm" else {}) for row in found["cases"]]
+    assert speed.standing([row for row in part if row["implementation"] != "bergson"]) == (
+        "fastgrad is ahead of every peer in every case below that does the whole of it. "
+        "net B=8: dattri-llm is 2.00 times faster for 99.9 % of the numbers."
+    )
+    assert [text.get_text() for text in figures.draw(found).axes[0].texts][:3] == ["1", "2", "0.5"]
+    again = pages.added(found, new | {"cases": [later[0], later[2] | {"median_s": 7.0}]})
+    assert [row["median_s"] for row in again["cases"][len(CASES) :]] == [1.0, None, 7.0]
+    assert pages.added(head, new | {"cases": later[:2]}) == head
+
+
+def test_rows_that_a_run_leaves_out_stay_by_their_own_keys() -> None:
+    rows = [{"model": model, "tool": tool, "steps": 1} for model in "ab" for tool in ("x", "y")]
+    old = {"machine": "A", "versions": {}, "revision": "1", "rows": rows}
+    new = old | {"revision": "2", "rows": [rows[3] | {"steps": 2}]}
+    found = pages.joined(old, new, ["1 rows"], ("model", "tool"))
+    assert found == old | {"revision": "1, 1 rows 2", "rows": [*rows[:3], *new["rows"]]}
+    everything = new | {"rows": rows}
+    assert pages.joined(old, everything, ["4 rows"], ("model", "tool")) == everything
+
+
+def test_of_labelled_challenges_the_figure_has_every_detector() -> None:
+    aurocs = {"LID, labelled": 0.7, "gradient norms, labelled": 0.8, "fastgrad, labelled": 0.9}
+    head = {"network": "a", "draw": 0, "group": "attacks", "case": "mean of attacks"}
+    for protocol, shown in (("with labelled challenges", 3), ("clean data only", 2)):
+        rows = [head | {"method": name, "protocol": protocol, "auroc": auroc} for name, auroc in aurocs.items()]
+        made = detection.by_group({"merit": "auroc", "rows": rows, "networks": {"a": ["A", False]}})
+        assert len(made.axes[0].get_yticklabels()) == shown
 
 
 def test_second_answers_show_gains_of_every_case() -> None:

@@ -84,7 +84,7 @@ def test_demo_writes_table_and_figure(
     out = tmp_path / "demo"
     assert cli.main(["demo", "--out", str(out), "--epochs", "3"]) == 0
     printed = capsys.readouterr().out
-    assert printed.rstrip().splitlines()[-1] == str(out.resolve())
+    assert printed.rstrip().splitlines()[-1] == f"The figure: {(out / 'demo.png').resolve()}"
     text = (out / "demo.md").read_text("utf-8")
     assert text in printed
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]

@@ -61,6 +61,24 @@ def test_bad_networks_are_named(folder: Path, network: str, message: str, capsys
     assert message in capsys.readouterr().err
 
 
+def test_images_that_the_network_does_not_take_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "fit",
+        "mine_to_fit:network",
+        str(folder),
+        "-o",
+        "model.onnx",
+        "--size",
+        "16",
+        "--mean",
+        "0.5",
+        "--std",
+        "0.5",
+    ]
+    assert cli.main(words) == 2
+    assert "network must take images (1, 1, 16, 16), as --size and --mean give; it raised: " in capsys.readouterr().err
+
+
 def test_a_folder_of_other_classes_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "cow").mkdir()
     assert cli.main(["fit", "mine_to_fit:network", str(folder), "-o", "model.onnx", "--size", "16"]) == 2

@@ -218,7 +218,7 @@ def test_price_samples_and_promises(fitted):
     # Challenges are read at the price of an answer, as clean inputs are.
     assert report.passes == pytest.approx(4 * report.predicted + challenge_cost(3) - 3)
     text = str(report)
-    parts = ("logits, activations", "forward passes predicted", "200 of 200", "from 0.005 on", "of their challenges")
+    parts = ("logits, activations", "2 forward passes predicted", "200 of 200", "from 0.005 on", "of their challenges")
     parts += ("1 of them for view", "each scored by what was fitted without it")
     assert all(part in text for part in parts), text
 

@@ -51,7 +51,9 @@ def test_adapters_of_peft_merged_switched_and_disabled() -> None:
     check(model, TOKENS)
 
 
-def test_language_model() -> None:
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_language_model(checkpoints: bool) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -61,8 +63,21 @@ def test_language_model() -> None:
     model = transformers.LlamaForCausalLM(config).double().eval()
     assert model.lm_head.weight is model.model.embed_tokens.weight
     # transformers computes norms and angles in float32, also in a float64 model.
+    if checkpoints:
+        model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for tokens in (TOKENS, TOKENS[:3, :2]):
         check(model, tokens, torch.finfo(torch.float32).eps)
+    calls = [0]
+
+    def counted(*_: Any) -> None:
+        calls[0] += 1
+
+    model.model.layers[0].mlp.register_forward_pre_hook(counted)
+    recorded(model, lambda: losses_of(model, TOKENS).sum())
+    calls[0] = 0
+    recorded(model, lambda: losses_of(model, TOKENS).sum())
+    alone = checkpoints and hasattr(torch.utils.checkpoint, "_NoopSaveInputs")  # with which vmap refuses checkpoints
+    assert calls[0] > 2 if alone else calls[0] == 1 + checkpoints
 
 
 def dispatched(net: Any, x: Tensor) -> Tensor:

@@ -199,7 +199,7 @@ class Session:
         loop.compare("clipped norms", found.square(), norms.square(), dtype)
         total = sum(float(g.double().square().sum()) for g in grads if g is not None) ** 0.5
         if not total <= B * limit * (1 + loop.tolerance(dtype)):
-            raise WrongError(f"clipped gradients exceed their bound by a factor {total / (B * limit):.3g}")
+            raise WrongError(f"clipped gradients have norm {total:.3g} above their bound {B * limit:.3g}")
         factors = (limit / norms).clamp(max=1).tolist()
         scale = sum(factor * norm for factor, norm in zip(factors, norms.tolist(), strict=True))
         for column, grad in enumerate(grads):

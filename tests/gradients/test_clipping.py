@@ -140,6 +140,7 @@ def test_activation_checkpointing() -> None:
 def test_frozen_parameter_beside_a_checkpoint() -> None:
     torch.manual_seed(0)
     model, x = checkpointed(False), torch.randint(11, (4, 6))
+    model.head.register_full_backward_hook(lambda *_: None)  # so that samples run alone
 
     def norms() -> tuple[torch.Tensor, ...]:
         with fastgrad.record(model):
@@ -354,3 +355,15 @@ def test_empty_batch_of_frozen_parameters() -> None:
     model.register_parameter("unused", nn.Parameter(torch.ones(2)))
     with fastgrad.clip_gradients(model, 1.0) as clipped:
         assert clipped.backward(model(torch.randn(0, 3)).sum(1)).shape == (0,)
+
+
+def test_an_empty_batch_of_sequences_adds_zeros() -> None:
+    """PyTorch's own backward pass of a recurrent layer leaves NaN there."""
+    net = Net(
+        lambda own, x: own.head(own.layer(x)[0].mean(1)), layer=nn.RNN(3, 4, batch_first=True), head=nn.Linear(4, 2)
+    )
+    with fastgrad.clip_gradients(net, 1.0) as clipped:
+        for rows in (0, 2, 0):
+            norms = clipped.backward(net(torch.randn(rows, 5, 3)).sum(1))
+            assert len(norms) == rows
+            assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())

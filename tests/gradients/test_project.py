@@ -53,14 +53,15 @@ def rows(model: nn.Module, x: Tensor, size: int, **options: Any) -> Tensor:
         return fastgrad.grad_project(waves(model(x)), list(model.parameters()), size, **options)
 
 
-@pytest.mark.parametrize("route", [True, False], ids=["products", "gradients"])
+@pytest.mark.parametrize(("route", "run"), [(True, 1), (False, 1), (False, 1000)], ids=["products", "runs", "places"])
 @pytest.mark.parametrize("chunk", [None, 200], ids=["whole", "parts"])
 @pytest.mark.parametrize("size", [1, 7, 64], ids=str)
 @pytest.mark.parametrize("name", SMALL)
 def test_rows_are_a_linear_map_of_gradients(
-    name: str, size: int, chunk: int | None, route: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, size: int, chunk: int | None, route: bool, run: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(project, "_transforms", lambda *_: route)
+    monkeypatch.setattr(project, "RUN", run)
     for module in (products, project):
         monkeypatch.setattr(module, "CHUNK_BYTES", chunk or module.CHUNK_BYTES)
     model, x = build(name)
@@ -142,6 +143,23 @@ def test_inner_products_are_unbiased(name: str) -> None:
     found = torch.stack([(row := rows(model, x, size, seed=seed).double()) @ row.mT for seed in range(400)])
     assert ((found.mean(0) - exact).abs() <= 5 * found.std(0) / 20 + 1e-6 * scale).all()
     assert (found.std(0) <= 1.5 * scale * (2 / size) ** 0.5).all()
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (40, 3), (3, 40), (24, 6), (17, 9), (400, 1), (5, 2, 7)], ids=str)
+def test_estimates_of_one_product_spread_no_more_than_promised(shape: tuple[int, ...]) -> None:
+    """The worst for places in runs are rows that are alike, whose numbers could meet column by column."""
+    size, found = 31, []
+    g = torch.ones(shape).flatten(1) / torch.Size(shape).numel() ** 0.5
+    for seed in range(4000):
+        places = Places.of(f"{seed}", shape, size, g.device)
+        row = torch.zeros(size)
+        at = (places.row.unsqueeze(1) + places.column) % size
+        row.index_add_(0, at.flatten(), (g * places.row_sign.unsqueeze(1) * places.column_sign).flatten())
+        found.append(float(row @ row))
+    spread, mean = torch.tensor(found, dtype=torch.float64).std(), sum(found) / len(found)
+    assert abs(mean - 1) <= 5 * float(spread) / len(found) ** 0.5
+    # The square of a spread that is estimated from so many has an error of some per cent.
+    assert spread <= 1.1 * (2 / size) ** 0.5
 
 
 def test_no_samples_no_parameters_and_no_dependence() -> None:

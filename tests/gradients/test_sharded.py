@@ -67,9 +67,9 @@ def cast(rank: int) -> None:
     check(sharded, whole, rank, 1e3 * torch.finfo(torch.float32).eps)
 
 
-def clipped(rank: int, limits: Any = 0.5, *, replicated: bool = False) -> None:
+def clipped(rank: int, limits: Any = 0.5, *, replicated: bool = False, checkpoints: str = "") -> None:
     """FSDP, or ``DistributedDataParallel``, averages over ranks what each has clipped; a plain step is as always."""
-    sharded, whole = pair(reshard_after_forward=True)
+    sharded, whole = pair(checkpoints=checkpoints, reshard_after_forward=True)
     if replicated:
         sharded = nn.parallel.DistributedDataParallel(pair()[1])
     bounds = limits if isinstance(limits, dict) else {"": limits}
@@ -223,6 +223,13 @@ CASES: dict[str, Callable[[int], None]] = {
     "skipped": skipped,
     "decay": decay,
 }
+if not hasattr(torch.utils.checkpoint, "_NoopSaveInputs"):  # with which vmap refuses checkpoints
+    CASES |= {
+        "checkpoints around": lambda rank: check(*pair(checkpoints="around", reshard_after_forward=True), rank),
+        "checkpoints inside": lambda rank: check(*pair(checkpoints="inside", reshard_after_forward=True), rank),
+        "checkpoints inside, kept": lambda rank: check(*pair(checkpoints="inside", reshard_after_forward=False), rank),
+        "clipped and checkpointed": lambda rank: clipped(rank, checkpoints="inside"),
+    }
 
 
 def _rank(rank: int, folder: str) -> None:

@@ -10,19 +10,35 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 ROUNDING = 1e3 * torch.finfo(torch.float64).eps
 
 
-class Net(nn.Module):
-    """A network of residual blocks on tokens."""
+class Block(nn.Sequential):
+    """Layers, in a checkpoint or plain."""
 
-    def __init__(self, *, tied: bool = False) -> None:
+    def __init__(self, *layers: nn.Module, again: bool) -> None:
+        super().__init__(*layers)
+        self.again = again
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain: Any = super().forward
+        out: Tensor = checkpoint(plain, x, use_reentrant=False) if self.again else plain(x)
+        return out
+
+
+class Net(nn.Module):
+    """A network of residual blocks on tokens; ``checkpoints`` are "around" blocks, or "inside" of them."""
+
+    def __init__(self, *, tied: bool = False, checkpoints: str = "") -> None:
         super().__init__()
         self.table = nn.Embedding(11, 8)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)) for _ in range(3)
+            Block(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8), again=checkpoints == "inside")
+            for _ in range(3)
         )
+        self.around = checkpoints == "around"
         self.head = nn.Linear(8, 11, bias=False)
         if tied:
             self.head.weight = self.table.weight
@@ -31,7 +47,7 @@ class Net(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.table(tokens)
         for block in self.blocks[: self.skipped]:
-            x = x + block(x)
+            x = x + (checkpoint(block, x, use_reentrant=False) if self.around else block(x))
         if self.fails:
             raise RuntimeError("of the model")
         logits: Tensor = self.head(x if not self.reads or tokens[0, 0] > 0 else 2 * x)
@@ -39,10 +55,10 @@ class Net(nn.Module):
 
 
 def pair(dtype: torch.dtype = torch.float64, *, root: bool = True, nested: bool = True, tied: bool = False,
-         frozen: str = "-", **options: Any) -> tuple[Net, Net]:  # fmt: skip
+         frozen: str = "-", checkpoints: str = "", **options: Any) -> tuple[Net, Net]:  # fmt: skip
     """Return a sharded network and a whole one that is equal."""
     torch.manual_seed(0)
-    sharded, whole = Net(tied=tied).to(dtype), Net(tied=tied).to(dtype)
+    sharded, whole = (Net(tied=tied, checkpoints=checkpoints).to(dtype) for _ in range(2))
     whole.load_state_dict(sharded.state_dict())
     for net in (sharded, whole):
         for name, p in net.named_parameters():
