@@ -25,7 +25,7 @@ import fastgrad
 from bench.report import pages
 
 SIZES = (1000, 4096, 16384, 50000)
-SEEDS, SUBSETS, REPEATS = 50, 24, 3
+SEEDS, SUBSETS, REPEATS = 50, 24, 9
 STORED, QUERIES, WIDTH = 100_000, 100, 1024
 TRAIN, TEST = 400, 60
 

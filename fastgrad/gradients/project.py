@@ -161,10 +161,6 @@ class Places(NamedTuple):
         row_sign, column_sign = (sign.to(device) for sign in signs)
         return cls(size, run, pitch, first.tolist(), block.tolist(), row, row_sign, column, column_sign)
 
-    def sides(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Return places and signs of rows, and those of columns."""
-        return (self.row, self.row_sign), (self.column, self.column_sign)
-
 
 def sketch(rows: Tensor, share: Share, shape: Sequence[int], places: Places) -> None:
     """Add a share of a parameter of this shape to rows ``(b, 2 K)``."""
@@ -196,12 +192,12 @@ def _of_table(rows: Tensor, index: Tensor, gradients: Tensor, places: Places) ->
 def _of_products(left: Tensor, right: Tensor, places: Places) -> Tensor:
     """Sketch ``sum_t left_t right_t^T`` from ``(b, T, R)`` and ``(b, T, C)``, by the spectra of both sketches."""
     size, held = places.size, max(1, CHUNK_BYTES // (16 * places.size))  # positions at a time
-    found = []
+    sides, found = ((places.row, places.row_sign), (places.column, places.column_sign)), []
     for pair in zip(*(side.split(max(1, held // max(1, side.shape[1]))) for side in (left, right)), strict=True):
         total = pair[0].new_zeros(len(pair[0]), size // 2 + 1, dtype=torch.promote_types(left.dtype, torch.complex64))
         for several in zip(*(side.split(held, 1) for side in pair), strict=True):
             spectra = []
-            for value, (at, sign) in zip(several, places.sides(), strict=True):
+            for value, (at, sign) in zip(several, sides, strict=True):
                 sketch = value.new_zeros(*value.shape[:2], size)
                 spectra.append(torch.fft.rfft(sketch.scatter_add_(2, at.expand_as(value), value * sign)))
             total += (spectra[0] * spectra[1]).sum(1)
@@ -211,7 +207,8 @@ def _of_products(left: Tensor, right: Tensor, places: Places) -> Tensor:
 
 def _of_gradients(rows: Tensor, share: Share, shape: Sequence[int], places: Places) -> None:
     """Add gradients that are formed, a part of the parameter at a time."""
-    samples = len(rows)
+    samples, run = len(rows), min(places.run, len(places.row)) * min(places.size, len(places.column))
+    add = _added if rows.device.type == "cpu" and run >= RUN else _scattered
     sign = places.row_sign.to(rows.dtype).unsqueeze(1) * places.column_sign
     of_row = len(places.column) // shape[1] if len(shape) > 2 else 1  # columns for each place of dimension 1
     for part in ParameterUses(shape, samples, [share]).parts(samples):
@@ -219,24 +216,21 @@ def _of_gradients(rows: Tensor, share: Share, shape: Sequence[int], places: Plac
         value = value.reshape(samples, -1, len(places.column)) if len(shape) < 3 else value.flatten(2)
         first, _, _ = part.indices(max(shape, default=1))
         at = (0, first * of_row) if len(shape) > 2 else (first, 0)
-        (_added if rows.device.type == "cpu" and _long(places) else _scattered)(rows, value, sign, places, *at)
-
-
-def _long(places: Places) -> bool:
-    """Return whether a run's numbers are worth a call of their own."""
-    return min(places.run, len(places.row)) * min(places.size, len(places.column)) >= RUN
+        add(rows, value, sign, places, *at)
 
 
 def _added(rows: Tensor, value: Tensor, sign: Tensor, places: Places, row: int, column: int) -> None:
     """Add a part ``(b, r, c)`` of gradients from a row and a column on, run by run."""
-    for top, bottom in _cuts(row, row + value.shape[1], places.run):
-        for left, right in _cuts(column, column + value.shape[2], places.size):
-            begin = places.runs[top // places.run] + top % places.run * places.pitch
-            at = (begin + places.blocks[left // places.size] + left % places.size) % places.size
-            count = bottom - top
-            to = rows.narrow(1, at, count * places.pitch).unflatten(1, (count, places.pitch))[..., : right - left]
-            own = value[:, top - row : bottom - row, left - column : right - column]
-            to.addcmul_(own, sign[top:bottom, left:right])
+    tops = list(_cuts(row, row + value.shape[1], places.run))
+    counts = [bottom - top for top, bottom in tops]
+    sign = sign[row : row + value.shape[1], column : column + value.shape[2]]
+    for left, right in _cuts(column, column + value.shape[2], places.size):
+        block, part = places.blocks[left // places.size] + left % places.size, slice(left - column, right - column)
+        pairs = zip(value[..., part].split(counts, 1), sign[:, part].split(counts), strict=True)
+        for (top, _), (own, signs) in zip(tops, pairs, strict=True):
+            at = places.runs[top // places.run] + top % places.run * places.pitch + block
+            to = rows.as_strided(own.shape, (rows.stride(0), places.pitch, 1), at % places.size)
+            to.addcmul_(own, signs)
 
 
 def _cuts(first: int, last: int, step: int) -> Iterator[tuple[int, int]]:

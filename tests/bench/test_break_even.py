@@ -11,7 +11,7 @@ from bench.micro.tasks import BCE, CE
 from bench.report import pages
 
 
-def test_networks_and_batches_are_measured_with_every_tool(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_tool_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(break_even, "NETS", {"plain CNN 8x8": BCE, "GPT T=6": CE})
     found = list(break_even.measure(only="CNN", batches=[1, 3]))
     assert [(row["network"], row["batch"]) for row in found] == [("plain CNN 8x8", 1), ("plain CNN 8x8", 3)]
@@ -26,7 +26,7 @@ def test_networks_and_batches_are_measured_with_every_tool(monkeypatch: pytest.M
     assert [row["network"] for row in break_even.measure(only="GPT", batches=[2])] == ["GPT T=6"]
 
 
-def test_a_ratio_above_one_says_that_fastgrad_is_ahead() -> None:
+def test_a_ratio_above_one_is_ahead() -> None:
     def row(network: str, batch: int, *figures: tuple[float, int]) -> dict[str, Any]:
         cells = zip(break_even.CALLS, figures, strict=True)
         return {"network": network, "batch": batch, **{name: {"seconds": s, "peak_bytes": b} for name, (s, b) in cells}}

@@ -10,7 +10,7 @@ from bench.report import pages
 
 # The compiler reads what PyTorch warns of, and hides it unless warnings are errors.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
-def test_every_call_is_measured_for_both_models() -> None:
+def test_both_models_are_measured() -> None:
     found = list(compiled_blocks.measure("eager", (16, 6, 8, 1, 2), 3))
     assert [row["call"] for row in found] == list(compiled_blocks.CALLS)
     for row in found:
@@ -22,7 +22,7 @@ def test_every_call_is_measured_for_both_models() -> None:
             assert row["over"] == {"as written": 1, "compiled": 1}
 
 
-def test_the_page_says_what_the_records_say() -> None:
+def test_the_page_says_the_records() -> None:
     row = {
         "call": "grad_sqnorm under record", "as written": 0.5, "compiled": 0.25, "ratio": 0.5, "quartiles": [0.4, 0.6],
         "over": {"as written": 1.25, "compiled": 1.5}, "base": "training step", "error": 2e-7,

@@ -120,13 +120,13 @@ def test_verdicts(tool: str, verdict: str, dtype: str) -> None:
     [("refuses", "NotImplementedError: no rule for this layer"), ("dies", "the process died"),
      ("hangs", "no result within 1 s"), ("waits", "no result within 1 s")],
 )  # fmt: skip
-def test_what_raises_dies_or_hangs_costs_its_cell_alone(tool: str, note: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_costs_one_cell(tool: str, note: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "SECONDS", 1)
     monkeypatch.setattr(command, "WAITED", 1 if tool == "waits" else 60)
     assert command.alone(NAME, tool) == {"model": NAME, "tool": tool, "verdict": "refused", "note": note}
 
 
-def test_samples_that_depend_on_each_other_are_no_task(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_that_mix_are_no_task(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(models.MODELS, MIXED, (Mixed, lambda batch: torch.randn(batch, 4)))
     with pytest.raises(ValueError, match="gradients of samples must add up to that of the batch"):
         task.Loop(task.Task(MIXED, 3))
@@ -145,7 +145,7 @@ ROWS = [
 ]  # fmt: skip
 
 
-def test_means_are_geometric_and_over_models_where_a_peer_is_exact() -> None:
+def test_means_are_geometric_over_exact_models() -> None:
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in conformance.means(ROWS).splitlines()]
     assert lines[0] == ["peer", "models", "time", "memory"]
     assert lines[2] == ["p", "2", "4", "2"]  # 2 and 8 times, 4 and 1 times
@@ -153,7 +153,7 @@ def test_means_are_geometric_and_over_models_where_a_peer_is_exact() -> None:
     assert lines[4] == ["the best of these, model by model", "2", "4", "1.41"]
 
 
-def test_the_page_counts_verdicts_and_shows_times_of_what_is_exact_alone() -> None:
+def test_the_page_counts_verdicts() -> None:
     head = {"machine": "here", "versions": {}, "revision": "abc", "batch": 4, "limit_s": 30, "allowed": 1e-8}
     page = pages.page("conformance", {**head, "rows": ROWS}, [])
     assert page is not None
@@ -165,7 +165,7 @@ def test_the_page_counts_verdicts_and_shows_times_of_what_is_exact_alone() -> No
         assert line in page
 
 
-def test_at_least_thirty_models_are_of_public_packages() -> None:
+def test_at_least_thirty_models_are_public() -> None:
     packages = [name.split()[0] for name in models.MODELS]
     assert len(packages) > 30
     assert min(packages.count(package) for package in ("timm", "torchvision", "transformers")) >= 10

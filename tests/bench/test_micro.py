@@ -67,7 +67,7 @@ def test_implementations_are_those_that_are_named(case: Case) -> None:
 
 
 @pytest.mark.parametrize("table", ["network", "gram"])
-def test_norms_and_products_of_layers_are_checked_on_the_layers_that_a_peer_knows(table: str) -> None:
+def test_peers_are_checked_on_their_layers(table: str) -> None:
     known = ["0", "2"]  # of six convolutions and a head
     task = GramTask(NETWORKS["plain CNN 8x8"], 3, CPU, LABELS)
     each = zip(*(task.double().gradient(i) for i in range(3)), strict=True)

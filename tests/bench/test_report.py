@@ -291,7 +291,7 @@ def test_a_part_of_a_table_leaves_the_other_rows(tmp_path: pathlib.Path) -> None
         pages.joined(old, new | {"quick": False}, ["KNN"])
 
 
-def test_implementations_that_a_later_run_adds_stand_beside_its_own_times() -> None:
+def test_later_runs_add_implementations() -> None:
     head = {"machine": "A", "versions": {"torch": "2"}, "revision": "1", "cases": CASES}
     later = [
         CASES[0] | {"median_s": 2.0}, CASES[2] | {"median_s": 1.0},
@@ -320,7 +320,7 @@ def test_implementations_that_a_later_run_adds_stand_beside_its_own_times() -> N
     assert pages.added(head, new | {"cases": later[:2]}) == head
 
 
-def test_rows_that_a_run_leaves_out_stay_by_their_own_keys() -> None:
+def test_rows_stay_by_their_keys() -> None:
     rows = [{"model": model, "tool": tool, "steps": 1} for model in "ab" for tool in ("x", "y")]
     old = {"machine": "A", "versions": {}, "revision": "1", "rows": rows}
     new = old | {"revision": "2", "rows": [rows[3] | {"steps": 2}]}

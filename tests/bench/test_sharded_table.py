@@ -8,7 +8,7 @@ from bench.report import pages
 CALLS = ["step of FSDP", "grad_sqnorm", "grad_gram", "grad_project"]
 
 
-def test_every_call_of_both_ranks_is_measured() -> None:
+def test_both_ranks_are_measured() -> None:
     found = list(sharded.measure(sharded.Sizes(width=16, depth=1, batch=2, length=4, numbers=8)))
     assert [(row["call"], row["rank"]) for row in found] == [(call, rank) for rank in (0, 1) for call in CALLS]
     assert all(row["seconds"] > 0 for row in found)
@@ -16,7 +16,7 @@ def test_every_call_of_both_ranks_is_measured() -> None:
     assert all(row["peak_bytes"] > 4 * 12 * 16**2 for row in found)
 
 
-def test_ratios_are_to_the_step_of_the_same_rank() -> None:
+def test_ratios_are_to_the_same_rank() -> None:
     numbers = {0: [(1.0, 1024), (0.5, 2048), (2.0, 1024), (3.0, 512)], 1: [(2.0, 100), (1.0, 100), (1, 50), (4, 100)]}
     rows = [
         {"call": call, "rank": rank, "seconds": seconds, "peak_bytes": size}

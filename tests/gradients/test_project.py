@@ -146,7 +146,7 @@ def test_inner_products_are_unbiased(name: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(9, 4), (40, 3), (3, 40), (24, 6), (17, 9), (400, 1), (5, 2, 7)], ids=str)
-def test_estimates_of_one_product_spread_no_more_than_promised(shape: tuple[int, ...]) -> None:
+def test_estimates_spread_as_promised(shape: tuple[int, ...]) -> None:
     """The worst for places in runs are rows that are alike, whose numbers could meet column by column."""
     size, found = 31, []
     g = torch.ones(shape).flatten(1) / torch.Size(shape).numel() ** 0.5
