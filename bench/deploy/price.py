@@ -24,8 +24,8 @@ from bench.report import pages
 from fastgrad import TwoStageModel
 from fastgrad.batches import logits_of
 from fastgrad.blocks import DEFAULT_BLOCKS
+from fastgrad.blocks.extraction import Inputs
 
-Inputs = Tensor | dict[str, Tensor]
 #: Blocks that each form reads beside the default ones, and the price that it aims at, in forward passes.
 FORMS = {"default": ((), 1.2), "with the view": (("view",), 2.5)}
 #: Rounds by batch size: larger batches take longer, and their ratios vary less.

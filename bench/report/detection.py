@@ -160,14 +160,19 @@ def titled(document: Row, network: str) -> str:
 
 
 def by_group(document: Row) -> Any:
-    """Return the figure: by group the strongest rivals and fastgrad, of the first network not tuned on."""
+    """Return the figure: by group the strongest rivals and fastgrad, of the first network not tuned on.
+
+    Of labelled challenges it has all detectors.
+    """
     rows, merit = document["rows"], document["merit"]
     if not measured_networks(rows):
         return None
     network = min(measured_networks(rows), key=lambda name: document["networks"][name][1])
     found = {m: own for protocol in PROTOCOLS for m, own in means(rows, merit, network, protocol).items()}
     groups = [g for g in dict.fromkeys(g for own in found.values() for g in own) if "MEAD" not in g]
-    shown = [m for m in found if ours(m) and " + " not in m]
+    # Of detectors that were trained on the case, each is a control of the others.
+    labelled = {row["protocol"] for row in rows if "protocol" in row} == {PROTOCOLS[2]}
+    shown = [m for m in found if labelled or (ours(m) and " + " not in m)]
     for group in groups:
         values = {m: own[group][merit] for m, own in found.items() if published(m) and merit in own.get(group, {})}
         shown += [max(values, key=values.__getitem__)] if values else []

@@ -21,13 +21,13 @@ _SCALARS = frozenset(
      "Unsqueeze", "Stack", "Cat", "Select"}
 )  # fmt: skip
 _OURS = frozenset({"_TapBackward", "_GraphedBackward", "_ReturnedBackward"})
-#: Nodes whose backward pass takes several gradients at once; tests try most. ``cdist``'s is wrong, without an error.
+#: Nodes whose backward pass takes several gradients at once; tests try each. ``cdist``'s is wrong, without an error.
 _BATCHED = _OURS | {
     f"{name}Backward"
     for name in re.findall(
         r"\w+",
         """Abs Acos Add Addmm Alias Amax Amin Asin AsStrided Atan AvgPool2D Baddbmm Bmm Cat Clamp ClampMin Clone
-        ConstantPadNd Convolution Copy Cos Cumsum Div Dot Elu Erf Exp Expand Flip Gather Gelu Glu Hardsigmoid
+        ConstantPadNd Convolution Cos Cumsum Div Dot Elu Erf Exp Expand Flip Gather Gelu Glu Hardsigmoid
         Hardswish Hardtanh Index IndexSelect LeakyRelu Log Log1P LogSigmoid LogSoftmax Logsumexp MaskedFill Max
         MaxPool2DWithIndices Mean Mish Mm Mul Mv NativeBatchNorm NativeGroupNorm NativeLayerNorm Neg Permute Pow Prod
         Reciprocal Relu Repeat ReshapeAlias Roll Rsqrt Rsub Select Sigmoid Silu Sin Slice Softmax Softplus Split

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from fastgrad._torch import StopRecomputation, pytree, vmap
 from fastgrad.batches import same_class
 from fastgrad.engine import ordinary, sharded
+from fastgrad.engine.again import context
 from fastgrad.engine.inputs import Inputs
 from fastgrad.engine.mode import PerSample, Split
-from fastgrad.engine.modules import replaced, uncompiled
-from fastgrad.engine.outputs import Stacked, Tree, flatten, likely_join, require_rows
-from fastgrad.engine.recompute import Inside
+from fastgrad.engine.modules import replaced
+from fastgrad.engine.outputs import Stacked, Tree, flatten, require_rows
 from fastgrad.engine.recorded import Alone, Hints
 from fastgrad.engine.turns import reading, replacing
-from fastgrad.engine.writes import Attribute, Entry, Snapshot, States, entries, mapped
+from fastgrad.engine.writes import Attribute, Entry, Snapshot, States, mapped
 from fastgrad.layers.call import CHECKPOINT, Call, NotPerSampleError, Refused, RuleError
 from fastgrad.memory import lacks_memory
 
@@ -112,35 +112,13 @@ class Samples:
             f"{type(error).__name__}: {error}"
         )
 
-    def _inside(self) -> Inside:
-        """Return what makes the context in which a checkpoint of the model computes again."""
-        model, modules, objects, is_sharded = self.model, self.modules, self.inputs.objects, self._sharded
-
-        def rows(call: Call, value: Any) -> Any:
-            return likely_join(call.physical(value)) if call.is_batched(value) else value
-
-        @contextlib.contextmanager
-        def inside(call: Call) -> Iterator[None]:
-            before = Snapshot(modules, objects, (), sharded=is_sharded)
-            mode = PerSample(call, None, {}, inside)
-            shards = sharded.hooks_below(modules, call, mode.know) if is_sharded else contextlib.nullcontext()
-            try:
-                with uncompiled(module for _, module in modules), replaced(model, call), shards, mode:
-                    yield
-            finally:
-                for place, value in before.changes().items():
-                    if any(call.is_batched(t) for _, t in entries(place, value, Tensor)):
-                        before.write(place, mapped(place, value, lambda _, v: rows(call, v)))
-
-        return inside
-
     def _together(self, new_tensors: bool, index: Tensor | None) -> Part:
         leaves = self.inputs.rows(index)
         unique = self.inputs.carriers(leaves)
         samples = self.inputs.samples if index is None else len(index)
         call = Call(self.parameters, samples, new_tensors)
         # A checkpoint would compute again with the batch's states.
-        inside = None if self.states.found else self._inside()
+        inside = None if self.states.found else context(self.model, self.modules, self.inputs.objects, self._sharded)
         mode = PerSample(call, self.snapshot, self.states.doubtful, inside, counts=self._counts)
         made: list[Tree] = []
 

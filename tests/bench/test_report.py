@@ -330,6 +330,15 @@ def test_rows_stay_by_their_keys() -> None:
     assert pages.joined(old, everything, ["4 rows"], ("model", "tool")) == everything
 
 
+def test_of_labelled_challenges_the_figure_has_every_detector() -> None:
+    aurocs = {"LID, labelled": 0.7, "gradient norms, labelled": 0.8, "fastgrad, labelled": 0.9}
+    head = {"network": "a", "draw": 0, "group": "attacks", "case": "mean of attacks"}
+    for protocol, shown in (("with labelled challenges", 3), ("clean data only", 2)):
+        rows = [head | {"method": name, "protocol": protocol, "auroc": auroc} for name, auroc in aurocs.items()]
+        made = detection.by_group({"merit": "auroc", "rows": rows, "networks": {"a": ["A", False]}})
+        assert len(made.axes[0].get_yticklabels()) == shown
+
+
 def test_second_answers_show_gains_of_every_case() -> None:
     gains = {"H on h, gated": 0.1, "H on h": 0.4, "batch norm adapted": -0.2}
     rows = [

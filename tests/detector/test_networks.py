@@ -26,7 +26,7 @@ def test_hugging_face_and_timm():
     mixer = timm.create_model("resnet10t", num_classes=CLASSES)
     blocks = ["logits", "features", "activations", "gradients", "view", "image"]
     for network, head, size in ((vit, "classifier", 8), (mixer, "fc", 32)):
-        data = [nn.functional.interpolate(x, size=(size, size)) for x in loader(60, labels=False)]
+        data = [nn.functional.interpolate(x, size=(size, size)) for x in loader(24, labels=False)]
         two_stage = TwoStageModel(network, blocks=blocks).fit(data, challenges=None)
         assert two_stage.extraction_.subject.head == head
         assert torch.isfinite(two_stage(data[0]).uncertainty).all()
@@ -77,7 +77,7 @@ def test_autocast():
     def fit():
         with without_warnings():
             two_stage = TwoStageModel(Net(exact, network=network), blocks=blocks)
-            return two_stage.fit(loader(40), correct=True, verbose=False)
+            return two_stage.fit(loader(40), correct=True, challenges_per_input=1, verbose=False)
 
     plain = fit()
     with torch.autocast("cpu", torch.bfloat16):

@@ -48,6 +48,32 @@ IMAGES: dict[str, Callable[[Tensor], Tensor]] = {
     "group_norm": lambda x: F.group_norm(x, 2),
     "batch_norm": lambda x: F.batch_norm(x, torch.zeros(2, dtype=x.dtype), torch.ones(2, dtype=x.dtype)),
 }
+#: Functions of ``(5, 4)`` whose nodes those of rows and images leave out.
+PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "Alias": torch.ops.aten.alias, "AsStrided": lambda x: x.as_strided((3, 2), (1, 5)),
+    "Baddbmm": lambda x: torch.baddbmm(x[None], x[None], x[None, :4]), "ClampMin": lambda x: torch.clamp_min(x, 0.1),
+    "Div": lambda x: x / (x.abs() + 2), "Dot": lambda x: x[0].dot(x[1]),
+    "IndexSelect": lambda x: x.index_select(1, torch.tensor([1, 3])), "Mm": lambda x: x @ x.T,
+    "Mv": lambda x: x.mv(x[0]), "ReshapeAlias": lambda x: torch.ops.aten._reshape_alias(x, (20,), (1,)),
+    "Select": lambda x: x[2], "SplitWithSizes": lambda x: x.split([1, 3], 1)[1], "Sub": lambda x: x - x.cos(),
+    "Transpose": lambda x: x.transpose(0, 1), "UnsafeSplit": lambda x: torch.unsafe_split(x, 2, 1)[1],
+}  # fmt: skip
+
+
+def kinds_of(out: Tensor) -> set[type]:
+    return {type(node) for node in graph.nodes([out], inside=True) if type(node).__name__ != "AccumulateGrad"}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_several_gradients_of_plain_nodes(name: str) -> None:
+    leaf = inputs(5, 4).requires_grad_()
+    out = PLAIN[name](leaf.sin())
+    assert any(kind.__name__.rstrip("0123456789") == f"{name}Backward" for kind in kinds_of(out))
+    assert graph.batched_backward(kinds_of(out))
+    gradients = inputs(3, *out.shape, seed=1)
+    (found,) = torch.autograd.grad(out, leaf, gradients, retain_graph=True, is_grads_batched=True)
+    each = [torch.autograd.grad(out, leaf, g, retain_graph=True)[0] for g in gradients]
+    torch.testing.assert_close(found, torch.stack(each), rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", [*ROWS, *IMAGES])
@@ -63,9 +89,7 @@ def test_several_gradients_go_back_at_once(name: str) -> None:
     model, x = parts(forward, first=nn.Linear(3, 4)), inputs(5, 3)
     out = model(x)
     check_several(model, model, x, inputs(2, *out.shape, seed=1))
-    with torch.enable_grad():
-        kinds = {type(node) for node in graph.nodes([out], inside=True) if type(node).__name__ != "AccumulateGrad"}
-    left_out = {kind.__name__ for kind in kinds if not graph.batched_backward([kind])}
+    left_out = {kind.__name__ for kind in kinds_of(out) if not graph.batched_backward([kind])}
     assert not left_out, left_out
 
 

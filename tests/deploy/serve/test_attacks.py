@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from serve_client import Server, image, many_scans, png, running
+from serve_client import Server, image, many_scans, png
 
 #: Of this machine; an answer may quote what was sent, but no path.
 FOLDERS = (tempfile.gettempdir(), sys.prefix, str(Path(__file__).parents[3]))
@@ -29,10 +29,9 @@ MEMORY = 64 + 4 * 16
 
 
 @pytest.fixture(scope="module")
-def server(tiny_onnx: Path) -> Iterator[Server]:
+def server(servers: dict[str, tuple[Server, Path]]) -> Server:
     """Of one kind: no attack comes as far as the file."""
-    with running(tiny_onnx, "--timeout", "120") as started:
-        yield started
+    return servers["onnx"][0]
 
 
 def counts(short: int, long: int) -> pytest.MarkDecorator:
