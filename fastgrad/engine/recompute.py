@@ -94,7 +94,7 @@ def kept_elsewhere(tensors: list[Tensor], checkpoints: Iterable[weakref.ref[Any]
     """Whether something else than the graph and checkpoints keeps one of these tensors."""
     frames = [frame for ref in checkpoints if (frame := ref()) is not None]
     own = _references([frame.recompute_fn.function for frame in frames])
-    free, saved = Tensor(), torch.zeros((), requires_grad=True)
+    free, saved = torch.zeros((), device="cpu"), torch.zeros((), device="cpu", requires_grad=True)
     with torch.enable_grad():
         graph = saved * saved
     # A tensor is in the list, these have a name; each is in the tuple as well.

@@ -44,6 +44,7 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
         ValueError: If a norm is not positive and finite, a group has no trainable parameter or a trainable parameter
             has no group. Also for ``DistributedDataParallel`` with ``static_graph=True``, and for a model that `record`
             refuses, such as batch norm in training mode. There, one sample changes the gradients of all others.
+        RuntimeError: At the end, if the losses of the latest call did not go back by `backward`.
 
     Example::
 
@@ -73,7 +74,7 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
         #: The outputs of the latest call, and where the batch is in each.
         self._outputs: Outputs = []
         self._count = self._samples = 0
-        self._foreign = False
+        self._foreign = self._refused = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         again, (kind, model, options) = super().__reduce__()
@@ -88,11 +89,17 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
 
     def _forget(self) -> None:
         """Begin a new step."""
-        self._outputs, self._count = [], 0
+        self._outputs, self._count, self._refused = [], 0, False
 
     def __exit__(self, *error: object) -> None:
+        unclipped = self._count and not self._refused and error[:1] == (None,)
         self._forget()
         super().__exit__(*error)
+        if unclipped:
+            raise RuntimeError(
+                "losses must go back by the backward of clip_gradients before it ends; those of the latest call did "
+                "not, and a plain backward clips nothing. Call the model under no_grad if nothing goes back"
+            )
 
     def backward(self, losses: Tensor) -> Tensor:
         """Add the clipped gradients to ``.grad`` of the trainable parameters.
@@ -118,6 +125,7 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
             norms = outside_of_compilation(self._backward)(losses)
         except (TypeError, ValueError):
             # Other losses of the same call may be accepted, so it is kept.
+            self._refused = True
             raise
         except BaseException:
             self._forget()

@@ -367,3 +367,20 @@ def test_an_empty_batch_of_sequences_adds_zeros() -> None:
             norms = clipped.backward(net(torch.randn(rows, 5, 3)).sum(1))
             assert len(norms) == rows
             assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_a_plain_backward_inside_is_an_error_at_the_end() -> None:
+    net, x = nn.Linear(3, 2), torch.randn(4, 3)
+
+    def inside(do: Callable[[Tensor], Any]) -> None:
+        with fastgrad.clip_gradients(net, 1.0):
+            do(net(x))
+
+    with pytest.raises(RuntimeError, match="a plain backward clips nothing"):
+        inside(lambda out: out.sum().backward())
+    with pytest.raises(ZeroDivisionError):
+        inside(lambda _: 1 // 0)
+    with fastgrad.clip_gradients(net, 1.0) as clipped:
+        clipped.backward(net(x).sum(1))
+        with torch.no_grad():
+            net(x)
