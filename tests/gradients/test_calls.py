@@ -62,8 +62,10 @@ def test_copies_and_pickles(model: nn.Sequential, copied: Callable[[Any], Any]) 
     limits = {"0": 0.5, "2": 0.1}
     for make in (fastgrad.record, lambda model: fastgrad.clip_gradients(model, limits)):
         with make(model) as recording:
-            model(X)
+            out = model(X)
             other = copied(recording)
+            if isinstance(recording, fastgrad.clip_gradients):
+                recording.backward(out.sum(1))
         with other:
             loss = F.cross_entropy(other.model(X), Y, reduction="none")
             norms = fastgrad.grad_sqnorm(loss.sum(), list(other.model.parameters()), retain_graph=True)
