@@ -52,10 +52,17 @@ class _Returned(torch.autograd.Function):
         return None, gradient
 
 
+def no_view(tensor: Tensor) -> Tensor:
+    """Return the same values as no view of another tensor; they share the memory of a contiguous one."""
+    if not tensor.is_contiguous():
+        return tensor.clone()
+    alike: Tensor = torch.ops.aten._unsafe_view.default(tensor, tensor.shape)
+    return alike
+
+
 def mark_returned(call: object, output: Tensor) -> Tensor:
     """Return an output whose node leads to the call; it shares the memory of a contiguous ``output``."""
-    own = torch.ops.aten._unsafe_view.default(output, output.shape) if output.is_contiguous() else output.clone()
-    result: Tensor = _Returned.apply(call, own)
+    result: Tensor = _Returned.apply(call, no_view(output))
     return result
 
 

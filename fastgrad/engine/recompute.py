@@ -24,6 +24,7 @@ from fastgrad._torch import (
     is_saved,
     lowered,
 )
+from fastgrad.engine.graph import no_view
 from fastgrad.engine.turns import reading
 from fastgrad.layers.call import CHECKPOINT, Call, Refused
 
@@ -69,8 +70,7 @@ def _alive(x: Tensor, call: Call, version: int | None, requires_grad: bool) -> T
     if batch is x or batch.requires_grad == requires_grad:
         return x
     with lowered():
-        batch = batch.detach().requires_grad_()
-        batch = torch.ops.aten._unsafe_view.default(batch, batch.shape) if batch.is_contiguous() else batch.clone()
+        batch = no_view(batch.detach().requires_grad_())
     alive: Tensor = call.wrapped(batch)
     return alive
 
