@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,54 +15,50 @@ from fastgrad.layers.call import Call, mixes_samples
 from fastgrad.layers.formula import Formula, Tensors, positions_first, sqnorm, upcast
 
 
-class Normalisation(Formula):
-    """A normalisation over channels in dimension 1, of ``images`` images a sample, or over the last dimensions.
-
-    ``normalized`` gives the normalised input, without weight and bias; ``trailing`` is the number of dimensions at the
-    end that it normalises over, 0 for channels.
-    """
+class OverLast(Formula):
+    """A normalisation over the last ``trailing`` dimensions; ``normalized`` gives it without weight and bias."""
 
     name = "normalisation"
 
-    def __init__(self, normalized: Callable[[Tensor], Tensor], trailing: int, images: int) -> None:
-        self._normalized, self._trailing, self._images = normalized, trailing, images
+    def __init__(self, normalized: Callable[[Tensor], Tensor], trailing: int) -> None:
+        self._normalized, self._trailing = normalized, trailing
 
     def gradient(self, saved: Tensors, gradients: Tensors, slot: int) -> Tensor:
         a, g = upcast(saved[0], gradients[0])
-        product = g if slot else g * self._normalized(a)
-        if self._trailing:
-            return positions_first(product, self._trailing).sum(1)
-        product = product.flatten(2).sum(2) if product.dim() > 2 else product
-        return product if self._images == 1 else product.unflatten(0, (-1, self._images)).sum(1)
+        return positions_first(g if slot else g * self._normalized(a), self._trailing).sum(1)
 
 
-class BatchNorm(Normalisation):
-    """Batch norm with running statistics."""
+class OverChannels(Formula):
+    """A normalisation of channels, dimension 1, of ``images`` images a sample.
 
-    name = "batch norm (evaluation)"
+    ``statistics`` gives mean and scale of each image's channels, ``(n, C)`` or ``(C,)``.
+    """
 
-    def __init__(self, mean: Tensor, var: Tensor, eps: float, images: int) -> None:
-        super().__init__(self._by_statistics, 0, images)
-        self._mean, self._var, self._eps = mean.detach(), var.detach(), eps
+    def __init__(self, name: str, statistics: Callable[[Tensor], Tensors], images: int) -> None:
+        self.name, self._statistics, self._images = name, statistics, images
 
-    def _by_statistics(self, a: Tensor) -> Tensor:
-        normalized: Tensor = F.batch_norm(a, self._mean.to(a.dtype), self._var.to(a.dtype), eps=self._eps)
-        return normalized
+    def gradient(self, saved: Tensors, gradients: Tensors, slot: int) -> Tensor:
+        return self._gradients(saved, gradients, [slot])[0]
 
     def sqnorms(self, saved: Tensors, gradients: Tensors, slots: Sequence[int]) -> list[Tensor]:
-        (a,), (g,) = saved, gradients
-        if self._images > 1 or a.dim() == 2 or functorch.is_batchedtensor(g) or not a.is_contiguous():
-            return super().sqnorms(saved, gradients, slots)
-        # With samples folded into channels, the reduction over (batch, positions) becomes one per sample. One pass over
-        # the two tensors then gives both sums.
-        a, g = upcast(a, g)
-        samples, channels = a.shape[:2]
-        g, a = (x.contiguous().view(1, samples * channels, -1) for x in (g, a))
-        mean, var = (x.to(a.dtype).expand(samples, -1).reshape(-1) for x in (self._mean, self._var))
-        _, weight, bias = torch.ops.aten.native_batch_norm_backward(
-            g, a, None, mean, var, None, None, False, self._eps, [False, True, True]
-        )
-        return [sqnorm((bias if slot else weight).view(samples, channels)) for slot in slots]
+        return [sqnorm(gradient) for gradient in self._gradients(saved, gradients, slots)]
+
+    def _gradients(self, saved: Tensors, gradients: Tensors, slots: Sequence[int]) -> list[Tensor]:
+        a, g = upcast(saved[0], gradients[0])
+        mean, scale = (x.to(a.dtype).expand(a.shape[:2]) for x in self._statistics(a))
+        if a.dim() == 2 or functorch.is_batchedtensor(g) or not a.is_contiguous():
+            ends = [*a.shape[:2], *[1] * (a.dim() - 2)]
+            products = [g if slot else g * ((a - mean.reshape(ends)) * scale.reshape(ends)) for slot in slots]
+            found = [p.flatten(2).sum(2) if p.dim() > 2 else p for p in products]
+        else:
+            # With images folded into channels, the reduction over (batch, positions) becomes one per image. One pass
+            # over the two tensors then gives both sums.
+            g, a = (x.contiguous().flatten(2).flatten(0, 1).unsqueeze(0) for x in (g, a))
+            _, weight, bias = torch.ops.aten.native_batch_norm_backward(
+                g, a, None, None, None, mean.flatten(), scale.flatten(), True, 0.0, [False, True, True]
+            )
+            found = [(bias if slot else weight).view(mean.shape) for slot in slots]
+        return found if self._images == 1 else [x.unflatten(0, (-1, self._images)).sum(1) for x in found]
 
 
 def batch_norm(
@@ -77,9 +74,13 @@ def batch_norm(
             "statistics; call model.eval())"
         )
     mean, var = running_mean, running_var
+
+    def statistics(x: Tensor) -> Tensors:
+        return mean.detach(), (var.detach().to(x.dtype) + eps).rsqrt()
+
     return call.apply_to_images(
         lambda x: in_order(x, mean, var, weight, bias, False, momentum, eps), input, [weight, bias],
-        lambda images: BatchNorm(mean, var, eps, images),
+        lambda images: OverChannels("batch norm (evaluation)", statistics, images),
     )  # fmt: skip
 
 
@@ -100,7 +101,11 @@ def group_norm(
     eps: float = 1e-5,
 ) -> Any:  # fmt: skip
     """Rule for ``torch.nn.functional.group_norm``."""
-    return _by_own_statistics(call, input, weight, bias, lambda x, w, b: F.group_norm(x, num_groups, w, b, eps))
+
+    def run(x: Tensor) -> Tensor:
+        return F.group_norm(x, num_groups, weight, bias, eps)
+
+    return _of_groups(call, input, weight, bias, run, eps, num_groups)
 
 
 def instance_norm(
@@ -111,17 +116,33 @@ def instance_norm(
     """Rule for ``torch.nn.functional.instance_norm``, of images that have a dimension for samples."""
     if not use_input_stats:
         return batch_norm(call, input, running_mean, running_var, weight, bias, False, momentum, eps)
-
-    def run(x: Tensor, w: Any, b: Any, mean: Any = None, var: Any = None) -> Tensor:
-        return F.instance_norm(x, mean, var, w, b, True, momentum, eps)
-
-    if running_mean is None and running_var is None:
-        return _by_own_statistics(call, input, weight, bias, run)
-    if not call.is_batched(input) or call.is_batched(running_mean) or input.shape[0] != 1:
-        return NotImplemented
+    tracks = running_mean is not None or running_var is not None
     # The batch's images write to the running statistics once, as in an ordinary call.
-    return _by_own_statistics(
-        call, input, weight, bias, lambda x, w, b: run(x, w, b, running_mean, running_var), plain=run
+    if tracks and (not call.is_batched(input) or call.is_batched(running_mean) or input.shape[0] != 1):
+        return NotImplemented
+
+    def run(x: Tensor) -> Tensor:
+        return F.instance_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
+
+    return _of_groups(call, input, weight, bias, run, eps)
+
+
+def _of_groups(
+    call: Call, input: Tensor, weight: Any, bias: Any, run: Callable[[Tensor], Tensor], eps: float, groups: int = 0
+) -> Any:  # fmt: skip
+    """Apply ``run(input)``, which normalises groups of an image's channels; 0: each by itself."""
+    if not call.serves(weight, bias) or call.owns(input):
+        return NotImplemented
+
+    def statistics(x: Tensor) -> Tensors:
+        n, channels, *places = x.shape
+        _, mean, scale = torch.native_group_norm(
+            x.contiguous(), None, None, n, channels, math.prod(places), groups or channels, eps
+        )
+        return [s.repeat_interleave(channels // s.shape[1], 1) for s in (mean, scale)]
+
+    return call.apply_to_images(
+        run, input, [weight, bias], lambda images: OverChannels("normalisation", statistics, images)
     )
 
 
@@ -130,37 +151,27 @@ def layer_norm(
     bias: Tensor | None = None, eps: float = 1e-5,
 ) -> Any:  # fmt: skip
     """Rule for ``torch.nn.functional.layer_norm``."""
-    return _by_own_statistics(
-        call, input, weight, bias, lambda x, w, b: F.layer_norm(x, normalized_shape, w, b, eps), len(normalized_shape)
-    )
+
+    def run(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.layer_norm(x, normalized_shape, weight, bias, eps)
+
+    return _over_last(call, input, weight, bias, run, len(normalized_shape))
 
 
 def rms_norm(
     call: Call, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None,
 ) -> Any:  # fmt: skip
     """Rule for ``torch.nn.functional.rms_norm``."""
-    return _by_own_statistics(
-        call, input, weight, None, lambda x, w, _: F.rms_norm(x, normalized_shape, w, eps), len(normalized_shape)
-    )
+
+    def run(x: Tensor, weight: Tensor | None, bias: None) -> Tensor:
+        return F.rms_norm(x, normalized_shape, weight, eps)
+
+    return _over_last(call, input, weight, None, run, len(normalized_shape))
 
 
-def _by_own_statistics(
-    call: Call, input: Tensor, weight: Any, bias: Any, run: Callable[..., Tensor], trailing: int = 0,
-    plain: Callable[..., Tensor] | None = None,
-) -> Any:  # fmt: skip
-    """Apply ``run(input, weight, bias)``, which normalises each image over channels or its ``trailing`` dimensions.
-
-    ``plain`` does the same and writes to nothing.
-    """
+def _over_last(call: Call, input: Tensor, weight: Any, bias: Any, run: Callable[..., Tensor], trailing: int) -> Any:
+    """Apply ``run(input, weight, bias)``, which normalises over the last ``trailing`` dimensions."""
     if not call.serves(weight, bias) or call.owns(input):
         return NotImplemented
-
-    def whole(x: Tensor) -> Tensor:
-        return run(x, weight, bias)
-
-    def formula(images: int) -> Normalisation:
-        return Normalisation(lambda x: (plain or run)(x, None, None), trailing, images)
-
-    if trailing:
-        return call.apply(whole, input, [weight, bias], formula(1))
-    return call.apply_to_images(whole, input, [weight, bias], formula)
+    formula = OverLast(lambda x: run(x, None, None), trailing)
+    return call.apply(lambda x: run(x, weight, bias), input, [weight, bias], formula)
