@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastgrad import checks
 from fastgrad._torch import outside_of_compilation
+from fastgrad.batches import bytes_of
 from fastgrad.engine.backward import Share
 from fastgrad.engine.norms import norms_of_uses
 from fastgrad.engine.products import CHUNK_BYTES, ParameterUses
@@ -160,6 +161,16 @@ class Places(NamedTuple):
         row, column = (place.remainder_(size).to(device) for place in places)
         row_sign, column_sign = (sign.to(device) for sign in signs)
         return cls(size, run, pitch, first.tolist(), block.tolist(), row, row_sign, column, column_sign)
+
+
+def digest_of_map(size: int, seed: int) -> str:
+    """Return a hash of where numbers go: another version of this package or of PyTorch may draw other places."""
+    found, device = hashlib.sha256(), torch.device("cpu")
+    for shape in ((5, size + 1), (size + 1, 1)):  # several blocks of columns, several runs of rows
+        places = Places.of(f"{seed} {shape}", shape, size, device)
+        for drawn in (places.row, places.row_sign, places.column, places.column_sign):
+            found.update(bytes_of(drawn))
+    return found.hexdigest()
 
 
 def sketch(rows: Tensor, share: Share, shape: Sequence[int], places: Places) -> None:

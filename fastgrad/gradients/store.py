@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastgrad import checks
 from fastgrad.atomic import written_beside
 from fastgrad.batches import bytes_of
+from fastgrad.gradients.project import digest_of_map
 
 #: Bytes of rows that are read at once.
 BLOCK_BYTES = 64 * 2**20
@@ -36,7 +37,8 @@ class GradientStore:
 
     Raises:
         TypeError, ValueError: For any other argument; also if the folder's rows are of another model, size or seed or
-            about something else, or if its files are damaged.
+            about something else, or come from a version of this package or of PyTorch that maps gradients to other
+            rows, or if its files are damaged.
 
     Example::
 
@@ -57,7 +59,10 @@ class GradientStore:
         checks.is_seed(seed)
         checks.is_a(str, about=about)
         self._folder = Path(folder)
-        self._about: dict[str, Any] = {"model": digest(model), "size": int(size), "seed": int(seed), "about": about}
+        self._about: dict[str, Any] = {
+            "model": digest(model), "size": int(size), "seed": int(seed), "about": about,
+            "map": digest_of_map(int(size), int(seed)),
+        }  # fmt: skip
         self.size = int(size)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._rows = self._read() if self._index.exists() else 0

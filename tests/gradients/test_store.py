@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastgrad import GradientStore
 from fastgrad.gradients import store as stores
+from fastgrad.gradients.project import Places
 
 SIZE = 5
 
@@ -111,6 +112,18 @@ def test_other_rows_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             GradientStore(tmp_path, model, **{"size": SIZE, **options})
+
+
+def test_rows_of_another_map_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(tmp_path)
+    drawn = torch.randperm
+    Places.of.cache_clear()
+    monkeypatch.setattr(torch, "randperm", lambda n, **options: drawn(n, **options).flip(0))
+    try:
+        with pytest.raises(ValueError, match="map must be that of the rows in"):
+            GradientStore(tmp_path, network(), size=SIZE)
+    finally:
+        Places.of.cache_clear()
 
 
 def test_damage_is_refused(tmp_path: Path) -> None:
