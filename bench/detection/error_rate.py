@@ -62,16 +62,16 @@ class Answers(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What the estimates know: labelled clean inputs, the part of them that the detector has not seen, challenges.
+    """What the estimates know: labelled clean inputs and challenges.
 
-    ``fitted`` is the number of clean inputs that the detector was fitted on.
+    ``fitted`` is the number of clean inputs that the detector was fitted on, ``wrong_above`` its own limit of the risk.
     """
 
     clean: Answers
-    unseen: Answers
     generated: list[Answers]
     temperature: float
     fitted: int
+    wrong_above: float
 
 
 def softmax(logits: Values) -> Values:
@@ -158,7 +158,6 @@ def estimates(known: Known) -> dict[str, Callable[[Answers], tuple[float, ...]]]
     def negative_entropy(p: Values) -> Values:
         return (p * np.log(np.maximum(p, 1e-30))).sum(1)
 
-    excess = float((known.unseen.risk - (1 - known.unseen.probabilities.max(1))).mean())
     by_nuclear, by_mano = (regressed(known, score) for score in (nuclear, mano))
     alone: dict[str, Callable[[Answers], float]] = {
         "mean of 1 - softmax": lambda s: float(1 - softmax(s.logits).max(1).mean()),
@@ -172,9 +171,7 @@ def estimates(known: Known) -> dict[str, Callable[[Answers], tuple[float, ...]]]
         "MaNo": by_mano,
         "mean of the risk": lambda s: float(s.risk.mean()),
     }
-    ours = {OURS: lambda s: error_rate(s.risk, s.uncertainty, excess, known.fitted)}
-    # Each of the two is too low for errors that it cannot see.
-    alone["the larger of fastgrad and ATC"] = lambda s: max(ours[OURS](s).rate, alone["ATC, confidence"](s))
+    ours = {OURS: lambda s: error_rate(s.risk, s.uncertainty, known.wrong_above, known.fitted)}
     return {name: lambda s, one=one: (float(np.clip(one(s), 0, 1)),) for name, one in alone.items()} | ours
 
 
@@ -272,7 +269,7 @@ def measure(experiment: Experiment) -> list[dict[str, Any]]:
     shown, unseen = whole.at(slice(first)), whole.at(slice(first, None))
     fit, generated = of_fit(experiment, rng)
     temperature = float(two_stage.temperature_.temperature)
-    every = estimates(Known(joined([fit, unseen]), unseen, generated, temperature, len(fit.wrong)))
+    every = estimates(Known(joined([fit, unseen]), generated, temperature, len(fit.wrong), two_stage.wrong_above))
     found: dict[str, list[tuple[str, float, int, float, float, float]]] = {name: [] for name in every}
     for group, share, size, stream in streams(shown, cases, rng):
         truth = float(stream.wrong.mean())

@@ -32,7 +32,7 @@ from numpy.typing import ArrayLike
 
 from fastgrad import checks
 from fastgrad.checks import Array
-from fastgrad.deploy.error_rate import FEWEST, ErrorRate, check_excess, error_rate
+from fastgrad.deploy.error_rate import FEWEST, ErrorRate, check_limit, error_rate
 
 # Beta(a, b) shapes. a < 1 grows on small p-values (high scores), b < 1 on large ones (low scores), both on both tails,
 # and both above 1 on a pile-up in the middle. Small exponents find extreme shifts in a few images, exponents near 1
@@ -108,7 +108,7 @@ class DriftMonitor:
         false_alarm_rate: In (0, 1). For ``form="ever"``, the bound on the probability of ever raising a false alarm;
             for ``form="average"``, one over the least average number of images before one.
         form: ``"ever"`` or ``"average"``, see the description of the module.
-        excess: What the risk of clean inputs owes to challenges (`fastgrad.deploy.error_rate`), or None.
+        wrong_above: The risk above which answers count as wrong (`fastgrad.deploy.error_rate`), or None.
         seed: Seed of the random numbers that break ties; monitors with one seed agree on the same stream.
 
     Attributes:
@@ -127,15 +127,15 @@ class DriftMonitor:
         *,
         false_alarm_rate: float = 0.01,
         form: Literal["ever", "average"] = "ever",
-        excess: float | None = None,
+        wrong_above: float | None = None,
         seed: int = 0,
     ) -> None:
         checks.lies_in("(0, 1)", false_alarm_rate=false_alarm_rate)
         checks.one_of("form", form, ("ever", "average"))
         checks.is_seed(seed)
-        if excess is not None:
-            check_excess(excess)
-        self.excess = excess
+        if wrong_above is not None:
+            check_limit(wrong_above)
+        self.wrong_above = wrong_above
         self.reference = reference if isinstance(reference, ScoreReference) else ScoreReference.from_scores(reference)
         self.false_alarm_rate = float(false_alarm_rate)
         self.form = form
@@ -161,11 +161,11 @@ class DriftMonitor:
     @property
     def error_rate(self) -> ErrorRate | None:
         """The estimated share of wrong answers among the last 1,000 inputs with a risk; None without an estimate."""
-        if self.excess is None or len(self._recent) < FEWEST:
+        if self.wrong_above is None or len(self._recent) < FEWEST:
             return None
         risk, uncertainty = np.array(self._recent).T
         clean = max(int(self.reference.counts.sum()), 1)
-        return error_rate(risk, uncertainty, self.excess, clean)
+        return error_rate(risk, uncertainty, self.wrong_above, clean)
 
     @property
     def alarm(self) -> bool:

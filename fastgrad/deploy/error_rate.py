@@ -1,18 +1,15 @@
 """An error rate without labels: how many answers to a stream of inputs are wrong?
 
-The risk is fitted on clean inputs and challenges of equal weight, so its mean over a stream is right if half of the
-stream is unusual. On clean inputs it is too high by the *excess*, which they owe to the challenges; on challenges it is
-too low by as much. With a share b of unusual inputs, the error rate is therefore
-
-    mean of the risk + excess (2 b - 1).
-
-Storey's estimate gives b (*A direct approach to false discovery rates*, 2002): the p-values of clean inputs are
-uniform, so a share of 1 - `USUAL` of them have a p-value above `USUAL`, but few of the unusual ones.
+The estimate is the share of answers whose risk is above a limit, the one above which as many answers to clean inputs
+are as were wrong. That is ATC (Garg et al., *Leveraging unlabeled data to predict out-of-distribution performance*,
+ICLR 2022) with the risk in place of the confidence, which attacks and foreign inputs leave high.
 
 No labels say how many answers to unusual inputs are wrong: nearly all of an attack's, few of a brighter image's. So the
-upper end of the interval trusts the risk only of inputs that look usual. It takes the largest b that chance allows, in
-the stream and in the clean inputs that p-values compare with. All answers to that share of the inputs, the most unusual
-ones, count as wrong. At the lower end `LEAST` of what the risk says comes true, of every input.
+upper end of the interval trusts the risk only of inputs that look usual. Storey's estimate gives the share b of unusual
+inputs (*A direct approach to false discovery rates*, 2002): the p-values of clean inputs are uniform, so a share of
+1 - `USUAL` of them have a p-value above `USUAL`, but few of the unusual ones. The upper end takes the largest b that
+chance allows, in the stream and in the clean inputs that p-values compare with. All answers to that share of the
+inputs, the most unusual ones, count as wrong. At the lower end `LEAST` of what the risk says comes true.
 """
 
 from __future__ import annotations
@@ -45,8 +42,9 @@ class ErrorRate(NamedTuple):
 
 
 def error_rate(
-    risk: ArrayLike | Tensor, uncertainty: ArrayLike | Tensor, excess: float, clean: int, *, confidence: float = 0.95
-) -> ErrorRate:
+    risk: ArrayLike | Tensor, uncertainty: ArrayLike | Tensor, wrong_above: float, clean: int, *,
+    confidence: float = 0.95,
+) -> ErrorRate:  # fmt: skip
     """Estimate the share of wrong answers to inputs without labels.
 
     ``low`` holds if at least two fifths as many answers are wrong as the risk says. ``high`` holds if the uncertainty
@@ -60,18 +58,19 @@ def error_rate(
     Args:
         risk: ``(n,)``, of a stream of at least 30 inputs, in any order.
         uncertainty: ``(n,)``, of the same inputs; infinite where it could not be computed.
-        excess: Mean of ``risk - (1 - probabilities.amax(1))`` over clean inputs, above 0, as an exported file holds it.
+        wrong_above: The risk above which as many answers to clean inputs are as were wrong:
+            ``two_stage.wrong_above``, which an exported file holds as well.
         clean: Number of clean inputs that the uncertainty was fitted on, such as ``len(two_stage.calibration_scores)``.
         confidence: Of the interval, in (0, 1).
 
     Raises:
-        TypeError: ``excess`` or ``confidence`` is not a number, or ``clean`` not an integer.
+        TypeError: ``wrong_above`` or ``confidence`` is not a number, or ``clean`` not an integer.
         ValueError: Shapes differ, there are fewer than 30 inputs, a value is NaN, a risk is outside [0, 1], or a number
             is out of range. Without generated challenges, or without labels, the risk says nothing about unusual
-            inputs, and the excess is 0.
+            inputs, and there is no limit.
     """
     checks.lies_in("(0, 1)", confidence=confidence)
-    check_excess(excess)
+    check_limit(wrong_above)
     checks.at_least(1, clean=clean)
     p_wrong, unusual = checks.vector("risk", risk), checks.vector("uncertainty", uncertainty, finite=False)
     checks.shape_is("uncertainty", unusual, p_wrong.shape, "one per risk")
@@ -80,9 +79,8 @@ def error_rate(
     if np.isnan(unusual).any() or p_wrong.min() < 0 or p_wrong.max() > 1:
         raise ValueError("risk must lie in [0, 1] and uncertainty must not hold NaN")
     count, quantile = len(p_wrong), NormalDist().inv_cdf((1 + confidence) / 2)
-    # Not clipped at 0: chance would then raise the estimate for clean streams.
     share = 1 - float((unusual < -math.log(USUAL)).mean()) / (1 - USUAL)
-    rate = float(np.clip(p_wrong.mean() + excess * (2 * share - 1), 0, 1))
+    rate = float((p_wrong > wrong_above).mean())
     # The standard deviation of the share of clean inputs that look usual, over 1 - USUAL: of the stream's, and of those
     # that set which p-value an input has.
     spread = math.sqrt(USUAL / (1 - USUAL) * (1 / count + 1 / clean))
@@ -95,10 +93,10 @@ def error_rate(
     return ErrorRate(rate, max(min(low, rate), 0.0), min(max(high, rate), 1.0))
 
 
-def check_excess(excess: float) -> None:
-    """Raise TypeError or ValueError unless ``excess`` can be that of a risk fitted with challenges."""
-    checks.is_number(excess=excess)
-    if not 0 < excess < 1:
-        raise ValueError(
-            f"excess must lie in (0, 1); it was {excess!r}. It is 0 if the risk was fitted without generated challenges"
-        )
+def check_limit(wrong_above: float) -> None:
+    """Raise TypeError or ValueError unless ``wrong_above`` can be the risk above which answers count as wrong."""
+    if wrong_above is None:
+        raise ValueError("wrong_above must be a number from 0 to 1; it was None: there is none without challenges")
+    checks.is_number(wrong_above=wrong_above)
+    if not 0 <= wrong_above <= 1:
+        raise ValueError(f"wrong_above must be a number from 0 to 1; it was {wrong_above!r}")

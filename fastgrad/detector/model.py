@@ -350,6 +350,15 @@ class TwoStageModel(nn.Module):
         """Uncertainties ``(n,)`` of the clean inputs that calibrate, each from a fit without it."""
         return self._fitted()[0].calibration_scores
 
+    @property
+    def wrong_above(self) -> float | None:
+        """The risk above which as many answers to clean inputs are as were wrong, for `fastgrad.deploy.error_rate`.
+
+        None if the risk was fitted without challenges, or there is none.
+        """
+        self._fitted()
+        return None if self.risk_ is None else self.risk_.options["wrong_above"]
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write everything but the network to ``path``, a safetensors file with a digest (no pickle).
 

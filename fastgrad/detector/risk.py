@@ -80,8 +80,8 @@ class NoisyOr(Fitted):
 class Risk(Fitted):
     """P(wrong) from the answer's own doubt and the evidence against its input.
 
-    ``options["excess"]`` is the mean of risk - doubt over the clean inputs: what their risk owes to the challenges
-    (`fastgrad.deploy.error_rate`).
+    ``options["wrong_above"]`` is the risk above which as many answers to clean inputs are as were wrong
+    (`fastgrad.deploy.error_rate`); None without challenges.
     """
 
     rates: Tensor  # (C,), the share of wrong answers to each kind of challenge, 0 for "clean"; C is 0 without any
@@ -99,7 +99,9 @@ class Risk(Fitted):
         # Laplace's rule keeps a few inputs from making a rate 0 or 1.
         rates = (torch.arange(classes, device="cpu") > 0) * (errors + 1).to(evidence.dtype) / (counts + 2)
         risk = cls(rates=rates, cause=NoisyOr.fit(doubt, misleading(evidence, log_p, rates), wrong, kinds > 0))
-        risk.options["excess"] = float((risk(doubt, evidence, log_p) - doubt)[kinds == 0].mean())
+        clean, share = kinds == 0, wrong[kinds == 0].double().mean()
+        above = risk(doubt, evidence, log_p)[clean].double().quantile(1 - share)
+        risk.options["wrong_above"] = float(above) if classes else None
         return risk
 
     def forward(self, doubt: Tensor, evidence: Tensor, log_p: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def stream(count: int, seed: int, *, sure: float = 2.0, shifted: float = 0.0) ->
 def known() -> Known:
     clean = stream(4000, 0)
     generated = [stream(300, seed, sure=sure) for seed, sure in enumerate([1.0, 1.5, 2.0, 3.0] * 3)]
-    return Known(clean, clean, generated, 1.0, 4000)
+    return Known(clean, generated, 1.0, 4000, float(np.quantile(clean.risk, 1 - clean.wrong.mean())))
 
 
 @pytest.mark.parametrize("sure", [1.0, 2.0, 3.0])
@@ -42,9 +42,9 @@ def test_every_estimate_is_right_where_confidence_is(known: Known, sure: float) 
     seen = stream(1000, 9, sure=sure)
     truth = seen.wrong.mean()
     for name, estimate in error_rate.estimates(known).items():
-        # The thresholds of ATC and COTT are those of clean inputs; the risk is too high by .05 by construction.
+        # The thresholds of ATC, COTT and ours are those of clean inputs; the risk is too high by .05 by construction.
         allowed = 0.15 if name in ("COT", "COTT", "MaNo", "nuclear norm") else 0.07
-        if sure == 2 or not ("ATC" in name or name == "COTT"):
+        if sure == 2 or not ("ATC" in name or name in ("COTT", error_rate.OURS)):
             assert estimate(seen)[0] == pytest.approx(truth, abs=allowed), name
 
 
@@ -66,14 +66,6 @@ def test_what_no_estimate_of_confidence_can_see(known: Known) -> None:
     seen = stream(1000, 9, shifted=0.5)
     every = error_rate.estimates(known)
     assert all(every[name](seen)[0] < seen.wrong.mean() - 0.2 for name in ("ATC, confidence", "DoC", "COT", "COTT"))
-
-
-def test_the_larger_of_two_estimates_is_one_of_them(known: Known) -> None:
-    every = error_rate.estimates(known)
-    for shifted in (0.0, 0.5):
-        seen = stream(300, 5, sure=1.0, shifted=shifted)
-        both = [every[name](seen)[0] for name in (error_rate.OURS, "ATC, confidence")]
-        assert every["the larger of fastgrad and ATC"](seen) == (max(both),)
 
 
 def test_a_kind_left_out_is_answered_by_fits_without_it_and_without_its_images(monkeypatch: pytest.MonkeyPatch) -> None:

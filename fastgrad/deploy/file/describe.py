@@ -52,7 +52,7 @@ def describe(
         std=None if std is None else checks.to_array("std", std, finite=False).tolist(),
         risk=len(outputs) == 4,
         risk_threshold=risk_threshold,
-        excess=getattr(getattr(two_stage, "risk_", None), "options", {}).get("excess") or None,
+        wrong_above=getattr(two_stage, "wrong_above", None),
         evidence=dict(two_stage.alarms) if evidence else None,  # type: ignore[arg-type]
         versions={
             "fastgrad": fastgrad.__version__,

@@ -42,8 +42,8 @@ class Description:
         evidence: Name of each column of evidence and what its alarm means, in words; None without evidence.
         risk: Whether the file gives the probability that an answer is wrong.
         risk_threshold: An answer is accepted if its risk is at most this; None if nothing was decided.
-        excess: Mean of the risk minus the answer's own doubt on clean inputs, for `fastgrad.deploy.error_rate`; None if
-            the risk was fitted without challenges.
+        wrong_above: The risk above which as many answers to clean inputs are as were wrong, for
+            `fastgrad.deploy.error_rate`; None if the risk was fitted without challenges.
 
     Raises:
         ValueError: A field is not as above; the message names it.
@@ -66,7 +66,7 @@ class Description:
     evidence: dict[str, str] | None = None
     risk: bool = False
     risk_threshold: float | None = None
-    excess: float | None = None
+    wrong_above: float | None = None
 
     def __post_init__(self) -> None:
         for name, (fits, expected) in _FIELDS.items():
@@ -203,7 +203,7 @@ _FIELDS: dict[str, tuple[Callable[[Description, Any], bool], str]] = {
     "evidence": (lambda _, v: bool(v) and _mapping(v), "names and what an alarm of them means"),
     "risk": (lambda _, v: isinstance(v, bool), "true or false"),
     "risk_threshold": (lambda d, v: d.risk and _number(v) and 0 <= v <= 1, "a number from 0 to 1, in a file with risk"),
-    "excess": (lambda d, v: d.risk and _rate(v), "a number between 0 and 1, in a file with risk"),
+    "wrong_above": (lambda d, v: d.risk and _number(v) and 0 <= v <= 1, "a number from 0 to 1, in a file with risk"),
 }  # fmt: skip
 
 

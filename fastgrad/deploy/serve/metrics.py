@@ -52,13 +52,13 @@ class Metrics:
         self.monitor: DriftMonitor | None = None
         if reference is not None:
             self.monitor = monitor = DriftMonitor(
-                reference, false_alarm_rate=drift_false_alarm_rate, excess=description.excess
+                reference, false_alarm_rate=drift_false_alarm_rate, wrong_above=description.wrong_above
             )
             gauge("drift_evidence", "Capital of the bet that inputs have drifted", lambda: monitor.evidence)
             gauge("drift_scores", "Scores that the drift monitor has read", lambda: monitor.count)
             shown = f"1 once drift is shown; probability of ever being wrong <= {drift_false_alarm_rate:g}"
             gauge("drift_alarm", shown, lambda: monitor.alarm)
-            if description.excess is not None:
+            if description.wrong_above is not None:
                 text = f"Estimated share of wrong answers among the last {RECENT}, or a bound of its 95 % interval"
                 for bound, suffix in (("rate", ""), ("low", "_low"), ("high", "_high")):
                     gauge("error_rate" + suffix, text, partial(_estimate, monitor, bound))

@@ -21,7 +21,7 @@ GOOD = Description(
     (3, 8, 8), "float32", 4, 8, "cpu", labels=list("abcd"), mean=[0.5] * 3, std=[0.5] * 3, false_alarm_rate=0.05,
     threshold=1.5, thresholds=[(0.05, 1.5)], histogram={"edges": [0, 1, 2], "counts": [3, 4]},
     reference={"edges": [0.5], "counts": [3, 4]}, versions={"torch": "2.8"}, evidence={"a": "words"}, risk=True,
-    risk_threshold=0.1, excess=0.01,
+    risk_threshold=0.1, wrong_above=0.3,
 )  # fmt: skip
 
 
@@ -59,7 +59,8 @@ BAD = [
     ("histogram", {"edges": [0, 1], "counts": [-1]}), ("histogram", []), ("histogram", {}),
     ("reference", {"edges": [1, 1], "counts": [1, 1, 1]}), ("reference", {"edges": [1]}), ("reference", 3),
     ("versions", {"a": 1}), ("versions", None), ("evidence", {}), ("evidence", {"a": None}), ("evidence", ["a"]),
-    ("risk", 1), ("risk", None), ("risk_threshold", 1.5), ("risk_threshold", "x"), ("excess", 0), ("excess", 1.0),
+    ("risk", 1), ("risk", None), ("risk_threshold", 1.5), ("risk_threshold", "x"),
+    ("wrong_above", -0.1), ("wrong_above", 1.1),
     ("colour", "red"), ("threshold", True), ("evidence", {"caf\udce9": "words"}),
     ("histogram", {"edges": [0, 1], "counts": [1], "more": 1}), ("histogram", {"edges": [0, 1e999], "counts": [1]}),
     ("reference", {"edges": {}, "counts": [1]}), ("reference", {"edges": "", "counts": [1]}),

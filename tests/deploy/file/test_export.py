@@ -87,17 +87,17 @@ def test_thresholds_and_histogram() -> None:
     assert (found.threshold, found.thresholds) == (7.0, [(0.3, 7.0)])
 
 
-def test_risk_threshold_and_excess() -> None:
+def test_risk_threshold_and_limit() -> None:
     random = torch.Generator().manual_seed(0)
     x, labels = torch.randn(60, 4, generator=random), torch.randint(3, (60,), generator=random)
     network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     two_stage = fastgrad.TwoStageModel(network, blocks=["logits"]).fit([(x, labels)], challenges=None)
     found = describe(two_stage, x[:2], ".pt2", risk_threshold=0.25)
-    # Without challenges there is no excess.
-    assert (found.risk, found.risk_threshold, found.excess) == (True, 0.25, None)
-    two_stage.risk_.options["excess"] = 0.125
+    # Without challenges there is no limit.
+    assert (found.risk, found.risk_threshold, found.wrong_above) == (True, 0.25, None)
+    two_stage.risk_.options["wrong_above"] = 0.125
     found = describe(two_stage, x[:2], ".pt2")
-    assert (found.risk, found.risk_threshold, found.excess) == (True, None, 0.125)
+    assert (found.risk, found.risk_threshold, found.wrong_above) == (True, None, 0.125)
     with pytest.raises(ValueError, match=r"risk_threshold must be None or a number from 0 to 1, .*; it was -inf"):
         describe(two_stage, x[:2], ".pt2", risk_threshold=-np.inf)
 
