@@ -22,7 +22,7 @@ from fastgrad.atomic import written_beside
 from fastgrad.batches import bytes_of
 from fastgrad.scores.fitted import Fitted, rebuild
 
-FORMAT = 3
+FORMAT = 4
 #: What reading a description raises if someone has altered it and written the digest anew.
 ALTERED = (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError)
 _KEY = "fastgrad"

@@ -67,8 +67,8 @@ FILES = {
     "other places": (lambda data: resigned(data, b'"data_offsets":[0,', b'"data_offsets":[1,'), FOREIGN),
     "a part renamed": (lambda data: resigned(data, b"detector.final.", b"detector.other."), FOREIGN),
     "a later format": (
-        lambda data: resigned(data, rb"\"format\": 3", rb"\"format\": 4"),
-        "has format 4; this version of fastgrad reads format 3",
+        lambda data: resigned(data, rb"\"format\": 4", rb"\"format\": 5"),
+        "has format 5; this version of fastgrad reads format 4",
     ),
 }
 
