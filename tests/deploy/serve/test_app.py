@@ -25,7 +25,7 @@ from fastgrad.deploy.serve.app import create_app
 def path(tmp_path: Path) -> Path:
     """A file that has a description, which is all that the web process reads."""
     reference = {"edges": [1.0, 2.0], "counts": [10.0, 10.0, 10.0]}
-    known: dict[str, Any] = {"risk": True, "reference": reference, "risk_threshold": 0.25, "wrong_above": 0.3}
+    known: dict[str, Any] = {"risk": True, "reference": reference, "risk_threshold": 0.25, "wrong_above": 0.2}
     known |= {"threshold": 2.0, "false_alarm_rate": 0.05, "thresholds": [(0.01, 3.0), (0.05, 2.0)]}
     return write_archive(tmp_path / "model.pt2", Description((3, 8, 8), "float32", 1, 8, "cpu", **known))
 
@@ -250,7 +250,7 @@ def test_error_rate(path: Path, tmp_path: Path) -> None:
     assert json.loads(call(app, "GET", "/drift", {})[2])["error_rate"] is None
     assert b"fastgrad_error_rate NaN" in call(app, "GET", "/metrics", {})[2]
     posts(app, *[b"x"] * 30)
-    expected = error_rate([0.25] * 30, [1.0] * 30, 0.1, 30)
+    expected = error_rate([0.25] * 30, [1.0] * 30, 0.2, 30)
     assert json.loads(call(app, "GET", "/drift", {})[2])["error_rate"] == expected._asdict()
     assert f"fastgrad_error_rate_high {expected.high}" in call(app, "GET", "/metrics", {})[2].decode()
     bare = write_archive(tmp_path / "bare.pt2", Description((3, 8, 8), "float32", 2, 8, "cpu"))
