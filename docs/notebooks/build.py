@@ -5,6 +5,7 @@ Text becomes text and code becomes code; what a page says that it prints is left
 
 from __future__ import annotations
 
+import argparse
 import base64
 import re
 from pathlib import Path
@@ -89,6 +90,7 @@ def executed(name: str) -> Any:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     for name in NAMES:
         made = executed(name)
         made.metadata.pop("language_info", None)

@@ -44,7 +44,7 @@ def refuse_mixing(model: nn.Module, *, training: bool) -> None:
         if module.__dict__.get("scale_grad_by_freq"):
             how = f"embedding {name!r} divides gradients by counts over the batch (scale_grad_by_freq=True)"
         elif norm and training and module.training:
-            how = f"batch norm {name!r} is in training mode, so it {mixes} (call model.eval())"
+            how = f"batch norm {name!r} is in training mode, so it {mixes} (call model.eval(), or use group norm)"
         elif norm and module.running_mean is None:
             how = f"batch norm {name!r} keeps no running statistics, so it {mixes}"
         else:

@@ -71,7 +71,7 @@ def batch_norm(
     if training:
         raise mixes_samples(
             "it normalises with the statistics of the batch (batch norm in training mode, or without running "
-            "statistics; call model.eval())"
+            "statistics; call model.eval(), or use group norm)"
         )
     mean, var = running_mean, running_var
 
