@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgrad.engine.recorded import Alone, Recorded
+from fastgrad.engine.turns import replacing
 from fastgrad.layers.call import COPIES, Use
 from fastgrad.layers.formula import Formula, Tensors
 from fastgrad.layers.probe import visiting
@@ -102,7 +104,7 @@ class Backward:
                 "params must require gradients where samples run alone because of a checkpoint in forward; one does "
                 "not. Call requires_grad_() before the call, or leave the checkpoint out"
             )
-        with part.swapped():
+        with replacing() if part.thawed else contextlib.nullcontext(), part.swapped():
             own = torch.autograd.grad(outputs, list(leaves.values()), at, allow_unused=True, retain_graph=True)
         return {
             key: g.to_dense().to(compute_dtype(g.dtype)) for key, g in zip(leaves, own, strict=True) if g is not None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastgrad._torch import pytree
 from fastgrad.engine.outputs import output_name
+from fastgrad.engine.turns import reading
 from fastgrad.evaluation import agree
 from fastgrad.layers.call import NotPerSampleError
 
@@ -48,7 +49,8 @@ def interact(name: str) -> NotPerSampleError:
 def twin(model: nn.Module) -> nn.Module | None:
     """Return a copy of a model in float64; None if it cannot be copied."""
     try:
-        return copy.deepcopy(model).double()
+        with reading():
+            return copy.deepcopy(model).double()
     except Exception:  # whatever the user's own modules raise
         return None
 

@@ -62,8 +62,7 @@ class Samples:
 
     def begin_again(self) -> None:
         """Undo what samples wrote."""
-        with reading():
-            self.snapshot.restore()
+        self.snapshot.restore()
         self.states = States(self.snapshot, self.rows)
 
     def run(self, hints: Hints) -> list[Part]:
@@ -205,7 +204,7 @@ class Samples:
             }
             written = self.snapshot.written()
             written |= {id(original): (original, copy.detach()) for original, copy in copies if copy._version}
-            for name, parameter in self.model.named_parameters():
+            for name, parameter in sharded.named_parameters(self.model).items():
                 if id(parameter) in written:
                     raise NotPerSampleError(
                         "model must not write to its parameters in forward where its samples run one by one; it wrote "

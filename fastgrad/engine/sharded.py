@@ -16,8 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgrad._torch import is_hook_of_shards, is_view, lowered, pytree, shards_in, shards_of, without_modes
+from fastgrad._torch import (
+    is_hook_of_shards,
+    is_view,
+    lowered,
+    outside_of_compilation,
+    pytree,
+    shards_in,
+    shards_of,
+    without_modes,
+)  # fmt: skip
 from fastgrad.engine.outputs import flatten
+from fastgrad.engine.turns import reading
 from fastgrad.layers.call import Call, NotPerSampleError
 
 Know = Callable[[Iterable[Any]], None]
@@ -42,8 +52,13 @@ def whole(model: nn.Module, parameters: Iterable[Tensor]) -> list[Tensor]:
 
 def named_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Return the same for all parameters, by name."""
-    wholes = whole_parameters(model)
-    return {name: wholes.get(id(p), p) for name, p in model.named_parameters()}
+    wholes, named = whole_parameters(model), outside_of_compilation(_named)(model)
+    return {name: wholes.get(id(p), p) for name, p in named.items()}
+
+
+def _named(model: nn.Module) -> dict[str, Tensor]:
+    with reading():
+        return dict(model.named_parameters())
 
 
 def names_of(model: nn.Module) -> dict[int, str]:

@@ -8,13 +8,17 @@ from collections.abc import Iterator
 
 _change = threading.Condition()
 _readers = 0
-_replacing = False
+#: The thread that replaces, or 0.
+_replacing = 0
 
 
 @contextlib.contextmanager
 def reading() -> Iterator[None]:
-    """Keep other threads from replacing what tables hold; any number of threads may read."""
+    """Keep other threads from replacing what tables hold; any number of threads may read, and the one that replaces."""
     global _readers
+    if _replacing == threading.get_ident():
+        yield
+        return
     with _change:
         _change.wait_for(lambda: not _replacing)
         _readers += 1
@@ -32,10 +36,10 @@ def replacing() -> Iterator[None]:
     global _replacing
     with _change:
         _change.wait_for(lambda: not (_replacing or _readers))
-        _replacing = True
+        _replacing = threading.get_ident()
     try:
         yield
     finally:
         with _change:
-            _replacing = False
+            _replacing = 0
             _change.notify_all()

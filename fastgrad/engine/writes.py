@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastgrad._torch import is_elsewhere, unwrapped
 from fastgrad.engine.outputs import Place, split
+from fastgrad.engine.turns import reading
 
 _CONTAINERS = frozenset({list, dict, set, deque, OrderedDict, defaultdict, Counter})
 #: Tables of a module's parameters and layers, which are undone but hold no tensor of a sample.
@@ -155,28 +156,30 @@ class Snapshot:
     def changes(self) -> dict[Attribute, Any]:
         """Return the attributes that differ, with their values; of a container that was changed, a copy."""
         found: dict[Attribute, Any] = {}
-        for at, (holder, held, inner) in enumerate(self._held):
-            now = vars(holder).copy()  # at once: other threads' calls come and go here
-            for name, value in now.items():
-                if held.get(name, _ABSENT) is not value and name not in _REDIRECTED:
-                    found[at, name] = value
-            found |= {(at, name): _ABSENT for name in held.keys() - now.keys() - _REDIRECTED}
-            for name, container, content in inner:
-                if now.get(name) is container and not _alike(container, content):
-                    found[at, name] = container.copy()
+        with reading():
+            for at, (holder, held, inner) in enumerate(self._held):
+                now = vars(holder).copy()  # at once: other threads' calls come and go here
+                for name, value in now.items():
+                    if held.get(name, _ABSENT) is not value and name not in _REDIRECTED:
+                        found[at, name] = value
+                found |= {(at, name): _ABSENT for name in held.keys() - now.keys() - _REDIRECTED}
+                for name, container, content in inner:
+                    if now.get(name) is container and not _alike(container, content):
+                        found[at, name] = container.copy()
         return found
 
     def write(self, place: Attribute, value: Any) -> None:
         """Write an attribute; a container keeps its identity."""
         at, name = place
         holder, held, _ = self._held[at]
-        if value is _ABSENT:
-            vars(holder).pop(name, None)
-        elif type(value) in _CONTAINERS and type(held.get(name)) is type(value):
-            _fill(held[name], value)
-            vars(holder)[name] = held[name]
-        else:
-            vars(holder)[name] = value
+        with reading():
+            if value is _ABSENT:
+                vars(holder).pop(name, None)
+            elif type(value) in _CONTAINERS and type(held.get(name)) is type(value):
+                _fill(held[name], value)
+                vars(holder)[name] = held[name]
+            else:
+                vars(holder)[name] = value
 
     def earlier(self, entry: Entry) -> Any:
         """Return what an attribute held, or an entry of one; None if there was nothing."""
@@ -193,13 +196,20 @@ class Snapshot:
 
     def attributes(self) -> Iterator[tuple[Attribute, Any]]:
         """Yield every attribute that may hold tensors, with its present value."""
-        for at, (holder, _, _) in enumerate(self._held):
-            for name, value in vars(holder).copy().items():
+        with reading():
+            present = [vars(holder).copy() for holder, _, _ in self._held]
+        for at, held in enumerate(present):
+            for name, value in held.items():
                 if name not in _TABLES and (isinstance(value, Tensor) or (type(value) in _CONTAINERS and value)):
                     yield (at, name), value
 
     def restore(self) -> None:
         """Undo everything."""
+        with reading():
+            self._restore()
+        self._before.clear()
+
+    def _restore(self) -> None:
         for holder, held, inner in self._held:
             now = vars(holder)
             if len(now) != len(held) or not all(map(operator.is_, now.values(), held.values())):
@@ -215,7 +225,6 @@ class Snapshot:
             for tensor, value in self._before.values():
                 if not torch.equal(tensor, value):  # a graph may hold what was written in vain
                     tensor.copy_(value)
-        self._before.clear()
 
 
 def made_layers(changes: Iterable[Attribute]) -> bool:

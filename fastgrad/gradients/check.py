@@ -17,6 +17,7 @@ from fastgrad.engine.outputs import find_place, flatten, join, output_name
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.routes import Route, routes_of
 from fastgrad.engine.run import run
+from fastgrad.engine.sharded import named_parameters
 from fastgrad.engine.writes import Snapshot, entries
 from fastgrad.gradients.recorder import checks_batch_dims
 from fastgrad.layers.call import NotPerSampleError
@@ -123,11 +124,12 @@ def _checked(model: nn.Module, args: Any, kwargs: Any, batch_dims: BatchDims) ->
             key = name.removeprefix("its output").strip()
             outputs[key] = "a row for each sample" if place is None else f"dimension {place}"
     routes: list[Route] = []
-    parameters = {id(p): name for name, p in model.named_parameters()}
+    named = named_parameters(model)
+    parameters = {id(p): name for name, p in named.items()}
     try:
         with ordinary.Quiet():
             output, recorded = run(
-                model, lambda own: own, args, kwargs, {id(p): p for p in model.parameters()}, undo=True,
+                model, lambda own: own, args, kwargs, {id(p): p for p in named.values()}, undo=True,
                 modules=modules, batch_dims=batch_dims, compared=True,
             )  # fmt: skip
         shared = zip(flatten(output)[2], recorded.rows, flatten(output)[0], strict=True)

@@ -21,6 +21,7 @@ from fastgrad.engine.recorded import Recorded
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.routes import Route, routes_of
 from fastgrad.engine.run import run
+from fastgrad.engine.sharded import named_parameters
 from fastgrad.engine.writes import Snapshot, carried_states, inherit_rows
 from fastgrad.evaluation import evaluation_copy
 from fastgrad.gradients.contrasts import check_target
@@ -124,7 +125,7 @@ class GradientFeatures:
 
     def _parameters(self) -> dict[str, Tensor]:
         """Return the parameters by name."""
-        found: dict[str, Tensor] = dict(self.model.named_parameters())
+        found = named_parameters(self.model)
         wanted = found
         if self.layers is not None:
             for pattern in self.layers:
@@ -207,7 +208,7 @@ class GradientFeatures:
         """Run one forward and backward pass of an undivided batch; also return the bytes of one sample's results."""
         named = self._parameters()
         # A copy holds other parameters where those of the model were made in inference mode.
-        held = named if model is self.model else dict(model.named_parameters())
+        held = named if model is self.model else named_parameters(model)
         wanted = {id(held[name]): held[name] for name in named}
         output, recorded = run(
             model, lambda own: functools.partial(_logits, own), args, kwargs, wanted, self.model, undo=True,

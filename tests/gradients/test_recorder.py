@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -156,6 +158,36 @@ def test_other_threads_run_through(model: nn.Sequential) -> None:
         thread.start()
         thread.join()
     assert seen == [True]
+
+
+class Slow(nn.Sequential):
+    """Has its samples run one by one, for a hook of gradients, which lets other threads run on the way back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self[0](x) * 1.0
+        if h.requires_grad:
+            h.register_hook(lambda g: time.sleep(0.002) or 2 * g)
+        return self[1](h)
+
+
+def test_threads_share_frozen_parameters_of_samples_that_run_alone() -> None:
+    """Each sample runs with copies of frozen parameters, forward and back; no other thread must meet them."""
+    torch.manual_seed(0)
+    model, x = Slow(nn.Linear(3, 3), nn.Linear(3, 2)).double(), torch.randn(4, 3).double()
+    model[1].requires_grad_(False)
+    parameters = list(model.parameters())
+
+    def norms(_: int) -> Tensor:
+        with fastgrad.record(model):
+            return torch.stack(fastgrad.grad_sqnorm(model(x).square().sum(1), model))
+
+    expected = norms(0)
+    assert all(bool(own.gt(0).all()) for own in expected)
+    with ThreadPoolExecutor(3) as pool:
+        for found in pool.map(norms, range(12)):
+            assert_close(found, expected)
+    assert all(p is own for p, own in zip(model.parameters(), parameters, strict=True))
+    assert [p.requires_grad for p in parameters] == [True, True, False, False]
 
 
 def test_another_thread_may_leave_and_layers_may_go(model: nn.Sequential) -> None:
