@@ -13,7 +13,7 @@ from fastgrad.engine.outputs import Place, Stacked, find_place, likely_place, ou
 from fastgrad.engine.recorded import Hints
 from fastgrad.engine.sharded import hooks_without_graph
 from fastgrad.engine.together import Writes
-from fastgrad.engine.turns import reading
+from fastgrad.engine.turns import replacing
 from fastgrad.engine.writes import Entry, Snapshot, entries, made_layers, remember_rows
 from fastgrad.layers.call import NotPerSampleError
 
@@ -37,10 +37,15 @@ class Plain:
         self.outputs = {}
         try:
             given = self.inputs.call_of(self.inputs.doubled(leaves) if one else leaves)
-            with reading(), hooks_without_graph(modules):
-                (values, _, names), quiet = ordinary.call(forward, given, self.snapshot)
+            # No other thread may take what is written here for the model's own.
+            with replacing():
+                try:
+                    with hooks_without_graph(modules):
+                        (values, _, names), quiet = ordinary.call(forward, given, self.snapshot)
+                    changes = self.snapshot.changes()
+                finally:
+                    self.snapshot.restore()
             self.draws, hints.checkpoints = bool(quiet.names), hints.checkpoints or quiet.checkpoints
-            changes = self.snapshot.changes()
         except Exception:
             if not one:  # which a model may take alone
                 raise
@@ -58,8 +63,6 @@ class Plain:
                 raise NotPerSampleError(
                     "model must not create layers or parameters in forward; if only its first call does, call it before"
                 )
-        finally:
-            self.snapshot.restore()
 
     def places(
         self, names: Sequence[str], leaves: Sequence[Any], writes: Writes, hints: Hints

@@ -177,12 +177,15 @@ class Samples:
                 return given[-1]
 
             with replacing():
-                with self._own_buffers() as copies, part.swapped(), self.states.given(state):
-                    args, kwargs = self.inputs.call_of(leaves)
-                    thawed = bool(part.thawed) and not self._thaws
-                    with ordinary.Dependent(given, self.snapshot, thawed=thawed) as mode:
-                        result = self.forward(*args, **kwargs)
-                changes = self.snapshot.changes()
+                try:
+                    with self._own_buffers() as copies, part.swapped(), self.states.given(state):
+                        args, kwargs = self.inputs.call_of(leaves)
+                        thawed = bool(part.thawed) and not self._thaws
+                        with ordinary.Dependent(given, self.snapshot, thawed=thawed) as mode:
+                            result = self.forward(*args, **kwargs)
+                    changes, written = self.snapshot.changes(), self.snapshot.written()
+                finally:
+                    self.begin_again()
             values, rebuilt, names = require_rows(flatten(result))
 
             def stacked(value: Any, part: Alone = part, mode: Any = mode) -> Any:
@@ -202,7 +205,6 @@ class Samples:
                 place: mapped(place, value, lambda _, value: stacked(value) if mode.holds(value) else value)
                 for place, value in changes.items()
             }
-            written = self.snapshot.written()
             written |= {id(original): (original, copy.detach()) for original, copy in copies if copy._version}
             for name, parameter in sharded.named_parameters(self.model).items():
                 if id(parameter) in written:
@@ -210,7 +212,6 @@ class Samples:
                         "model must not write to its parameters in forward where its samples run one by one; it wrote "
                         f"to {name!r}. Write to them outside of forward"
                     )
-            self.begin_again()
             yield Part(own, part, (output, rebuilt, names), [], attributes, written)
 
     @contextlib.contextmanager
