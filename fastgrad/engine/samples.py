@@ -100,10 +100,13 @@ class Samples:
     def _failure(self, error: Exception) -> Exception:
         """Return the error to raise if a rule or a sample alone fails: the model's own if the batch fails as well."""
         self.begin_again()
-        try:
-            ordinary.call(self.forward, self.inputs.call_of(self.inputs.copies()), self.snapshot)
-        except Exception as own:
-            return own if isinstance(error, RuleError) else error
+        with replacing():
+            try:
+                ordinary.call(self.forward, self.inputs.call_of(self.inputs.copies()), self.snapshot)
+            except Exception as own:
+                return own if isinstance(error, RuleError) else error
+            finally:
+                self.begin_again()
         if isinstance(error, RuleError):
             return error
         return NotPerSampleError(

@@ -19,7 +19,6 @@ from fastgrad.engine.recorded import Recorded
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.run import run
 from fastgrad.engine.sharded import named_parameters, names_of, whole
-from fastgrad.engine.turns import reading
 from fastgrad.gradients.separate import Outputs, outputs_of, require_separate
 from fastgrad.losses import compute_dtype
 
@@ -123,14 +122,15 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
 
     def _call(self, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """Run one call on each of its samples."""
-        for name, parameter in named_parameters(module).items():
+        named = named_parameters(self.model)
+        for name, parameter in (named if module is self.model else named_parameters(module)).items():
             if parameter.grad_fn is not None:
                 raise ValueError(
                     f"model must be called with parameters of its own; {name!r} was computed (functional_call)"
                 )
         # A cast of a parameter in autocast's cache would belong to the graph of another call, or to none.
         torch.clear_autocast_cache()
-        wanted = {id(p): p for p in named_parameters(self.model).values()}
+        wanted = {id(p): p for p in named.values()}
         _active.inside = True
         try:
             output, recorded = run(
@@ -233,13 +233,8 @@ def active(name: str) -> record:
 def parameters_given(params: Params) -> list[Tensor]:
     """Return the parameters of an argument: a module, a parameter or several; TypeError for anything else."""
     if isinstance(params, nn.Module):
-        return outside_of_compilation(_parameters)(params)
+        return list(named_parameters(params).values())
     return checks.tensors("params", params)
-
-
-def _parameters(module: nn.Module) -> list[Tensor]:
-    with reading():
-        return list(module.parameters())
 
 
 def parameters_of(recording: record, wanted: Sequence[Tensor]) -> dict[int, Tensor]:
