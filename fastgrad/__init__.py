@@ -20,6 +20,7 @@ from fastgrad.gradients.contrasts import (
     linear_contrast_stats,
     target_sqnorm,
 )
+from fastgrad.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from fastgrad import layers as layers
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from fastgrad.gradients.store import GradientStore
     from fastgrad.introspection import IntrospectiveClassifier
     from fastgrad.metrics import certified_threshold, threshold_for
-
-__version__ = "0.9.0"
 
 _LAZY = {
     "GradientFeatures": "fastgrad.gradients.features",

@@ -20,7 +20,7 @@ from fastgrad.engine.outputs import is_object
 BatchDims = int | Mapping[str | int, int | None] | None
 
 
-class Inputs:
+class CallInputs:
     """The inputs of one call of ``forward``.
 
     By default each tensor carries the batch that has as many rows as the first one; ValueError for one of these that

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastgrad.engine import ordinary
-from fastgrad.engine.inputs import Inputs
+from fastgrad.engine.inputs import CallInputs
 from fastgrad.engine.outputs import Place, Stacked, find_place, likely_place, output_name
 from fastgrad.engine.recorded import Hints
 from fastgrad.engine.sharded import hooks_without_graph
@@ -23,7 +23,7 @@ Modules = Sequence[tuple[str, nn.Module]]
 class Plain:
     """An ordinary call on ``inputs``, from the state of ``snapshot``; it knows nothing until it is made."""
 
-    def __init__(self, inputs: Inputs, snapshot: Snapshot) -> None:
+    def __init__(self, inputs: CallInputs, snapshot: Snapshot) -> None:
         self.inputs, self.snapshot = inputs, snapshot
         #: What it returned, by name, and the shapes of what it wrote; of two equal samples for one.
         self.outputs: dict[str, Any] | None = None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastgrad._torch import has_global_hooks, hooks_of, saved_tensor_hooks, saving_plainly
 from fastgrad.engine import compare, graph, ordinary
-from fastgrad.engine.inputs import BatchDims, Inputs
+from fastgrad.engine.inputs import BatchDims, CallInputs
 from fastgrad.engine.modules import uncompiled
 from fastgrad.engine.outputs import Place, Stacked, flatten, join
 from fastgrad.engine.plain import Plain
@@ -73,7 +73,7 @@ class _Run:
     ) -> None:  # fmt: skip
         self.model, self.forward_of, self.forward = model, forward, forward(model)
         self.parameters, self.undo, self.batch_dims = parameters, undo, batch_dims
-        self.inputs = Inputs(model.forward if undo else self.forward, args, kwargs, batch_dims)
+        self.inputs = CallInputs(model.forward if undo else self.forward, args, kwargs, batch_dims)
         self.modules = list(model.named_modules()) if modules is None else modules
         self.hooks, self.training = 0, False
         #: Whether several processes hold the model: all have to take the same steps, whatever their samples are.

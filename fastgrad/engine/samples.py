@@ -14,7 +14,7 @@ from fastgrad._torch import StopRecomputation, pytree, vmap
 from fastgrad.batches import same_class
 from fastgrad.engine import ordinary, sharded
 from fastgrad.engine.again import context
-from fastgrad.engine.inputs import Inputs
+from fastgrad.engine.inputs import CallInputs
 from fastgrad.engine.mode import PerSample, Split
 from fastgrad.engine.modules import replaced
 from fastgrad.engine.outputs import Stacked, Tree, flatten, require_rows
@@ -48,7 +48,7 @@ class Samples:
     """
 
     def __init__(
-        self, model: nn.Module, forward: Callable[..., Any], inputs: Inputs, parameters: Mapping[int, Tensor],
+        self, model: nn.Module, forward: Callable[..., Any], inputs: CallInputs, parameters: Mapping[int, Tensor],
         snapshot: Snapshot, modules: Sequence[tuple[str, nn.Module]], *, thaws: bool, counts: bool, part: bool,
         is_sharded: bool,
     ) -> None:  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastgrad import checks
 from fastgrad._torch import outside_of_compilation
 from fastgrad.engine import compare, ordinary
-from fastgrad.engine.inputs import BatchDims, Inputs
+from fastgrad.engine.inputs import BatchDims, CallInputs
 from fastgrad.engine.outputs import find_place, flatten, join, output_name
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.routes import Route, routes_of
@@ -69,7 +69,7 @@ def check(model: nn.Module, *args: Any, batch_dims: BatchDims = None, **kwargs: 
     checks_batch_dims(batch_dims)
     refuse_parts(model)
     refuse_mixing(model, training=True)
-    samples = Inputs(model.forward, args, kwargs, batch_dims).samples
+    samples = CallInputs(model.forward, args, kwargs, batch_dims).samples
     if samples < 2:
         raise ValueError(
             f"inputs must hold at least two samples, because a batch of one mixes nothing; they held {samples}"
@@ -89,7 +89,7 @@ def _check(model: nn.Module, args: Any, kwargs: Any, batch_dims: BatchDims) -> C
 
 
 def _checked(model: nn.Module, args: Any, kwargs: Any, batch_dims: BatchDims) -> Check:
-    inputs, modules = Inputs(model.forward, args, kwargs, batch_dims), list(model.named_modules())
+    inputs, modules = CallInputs(model.forward, args, kwargs, batch_dims), list(model.named_modules())
     snapshot = Snapshot(modules, inputs.objects, inputs.leaves)
 
     def call(index: Tensor | None) -> tuple[dict[str, Any], tuple[str, ...]]:

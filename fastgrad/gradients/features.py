@@ -15,7 +15,7 @@ from fastgrad import checks, losses
 from fastgrad._torch import original, outside_of_compilation, pytree
 from fastgrad.batches import class_logits, logits_of, one_for_none
 from fastgrad.engine import ordinary
-from fastgrad.engine.inputs import BatchDims, Inputs
+from fastgrad.engine.inputs import BatchDims, CallInputs
 from fastgrad.engine.norms import squared_norms
 from fastgrad.engine.recorded import Recorded
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
@@ -163,7 +163,7 @@ class GradientFeatures:
             except ValueError:
                 refuse_parts(self.model)  # parameters may have become parts since
                 raise
-            inputs = Inputs(model.forward, args, kwargs, self.batch_dims)
+            inputs = CallInputs(model.forward, args, kwargs, self.batch_dims)
             target = self._of_batch(target, inputs.samples)
             if inputs.samples == 0:
                 return self._empty(model, args, kwargs)
@@ -236,7 +236,7 @@ class GradientFeatures:
             deltas.append(losses.delta(z, value, loss=loss, reduction=self.reduction))
         return torch.stack(deltas)
 
-    def _first_chunk(self, inputs: Inputs) -> int:
+    def _first_chunk(self, inputs: CallInputs) -> int:
         """Return how many samples to take first; their bytes tell how many to take then."""
         if self.chunk_size is not None:
             return self.chunk_size

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import fastgrad
 from fastgrad import checks
 from fastgrad.deploy.drift import ScoreReference
 from fastgrad.deploy.file.description import Description
 from fastgrad.evaluation import RandomState
+from fastgrad.version import __version__
 
 #: False-alarm rates for which a file holds thresholds.
 RATES = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
@@ -55,7 +55,7 @@ def describe(
         wrong_above=getattr(two_stage, "wrong_above", None),
         evidence=dict(two_stage.alarms) if evidence else None,  # type: ignore[arg-type]
         versions={
-            "fastgrad": fastgrad.__version__,
+            "fastgrad": __version__,
             "torch": str(torch.__version__),
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "system": sys.platform,

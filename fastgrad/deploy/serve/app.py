@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastgrad import __version__
 from fastgrad.checks import at_least, extra, is_path, lies_in
 from fastgrad.deploy.drift import DriftMonitor
 from fastgrad.deploy.file.images import MAX_PIXELS
@@ -19,6 +18,7 @@ from fastgrad.deploy.serve.bodies import Bodies
 from fastgrad.deploy.serve.guard import LOG, Guard
 from fastgrad.deploy.serve.pool import Version
 from fastgrad.deploy.serve.process import Body, Refusal
+from fastgrad.version import __version__
 
 with extra("serve"):
     from anyio import fail_after
