@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import locale
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,9 +58,26 @@ FOREIGN = {
 
 @pytest.mark.parametrize("code", FOREIGN)
 def test_a_checkout_hides_no_other_project(code: str) -> None:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    """Without site-packages, where the project that owns the name may be installed."""
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert bool(done.returncode) == bool(FOREIGN[code])
     assert FOREIGN[code] in done.stderr
+
+
+def test_a_checkout_hands_its_folders_name_to_the_project_that_owns_it(tmp_path: Path) -> None:
+    owner, another = tmp_path / "site" / "kernels", tmp_path / "checkout"
+    owner.mkdir(parents=True)
+    (owner / "__init__.py").write_text("__version__ = '1.0'\ndef get_kernel(): return 'theirs'\n")
+    (owner / "layer.py").write_text("from . import get_kernel\nfound = get_kernel()\n")
+    # Two checkouts before it must not look for each other.
+    shutil.copytree(ROOT / "kernels", another / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        f"import sys; sys.path[1:1] = [{str(another)!r}, {str(owner.parent)!r}]\n"
+        "import kernels, kernels.layer\n"
+        "from kernels import get_kernel\n"
+        "print(kernels.__version__, get_kernel(), kernels.layer.found)"
+    )
+    assert run_python("-c", code, cwd=ROOT).split() == ["1.0", "theirs", "theirs"]
 
 
 def test_another_encoding_is_named_before_any_test_runs(
