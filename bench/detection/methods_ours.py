@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from bench.detection.experiment import BATCH, TEXTS, Experiment, Fit, NotRun, Seen, Shown, packed
+from bench.detection.experiment import BATCH, IMAGES, TEXTS, Experiment, Fit, NotRun, Seen, Shown, packed
 from bench.detection.registry import METHODS, Protocol, Score, method
 from fastgrad import TwoStageModel
 from fastgrad.blocks import BLOCKS, DEFAULT_BLOCKS, Block, Features, Gradients
@@ -90,17 +91,21 @@ def _read(experiment: Experiment, images: Tensor, names: Sequence[str]) -> dict[
     return {name: torch.cat([part[name] for part in parts]).float().numpy() for name in parts[0]}
 
 
-def read_for(fit: Fit, blocks: Sequence[Block], challenges: Any, **given: Any) -> Features:
-    """Return the features that a fit with these arguments would read; the cache keeps the inputs and the blocks."""
+def read_for(fit: Fit, blocks: Sequence[Block], challenges: Any, *, shifts: bool = True, **given: Any) -> Features:
+    """Return the features that a fit with these arguments would read; the cache keeps the inputs and the blocks.
+
+    Without ``shifts`` no image is shifted by a part of a grey level.
+    """
     experiment = fit.experiment
     clean, labels = experiment.parts["fit"]
-    where = "clean" if challenges is None else fit.case or "generated"
+    where = ("clean" if challenges is None else fit.case or "generated") + ("" if shifts else "-unshifted")
 
     def shown() -> dict[str, Any]:
         sample, *_ = fitting.prepare(
             experiment.model, None, blocks, experiment.draw, correct=False, clean=fit.loader(clean, labels),
             challenges=challenges, verbose=False, **given,
         )  # fmt: skip
+        sample = sample if shifts else replace(sample, levels=None)
         with torch.enable_grad():
             parts = list(collect.batches_of(sample, experiment.model, experiment.draw, False))
         kinds, numbers = (list(itertools.chain.from_iterable(column)) for column in list(zip(*parts, strict=True))[1:])
@@ -158,6 +163,17 @@ for _what, _block in {
 }.items():  # fmt: skip
     _registered(f", default + {_what}", "beside the default blocks: squared gradient norms", (_block,))
     _registered(f", clean only + {_what}", "the same, challenges=None", (_block,), None)
+
+
+@method(
+    "fastgrad, default + images as they are", 2026, "the default, but no image shifted by a part of a grey level",
+    Protocol.GENERATED,
+)  # fmt: skip
+def as_they_are(fit: Fit) -> Score:
+    if fit.experiment.kind not in IMAGES:
+        raise NotRun("its inputs have no grey levels")
+    two_stage = fitted(fit, DEFAULT_BLOCKS, shifts=False)
+    return lambda seen: answer(two_stage, seen).uncertainty
 
 
 @method("fastgrad, labelled", 2026, "the default, challenges=the case", Protocol.LABELLED)

@@ -65,6 +65,15 @@ def test_challenges_are_those_of_a_fit(experiment: Experiment) -> None:
         torch.testing.assert_close(kept.blocks[name], value, rtol=1e-4, atol=1e-4)
 
 
+def test_images_as_they_are_differ_from_shifted_ones(experiment: Experiment) -> None:
+    fit, blocks = Fit(experiment), [MADE["logits"]()]
+    clean = experiment.parts["fit"][0]
+    plain, shifted = (read_for(fit, blocks, None, shifts=shifts) for shifts in (False, True))
+    assert torch.equal(plain.sources, shifted.sources)
+    torch.testing.assert_close(plain.logits, experiment.model(clean)[plain.sources], rtol=1e-4, atol=1e-5)
+    assert 0 < float((plain.logits != shifted.logits).any(1).double().mean()) < 1
+
+
 def test_norms_of_normalisation_layers_are_those_of_vectors(experiment: Experiment) -> None:
     images = experiment.seen("clean").images
     found = blocks_of(experiment, "clean/test", images, [AllNorms.name, NormalisationNorms.name])
