@@ -13,7 +13,7 @@ import fastgrad
 
 ROOT = Path(fastgrad.__file__).parent
 ORDER = [
-    "_torch", "atomic", "checks", "kernels", "losses", "ops", "layers", "batches", "prediction", "memory",
+    "_torch", "atomic", "checks", "version", "kernels", "losses", "ops", "layers", "batches", "prediction", "memory",
     "evaluation", "engine", "gradients", "scores", "blocks", "challenges", "metrics", "introspection", "plots",
     "detector", "interop", "deploy", "commands", "__main__",
 ]  # fmt: skip

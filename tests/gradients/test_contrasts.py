@@ -74,7 +74,8 @@ def test_statistics_equal_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(stats.expected, (logits.softmax(-1) * norms).sum(-1))
         torch.testing.assert_close(stats.predicted, norms.gather(-1, logits.argmax(-1, keepdim=True)).squeeze(-1))
         given_logits = fastgrad.contrast_stats(h, logits, loss=loss)
-        assert all(torch.equal(*pair) for pair in zip(stats, given_logits, strict=True))
+        # Logits of some rows may be rounded otherwise than those of all.
+        torch.testing.assert_close(given_logits, stats)
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
