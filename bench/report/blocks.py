@@ -18,7 +18,7 @@
   mean. In a row of a table ``;`` stands in place of ``|``, which would end the cell. A format is one of Python's,
   ``size`` for bytes or ``duration`` for seconds.
 - A range is ``FILES | CASE | METHOD | FIELD | FORMAT``: the least and the largest value over the networks of the files,
-  whose names have spaces between them.
+  whose names have spaces between them. A case with ``*`` names several.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -140,10 +141,10 @@ def span(words: str, folder: Path = RESULTS) -> str:
     names, case, method, key, form = (part.strip() for part in re.split("[|;]", words))
     found = []
     for name in names.split():
-        drawn: dict[str, list[float]] = {}
+        drawn: dict[tuple[str, str], list[float]] = {}
         for row in load(name, folder)["rows"]:
-            if (row.get("case"), row.get("method")) == (case, method) and key in row:
-                drawn.setdefault(row["network"], []).append(row[key])
+            if row.get("method") == method and key in row and fnmatch(row.get("case", ""), case):
+                drawn.setdefault((row["network"], row["case"]), []).append(row[key])
         found += [statistics.fmean(values) for values in drawn.values()]
     if not found:
         raise ValueError(f"a range must name a case and a method of {names}; it was {words!r}")

@@ -217,6 +217,12 @@ def test_a_range_is_over_networks(detection_folder: pathlib.Path) -> None:
     assert blocks.fill(f"<!-- range: {words} --><!-- end -->", detection_folder).endswith("-->0.50 to 0.70<!-- end -->")
     with pytest.raises(ValueError, match="must name a case and a method"):
         blocks.span(words.replace("energy", "ViM"), detection_folder)
+    document = json.loads((detection_folder / "attacks.json").read_text())
+    document["rows"].append(document["rows"][0] | {"case": "mean of far sets", "auroc": 0.9})
+    (detection_folder / "several.json").write_text(json.dumps(document))
+    several = words.replace("attacks |", "several |", 1)
+    assert blocks.span(several, detection_folder) == "0.50 to 0.70"
+    assert blocks.span(several.replace("of attacks", "of *"), detection_folder) == "0.50 to 0.90"
 
 
 def test_strongest_published_detector(detection_folder: pathlib.Path) -> None:
