@@ -135,7 +135,7 @@ def _strongest(rows: Sequence[Row], merit: str, network: str) -> Iterator[dict[s
             yield (
                 {"group": group, "kinds": values[best].get("kinds", "")}
                 | {"strongest published": f"{best} {_cell(values[best], merit)}"}
-                | {m: _cell(values[m], merit) for m in sorted(beside, key=lambda m: not ours(m))}
+                | {m: _cell(values[m], merit) for m in sorted(beside, key=lambda m: (not ours(m), m))}
             )
 
 

@@ -122,7 +122,7 @@ def joined(
 ) -> dict[str, Any]:
     """Return a document with the new rows in place of those of the same keys: networks and methods, as a rule.
 
-    The old rows of a network stay if it could not be made this time.
+    The old rows of a network stay if it could not be made this time. Networks and methods keep their order.
     """
     if old.get("quick") != new.get("quick"):
         raise ValueError(f"rows of one file must have one size; quick was {old.get('quick')} and {new.get('quick')}")
@@ -131,7 +131,11 @@ def joined(
     made = {tuple(map(row.get, keys)) for row in rows}
     kept = [row for row in old["rows"] if tuple(map(row.get, keys)) not in made]
     seconds = {"seconds": old.get("seconds", new.get("seconds"))} if "seconds" in {*old, *new} else {}
-    return {**old, **new, **_origins(old, new, part), **seconds, "rows": kept + rows} if kept else {**new, "rows": rows}
+    if not kept:
+        return {**new, "rows": rows}
+    order = {key: list(dict.fromkeys(row.get(key) for row in [*old["rows"], *rows])) for key in keys}
+    together = sorted(kept + rows, key=lambda row: [order[key].index(row.get(key)) for key in keys])
+    return {**old, **new, **_origins(old, new, part), **seconds, "rows": together}
 
 
 def _origins(old: Mapping[str, Any], new: Mapping[str, Any], part: Sequence[str]) -> dict[str, Any]:

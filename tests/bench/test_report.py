@@ -289,7 +289,7 @@ def test_a_part_of_a_table_leaves_the_other_rows(tmp_path: pathlib.Path) -> None
     old["rows"] = [row("a", "KNN", 0.5), row("a", "ViM", 0.5), row("b", "KNN", 0.5)]
     new = {"machine": "B", "revision": "2", "quick": True, "seconds": 1, "rows": [row("a", "KNN", 0.75)]}
     found = pages.joined(old, new, ["KNN"])
-    assert found["rows"] == [*old["rows"][1:], *new["rows"]]
+    assert found["rows"] == [*new["rows"], *old["rows"][1:]]
     assert (found["machine"], found["revision"], found["seconds"]) == ("A; B", "1, KNN 2", 9)
     absent = [{"network": name, "draw": 0, "not run": "no weights"} for name in ("a", "c")]
     assert pages.joined(old, new | {"rows": absent}, ["a", "c"])["rows"] == [*old["rows"], absent[1]]
